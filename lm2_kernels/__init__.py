@@ -1,0 +1,20 @@
+"""Exact, fast LM2 memory layers for PyTorch (Large Memory Models, arXiv 2502.06049)."""
+
+from lm2_kernels import ops as _ops  # noqa: F401 - registers the operators for torch.compile
+from lm2_kernels import reference
+from lm2_kernels.backends import recording, use_backend
+from lm2_kernels.functional import initial_memory, memory_attention, memory_update
+from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.version import __version__
+
+__all__ = [
+    "__version__",
+    "PaperMemory",
+    "ReleaseMemory",
+    "initial_memory",
+    "memory_attention",
+    "memory_update",
+    "recording",
+    "reference",
+    "use_backend",
+]

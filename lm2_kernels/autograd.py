@@ -1,0 +1,314 @@
+"""One ``torch.autograd.Function`` per op, blind to which backend runs it.
+
+Each saves what its docstring says and nothing else, computes only the gradients that are asked for,
+and refuses what it cannot differentiate: double backward, forward mode and vmap raise
+NotImplementedError.
+"""
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.ops import run
+
+
+class _FirstOrderOnly(torch.autograd.Function):
+    """Runs a backward function and refuses to be differentiated again.
+
+    ``once_differentiable`` would let a gradient penalty pass with a wrong result when the incoming
+    gradient needs no gradient itself.
+    """
+
+    @staticmethod
+    def forward(backend, function, *args):
+        return run(backend, function, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op = inputs[1].removesuffix("_backward")
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError(
+            f"{ctx.op}: double backward is not supported; for second derivatives use the ops of "
+            f"lm2_kernels.reference"
+        )
+
+
+def _run_backward(backend: str, function: str, *args):
+    # grad mode is on in a backward only under create_graph=True
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _FirstOrderOnly.apply(backend, function, *args)
+    return run(backend, function, *args)
+
+
+class _Refusals:
+    """Clear refusals in place of torch's general ones."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            "lm2_kernels: forward-mode differentiation is not supported; use reverse mode, or the "
+            "ops of lm2_kernels.reference"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(
+            "lm2_kernels: vmap is not supported; the ops take a batch dimension, or use the ops of "
+            "lm2_kernels.reference"
+        )
+
+
+_with_refusals: dict[type, type] = {}
+
+
+def apply(function: type[torch.autograd.Function], *args):
+    """``function.apply``, refusing forward mode and vmap by name.
+
+    torch.compile does not trace a Function that defines ``jvp``, and has its own refusals.
+    """
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if function not in _with_refusals:
+        _with_refusals[function] = type(function.__name__, (_Refusals, function), {})
+    return _with_refusals[function].apply(*args)
+
+
+class MemoryAttentionFunction(torch.autograd.Function):
+    """``(query, key, value, slot_mask, seed, ...) -> (out, lse)``.
+
+    Saves query, key, value and out by reference, lse (4 B H T bytes), and the slot mask and seed if
+    there are any: nothing of size (T, N). The dropout mask is recomputed from the seed.
+    """
+
+    @staticmethod
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot_mask: Tensor | None,
+        seed: Tensor | None,
+        causal: bool,
+        slot_offset: int,
+        scale: float,
+        top_k: int | None,
+        dropout_p: float,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return run(
+            backend,
+            "memory_attention_forward",
+            query,
+            key,
+            value,
+            slot_mask,
+            seed,
+            causal,
+            slot_offset,
+            scale,
+            top_k,
+            dropout_p,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, slot_mask, seed, *ctx.options, ctx.backend = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, slot_mask, seed, out, lse)
+
+    @staticmethod
+    def backward(ctx, dout, _):
+        if dout is None:
+            return (None,) * 11
+        needs_dquery, needs_dkey, needs_dvalue = ctx.needs_input_grad[:3]
+        needs_dkey_value = needs_dkey or needs_dvalue
+        dquery, dkey_value = _run_backward(
+            ctx.backend,
+            "memory_attention_backward",
+            dout,
+            *ctx.saved_tensors,
+            *ctx.options,
+            needs_dquery,
+            needs_dkey_value,
+        )
+        dkey, dvalue = dkey_value.unbind(2) if needs_dkey_value else (None, None)
+        return (
+            dquery if needs_dquery else None,
+            dkey if needs_dkey else None,
+            dvalue if needs_dvalue else None,
+            *(None,) * 8,
+        )
+
+
+class MemoryUpdateFunction(torch.autograd.Function):
+    """``(hidden, candidate, memory, gates, gate_bias, ...) -> (output, new_memory)``.
+
+    Saves candidate, memory, the gates before their sigmoid and gate_bias, all by reference: no
+    bytes of its own. The gradient of hidden is the gradient of output, not a copy.
+    """
+
+    @staticmethod
+    def forward(
+        hidden: Tensor,
+        candidate: Tensor,
+        memory: Tensor,
+        input_gate: Tensor,
+        forget_gate: Tensor,
+        output_gate: Tensor | None,
+        gate_bias: Tensor | None,
+        output: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return run(
+            backend,
+            "memory_update_forward",
+            hidden,
+            candidate,
+            memory,
+            input_gate,
+            forget_gate,
+            output_gate,
+            gate_bias,
+            output,
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, *rest = inputs
+        ctx.output, ctx.backend = rest
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(candidate, memory, input_gate, forget_gate, output_gate, gate_bias)
+
+    @staticmethod
+    def backward(ctx, doutput, dnew_memory):
+        if doutput is None and dnew_memory is None:
+            return (None,) * 9
+        needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates = ctx.needs_input_grad[:7]
+        _, _, input_gate, forget_gate, output_gate, gate_bias = ctx.saved_tensors
+        dcandidate, dmemory, dgates = None, None, [None] * 4
+        if needs_dcandidate or needs_dmemory or any(needs_gates):
+            dcandidate, dmemory, packed = _run_backward(
+                ctx.backend,
+                "memory_update_backward",
+                doutput,
+                dnew_memory,
+                *ctx.saved_tensors,
+                ctx.output,
+                needs_dcandidate,
+                needs_dmemory,
+                any(needs_gates),
+            )
+            if any(needs_gates):
+                dgates = [
+                    _gate_gradient(packed, index, gate) if needed else None
+                    for index, gate, needed in zip(
+                        (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 2)),
+                        (input_gate, forget_gate, output_gate, gate_bias),
+                        needs_gates,
+                        strict=True,
+                    )
+                ]
+        return (
+            doutput if needs_dhidden else None,
+            dcandidate if needs_dcandidate else None,
+            dmemory if needs_dmemory else None,
+            *dgates,
+            None,
+            None,
+        )
+
+
+def _gate_gradient(packed: Tensor, index: slice, gate: Tensor) -> Tensor:
+    """One gate's part of (B, T, G, D), summed over T where the gate was broadcast."""
+    grad = packed[:, :, index].flatten(2)
+    if gate.shape[1] != grad.shape[1]:
+        grad = grad.sum(dim=1, keepdim=True)
+    return grad
+
+
+class ResidualLayerNormFunction(torch.autograd.Function):
+    """``(x, residual, weight, bias, eps) -> (out, mean, rstd)``.
+
+    Saves x, residual and weight by reference, mean and rstd (8 B T bytes).
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return run(backend, "residual_layer_norm_forward", x, residual, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, residual, weight, _, _, ctx.backend = inputs
+        _, mean, rstd = output
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, residual, weight, mean, rstd)
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        if dout is None:
+            return (None,) * 6
+        x, residual = ctx.saved_tensors[:2]
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        dx, dweight, dbias = _run_backward(
+            ctx.backend,
+            "residual_layer_norm_backward",
+            dout,
+            *ctx.saved_tensors,
+            needs_x or needs_residual,
+            needs_weight or needs_bias,
+        )
+        return (
+            dx.to(x.dtype) if needs_x else None,
+            dx.to(residual.dtype) if needs_residual else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
+            None,
+            None,
+        )
+
+
+class PooledGateFunction(torch.autograd.Function):
+    """``(x, weight, pooled_sum, prefix, num_pooled) -> (pooled, new_sum)``.
+
+    Saves x and weight by reference: no bytes of its own.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        pooled_sum: Tensor | None,
+        prefix: bool,
+        num_pooled: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        return run(backend, "pooled_gate_forward", x, weight, pooled_sum, prefix, num_pooled)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, ctx.prefix, ctx.num_pooled, ctx.backend = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx, dpooled, dnew_sum):
+        if dpooled is None and dnew_sum is None:
+            return (None,) * 6
+        needs = ctx.needs_input_grad[:3]
+        grads = _run_backward(
+            ctx.backend,
+            "pooled_gate_backward",
+            dpooled,
+            dnew_sum,
+            *ctx.saved_tensors,
+            ctx.prefix,
+            ctx.num_pooled,
+            *needs,
+        )
+        grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return *grads, None, None, None

@@ -1,0 +1,203 @@
+"""The backends: one contract, several implementations, and the choice between them.
+
+**The contract.** A backend is a module ``lm2_kernels.backends.<name>`` with, for each op in
+:data:`OPS`, the two functions below. Arguments are positional, in this order, already validated
+and of canonical rank (shapes as in :mod:`lm2_kernels.reference`); tensors may have any strides
+whose last axis is contiguous. Results are new contiguous tensors. ``None`` stands for an optional
+input that is absent, or for the gradient of an output that was not used. A gradient that is not
+needed (``needs_*`` False) comes back as an empty tensor. float64 is computed in float64, every
+other dtype is accumulated in float32.
+
+``memory_attention_forward(query, key, value, slot_mask, seed, causal, slot_offset, scale, top_k,
+dropout_p) -> (out, lse)``
+    ``lse`` (B, H, T), float32 (float64 for float64): the natural log-sum-exp of a row's visible
+    scores, +inf for a row that sees no slot. ``seed``: int64 scalar tensor on the device, or None
+    without dropout; the keep mask is the one of :mod:`lm2_kernels.backends.dropout`.
+``memory_attention_backward(dout, query, key, value, slot_mask, seed, out, lse, causal, slot_offset,
+scale, top_k, dropout_p, needs_dquery, needs_dkey_value) -> (dquery, dkey_value)``
+    ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer, ready for a packed projection.
+
+``memory_update_forward(hidden, candidate, memory, input_gate, forget_gate, output_gate, gate_bias,
+output) -> (output, new_memory)``
+    ``candidate``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and ``memory``
+    have it or float32, and give their dtype to the two results. ``output``: "read" or "memory".
+``memory_update_backward(doutput, dnew_memory, candidate, memory, input_gate, forget_gate,
+output_gate, gate_bias, output, needs_dcandidate, needs_dmemory, needs_dgates)
+-> (dcandidate, dmemory, dgates)``
+    ``dgates`` (B, T, G, D): of the input, forget and (G = 3) output gate, not yet summed over a
+    broadcast T. The gradient of ``hidden`` is ``doutput`` itself.
+
+``residual_layer_norm_forward(x, residual, weight, bias, eps) -> (out, mean, rstd)``
+    ``mean``, ``rstd`` (B, T), float32 (float64 for float64).
+``residual_layer_norm_backward(dout, x, residual, weight, mean, rstd, needs_dx, needs_dparams)
+-> (dx, dweight, dbias)``
+    ``dx`` serves both summands; it is float32 where their dtypes differ.
+
+``pooled_gate_forward(x, weight, pooled_sum, prefix, num_pooled) -> (pooled, new_sum)``
+    ``new_sum`` (B, D), float32 (float64 for float64).
+``pooled_gate_backward(dpooled, dnew_sum, x, weight, prefix, num_pooled, needs_dx, needs_dweight,
+needs_dpooled_sum) -> (dx, dweight, dpooled_sum)``
+
+``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
+tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+
+Backends never import one another. What two of them share lives in
+:mod:`lm2_kernels.backends.composite` and :mod:`lm2_kernels.backends.dropout`.
+"""
+
+import contextlib
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
+# in the order of preference
+NAMES = ("triton", "cpp", "eager")
+CHOICES = (*NAMES, "auto")
+ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
+
+_modules: dict[str, ModuleType] = {}
+_import_errors: dict[str, str] = {}
+_requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+_recordings: list[list[tuple[str, str]]] = []
+_warned: set[tuple[str, str]] = set()
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> str | None:
+    """Import a backend once. Returns why it cannot be imported, or None."""
+    if name not in _modules and name not in _import_errors:
+        try:
+            _modules[name] = importlib.import_module(f"{__name__}.{name}")
+        except ImportError as error:
+            if error.name == f"{__name__}.{name}":
+                _import_errors[name] = "it is not part of this installation"
+            else:
+                _import_errors[name] = f"it does not import: {error}"
+    return _import_errors.get(name)
+
+
+def get(name: str) -> ModuleType:
+    """The backend's module. Raises RuntimeError with the reason where it cannot be imported."""
+    reason = _load(name)
+    if reason is not None:
+        raise RuntimeError(f"backend '{name}' is not available: {reason}")
+    return _modules[name]
+
+
+def unsupported_reason(name: str, op: str, *tensors: Tensor) -> str | None:
+    """Why backend ``name`` cannot run ``op`` on these tensors, or None if it can."""
+    reason = _load(name)
+    if reason is not None:
+        return reason
+    return _modules[name].unsupported_reason(op, *tensors)
+
+
+def check_choice(backend: str) -> None:
+    """Raise ValueError unless ``backend`` is a known name or "auto"."""
+    if backend not in CHOICES:
+        names = ", ".join(f"'{name}'" for name in CHOICES)
+        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+
+
+def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> str:
+    """The backend for this call: the argument, else the default, else the first that can.
+
+    The default is what :class:`use_backend` set, else the environment variable
+    ``LM2_KERNELS_BACKEND``, else "auto".
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: a backend asked for by name cannot run this call; the text says why.
+    """
+    request = _requested if backend is None else backend
+    check_choice(request)
+    if request != "auto":
+        reason = unsupported_reason(request, op, *tensors)
+        if reason is not None:
+            raise RuntimeError(
+                f"{op}: backend '{request}' cannot run this call: {reason}. "
+                f"Use backend='auto' or another backend"
+            )
+        return request
+    for name in NAMES:
+        reason = unsupported_reason(name, op, *tensors)
+        if reason is None:
+            return name
+        if tensors[0].device.type != "cpu" and not torch.compiler.is_compiling():
+            _warn_once(op, f"backend '{name}' is not used on {tensors[0].device.type}: {reason}")
+    raise RuntimeError(f"{op}: no backend can run this call: {reason}")
+
+
+def _warn_once(op: str, text: str) -> None:
+    if (op, text) not in _warned:
+        _warned.add((op, text))
+        warnings.warn(f"{op}: {text}", stacklevel=3)
+
+
+def call(name: str, function: str, *args):
+    """Run ``<op>_forward`` or ``<op>_backward`` of a backend, and record that it ran."""
+    record(function, name)
+    implementation = getattr(_modules[name], function)
+    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    if torch.is_autocast_enabled(device):
+        # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
+        with torch.autocast(device, enabled=False):
+            return implementation(*args)
+    return implementation(*args)
+
+
+def record(function: str, name: str) -> None:
+    """Note in every open :func:`recording` that ``name`` ran ``function``."""
+    for recorded in _recordings:
+        recorded.append((function, name))
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[str, str]]]:
+    """Collect ``(function, backend)`` for every backend call made in the block.
+
+    A call that triton or cpp hands to the composite path is followed by a second entry with the
+    backend's name and ``/composite``.
+    """
+    recorded: list[tuple[str, str]] = []
+    _recordings.append(recorded)
+    try:
+        yield recorded
+    finally:
+        # by identity: two recordings may hold equal lists
+        _recordings[:] = [r for r in _recordings if r is not recorded]
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Set the default backend, until the ``with`` block ends or for good.
+
+    ``use_backend("eager")`` alone is a setter for the whole process; as a context manager it
+    restores the earlier default. ``"auto"`` takes the first backend that can run each call.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+
+    def __init__(self, backend: str):
+        global _requested
+        check_choice(backend)
+        self._previous = _requested
+        _requested = backend
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def requested_backend() -> str:
+    """The default backend in force: a backend's name or "auto"."""
+    return _requested

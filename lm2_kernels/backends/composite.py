@@ -1,0 +1,188 @@
+"""Memory attention from PyTorch's own operators, in blocks of query rows, on any device.
+
+The eager backend runs it, and so does any other backend for what its kernels do not cover. At most
+one block of scores exists at a time; backward computes it again. Arithmetic is float32 (float64 for
+float64).
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.backends import dropout
+
+# elements of one block of scores: 16 MiB in float32, a few rows of every (batch, head) pair
+_BLOCK_ELEMENTS = 1 << 22
+# fewer rows than this make the matrix products degenerate
+_MIN_BLOCK_ROWS = 32
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _row_blocks(
+    query: Tensor, num_slots: int, causal: bool, slot_offset: int
+) -> Iterator[tuple[int, int, int]]:
+    """(first row, end row, end of the slots these rows can see) of each block."""
+    batch, num_tokens, num_heads, _ = query.shape
+    row_elements = max(1, batch * num_heads * num_slots)
+    rows = max(_MIN_BLOCK_ROWS, _BLOCK_ELEMENTS // row_elements)
+    for start in range(0, num_tokens, rows):
+        end = min(num_tokens, start + rows)
+        yield start, end, min(num_slots, slot_offset + end) if causal else num_slots
+
+
+def _by_head(x: Tensor, slot_mask: Tensor | None = None) -> Tensor:
+    """(B, L, H, K) to (B, H, L, K) in the accumulation dtype; masked slots become 0."""
+    x = x.transpose(1, 2).to(accumulation_dtype(x))
+    if slot_mask is not None:
+        # 0 * NaN is NaN: a masked slot takes no part whatever it holds
+        x = x.masked_fill(~slot_mask[:, None, :, None], 0.0)
+    return x
+
+
+def _scores(
+    query: Tensor,  # (B, H, rows, K)
+    key: Tensor,  # (B, H, visible, K)
+    slot_mask: Tensor | None,
+    causal: bool,
+    first_slot: int,  # the last slot that the block's first row sees
+    scale: float,
+) -> Tensor:
+    """Scores of one block, -inf where a row does not see a slot. (B, H, rows, visible)"""
+    scores = (query @ key.transpose(-1, -2)).mul_(scale)
+    rows, slots = scores.shape[-2:]
+    if causal and slots > first_slot + 1:
+        hidden = torch.ones(rows, slots, dtype=torch.bool, device=scores.device)
+        scores.masked_fill_(hidden.triu_(first_slot + 1), -math.inf)
+    if slot_mask is not None:
+        scores.masked_fill_(~slot_mask[:, None, None, :slots], -math.inf)
+    return scores
+
+
+def _probabilities(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
+    """Softmax of one block of scores; a row that sees no slot becomes 0."""
+    probabilities = torch.softmax(scores, dim=-1)
+    if slot_mask is None:
+        return probabilities
+    return probabilities.masked_fill_((scores == -math.inf).all(dim=-1, keepdim=True), 0.0)
+
+
+def _kept(
+    scores: Tensor,  # (B, H, rows, visible)
+    seed: Tensor | None,
+    first_row: int,
+    num_tokens: int,
+    top_k: int | None,
+    dropout_p: float,
+) -> Tensor | None:
+    """The factor that top-k and dropout put on each probability, or None for all ones."""
+    batch, num_heads, rows, visible = scores.shape
+    factor = None
+    if top_k is not None and top_k < visible:
+        # chosen by score, not by probability: forward and backward see the same bits
+        chosen = scores.topk(top_k, dim=-1).indices
+        factor = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
+    if seed is not None:
+        pair = torch.arange(batch * num_heads, device=scores.device).view(batch, num_heads, 1)
+        row = torch.arange(first_row, first_row + rows, device=scores.device)
+        keep = dropout.keep_mask(seed, dropout_p, pair * num_tokens + row, visible)
+        keep = keep.to(scores.dtype).mul_(1.0 / (1.0 - dropout_p))
+        factor = keep if factor is None else factor.mul_(keep)
+    return factor
+
+
+def memory_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    slot_offset: int,
+    scale: float,
+    top_k: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    batch, num_tokens, num_heads, _ = query.shape
+    num_slots = key.shape[1]
+    keys, values = _by_head(key, slot_mask), _by_head(value, slot_mask)
+    queries = query.transpose(1, 2)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(
+        batch, num_heads, num_tokens, dtype=accumulation_dtype(query), device=query.device
+    )
+    for start, end, visible in _row_blocks(query, num_slots, causal, slot_offset):
+        rows = queries[:, :, start:end].to(keys.dtype)
+        scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
+        row_lse = torch.logsumexp(scores, dim=-1)
+        lse[:, :, start:end] = row_lse.masked_fill_(row_lse == -math.inf, math.inf)
+        factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
+        probabilities = _probabilities(scores, slot_mask)
+        if factor is not None:
+            probabilities.mul_(factor)
+        out[:, start:end] = (probabilities @ values[:, :, :visible]).transpose(1, 2)
+    return out, lse
+
+
+def memory_attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    slot_offset: int,
+    scale: float,
+    top_k: int | None,
+    dropout_p: float,
+    needs_dquery: bool,
+    needs_dkey_value: bool,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`.
+
+    With A the probabilities, Z their top-k and dropout factor and dA = Z * (dR V^T):
+    ``dS = A * (dA - rowsum(dA * A)) * scale``, ``dQ = dS K``, ``dK = dS^T Q``,
+    ``dV = (A * Z)^T dR``.
+    """
+    batch, num_tokens, num_heads, _ = query.shape
+    num_slots = key.shape[1]
+    keys, values = _by_head(key, slot_mask), _by_head(value, slot_mask)
+    queries, douts = query.transpose(1, 2), dout.transpose(1, 2)
+    dquery, dkey_value = query.new_empty(0), query.new_empty(0)
+    if needs_dquery:
+        dquery = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    if needs_dkey_value:
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+    for start, end, visible in _row_blocks(query, num_slots, causal, slot_offset):
+        rows = queries[:, :, start:end].to(keys.dtype)
+        drows = douts[:, :, start:end].to(keys.dtype)
+        scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
+        factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
+        probabilities = _probabilities(scores, slot_mask)
+        dprobabilities = drows @ values[:, :, :visible].transpose(-1, -2)
+        used = probabilities
+        if factor is not None:
+            used = probabilities * factor
+            dprobabilities.mul_(factor)
+        if needs_dkey_value:
+            dvalues[:, :, :visible] += used.transpose(-1, -2) @ drows
+        # equal to rowsum(dR * R), but without the rounding of R
+        delta = (dprobabilities * probabilities).sum(dim=-1, keepdim=True)
+        dscores = dprobabilities.sub_(delta).mul_(probabilities).mul_(scale)
+        if needs_dquery:
+            dquery[:, start:end] = (dscores @ keys[:, :, :visible]).transpose(1, 2)
+        if needs_dkey_value:
+            dkeys[:, :, :visible] += dscores.transpose(-1, -2) @ rows
+    if needs_dkey_value:
+        dkey_value = torch.stack((dkeys, dvalues), dim=2).permute(0, 3, 2, 1, 4)
+        dkey_value = dkey_value.to(key.dtype).contiguous()
+    return dquery, dkey_value

@@ -1,0 +1,223 @@
+"""The eager backend: every op with a hand-derived backward, from PyTorch's own operators.
+
+It runs on every device and dtype PyTorch has, never keeps a (T, N) matrix for backward, and is the
+step between the oracle's autograd and the kernels: the same formulas, in readable form.
+"""
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.backends.composite import (
+    accumulation_dtype,
+    memory_attention_backward,
+    memory_attention_forward,
+)
+
+__all__ = [
+    "memory_attention_backward",
+    "memory_attention_forward",
+    "memory_update_backward",
+    "memory_update_forward",
+    "pooled_gate_backward",
+    "pooled_gate_forward",
+    "residual_layer_norm_backward",
+    "residual_layer_norm_forward",
+    "unsupported_reason",
+]
+
+
+def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
+    """Nothing is unsupported: functional has checked the dtypes."""
+    return None
+
+
+def _gates(
+    input_gate: Tensor, forget_gate: Tensor, gate_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    input_gate, forget_gate = input_gate.to(dtype), forget_gate.to(dtype)
+    if gate_bias is not None:
+        input_bias, forget_bias = gate_bias.to(dtype).chunk(2, dim=-1)
+        input_gate, forget_gate = input_gate + input_bias, forget_gate + forget_bias
+    return torch.sigmoid(input_gate), torch.sigmoid(forget_gate)
+
+
+def memory_update_forward(
+    hidden: Tensor,
+    candidate: Tensor,
+    memory: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    output_gate: Tensor | None,
+    gate_bias: Tensor | None,
+    output: str,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    dtype = accumulation_dtype(candidate)
+    c, p = candidate.to(dtype), memory.to(dtype)
+    i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
+    new_memory = i * torch.tanh(c) + f * p
+    if output_gate is None:
+        shown = new_memory
+    else:
+        shown = torch.sigmoid(output_gate.to(dtype)) * (c if output == "read" else p)
+    return (hidden.to(dtype) + shown).to(hidden.dtype), new_memory.to(memory.dtype)
+
+
+def memory_update_backward(
+    doutput: Tensor | None,
+    dnew_memory: Tensor | None,
+    candidate: Tensor,
+    memory: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    output_gate: Tensor | None,
+    gate_bias: Tensor | None,
+    output: str,
+    needs_dcandidate: bool,
+    needs_dmemory: bool,
+    needs_dgates: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`.
+
+    With i, f, g the gates after the sigmoid, u = tanh(C), dM the gradient that reaches M' (release:
+    dM' + dout, as the output shows M'):
+    ``dC = dM i (1 - u^2)``, ``dP = dM f``, ``dz_i = dM u i (1 - i)``, ``dz_f = dM P f (1 - f)``;
+    with an output gate, ``dz_g = dout S g (1 - g)`` and ``dS += dout g`` for what it shows, S.
+    """
+    dtype = accumulation_dtype(candidate)
+    c, p = candidate.to(dtype), memory.to(dtype)
+    i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
+    u = torch.tanh(c)
+    zero = torch.zeros((), dtype=dtype, device=c.device)
+    dout = zero if doutput is None else doutput.to(dtype)
+    dnew = zero if dnew_memory is None else dnew_memory.to(dtype)
+    if output_gate is None:
+        dnew = dnew + dout
+    dcandidate, dmemory = dnew * i * (1 - u * u), dnew * f
+    dgates = [dnew * u * i * (1 - i), dnew * p * f * (1 - f)]
+    if output_gate is not None:
+        g = torch.sigmoid(output_gate.to(dtype))
+        dshown = dout * g
+        if output == "read":
+            dgates.append(dshown * c * (1 - g))
+            dcandidate = dcandidate + dshown
+        else:
+            dgates.append(dshown * p * (1 - g))
+            dmemory = dmemory + dshown
+    none = candidate.new_empty(0)
+    shape = candidate.shape
+    return (
+        _result(dcandidate, shape, candidate.dtype) if needs_dcandidate else none,
+        _result(dmemory, shape, memory.dtype) if needs_dmemory else none.clone(),
+        torch.stack([d.expand(shape) for d in dgates], dim=2).to(input_gate.dtype)
+        if needs_dgates
+        else none.clone(),
+    )
+
+
+def _result(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).expand(shape).contiguous()
+
+
+def residual_layer_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    dtype = accumulation_dtype(x)
+    total = x.to(dtype) + residual.to(dtype)
+    mean = total.mean(dim=-1)
+    centred = total - mean[..., None]
+    rstd = torch.rsqrt(centred.square().mean(dim=-1) + eps)
+    out = centred * rstd[..., None] * weight.to(dtype) + bias.to(dtype)
+    return out.to(x.dtype), mean, rstd
+
+
+def residual_layer_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`.
+
+    With n the normalised sum and g = dout * weight:
+    ``dx = rstd * (g - mean(g) - n mean(g n))``, ``dweight = sum(dout n)``, ``dbias = sum(dout)``.
+    """
+    dtype = accumulation_dtype(x)
+    dout = dout.to(dtype)
+    normed = (x.to(dtype) + residual.to(dtype) - mean[..., None]) * rstd[..., None]
+    none = x.new_empty(0)
+    dx, dweight, dbias = none, none.clone(), none.clone()
+    if needs_dx:
+        g = dout * weight.to(dtype)
+        dx = g - g.mean(dim=-1, keepdim=True) - normed * (g * normed).mean(dim=-1, keepdim=True)
+        dx = (dx * rstd[..., None]).to(x.dtype if x.dtype == residual.dtype else dtype)
+        dx = dx.contiguous()
+    if needs_dparams:
+        dweight = (dout * normed).sum(dim=(0, 1)).to(weight.dtype)
+        dbias = dout.sum(dim=(0, 1)).to(weight.dtype)
+    return dx, dweight, dbias
+
+
+def pooled_gate_forward(
+    x: Tensor, weight: Tensor, pooled_sum: Tensor | None, prefix: bool, num_pooled: int
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    dtype = accumulation_dtype(x)
+    active = torch.relu(weight.to(dtype) * x.to(dtype))
+    if not prefix:
+        total = active.sum(dim=1)
+        return (total / x.shape[1]).to(x.dtype)[:, None], total
+    running = active.cumsum(dim=1)
+    if pooled_sum is not None:
+        running = running + pooled_sum.to(dtype)[:, None]
+    return (running / _count(x, num_pooled, dtype)).to(x.dtype), running[:, -1].contiguous()
+
+
+def _count(x: Tensor, num_pooled: int, dtype: torch.dtype) -> Tensor:
+    """How many tokens each prefix mean is over. (T, 1)"""
+    token = torch.arange(1, x.shape[1] + 1, dtype=dtype, device=x.device)
+    return (token + num_pooled)[:, None]
+
+
+def pooled_gate_backward(
+    dpooled: Tensor | None,
+    dnew_sum: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    prefix: bool,
+    num_pooled: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dpooled_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`.
+
+    da is the gradient of relu(w x): dpooled / T, or with ``prefix`` the sum over later tokens of
+    dpooled / count, plus dnew_sum. ``dx = da w [w x > 0]``, ``dw = sum(da x [w x > 0])``,
+    ``dpooled_sum = sum_t dpooled / count + dnew_sum``.
+    """
+    dtype = accumulation_dtype(x)
+    dactive = torch.zeros((), dtype=dtype, device=x.device).expand(x.shape)
+    if dpooled is not None and prefix:
+        share = dpooled.to(dtype) / _count(x, num_pooled, dtype)
+        dactive = share.flip(1).cumsum(dim=1).flip(1)
+    elif dpooled is not None:
+        dactive = (dpooled.to(dtype) / x.shape[1]).expand(x.shape)
+    if dnew_sum is not None:
+        dactive = dactive + dnew_sum.to(dtype)[:, None]
+    none = x.new_empty(0)
+    dx, dweight, dpooled_sum = none, none.clone(), none.clone()
+    w, values = weight.to(dtype), x.to(dtype)
+    masked = torch.where(w * values > 0, dactive, 0.0)
+    if needs_dx:
+        dx = (masked * w).to(x.dtype).contiguous()
+    if needs_dweight:
+        dweight = (masked * values).sum(dim=(0, 1)).to(weight.dtype)
+    if needs_dpooled_sum:
+        dpooled_sum = dactive[:, 0].contiguous()
+    return dx, dweight, dpooled_sum

@@ -1,0 +1,2 @@
+def unsupported_reason(op, *tensors):
+    return "being written"

@@ -1,0 +1,67 @@
+"""How a kernel is launched: on which target, under which device guard, and whether at all."""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+from torch import Tensor
+
+# True where launches on CPU tensors are meant: Triton's interpreter, or the test suite's driver
+CPU_LAUNCH_ALLOWED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def interpreted() -> bool:
+    """True when Triton's own interpreter runs the kernels (it must be asked for before import)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@functools.lru_cache(maxsize=None)
+def target(device_index: int | None) -> str:
+    """What the launch tables are keyed by: "sm_80", "sm_90", "sm_100", "small" or "gfx942".
+
+    "small" stands for GPUs whose thread blocks get at most 100 KB of shared memory.
+    """
+    if interpreted():
+        return "sm_80"
+    with device_guard(None if device_index is None else torch.device("cuda", device_index)):
+        current = triton.runtime.driver.active.get_current_target()
+    if current.backend == "hip":
+        return "gfx942"
+    if current.arch in (86, 87, 89) or current.arch >= 110:
+        return "small"
+    if current.arch >= 100:
+        return "sm_100"
+    return "sm_90" if current.arch >= 90 else "sm_80"
+
+
+def target_of(tensor: Tensor) -> str:
+    """The launch target of the device that holds ``tensor``."""
+    return target(tensor.device.index)
+
+
+def device_guard(device: torch.device | None):
+    """Make the tensors' device current: Triton launches on the current device, wherever they are."""
+    if device is None or device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def last_contiguous(tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself, or a copy where its last axis is not contiguous (expanded, transposed)."""
+    if tensor is None or tensor.shape[-1] == 1 or tensor.stride(-1) == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+def row_strides(tensor: Tensor | None, num_axes: int = 2) -> tuple[int, ...]:
+    """Strides of all axes but the last; 0 for an axis of one element, which so broadcasts.
+
+    A missing tensor gets ``num_axes`` zeros, which a kernel never uses.
+    """
+    if tensor is None:
+        return (0,) * num_axes
+    return tuple(
+        0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in range(tensor.dim() - 1)
+    )

@@ -1,0 +1,710 @@
+"""Memory attention in Triton: tokens read the memory slots.
+
+Four kernels, none of which writes to an address that another program touches: the forward; and for
+the backward one each for ``delta``, for dK with dV, and for dQ. Scores are recomputed tile by tile
+and never stored. Letters as in :mod:`lm2_kernels.reference`; ``o`` is ``slot_offset``.
+
+What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), a
+positive ``scale``, or finite values in slots that are masked off.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lm2_kernels import backends
+from lm2_kernels.backends import composite, dropout
+from lm2_kernels.backends.triton import launch, tables
+from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# a group of heads is scheduled together while what its programs share stays within this many bytes:
+# well inside the level 2 cache of the data centre GPUs (40 MB and more)
+_GROUP_BYTES = 16 << 20
+
+# change from call to call, and nothing in the code depends on their divisibility
+_NOT_SPECIALIZED = [
+    "num_tokens",
+    "num_slots",
+    "num_heads",
+    "slot_offset",
+    "scale",
+    "threshold",
+    "keep_scale",
+    "heads_per_group",
+]
+
+
+@triton.jit
+def _head_and_block(num_blocks, heads_per_group):
+    """Which (batch, head) pair and which of its blocks this program owns.
+
+    The grid is one axis of ``B * H * num_blocks`` programs. Groups of heads follow one another, so
+    that the tensors which the programs of a head share are still cached when they are read again.
+    Within a group, block 0 of every head comes first, then block 1, and so on: callers number the
+    blocks from the one with the most work, and the short ones fill the gaps at the end.
+    """
+    pid = tl.program_id(0)
+    num_pairs = tl.num_programs(0) // num_blocks
+    group = pid // (heads_per_group * num_blocks)
+    first_pair = group * heads_per_group
+    pid_in_group = pid - first_pair * num_blocks
+    num_in_group = tl.minimum(heads_per_group, num_pairs - first_pair)
+    return first_pair + pid_in_group % num_in_group, pid_in_group // num_in_group
+
+
+@triton.jit
+def _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Load a tile of rows of one head: (rows, BLOCK_K), zeros where masked or past the width."""
+    if HEAD_WIDTH == BLOCK_K:
+        return tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
+    return tl.load(ptrs, mask=mask_rows[:, None] & (offs_k < HEAD_WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_rows(ptrs, tile, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    tile = tile.to(ptrs.dtype.element_ty)
+    if HEAD_WIDTH == BLOCK_K:
+        tl.store(ptrs, tile, mask=mask_rows[:, None])
+    else:
+        tl.store(ptrs, tile, mask=mask_rows[:, None] & (offs_k < HEAD_WIDTH)[None, :])
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _memory_attention_fwd_kernel(
+    query_ptr,  # (B, T, H, K)
+    key_ptr,  # (B, N, H, K)
+    value_ptr,  # (B, N, H, K)
+    slot_mask_ptr,  # (B, N) uint8, or None
+    seed_ptr,  # int64 scalar, or None
+    out_ptr,  # (B, T, H, K) contiguous
+    lse_ptr,  # (B, H, T) contiguous
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    num_tokens: tl.int32,
+    num_slots: tl.int32,
+    num_heads: tl.int32,
+    slot_offset: tl.int32,
+    scale: tl.float32,
+    threshold: tl.int64,
+    keep_scale: tl.float32,
+    heads_per_group: tl.int32,
+    HEAD_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_T rows of one head and runs over the slots that they see."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    pid_bh, pid_t = _head_and_block(num_blocks, heads_per_group)
+    # the last rows see the most slots
+    pid_t = num_blocks - 1 - pid_t
+    # 64-bit, because a batch index times its stride may pass 2^31
+    b = (pid_bh // num_heads).to(tl.int64)
+    h = (pid_bh % num_heads).to(tl.int64)
+
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < num_tokens
+    offs_t64 = offs_t.to(tl.int64)
+    offs_n64 = offs_n.to(tl.int64)
+
+    query_ptr += b * stride_qb + h * stride_qh
+    q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
+    key_ptr += b * stride_kb + h * stride_kh
+    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
+    value_ptr += b * stride_vb + h * stride_vh
+    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
+    step = tl.full([], BLOCK_N, tl.int64)
+
+    if HAS_MASK:
+        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+        first_visible = tl.full([BLOCK_N], 2147483647, tl.int32)
+    if HAS_DROPOUT:
+        rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
+        key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
+
+    q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    scale_log2 = scale * _LOG2_E
+    # the running maximum and sum are those of the scores in units of log 2
+    row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+
+    end = num_slots
+    if CAUSAL:
+        end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
+    for start in range(0, end, BLOCK_N):
+        slots = start + offs_n
+        mask_n = slots < num_slots
+        if HAS_MASK:
+            mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
+            first_visible = tl.minimum(first_visible, tl.where(mask_n, slots, 2147483647))
+            slot_mask_ptrs += step * stride_mn
+        if CAUSAL:
+            # rows below num_tokens see no slot at or past num_slots
+            visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
+            if HAS_MASK:
+                visible = visible & mask_n[None, :]
+        else:
+            visible = mask_n[None, :]
+
+        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        # multiplied before the maximum is taken: the scale may be negative
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        scores = tl.where(visible, scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # while a row has seen nothing above -inf, the difference would be NaN
+        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+        p = tl.exp2(scores - finite_max[:, None])
+        alpha = tl.exp2(row_max - finite_max)
+        row_sum = row_sum * alpha + tl.sum(p, 1)
+        row_max = new_max
+        if HAS_DROPOUT:
+            keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
+            p = tl.where(keep, p, 0.0)
+
+        # masked slots must not be read as they are: 0 * NaN would reach every row
+        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        k_ptrs += step * stride_kn
+        v_ptrs += step * stride_vn
+
+    # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
+    lse = row_max * _LN_2 + tl.log(row_sum)
+    if HAS_MASK:
+        if CAUSAL:
+            sees_any = tl.min(first_visible, 0) <= slot_offset + offs_t
+        else:
+            sees_any = (tl.min(first_visible, 0) < num_slots) & mask_t
+        lse = tl.where(sees_any, lse, float("inf"))
+        row_sum = tl.where(sees_any, row_sum, 1.0)
+    factor = 1.0 / row_sum
+    if HAS_DROPOUT:
+        factor = factor * keep_scale
+    acc = acc * factor[:, None]
+
+    tl.store(lse_ptr + pid_bh.to(tl.int64) * num_tokens + offs_t, lse, mask=mask_t)
+    out_rows = (b * num_tokens + offs_t64) * num_heads + h
+    out_ptrs = out_ptr + out_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
+    _store_rows(out_ptrs, acc, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _memory_attention_bwd_delta_kernel(
+    dout_ptr,  # (B, T, H, K)
+    out_ptr,  # (B, T, H, K)
+    delta_ptr,  # (B, H, T) contiguous
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    num_tokens: tl.int32,
+    num_heads: tl.int32,
+    HEAD_WIDTH: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    pid_bh = tl.program_id(0) // num_blocks
+    pid_t = tl.program_id(0) % num_blocks
+    b = (pid_bh // num_heads).to(tl.int64)
+    h = (pid_bh % num_heads).to(tl.int64)
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < num_tokens
+    offs_t64 = offs_t.to(tl.int64)
+
+    dout_ptr += b * stride_dob + h * stride_doh
+    dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
+    out_ptr += b * stride_ob + h * stride_oh
+    out_ptrs = out_ptr + offs_t64[:, None] * stride_ot + offs_k[None, :]
+    dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
+    out = _load_rows(out_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
+    delta = tl.sum(dout * out, 1)
+    tl.store(delta_ptr + pid_bh.to(tl.int64) * num_tokens + offs_t, delta, mask=mask_t)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _memory_attention_bwd_dkey_value_kernel(
+    dout_ptr,  # (B, T, H, K)
+    query_ptr,  # (B, T, H, K)
+    key_ptr,  # (B, N, H, K)
+    value_ptr,  # (B, N, H, K)
+    slot_mask_ptr,  # (B, N) uint8, or None
+    seed_ptr,  # int64 scalar, or None
+    lse_ptr,  # (B, H, T) contiguous
+    delta_ptr,  # (B, H, T) contiguous
+    dkey_value_ptr,  # (B, N, 2, H, K) contiguous
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    num_tokens: tl.int32,
+    num_slots: tl.int32,
+    num_heads: tl.int32,
+    slot_offset: tl.int32,
+    scale: tl.float32,
+    threshold: tl.int64,
+    keep_scale: tl.float32,
+    heads_per_group: tl.int32,
+    HEAD_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_N slots of one head and runs over the rows that see them.
+
+    Scores are held transposed, (BLOCK_N, BLOCK_T), so that they enter the second products as they
+    are.
+    """
+    # the first slots are seen by the most rows
+    pid_bh, pid_n = _head_and_block(tl.cdiv(num_slots, BLOCK_N), heads_per_group)
+    b = (pid_bh // num_heads).to(tl.int64)
+    h = (pid_bh % num_heads).to(tl.int64)
+
+    first_row = 0
+    if CAUSAL:
+        # slot n is seen from row n - o on
+        first_row = tl.maximum(pid_n * BLOCK_N - slot_offset, 0) // BLOCK_T * BLOCK_T
+
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_stored = offs_n < num_slots
+    mask_n = mask_stored
+    offs_n64 = offs_n.to(tl.int64)
+    rows_64 = (first_row + offs_t).to(tl.int64)
+    if HAS_MASK:
+        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+        mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
+
+    key_ptr += b * stride_kb + h * stride_kh
+    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
+    value_ptr += b * stride_vb + h * stride_vh
+    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
+    k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+    v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+
+    query_ptr += b * stride_qb + h * stride_qh
+    q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
+    dout_ptr += b * stride_dob + h * stride_doh
+    dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
+    first_score_row = pid_bh.to(tl.int64) * num_tokens
+    lse_ptr += first_score_row
+    delta_ptr += first_score_row
+    step = tl.full([], BLOCK_T, tl.int64)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+
+    scale_log2 = scale * _LOG2_E
+    dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(first_row, num_tokens, BLOCK_T):
+        rows = start + offs_t
+        mask_t = rows < num_tokens
+        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        # +inf: rows past the end, and rows that see no slot, have no probabilities
+        lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = tl.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
+        if CAUSAL:
+            visible = offs_n[:, None] <= (slot_offset + rows)[None, :]
+            if HAS_MASK:
+                visible = visible & mask_n[:, None]
+            p = tl.where(visible, p, 0.0)
+        elif HAS_MASK:
+            p = tl.where(mask_n[:, None], p, 0.0)
+
+        dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
+        if HAS_DROPOUT:
+            key_a, key_b = dropout_row_keys(seed, first_score_row + rows)
+            keep = dropout_keep(key_a[None, :], key_b[None, :], offs_n[:, None], threshold)
+            kept = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        else:
+            kept = p
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptrs += step * stride_qt
+        dout_ptrs += step * stride_dot
+
+    dk = dk * scale
+    if HAS_DROPOUT:
+        dv = dv * keep_scale
+    if HAS_MASK:
+        # a masked slot gets exactly 0, whatever the rows hold
+        dk = tl.where(mask_n[:, None], dk, 0.0)
+        dv = tl.where(mask_n[:, None], dv, 0.0)
+    dk_rows = (b * num_slots + offs_n64) * 2 * num_heads + h
+    dk_ptrs = dkey_value_ptr + dk_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
+    _store_rows(dk_ptrs, dk, mask_stored, offs_k, HEAD_WIDTH, BLOCK_K)
+    dv_ptrs = dk_ptrs + num_heads * HEAD_WIDTH
+    _store_rows(dv_ptrs, dv, mask_stored, offs_k, HEAD_WIDTH, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+def _memory_attention_bwd_dquery_kernel(
+    dout_ptr,  # (B, T, H, K)
+    query_ptr,  # (B, T, H, K)
+    key_ptr,  # (B, N, H, K)
+    value_ptr,  # (B, N, H, K)
+    slot_mask_ptr,  # (B, N) uint8, or None
+    seed_ptr,  # int64 scalar, or None
+    lse_ptr,  # (B, H, T) contiguous
+    delta_ptr,  # (B, H, T) contiguous
+    dquery_ptr,  # (B, T, H, K) contiguous
+    stride_dob,
+    stride_dot,
+    stride_doh,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    num_tokens: tl.int32,
+    num_slots: tl.int32,
+    num_heads: tl.int32,
+    slot_offset: tl.int32,
+    scale: tl.float32,
+    threshold: tl.int64,
+    keep_scale: tl.float32,
+    heads_per_group: tl.int32,
+    HEAD_WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program owns BLOCK_T rows of one head and runs over the slots that they see."""
+    num_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    pid_bh, pid_t = _head_and_block(num_blocks, heads_per_group)
+    pid_t = num_blocks - 1 - pid_t
+    b = (pid_bh // num_heads).to(tl.int64)
+    h = (pid_bh % num_heads).to(tl.int64)
+
+    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_t = offs_t < num_tokens
+    offs_t64 = offs_t.to(tl.int64)
+    offs_n64 = offs_n.to(tl.int64)
+
+    query_ptr += b * stride_qb + h * stride_qh
+    q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
+    dout_ptr += b * stride_dob + h * stride_doh
+    dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
+    q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
+    lse = tl.load(lse_ptr + score_rows, mask=mask_t, other=float("inf"))
+    delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
+    lse_log2 = lse * _LOG2_E
+
+    key_ptr += b * stride_kb + h * stride_kh
+    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
+    value_ptr += b * stride_vb + h * stride_vh
+    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
+    step = tl.full([], BLOCK_N, tl.int64)
+    if HAS_MASK:
+        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+    if HAS_DROPOUT:
+        key_a, key_b = dropout_row_keys(tl.load(seed_ptr), score_rows)
+
+    scale_log2 = scale * _LOG2_E
+    dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
+    end = num_slots
+    if CAUSAL:
+        end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
+    for start in range(0, end, BLOCK_N):
+        slots = start + offs_n
+        mask_n = slots < num_slots
+        if HAS_MASK:
+            mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
+            slot_mask_ptrs += step * stride_mn
+        if CAUSAL:
+            visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
+            if HAS_MASK:
+                visible = visible & mask_n[None, :]
+        else:
+            visible = mask_n[None, :]
+
+        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        p = tl.where(visible, p, 0.0)
+        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        if HAS_DROPOUT:
+            keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
+            dp = tl.where(keep, dp * keep_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        k_ptrs += step * stride_kn
+        v_ptrs += step * stride_vn
+
+    dq_rows = (b * num_tokens + offs_t64) * num_heads + h
+    dq_ptrs = dquery_ptr + dq_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
+    _store_rows(dq_ptrs, dq * scale, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+
+
+def _composite_reason(head_width: int, top_k: int | None) -> str | None:
+    """Why this call goes to the composite path, or None when the kernels take it."""
+    if top_k is not None:
+        return "top_k needs whole rows of probabilities"
+    if head_width > tables.MAX_HEAD_WIDTH:
+        return f"a head width above {tables.MAX_HEAD_WIDTH} does not fit into registers"
+    return None
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    """``x`` with a contiguous last axis: itself where it has one."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride()[:3]
+
+
+def _mask_arguments(slot_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """The slot mask as the kernels take it, and its strides."""
+    if slot_mask is None:
+        return None, 0, 0
+    return (slot_mask.view(torch.uint8), *slot_mask.stride())
+
+
+def _heads_per_group(rows: int, head_width: int, itemsize: int) -> int:
+    """How many heads to schedule together when the programs of a head share two such tensors."""
+    return max(1, _GROUP_BYTES // (2 * rows * head_width * itemsize))
+
+
+def _block_k(head_width: int) -> int:
+    # 16: the smallest reduction of a tensor core instruction
+    return max(16, triton.next_power_of_2(head_width))
+
+
+def memory_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    causal: bool,
+    slot_offset: int,
+    scale: float,
+    top_k: int | None,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    if _composite_reason(query.shape[-1], top_k) is not None:
+        backends.record("memory_attention_forward", "triton/composite")
+        return composite.memory_attention_forward(
+            query, key, value, slot_mask, seed, causal, slot_offset, scale, top_k, dropout_p
+        )
+    batch, num_tokens, num_heads, head_width = query.shape
+    num_slots = key.shape[1]
+    query, key, value = map(_rows_contiguous, (query, key, value))
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    if batch == 0:
+        return out, lse
+    block_k = _block_k(head_width)
+    config = tables.attention_forward(
+        launch.target_of(query), query.dtype, block_k, batch * num_heads, num_tokens
+    )
+    mask, *mask_strides = _mask_arguments(slot_mask)
+    grid = (batch * num_heads * triton.cdiv(num_tokens, config.block_tokens),)
+    with launch.device_guard(query.device):
+        _memory_attention_fwd_kernel[grid](
+            query,
+            key,
+            value,
+            mask,
+            seed,
+            out,
+            lse,
+            *_strides(query),
+            *_strides(key),
+            *_strides(value),
+            *mask_strides,
+            num_tokens,
+            num_slots,
+            num_heads,
+            slot_offset,
+            scale,
+            dropout.threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            _heads_per_group(num_slots, head_width, key.element_size()),
+            HEAD_WIDTH=head_width,
+            CAUSAL=causal,
+            HAS_MASK=mask is not None,
+            HAS_DROPOUT=seed is not None,
+            BLOCK_T=config.block_tokens,
+            BLOCK_N=config.block_slots,
+            BLOCK_K=block_k,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def memory_attention_backward(
+    dout: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    slot_offset: int,
+    scale: float,
+    top_k: int | None,
+    dropout_p: float,
+    needs_dquery: bool,
+    needs_dkey_value: bool,
+) -> tuple[Tensor, Tensor]:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    if _composite_reason(query.shape[-1], top_k) is not None:
+        backends.record("memory_attention_backward", "triton/composite")
+        return composite.memory_attention_backward(
+            dout,
+            query,
+            key,
+            value,
+            slot_mask,
+            seed,
+            out,
+            lse,
+            causal,
+            slot_offset,
+            scale,
+            top_k,
+            dropout_p,
+            needs_dquery,
+            needs_dkey_value,
+        )
+    batch, num_tokens, num_heads, head_width = query.shape
+    num_slots = key.shape[1]
+    dquery = query.new_empty(query.shape if needs_dquery else 0)
+    dkey_value = query.new_empty(
+        (batch, num_slots, 2, num_heads, head_width) if needs_dkey_value else 0
+    )
+    if batch == 0 or not (needs_dquery or needs_dkey_value):
+        return dquery, dkey_value
+    dout, query, key, value, out = map(_rows_contiguous, (dout, query, key, value, out))
+    delta = torch.empty_like(lse)
+    mask, *mask_strides = _mask_arguments(slot_mask)
+    block_k = _block_k(head_width)
+    target = launch.target_of(query)
+    num_pairs = batch * num_heads
+    inputs = (dout, query, key, value, mask, seed, lse, delta)
+    scalars = (
+        *_strides(dout),
+        *_strides(query),
+        *_strides(key),
+        *_strides(value),
+        *mask_strides,
+        num_tokens,
+        num_slots,
+        num_heads,
+        slot_offset,
+        scale,
+        dropout.threshold(dropout_p),
+        1.0 / (1.0 - dropout_p),
+    )
+    flags = {
+        "HEAD_WIDTH": head_width,
+        "CAUSAL": causal,
+        "HAS_MASK": mask is not None,
+        "HAS_DROPOUT": seed is not None,
+        "BLOCK_K": block_k,
+    }
+    with launch.device_guard(query.device):
+        block_tokens = tables.attention_delta_rows(block_k)
+        _memory_attention_bwd_delta_kernel[(num_pairs * triton.cdiv(num_tokens, block_tokens),)](
+            dout,
+            out,
+            delta,
+            *_strides(dout),
+            *_strides(out),
+            num_tokens,
+            num_heads,
+            HEAD_WIDTH=head_width,
+            BLOCK_T=block_tokens,
+            BLOCK_K=block_k,
+            num_warps=4,
+        )
+        if needs_dkey_value:
+            config = tables.attention_dkey_value(target, query.dtype, block_k)
+            grid = (num_pairs * triton.cdiv(num_slots, config.block_slots),)
+            _memory_attention_bwd_dkey_value_kernel[grid](
+                *inputs,
+                dkey_value,
+                *scalars,
+                _heads_per_group(num_tokens, head_width, query.element_size()),
+                **flags,
+                BLOCK_T=config.block_tokens,
+                BLOCK_N=config.block_slots,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+        if needs_dquery:
+            config = tables.attention_dquery(target, query.dtype, block_k)
+            grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
+            _memory_attention_bwd_dquery_kernel[grid](
+                *inputs,
+                dquery,
+                *scalars,
+                _heads_per_group(num_slots, head_width, query.element_size()),
+                **flags,
+                BLOCK_T=config.block_tokens,
+                BLOCK_N=config.block_slots,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    return dquery, dkey_value

@@ -1,0 +1,367 @@
+"""``LayerNorm(x + residual)`` on a GPU.
+
+The sum, the mean and the variance are taken in float32 from registers, the variance from the
+deviations (mean of squares minus square of the mean loses its digits when the mean is large).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lm2_kernels.backends.triton import launch, tables
+
+# the widest row that is tested; the kernels for wide rows set no limit of their own
+MAX_WIDTH = 32768
+# The backward sums dweight and dbias over rows in a fixed number of programs, that of no device in
+# particular: 512 programs are 97% of 4 full rounds of an H100's 132 multiprocessors. At least 8
+# row blocks each, so that the partial sums stay small beside the rows themselves.
+_MAX_PARTIALS = 512
+_MIN_BLOCKS_PER_PARTIAL = 8
+
+
+@triton.jit
+def _rows(block, num_tokens, num_blocks_t, BLOCK_T: tl.constexpr):
+    """Batch entry and tokens of a row block, in 64 bits: they meet strides that may be anything."""
+    pid_b = (block // num_blocks_t).to(tl.int64)
+    offs_t = ((block % num_blocks_t) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    return pid_b, offs_t, offs_t < num_tokens
+
+
+@triton.jit
+def _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask):
+    offs = pid_b * stride_b + offs_t[:, None] * stride_t + offs_d[None, :]
+    return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks_t"])
+def _residual_layer_norm_fwd_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_xb,
+    stride_xt,
+    stride_rb,
+    stride_rt,
+    num_tokens,
+    num_blocks_t,
+    width,
+    eps: tl.float32,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: one program for each block of BLOCK_T whole rows."""
+    pid_b, offs_t, mask_t = _rows(tl.program_id(0), num_tokens, num_blocks_t, BLOCK_T)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_d = offs_d < width
+    mask = mask_t[:, None] & mask_d[None, :]
+    total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+    total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+
+    mean = tl.sum(total, axis=1) / width
+    # padded lanes hold 0, which is off the mean: they must not enter the variance
+    centered = tl.where(mask, total - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centered * centered, axis=1) / width + eps)
+
+    weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    out = centered * rstd[:, None] * weight[None, :] + bias[None, :]
+    row = pid_b * num_tokens + offs_t
+    out_ptrs = out_ptr + row[:, None] * width + offs_d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean, mask=mask_t)
+    tl.store(rstd_ptr + row, rstd, mask=mask_t)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _residual_layer_norm_fwd_wide_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    stride_xb,
+    stride_xt,
+    stride_rb,
+    stride_rt,
+    num_tokens,
+    width,
+    eps: tl.float32,
+    BLOCK_D: tl.constexpr,
+):
+    """For rows too wide for registers: three loops over the columns, the later two from cache.
+
+    Grid: one program for each row.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    pid_b = row // num_tokens
+    offs_t = row % num_tokens + tl.arange(0, 1)
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask = (offs_d < width)[None, :]
+        acc += _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        acc += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+    mean = tl.sum(acc, axis=1)[:, None] / width
+
+    acc = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask = (offs_d < width)[None, :]
+        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        centered = tl.where(mask, total - mean, 0.0)
+        acc += centered * centered
+    rstd = tl.rsqrt(tl.sum(acc, axis=1)[:, None] / width + eps)
+
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < width
+        mask = mask_d[None, :]
+        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        out = (total - mean) * rstd * weight[None, :] + bias[None, :]
+        out_ptrs = out_ptr + row * width + offs_d[None, :]
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    one = tl.arange(0, 1)[:, None]
+    tl.store(mean_ptr + row + one, mean)
+    tl.store(rstd_ptr + row + one, rstd)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _residual_layer_norm_bwd_means_kernel(
+    dout_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    stride_yb,
+    stride_yt,
+    stride_xb,
+    stride_xt,
+    stride_rb,
+    stride_rt,
+    num_tokens,
+    width,
+    BLOCK_D: tl.constexpr,
+):
+    """The two means over a row that dx needs, for rows too wide for registers. Grid: rows."""
+    row = tl.program_id(0).to(tl.int64)
+    pid_b = row // num_tokens
+    offs_t = row % num_tokens + tl.arange(0, 1)
+    mean = tl.load(mean_ptr + row)
+    rstd = tl.load(rstd_ptr + row)
+    sum_g = tl.zeros((1, BLOCK_D), tl.float32)
+    sum_gn = tl.zeros((1, BLOCK_D), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = offs_d < width
+        mask = mask_d[None, :]
+        dout = _load(dout_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
+        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+        g = dout * weight[None, :]
+        sum_g += g
+        sum_gn += g * tl.where(mask, (total - mean) * rstd, 0.0)
+    offs = tl.arange(0, 1)
+    tl.store(means_ptr + 2 * row + offs, tl.sum(sum_g, axis=1) / width)
+    tl.store(means_ptr + 2 * row + 1 + offs, tl.sum(sum_gn, axis=1) / width)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks_t", "num_blocks"])
+def _residual_layer_norm_bwd_kernel(
+    dout_ptr,
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    dx_ptr,
+    partials_ptr,
+    stride_yb,
+    stride_yt,
+    stride_xb,
+    stride_xt,
+    stride_rb,
+    stride_rt,
+    num_tokens,
+    num_blocks_t,
+    num_blocks,
+    width,
+    HAS_MEANS: tl.constexpr,
+    NEEDS_DX: tl.constexpr,
+    NEEDS_DPARAMS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid: (number of partial sums, column blocks).
+
+    Program p takes the row blocks p, p + P, p + 2 P, ... of its columns and keeps the sums for
+    dweight and dbias: partials (2, P, D). All columns are one block unless HAS_MEANS.
+    """
+    pid = tl.program_id(0)
+    num_partials = tl.num_programs(0)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_d = offs_d < width
+    if NEEDS_DX:
+        weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    dbias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for block in range(pid, num_blocks, num_partials):
+        pid_b, offs_t, mask_t = _rows(block, num_tokens, num_blocks_t, BLOCK_T)
+        row = pid_b * num_tokens + offs_t
+        mask = mask_t[:, None] & mask_d[None, :]
+        dout = _load(dout_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
+        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        mean = tl.load(mean_ptr + row, mask=mask_t, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=mask_t, other=0.0)[:, None]
+        normalised = tl.where(mask, (total - mean) * rstd, 0.0)
+        if NEEDS_DPARAMS:
+            dweight += dout * normalised
+            dbias += dout
+        if NEEDS_DX:
+            g = dout * weight
+            if HAS_MEANS:
+                mean_g = tl.load(means_ptr + 2 * row, mask=mask_t, other=0.0)[:, None]
+                mean_gn = tl.load(means_ptr + 2 * row + 1, mask=mask_t, other=0.0)[:, None]
+            else:
+                mean_g = (tl.sum(g, axis=1) / width)[:, None]
+                mean_gn = (tl.sum(g * normalised, axis=1) / width)[:, None]
+            dx = rstd * (g - mean_g - normalised * mean_gn)
+            dx_ptrs = dx_ptr + row[:, None] * width + offs_d[None, :]
+            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_DPARAMS:
+        partials_ptrs = partials_ptr + pid.to(tl.int64) * width + offs_d
+        tl.store(partials_ptrs, tl.sum(dweight, axis=0), mask=mask_d)
+        partials_ptrs += num_partials.to(tl.int64) * width
+        tl.store(partials_ptrs, tl.sum(dbias, axis=0), mask=mask_d)
+
+
+def residual_layer_norm_forward(
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends`."""
+    x, residual, weight, bias = map(launch.last_contiguous, (x, residual, weight, bias))
+    batch, num_tokens, width = x.shape
+    out = x.new_empty(x.shape)
+    mean = x.new_empty((batch, num_tokens), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    if out.numel() == 0:
+        return out, mean, rstd
+    target = launch.target_of(x)
+    config = tables.residual_layer_norm(target, width)
+    tensors = (x, residual, weight, bias, out, mean, rstd)
+    strides = (*launch.row_strides(x), *launch.row_strides(residual))
+    with launch.device_guard(x.device):
+        if config is None:
+            config = tables.residual_layer_norm_wide(target)
+            _residual_layer_norm_fwd_wide_kernel[(batch * num_tokens,)](
+                *tensors,
+                *strides,
+                num_tokens,
+                width,
+                eps,
+                BLOCK_D=config.block_cols,
+                num_warps=config.num_warps,
+            )
+        else:
+            num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
+            _residual_layer_norm_fwd_kernel[(batch * num_blocks_t,)](
+                *tensors,
+                *strides,
+                num_tokens,
+                num_blocks_t,
+                width,
+                eps,
+                BLOCK_T=config.block_rows,
+                BLOCK_D=config.block_cols,
+                num_warps=config.num_warps,
+            )
+    return out, mean, rstd
+
+
+def residual_layer_norm_backward(
+    dout: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    mean: Tensor,  # (B, T)
+    rstd: Tensor,  # (B, T)
+    needs_dx: bool,
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends`."""
+    dout, x, residual, weight = map(launch.last_contiguous, (dout, x, residual, weight))
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    batch, num_tokens, width = x.shape
+    dx_dtype = x.dtype if x.dtype == residual.dtype else torch.float32
+    dx = x.new_empty(x.shape if needs_dx else 0, dtype=dx_dtype)
+    if x.numel() == 0 or not (needs_dx or needs_dparams):
+        dweight, dbias = (weight.new_zeros(width if needs_dparams else 0) for _ in range(2))
+        return dx, dweight, dbias
+
+    target = launch.target_of(x)
+    config = tables.residual_layer_norm(target, width)
+    is_wide = config is None
+    if is_wide:
+        config = tables.residual_layer_norm_columns(target)
+    num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
+    num_blocks = batch * num_blocks_t
+    num_partials = min(triton.cdiv(num_blocks, _MIN_BLOCKS_PER_PARTIAL), _MAX_PARTIALS)
+    tensors = (dout, x, residual, weight, mean, rstd)
+    strides = [stride for tensor in tensors[:3] for stride in launch.row_strides(tensor)]
+    means = partials = None
+    if needs_dparams:
+        partials = x.new_empty((2, num_partials, width), dtype=torch.float32)
+    with launch.device_guard(x.device):
+        if needs_dx and is_wide:
+            means = x.new_empty((batch, num_tokens, 2), dtype=torch.float32)
+            wide = tables.residual_layer_norm_wide(target)
+            _residual_layer_norm_bwd_means_kernel[(batch * num_tokens,)](
+                *tensors,
+                means,
+                *strides,
+                num_tokens,
+                width,
+                BLOCK_D=wide.block_cols,
+                num_warps=wide.num_warps,
+            )
+        _residual_layer_norm_bwd_kernel[(num_partials, triton.cdiv(width, config.block_cols))](
+            *tensors,
+            means,
+            dx,
+            partials,
+            *strides,
+            num_tokens,
+            num_blocks_t,
+            num_blocks,
+            width,
+            HAS_MEANS=means is not None,
+            NEEDS_DX=needs_dx,
+            NEEDS_DPARAMS=needs_dparams,
+            BLOCK_T=config.block_rows,
+            BLOCK_D=config.block_cols,
+            num_warps=config.num_warps,
+        )
+    if not needs_dparams:
+        return dx, weight.new_empty(0), weight.new_empty(0)
+    # two sums, as the results may not share their storage
+    dweight, dbias = (partial.sum(0).to(weight.dtype) for partial in partials)
+    return dx, dweight, dbias

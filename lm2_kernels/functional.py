@@ -1,0 +1,512 @@
+"""The public ops: check the inputs, choose the backend, call the autograd Function.
+
+Every check happens before anything is allocated or launched, and every message names the op, what
+was expected, what came, and the way out.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lm2_kernels import backends
+from lm2_kernels.autograd import (
+    MemoryAttentionFunction,
+    MemoryUpdateFunction,
+    PooledGateFunction,
+    ResidualLayerNormFunction,
+    apply,
+)
+
+__all__ = [
+    "initial_memory",
+    "memory_attention",
+    "memory_update",
+    "pooled_gate",
+    "residual_layer_norm",
+]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_tensors(op: str, **tensors: Tensor | None) -> None:
+    """Each is a dense floating-point tensor, and all are on one device; None is skipped."""
+    first_name, first = None, None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise TypeError(
+                f"{op}: {name} must be a dense strided tensor, got layout {tensor.layout}; "
+                f"convert it with .to_dense() or .dequantize()"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(
+                f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+            )
+        if first is None:
+            first_name, first = name, tensor
+        elif tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} but {first_name} is on {first.device}; "
+                f"move them to one device"
+            )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, legend: str, expected: tuple) -> None:
+    """``tensor`` has the expected shape; ``legend`` names its axes, None in it fits any size."""
+    if tensor.dim() != len(expected):
+        raise ValueError(
+            f"{op}: {name} must have {len(expected)} dimensions {legend}, got shape "
+            f"{_shape(tensor)}"
+        )
+    for size, wanted in zip(tensor.shape, expected, strict=True):
+        if wanted is not None and size != wanted:
+            wanted_text = ", ".join("*" if w is None else str(w) for w in expected)
+            raise ValueError(
+                f"{op}: {name} must be {legend} = ({wanted_text}), got {_shape(tensor)}"
+            )
+
+
+def check_nonempty(op: str, name: str, tensor: Tensor, axes: dict[str, int]) -> None:
+    """The named axes of ``tensor`` have at least one element (a batch of 0 is fine)."""
+    for axis, index in axes.items():
+        if tensor.shape[index] == 0:
+            raise ValueError(
+                f"{op}: {name} must have at least one of {axis}, got shape {_shape(tensor)}"
+            )
+
+
+def check_dtypes(op: str, dtype: torch.dtype, allowed_float32: tuple[str, ...], **tensors) -> None:
+    """Each tensor has ``dtype``; those named may also be float32 unless ``dtype`` is float64."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.dtype == dtype:
+            continue
+        if (
+            name in allowed_float32
+            and tensor.dtype == torch.float32
+            and dtype in (torch.bfloat16, torch.float16)
+        ):
+            continue
+        also = " or torch.float32" if name in allowed_float32 else ""
+        raise TypeError(
+            f"{op}: {name} is {tensor.dtype} but {dtype}{also} was expected, the dtype of the "
+            f"other tensors; cast one or use torch.autocast"
+        )
+
+
+def check_int(op: str, name: str, value: int, low: int, high: int | None = None) -> None:
+    """``value`` is an integer with ``low <= value <= high``."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < low or (high is not None and value > high):
+        wanted = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """``0 <= dropout_p < 1``, which NaN is not."""
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, int | float):
+        raise TypeError(f"{op}: dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
+
+
+def check_slot_mask(op: str, slot_mask: Tensor, batch: int, slots: int, device) -> None:
+    """A bool tensor (B, N) on the device of the other tensors."""
+    if not isinstance(slot_mask, Tensor):
+        raise TypeError(f"{op}: slot_mask must be a torch.Tensor, got {type(slot_mask).__name__}")
+    if slot_mask.dtype != torch.bool:
+        raise TypeError(f"{op}: slot_mask must be bool (True = takes part), got {slot_mask.dtype}")
+    check_shape(op, "slot_mask", slot_mask, "(B, N)", (batch, slots))
+    if slot_mask.device != device:
+        raise ValueError(
+            f"{op}: slot_mask is on {slot_mask.device} but the other tensors are on {device}; "
+            f"move them to one device"
+        )
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under autocast, the tensors in its dtype, as torch does for its own matrix products."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        for tensor in tensors
+    )
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with a contiguous last axis: itself, or a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def memory_attention(
+    query: Tensor,  # (B, T, H, K)
+    key: Tensor,  # (B, N, H, K)
+    value: Tensor,  # (B, N, H, K)
+    *,
+    causal: bool = True,
+    slot_offset: int = 0,
+    slot_mask: Tensor | None = None,  # (B, N)
+    scale: float | None = None,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Tokens read the memory slots by cross-attention.
+
+    ``R = dropout(top_k(softmax(Q K^T * scale))) V`` per head, over the slots a token sees: token
+    ``t`` sees slot ``j`` iff (``causal`` is False or ``j <= slot_offset + t``) and (``slot_mask``
+    is None or ``slot_mask[b, j]``). A token that sees no slot reads 0 and passes no gradient.
+    Source: LM2 (arXiv 2502.06049) equations 1 and 2; slot offset and mask are our definition.
+
+    Accumulates in float32 (float64 for float64). Any strides with a contiguous last axis are taken
+    without a copy. What a slot hidden by ``slot_mask`` holds never matters, NaN included; a
+    non-finite value in a slot that only ``causal`` hides can reach earlier tokens through
+    ``0 * NaN``, as in any blocked attention. Under autocast the inputs are cast as
+    ``scaled_dot_product_attention`` casts its own. The dropout mask is a function of a seed drawn
+    from the device's default generator (``torch.manual_seed``), the same in every backend.
+
+    Args:
+        query: (B, T, H, K).
+        key: (B, N, H, K).
+        value: (B, N, H, K).
+        causal: whether the slot of a later token is hidden.
+        slot_offset: the slot that token 0 is bound to.
+        slot_mask: (B, N) bool, True = takes part, as in ``scaled_dot_product_attention``.
+        scale: factor on the scores, ``1 / sqrt(K)`` unless given.
+        top_k: keep the k largest probabilities of each row, zero the others, do not renormalise.
+        dropout_p: probability to zero a probability, after top-k; the others are divided by
+            ``1 - dropout_p``. The caller decides about training and evaluation.
+        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+
+    Returns:
+        (B, T, H, K) in ``query``'s dtype.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or layout, dtypes that differ.
+        ValueError: a wrong rank or size, several devices, an option out of range.
+        RuntimeError: a backend asked for by name cannot run this call; the text says why.
+    """
+    op = "memory_attention"
+    check_tensors(op, query=query, key=key, value=value)
+    check_shape(op, "query", query, "(B, T, H, K)", (None,) * 4)
+    batch, _, num_heads, head_width = query.shape
+    check_shape(op, "key", key, "(B, N, H, K)", (batch, None, num_heads, head_width))
+    num_slots = key.shape[1]
+    check_shape(op, "value", value, "(B, N, H, K)", (batch, num_slots, num_heads, head_width))
+    check_nonempty(op, "query", query, {"tokens T": 1, "heads H": 2, "head width K": 3})
+    check_nonempty(op, "key", key, {"slots N": 1})
+    if slot_mask is not None:
+        check_slot_mask(op, slot_mask, batch, num_slots, query.device)
+    check_int(op, "slot_offset", slot_offset, 0)
+    if top_k is not None:
+        check_int(op, "top_k", top_k, 1, num_slots)
+    check_dropout(op, dropout_p)
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_width)
+    elif isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    query, key, value = _autocast(query, key, value)
+    check_dtypes(op, query.dtype, (), query=query, key=key, value=value)
+    name = backends.select(op, (query, key, value), backend)
+    out, _ = apply(
+        MemoryAttentionFunction,
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        slot_mask,
+        draw_seed(query.device) if dropout_p > 0.0 else None,
+        causal,
+        slot_offset,
+        float(scale),
+        top_k,
+        float(dropout_p),
+        name,
+    )
+    return out
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed as a tensor on the device: no synchronisation, and a replayed CUDA graph
+    draws a new one."""
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def memory_update(
+    hidden: Tensor,  # (B, T, D)
+    candidate: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, T, D)
+    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    *,
+    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    output: str = "read",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gated write of the rows that a segment is bound to, and what the layer shows.
+
+    ``M' = sigma(input_gate) * tanh(candidate) + sigma(forget_gate) * memory``, and
+    ``output = hidden + M'`` without ``output_gate`` (the released code), or
+    ``output = hidden + sigma(output_gate) * candidate`` with it (the paper's equations 3 to 6;
+    ``output="memory"`` takes ``memory`` in place of ``candidate``, equation 3 read literally).
+
+    Accumulates in float32 (float64 for float64). ``hidden`` and ``memory`` may be float32 while the
+    others are bfloat16 or float16.
+
+    Args:
+        hidden: (B, T, D), what the output is added to.
+        candidate: (B, T, D), what is written: the read R (paper), the attended memory (release).
+        memory: (B, T, D), the rows as they were.
+        input_gate: before the sigmoid, (B, T, D) or (B, 1, D).
+        forget_gate: likewise.
+        output_gate: likewise, or None.
+        gate_bias: added to ``[input_gate | forget_gate]``, (B, T, 2 D) or (B, 1, 2 D): the pooled
+            part of the released gates, added inside the kernel.
+        output: "read" or "memory"; ignored without ``output_gate``.
+        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+
+    Returns:
+        output (B, T, D) in ``hidden``'s dtype, new memory (B, T, D) in ``memory``'s dtype.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or layout, dtypes that do not go together.
+        ValueError: a wrong rank or size, several devices, an unknown ``output``.
+        RuntimeError: a backend asked for by name cannot run this call; the text says why.
+    """
+    op = "memory_update"
+    tensors = {
+        "hidden": hidden,
+        "candidate": candidate,
+        "memory": memory,
+        "input_gate": input_gate,
+        "forget_gate": forget_gate,
+        "output_gate": output_gate,
+        "gate_bias": gate_bias,
+    }
+    check_tensors(op, **tensors)
+    check_shape(op, "hidden", hidden, "(B, T, D)", (None,) * 3)
+    batch, num_tokens, width = hidden.shape
+    check_nonempty(op, "hidden", hidden, {"tokens T": 1, "width D": 2})
+    for name in ("candidate", "memory"):
+        check_shape(op, name, tensors[name], "(B, T, D)", (batch, num_tokens, width))
+    for name, columns, legend in (
+        ("input_gate", width, "(B, T or 1, D)"),
+        ("forget_gate", width, "(B, T or 1, D)"),
+        ("output_gate", width, "(B, T or 1, D)"),
+        ("gate_bias", 2 * width, "(B, T or 1, 2 * D)"),
+    ):
+        gate = tensors[name]
+        if gate is None:
+            continue
+        broadcast = gate.dim() == 3 and gate.shape[1] == 1
+        check_shape(op, name, gate, legend, (batch, 1 if broadcast else num_tokens, columns))
+    if output not in ("read", "memory"):
+        raise ValueError(f"{op}: output must be 'read' or 'memory', got {output!r}")
+    candidate, input_gate, forget_gate, output_gate, gate_bias = _autocast(
+        candidate, input_gate, forget_gate, output_gate, gate_bias
+    )
+    check_dtypes(
+        op,
+        candidate.dtype,
+        ("hidden", "memory"),
+        hidden=hidden,
+        memory=memory,
+        input_gate=input_gate,
+        forget_gate=forget_gate,
+        output_gate=output_gate,
+        gate_bias=gate_bias,
+    )
+    name = backends.select(op, (hidden, candidate, memory), backend)
+    return apply(
+        MemoryUpdateFunction,
+        _rows(hidden),
+        _rows(candidate),
+        _rows(memory),
+        _rows(input_gate),
+        _rows(forget_gate),
+        None if output_gate is None else _rows(output_gate),
+        None if gate_bias is None else _rows(gate_bias),
+        output,
+        name,
+    )
+
+
+def residual_layer_norm(
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float = 1e-5,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Add and normalise: ``LayerNorm(x + residual)``.
+
+    ``(s - mean(s)) / sqrt(var(s) + eps) * weight + bias`` with ``s = x + residual`` over the last
+    axis, in float32 (float64 for float64) with a two-pass variance. Source: the released code.
+
+    Args:
+        x: (B, T, D), the branch; gives the result its dtype.
+        residual: (B, T, D), the stream; float32 or ``x``'s dtype.
+        weight: (D,), any floating-point dtype.
+        bias: (D,), ``weight``'s dtype.
+        eps: added to the variance, above 0.
+        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+
+    Returns:
+        (B, T, D) in ``x``'s dtype.
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or layout, dtypes that do not go together.
+        ValueError: a wrong rank or size, several devices, ``eps`` not above 0.
+        RuntimeError: a backend asked for by name cannot run this call; the text says why.
+    """
+    op = "residual_layer_norm"
+    check_tensors(op, x=x, residual=residual, weight=weight, bias=bias)
+    check_shape(op, "x", x, "(B, T, D)", (None,) * 3)
+    check_nonempty(op, "x", x, {"tokens T": 1, "width D": 2})
+    check_shape(op, "residual", residual, "(B, T, D)", tuple(x.shape))
+    check_shape(op, "weight", weight, "(D,)", (x.shape[-1],))
+    check_shape(op, "bias", bias, "(D,)", (x.shape[-1],))
+    if not isinstance(eps, float) or not eps > 0.0:
+        raise ValueError(f"{op}: eps must be a float above 0, got {eps!r}")
+    _check_mixed(op, x=x, residual=residual)
+    _check_mixed(op, x=x, weight=weight)
+    check_dtypes(op, weight.dtype, (), weight=weight, bias=bias)
+    name = backends.select(op, (x, residual, weight, bias), backend)
+    out, _, _ = apply(
+        ResidualLayerNormFunction, _rows(x), _rows(residual), _rows(weight), _rows(bias), eps, name
+    )
+    return out
+
+
+def _check_mixed(op: str, **pair: Tensor) -> None:
+    """Two tensors of one dtype, or of a 16-bit dtype and float32."""
+    (first_name, first), (second_name, second) = pair.items()
+    dtypes = {first.dtype, second.dtype}
+    if len(dtypes) == 1 or (torch.float32 in dtypes and torch.float64 not in dtypes):
+        return
+    raise TypeError(
+        f"{op}: {first_name} is {first.dtype} but {second_name} is {second.dtype}; they must be "
+        f"of one dtype, or one of them float32; cast one or use torch.autocast"
+    )
+
+
+def pooled_gate(
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    *,
+    prefix: bool = False,
+    pooled_sum: Tensor | None = None,  # (B, D)
+    num_pooled: int = 0,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean over tokens of ``relu(weight * x)``, the input of the released code's pooled gate.
+
+    Of the whole segment (the released code: early tokens see later ones), or with ``prefix`` of the
+    tokens ``<= t`` (our causal repair): ``(pooled_sum + sum_{u<=t} relu(weight * x_u)) /
+    (num_pooled + t + 1)``. Sums are float32 (float64 for float64).
+
+    Args:
+        x: (B, T, D).
+        weight: (D,), any floating-point dtype.
+        prefix: running mean in place of the segment's mean.
+        pooled_sum: (B, D) float32 (float64 for float64), the sum over earlier pieces of the
+            segment; only with ``prefix``.
+        num_pooled: how many tokens ``pooled_sum`` holds.
+        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+
+    Returns:
+        pooled (B, 1, D), or (B, T, D) with ``prefix``, in ``x``'s dtype; the sum over all tokens so
+        far (B, D), float32 (float64 for float64).
+
+    Raises:
+        TypeError: not a tensor, an unsupported dtype or layout, dtypes that do not go together.
+        ValueError: a wrong rank or size, several devices, ``pooled_sum`` without ``prefix``.
+        RuntimeError: a backend asked for by name cannot run this call; the text says why.
+    """
+    op = "pooled_gate"
+    check_tensors(op, x=x, weight=weight, pooled_sum=pooled_sum)
+    check_shape(op, "x", x, "(B, T, D)", (None,) * 3)
+    check_nonempty(op, "x", x, {"tokens T": 1, "width D": 2})
+    batch, _, width = x.shape
+    check_shape(op, "weight", weight, "(D,)", (width,))
+    _check_mixed(op, x=x, weight=weight)
+    check_int(op, "num_pooled", num_pooled, 0)
+    if pooled_sum is not None:
+        if not prefix:
+            raise ValueError(
+                f"{op}: pooled_sum needs prefix=True: the mean of a whole segment cannot be "
+                f"continued"
+            )
+        check_shape(op, "pooled_sum", pooled_sum, "(B, D)", (batch, width))
+        wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if pooled_sum.dtype != wanted:
+            raise TypeError(
+                f"{op}: pooled_sum must be {wanted} for x of {x.dtype}, got {pooled_sum.dtype}"
+            )
+    elif num_pooled:
+        raise ValueError(f"{op}: num_pooled is {num_pooled} but no pooled_sum was given")
+    name = backends.select(op, (x, weight), backend)
+    return apply(
+        PooledGateFunction,
+        _rows(x),
+        _rows(weight),
+        None if pooled_sum is None else _rows(pooled_sum),
+        prefix,
+        num_pooled,
+        name,
+    )
+
+
+def initial_memory(
+    batch: int,
+    slots: int,
+    dim: int | None = None,
+    kind: str = "identity",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """A memory bank to start from.
+
+    Args:
+        batch: B, may be 0.
+        slots: N.
+        dim: D, the model width; ``slots`` unless given.
+        kind: "identity" (slot n holds the unit vector ``e_(n mod D)``, as the released code starts)
+            or "zeros". For a learned start, make the result an ``nn.Parameter`` and expand it.
+        device: where; torch's default unless given.
+        dtype: which; torch's default unless given.
+
+    Returns:
+        (B, N, D), a tensor of its own (not an expanded view).
+
+    Raises:
+        TypeError: a size is not an int.
+        ValueError: a size is out of range, or ``kind`` is unknown.
+    """
+    op = "initial_memory"
+    dim = slots if dim is None else dim
+    check_int(op, "batch", batch, 0)
+    check_int(op, "slots", slots, 1)
+    check_int(op, "dim", dim, 1)
+    if kind not in ("identity", "zeros"):
+        raise ValueError(f"{op}: kind must be 'identity' or 'zeros', got {kind!r}")
+    memory = torch.zeros(batch, slots, dim, device=device, dtype=dtype)
+    if kind == "identity":
+        slot = torch.arange(slots, device=device)
+        memory[:, slot, slot % dim] = 1.0
+    return memory

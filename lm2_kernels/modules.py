@@ -1,0 +1,478 @@
+"""The two memory layers as ``nn.Module``: projections and the ops of ``functional``, no maths of
+their own. State goes in and comes out; nothing is hidden in a buffer, and nothing is detached."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm2_kernels import functional
+from lm2_kernels.functional import (
+    check_dropout,
+    check_int,
+    check_nonempty,
+    check_shape,
+    check_slot_mask,
+    check_tensors,
+)
+
+__all__ = ["PaperMemory", "ReleaseMemory"]
+
+
+class _MemoryLayer(nn.Module):
+    """What both layers share: their options, the checks of their inputs, reading and writing."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool,
+        scale: float | None,
+        top_k: int | None,
+        dropout: float,
+        write: str,
+        backend: str | None,
+    ):
+        super().__init__()
+        op = type(self).__name__
+        check_int(op, "dim", dim, 1)
+        check_int(op, "num_heads", num_heads, 1)
+        if dim % num_heads:
+            raise ValueError(f"{op}: num_heads ({num_heads}) must divide dim ({dim})")
+        if top_k is not None:
+            check_int(op, "top_k", top_k, 1)
+        check_dropout(op, dropout)
+        if write != "position":
+            raise ValueError(f"{op}: write must be 'position', got {write!r}")
+        if backend is not None:
+            functional.backends.check_choice(backend)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.causal = causal
+        self.scale = scale
+        self.top_k = top_k
+        self.dropout = dropout
+        self.write = write
+        self.backend = backend
+
+    def extra_repr(self) -> str:
+        options = {
+            "causal": (self.causal, True),
+            "scale": (self.scale, None),
+            "top_k": (self.top_k, None),
+            "dropout": (self.dropout, 0.0),
+            "backend": (self.backend, None),
+        }
+        text = f"dim={self.dim}, num_heads={self.num_heads}"
+        for name, (value, default) in options.items():
+            if value != default:
+                text += f", {name}={value!r}"
+        return text
+
+    def _check(self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None) -> None:
+        op = type(self).__name__
+        weight = self.query_proj.weight
+        check_tensors(op, x=x, memory=memory, parameters=weight)
+        check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
+        check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
+        check_nonempty(op, "x", x, {"tokens T": 1})
+        check_nonempty(op, "memory", memory, {"slots N": 1})
+        num_tokens, num_slots = x.shape[1], memory.shape[1]
+        check_int(op, "slot_offset", slot_offset, 0)
+        if slot_offset + num_tokens > num_slots:
+            raise ValueError(
+                f"{op}: slot_offset + T must be at most N = {num_slots}, got {slot_offset} + "
+                f"{num_tokens}; feed longer inputs in segments of at most N tokens, carrying the "
+                f"memory over"
+            )
+        if self.top_k is not None and self.top_k > num_slots:
+            raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
+        if slot_mask is not None:
+            check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
+        if torch.is_autocast_enabled(x.device.type):
+            return
+        if x.dtype != weight.dtype:
+            raise TypeError(
+                f"{op}: x is {x.dtype} but the parameters are {weight.dtype}; cast one or use "
+                f"torch.autocast"
+            )
+        if memory.dtype not in (x.dtype, torch.float32) or (
+            memory.dtype == torch.float32 and x.dtype == torch.float64
+        ):
+            raise TypeError(
+                f"{op}: memory must be {x.dtype}, the dtype of x, or float32 beside a 16-bit x, "
+                f"got {memory.dtype}"
+            )
+
+    def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
+        """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
+        if torch.is_autocast_enabled(x.device.type):
+            return tensor
+        return tensor.to(x.dtype)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.num_heads, self.dim // self.num_heads))
+
+    def _read(
+        self,
+        query: Tensor,  # (B, T, D)
+        bank: Tensor,  # (B, N, D)
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> Tensor:
+        """Memory attention of projected queries over a bank. (B, T, D)"""
+        num_tokens, top_k = query.shape[1], self.top_k
+        if self.causal:
+            # later slots are hidden from every token: no need to project them
+            end = slot_offset + num_tokens
+            bank = bank[:, :end]
+            slot_mask = None if slot_mask is None else slot_mask[:, :end]
+            top_k = None if top_k is None or top_k >= end else top_k
+        read = functional.memory_attention(
+            self._heads(query),
+            self._heads(self.key_proj(bank)),
+            self._heads(self.value_proj(bank)),
+            causal=self.causal,
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+            scale=self.scale,
+            top_k=top_k,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return read.flatten(-2)
+
+
+def _write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
+    """The bank with the segment's rows replaced."""
+    end = slot_offset + rows.shape[1]
+    if slot_offset == 0 and end == memory.shape[1]:
+        return rows
+    return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
+
+
+class PaperMemory(_MemoryLayer):
+    """The memory layer of the LM2 paper (arXiv 2502.06049, equations 1 to 6).
+
+    With R the memory attention of ``x`` over ``memory`` and P the rows ``o .. o + T`` of memory::
+
+        output = x + sigma(R Wout) * R
+        M'[o : o+T] = sigma(x Win) * tanh(R) + sigma(R Wf) * P
+
+    Row ``t`` of the segment is bound to slot ``o + t``. All tokens read the memory as it entered;
+    with ``causal`` row ``t`` depends on tokens and slots ``<= t`` only, so a segment fed in pieces
+    (``slot_offset`` advancing, each piece given the same incoming memory) gives what one pass
+    gives. ``x`` is the block's self-attention output and ``output`` what the block adds to its
+    residual stream.
+
+    Parameters are ``query_proj``, ``key_proj``, ``value_proj``, ``output_gate_proj``,
+    ``input_gate_proj``, ``forget_gate_proj``: ``nn.Linear(dim, dim)``.
+
+    Args:
+        dim: model width D.
+        num_heads: memory heads H; must divide ``dim``.
+        bias: whether the projections have a bias.
+        causal: whether the slots of later tokens are hidden.
+        scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
+        top_k: keep only the k largest probabilities of each row.
+        dropout: on the attention probabilities, while training.
+        output: "read", or "memory" for equation 3 read literally: ``x + sigma(R Wout) * P``.
+        write: which token writes which slot; "position" is the only rule so far.
+        backend: force a backend for this layer; None takes the default (``use_backend``).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        bias: bool = False,
+        causal: bool = True,
+        scale: float | None = None,
+        top_k: int | None = None,
+        dropout: float = 0.0,
+        output: str = "read",
+        write: str = "position",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_heads,
+            causal=causal,
+            scale=scale,
+            top_k=top_k,
+            dropout=dropout,
+            write=write,
+            backend=backend,
+        )
+        if output not in ("read", "memory"):
+            raise ValueError(f"PaperMemory: output must be 'read' or 'memory', got {output!r}")
+        self.output = output
+
+        def projection() -> nn.Linear:
+            return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+
+        self.query_proj = projection()
+        self.key_proj = projection()
+        self.value_proj = projection()
+        self.output_gate_proj = projection()
+        self.input_gate_proj = projection()
+        self.forget_gate_proj = projection()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention`` starts."""
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        memory: Tensor,  # (B, N, D)
+        *,
+        slot_offset: int = 0,
+        slot_mask: Tensor | None = None,  # (B, N)
+    ) -> tuple[Tensor, Tensor]:
+        """Read and rewrite the memory.
+
+        Args:
+            x: (B, T, D).
+            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            slot_offset: the slot that row 0 is bound to.
+            slot_mask: (B, N) bool, True = takes part in reading.
+
+        Returns:
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype.
+
+        Raises:
+            TypeError, ValueError: an input does not fit; the text names it.
+        """
+        self._check(x, memory, slot_offset, slot_mask)
+        read = self._read(self.query_proj(x), self._operand(memory, x), slot_offset, slot_mask)
+        output, rows = functional.memory_update(
+            x,
+            read,
+            memory[:, slot_offset : slot_offset + x.shape[1]],
+            self.input_gate_proj(x),
+            self.forget_gate_proj(read),
+            self.output_gate_proj(read),
+            output=self.output,
+            backend=self.backend,
+        )
+        return output, _write_rows(memory, rows, slot_offset)
+
+
+class _GateProjector(nn.Module):
+    """A Linear to both gates under the released module's names; ``w`` scales the pooled input."""
+
+    def __init__(self, dim: int, *, scaled: bool, device=None, dtype=None):
+        super().__init__()
+        if scaled:
+            self.w = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+
+
+class ReleaseMemory(_MemoryLayer):
+    """The memory layer that the LM2 authors' released code computes, at any shape.
+
+    ``num_blocks`` times, from C = memory: with R the memory attention of ``x`` over C,
+    ``C1 = LayerNorm1(C_P + R)``, ``h`` the ReLU MLP of ``C1`` (one shared Linear, applied
+    ``attention_mlp_layers`` times), ``C_P <- LayerNorm2(C1 + h)``, where P are the rows
+    ``o .. o + T``. Then, with sigma(input + b_in) and sigma(forget + b_f) as i and f::
+
+        gates = Linear_in(mean_t relu(w * x)) + Linear_mem(tanh(P))      # [input | forget]
+        M'[P] = i * tanh(C_P) + f * P,   output = x + M'[P]
+
+    At T = N = D this is the released module exactly, and ``load_state_dict`` takes its state dict
+    key for key (the shared Linear under both its names). **The released gate pools over the whole
+    segment, so early tokens see later ones**; ``pooled_gate="prefix"`` is the causal repair with
+    the same parameters, and the one to stream with.
+
+    Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
+    a token that sees no slot reads 0 (released: NaN).
+
+    Args:
+        dim: model width D.
+        num_heads: memory heads H; must divide ``dim``.
+        num_blocks: how often the memory is attended before it is written.
+        attention_mlp_layers: applications of the shared MLP Linear in each block.
+        pooled_gate: "segment" (released) or "prefix" (causal).
+        causal: whether the slots of later tokens are hidden in the attention.
+        scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
+        top_k: keep only the k largest probabilities of each row.
+        dropout: on the attention probabilities, while training.
+        eps: of both LayerNorms.
+        write: which token writes which slot; "position" is the only rule so far.
+        backend: force a backend for this layer; None takes the default (``use_backend``).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_blocks: int = 1,
+        attention_mlp_layers: int = 2,
+        pooled_gate: str = "segment",
+        causal: bool = True,
+        scale: float | None = None,
+        top_k: int | None = None,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        write: str = "position",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_heads,
+            causal=causal,
+            scale=scale,
+            top_k=top_k,
+            dropout=dropout,
+            write=write,
+            backend=backend,
+        )
+        check_int("ReleaseMemory", "num_blocks", num_blocks, 1)
+        check_int("ReleaseMemory", "attention_mlp_layers", attention_mlp_layers, 1)
+        if pooled_gate not in ("segment", "prefix"):
+            raise ValueError(
+                f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got {pooled_gate!r}"
+            )
+        self.num_blocks = num_blocks
+        self.pooled_gate = pooled_gate
+        like = {"device": device, "dtype": dtype}
+        self.query_proj = nn.Linear(dim, dim, **like)
+        self.key_proj = nn.Linear(dim, dim, **like)
+        self.value_proj = nn.Linear(dim, dim, **like)
+        # one Linear under several names, as in the released state dict
+        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim, **like)] * attention_mlp_layers)
+        self.attended_memory_layernorm = nn.LayerNorm(dim, eps=eps, **like)
+        self.attended_memory_layernorm2 = nn.LayerNorm(dim, eps=eps, **like)
+        self.input_gate_projector = _GateProjector(dim, scaled=True, **like)
+        self.memory_gate_projector = _GateProjector(dim, scaled=False, **like)
+        self.input_bias = nn.Parameter(torch.empty((), **like))
+        self.forget_bias = nn.Parameter(torch.empty((), **like))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases; ``w`` 1, input bias 0, forget bias 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.ones_(self.input_gate_projector.w)
+        nn.init.zeros_(self.input_bias)
+        nn.init.ones_(self.forget_bias)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, num_blocks={self.num_blocks}"
+        return f"{text}, pooled_gate={self.pooled_gate!r}"
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        memory: Tensor,  # (B, N, D)
+        *,
+        slot_offset: int = 0,
+        slot_mask: Tensor | None = None,  # (B, N)
+        pooled_sum: Tensor | None = None,  # (B, D)
+        return_pooled_sum: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Read and rewrite the memory.
+
+        Args:
+            x: (B, T, D).
+            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            slot_offset: the slot that row 0 is bound to.
+            slot_mask: (B, N) bool, True = takes part in reading.
+            pooled_sum: (B, D) float32 (float64 for float64), for a later piece of a segment that
+                began at slot 0: what the piece before returned. Needs ``pooled_gate="prefix"``.
+            return_pooled_sum: also return the sum for the next piece.
+
+        Returns:
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype, and with
+            ``return_pooled_sum`` the pooled sum (B, D).
+
+        Raises:
+            TypeError, ValueError: an input does not fit; the text names it.
+        """
+        self._check(x, memory, slot_offset, slot_mask)
+        if pooled_sum is not None and self.pooled_gate != "prefix":
+            raise ValueError(
+                "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole segment "
+                "cannot be continued in pieces"
+            )
+        end = slot_offset + x.shape[1]
+        rows = memory[:, slot_offset:end]
+        candidate = self._attend(x, memory, slot_offset, slot_mask)
+        gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
+        gates = self.memory_gate_projector.linear(torch.tanh(self._operand(rows, x)))
+        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        output, new_rows = functional.memory_update(
+            x,
+            candidate,
+            rows,
+            input_gate,
+            forget_gate,
+            gate_bias=gate_bias,
+            backend=self.backend,
+        )
+        new_memory = _write_rows(memory, new_rows, slot_offset)
+        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    def _attend(
+        self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None
+    ) -> Tensor:
+        """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
+        query = self.query_proj(x)
+        bank, rows = self._operand(memory, x), memory[:, slot_offset : slot_offset + x.shape[1]]
+        for block in range(self.num_blocks):
+            if block > 0:
+                bank = _write_rows(bank, rows, slot_offset)
+            read = self._read(query, bank, slot_offset, slot_mask)
+            attended = self._normalise(read, rows, self.attended_memory_layernorm)
+            mixed = attended
+            for layer in self.attention_mlp:
+                mixed = F.relu(layer(mixed))
+            rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
+        return rows
+
+    def _normalise(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return functional.residual_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, backend=self.backend
+        )
+
+    def _pooled_gate(
+        self, x: Tensor, pooled_sum: Tensor | None, slot_offset: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pooled part of the gates with all biases (B, 1 or T, 2 D), and the running sum."""
+        projector = self.input_gate_projector
+        pooled, new_sum = functional.pooled_gate(
+            x,
+            projector.w,
+            prefix=self.pooled_gate == "prefix",
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else slot_offset,
+            backend=self.backend,
+        )
+        biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
+        linear = projector.linear
+        return F.linear(pooled, linear.weight, linear.bias + biases), new_sum

@@ -1,0 +1,330 @@
+"""The oracle: every op and both layers in plain differentiable PyTorch, equation by equation.
+
+This file is the specification. It imports torch alone, runs in any dtype, materialises what it
+likes, and is what every backend is tested against. Nothing else in the package calls it.
+
+Shapes, used everywhere in the package:
+
+=====  ==========================================
+``B``  batch
+``T``  tokens of the segment
+``N``  memory slots
+``D``  model width, ``D = H * K``
+``H``  memory heads
+``K``  head width
+=====  ==========================================
+
+``o`` is ``slot_offset``: row ``t`` of the segment is bound to slot ``o + t``.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "memory_attention",
+    "memory_update",
+    "paper_memory",
+    "pooled_gate",
+    "release_memory",
+    "residual_layer_norm",
+    "visible_slots",
+]
+
+
+def visible_slots(
+    num_tokens: int,
+    num_slots: int,
+    *,
+    causal: bool = True,
+    slot_offset: int = 0,
+    slot_mask: Tensor | None = None,  # (B, N)
+    device: torch.device | None = None,
+) -> Tensor:
+    """Which slot each token sees: ``(not causal or j <= o + t) and (slot_mask[b, j] or no mask)``.
+
+    Returns:
+        (B, 1, T, N) bool, or (1, 1, T, N) without a ``slot_mask``; True = takes part.
+    """
+    token = torch.arange(num_tokens, device=device)[:, None]
+    slot = torch.arange(num_slots, device=device)[None, :]
+    visible = torch.ones(num_tokens, num_slots, dtype=torch.bool, device=device)
+    if causal:
+        visible = slot <= slot_offset + token
+    visible = visible[None, None]
+    if slot_mask is not None:
+        visible = visible & slot_mask[:, None, None, :]
+    return visible
+
+
+def memory_attention(
+    query: Tensor,  # (B, T, H, K)
+    key: Tensor,  # (B, N, H, K)
+    value: Tensor,  # (B, N, H, K)
+    *,
+    causal: bool = True,
+    slot_offset: int = 0,
+    slot_mask: Tensor | None = None,  # (B, N)
+    scale: float | None = None,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,  # (B, H, T, N)
+) -> Tensor:
+    """Tokens read the memory: ``R = dropout(top_k(softmax(Q K^T * scale))) V``.
+
+    Dropout is explicit: ``keep_mask`` says which probabilities stay, and those are divided by
+    ``1 - dropout_p``. A token that sees no slot reads 0.
+
+    Returns:
+        (B, T, H, K)
+    """
+    num_tokens, num_slots = query.shape[1], key.shape[1]
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    visible = visible_slots(
+        num_tokens,
+        num_slots,
+        causal=causal,
+        slot_offset=slot_offset,
+        slot_mask=slot_mask,
+        device=query.device,
+    )
+    if slot_mask is not None:
+        # 0 * NaN is NaN: a masked slot takes no part whatever it holds
+        key = key.masked_fill(~slot_mask[:, :, None, None], 0.0)
+        value = value.masked_fill(~slot_mask[:, :, None, None], 0.0)
+    scores = torch.einsum("bthk,bnhk->bhtn", query, key) * scale
+    # a row with no visible slot would be softmax of -inf alone: give it any finite row, then zero
+    sees_any = visible.any(dim=-1, keepdim=True)
+    scores = scores.masked_fill(~visible & sees_any, -math.inf)
+    probabilities = torch.softmax(scores, dim=-1) * visible
+    if top_k is not None:
+        kept = probabilities.topk(top_k, dim=-1).indices
+        probabilities = probabilities * torch.zeros_like(probabilities).scatter(-1, kept, 1.0)
+    if keep_mask is not None:
+        probabilities = probabilities * keep_mask / (1.0 - dropout_p)
+    return torch.einsum("bhtn,bnhk->bthk", probabilities, value)
+
+
+def memory_update(
+    hidden: Tensor,  # (B, T, D)
+    candidate: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, T, D)
+    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    *,
+    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    output: str = "read",
+) -> tuple[Tensor, Tensor]:
+    """The gated write: gates come before the sigmoid, rows are already selected.
+
+    ``M' = sigma(input_gate) * tanh(candidate) + sigma(forget_gate) * memory``;
+    ``output = hidden + M'`` without an output gate (release), else
+    ``hidden + sigma(output_gate) * candidate`` (paper, ``output="read"``) or
+    ``hidden + sigma(output_gate) * memory`` (paper, ``output="memory"``).
+    ``gate_bias`` is added to ``[input_gate | forget_gate]``.
+
+    Returns:
+        output (B, T, D), new memory (B, T, D)
+    """
+    if gate_bias is not None:
+        input_bias, forget_bias = gate_bias.chunk(2, dim=-1)
+        input_gate = input_gate + input_bias
+        forget_gate = forget_gate + forget_bias
+    new_memory = (
+        torch.sigmoid(input_gate) * torch.tanh(candidate) + torch.sigmoid(forget_gate) * memory
+    ).to(memory.dtype)
+    if output_gate is None:
+        return (hidden + new_memory).to(hidden.dtype), new_memory
+    shown = candidate if output == "read" else memory
+    return (hidden + torch.sigmoid(output_gate) * shown).to(hidden.dtype), new_memory
+
+
+def residual_layer_norm(
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float = 1e-5,
+) -> Tensor:
+    """``LayerNorm(x + residual) = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias``.
+
+    Returns:
+        (B, T, D) in ``x``'s dtype
+    """
+    total = x + residual
+    mean = total.mean(dim=-1, keepdim=True)
+    variance = (total - mean).square().mean(dim=-1, keepdim=True)
+    return ((total - mean) / torch.sqrt(variance + eps) * weight + bias).to(x.dtype)
+
+
+def pooled_gate(
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    *,
+    prefix: bool = False,
+    pooled_sum: Tensor | None = None,  # (B, D)
+    num_pooled: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Mean over tokens of ``relu(weight * x)``: of the whole segment, or of tokens ``<= t``.
+
+    With ``prefix``, ``pooled_sum`` is the sum over the ``num_pooled`` tokens of earlier pieces.
+
+    Returns:
+        pooled (B, 1, D), or (B, T, D) with ``prefix``; the sum over all tokens so far (B, D)
+    """
+    active = torch.relu(weight * x)
+    if not prefix:
+        return active.mean(dim=1, keepdim=True).to(x.dtype), active.sum(dim=1)
+    running = active.cumsum(dim=1)
+    if pooled_sum is not None:
+        running = running + pooled_sum[:, None, :]
+    count = torch.arange(1, x.shape[1] + 1, device=x.device) + num_pooled
+    return (running / count[:, None]).to(x.dtype), running[:, -1]
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _linear(x: Tensor, parameters: dict[str, Tensor], name: str) -> Tensor:
+    return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
+
+
+def _write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
+    end = slot_offset + rows.shape[1]
+    return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
+
+
+def paper_memory(
+    x: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, N, D)
+    parameters: dict[str, Tensor],
+    *,
+    num_heads: int,
+    slot_offset: int = 0,
+    slot_mask: Tensor | None = None,  # (B, N)
+    causal: bool = True,
+    scale: float | None = None,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,  # (B, H, T, N)
+    output: str = "read",
+) -> tuple[Tensor, Tensor]:
+    """The memory layer of the paper (arXiv 2502.06049, equations 1 to 6).
+
+    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory`.
+
+    Returns:
+        output (B, T, D), new memory (B, N, D)
+    """
+    # equations 1 and 2: cross-attention of the tokens over the slots
+    read = memory_attention(
+        _heads(_linear(x, parameters, "query_proj"), num_heads),
+        _heads(_linear(memory, parameters, "key_proj"), num_heads),
+        _heads(_linear(memory, parameters, "value_proj"), num_heads),
+        causal=causal,
+        slot_offset=slot_offset,
+        slot_mask=slot_mask,
+        scale=scale,
+        top_k=top_k,
+        dropout_p=dropout_p,
+        keep_mask=keep_mask,
+    ).flatten(-2)
+    rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+    # equation 3 (output gate), 4 (input gate), 5 (forget gate), 6 (update)
+    out, new_rows = memory_update(
+        x,
+        read,
+        rows,
+        _linear(x, parameters, "input_gate_proj"),
+        _linear(read, parameters, "forget_gate_proj"),
+        _linear(read, parameters, "output_gate_proj"),
+        output=output,
+    )
+    return out, _write_rows(memory, new_rows, slot_offset)
+
+
+def release_memory(
+    x: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, N, D)
+    parameters: dict[str, Tensor],
+    *,
+    num_heads: int,
+    slot_offset: int = 0,
+    slot_mask: Tensor | None = None,  # (B, N)
+    causal: bool = True,
+    scale: float | None = None,
+    top_k: int | None = None,
+    dropout_p: float = 0.0,
+    keep_masks: list[Tensor] | None = None,  # one (B, H, T, N) a block
+    num_blocks: int = 1,
+    attention_mlp_layers: int = 2,
+    prefix: bool = False,
+    pooled_sum: Tensor | None = None,  # (B, D)
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The memory layer that the released code computes (design: ``ReleaseMemory``).
+
+    ``parameters`` is a state dict under the released module's names. With ``pooled_sum``, the
+    segment began at slot 0 and ``slot_offset`` tokens of it came before.
+
+    Returns:
+        output (B, T, D), new memory (B, N, D), pooled sum (B, D)
+    """
+    end = slot_offset + x.shape[1]
+    query = _heads(_linear(x, parameters, "query_proj"), num_heads)
+    bank = memory
+    for block in range(num_blocks):
+        read = memory_attention(
+            query,
+            _heads(_linear(bank, parameters, "key_proj"), num_heads),
+            _heads(_linear(bank, parameters, "value_proj"), num_heads),
+            causal=causal,
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+            scale=scale,
+            top_k=top_k,
+            dropout_p=dropout_p,
+            keep_mask=None if keep_masks is None else keep_masks[block],
+        ).flatten(-2)
+        attended = residual_layer_norm(
+            read,
+            bank[:, slot_offset:end],
+            parameters["attended_memory_layernorm.weight"],
+            parameters["attended_memory_layernorm.bias"],
+            eps,
+        )
+        mixed = attended
+        for _ in range(attention_mlp_layers):
+            mixed = torch.relu(_linear(mixed, parameters, "attention_mlp.0"))
+        candidate = residual_layer_norm(
+            mixed,
+            attended,
+            parameters["attended_memory_layernorm2.weight"],
+            parameters["attended_memory_layernorm2.bias"],
+            eps,
+        )
+        bank = _write_rows(bank, candidate, slot_offset)
+    rows = memory[:, slot_offset:end]
+    pooled, new_sum = pooled_gate(
+        x,
+        parameters["input_gate_projector.w"],
+        prefix=prefix,
+        pooled_sum=pooled_sum,
+        num_pooled=0 if pooled_sum is None else slot_offset,
+    )
+    gates = _linear(pooled, parameters, "input_gate_projector.linear") + _linear(
+        torch.tanh(rows), parameters, "memory_gate_projector.linear"
+    )
+    input_gate, forget_gate = gates.chunk(2, dim=-1)
+    out, new_rows = memory_update(
+        x,
+        candidate,
+        rows,
+        input_gate + parameters["input_bias"],
+        forget_gate + parameters["forget_bias"],
+    )
+    return out, _write_rows(memory, new_rows, slot_offset), new_sum

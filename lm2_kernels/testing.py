@@ -1,0 +1,349 @@
+"""The rule every backend is held to, and the cases it is held to: for tests, benchmarks, `verify`.
+
+**The rule.** For a tensor k (an output or a gradient) against the float64 oracle r::
+
+    max|k - r| <= m * max|e - r| + 2 * max|round(r) - r|        m = 2 for outputs, 3 for gradients
+    rms(k - r) <= 1.5 * rms(e - r) + rms(round(r) - r)
+
+where e is the oracle's code run in k's dtype on the same inputs, and round() rounds to k's dtype.
+So a kernel may be about as wrong as plain PyTorch is, and no literal tolerance is needed. Gradients
+whose true value is 0 are apart: a softmax over one slot passes no gradient, plain PyTorch finds an
+exact 0 there, and a kernel that works from the log-sum-exp a rounding error. These elements get the
+one absolute floor of the package, :data:`ZERO_FLOOR` ulps of 1 (inputs and cotangents are of
+order 1). In float64 the oracle is its own yardstick, so k may be :data:`FLOAT64_ULPS` ulps of
+max|r| away from it.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm2_kernels import functional, reference
+from lm2_kernels.backends import dropout
+
+ZERO_FLOOR = 16
+FLOAT64_ULPS = 64
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+class Case(NamedTuple):
+    """One op at one shape with its options. Unused sizes are 0."""
+
+    op: str
+    batch: int
+    tokens: int
+    slots: int
+    heads: int
+    width: int  # of a head for memory_attention, of the model elsewhere
+    options: tuple[tuple[str, object], ...] = ()
+
+    def option(self, name: str, default=None):
+        return dict(self.options).get(name, default)
+
+    @property
+    def id(self) -> str:
+        sizes = f"B{self.batch}-T{self.tokens}"
+        if self.op == "memory_attention":
+            sizes += f"-N{self.slots}-H{self.heads}-K{self.width}"
+        else:
+            sizes += f"-D{self.width}"
+        options = "".join(f"-{name}={value}" for name, value in self.options)
+        return f"{self.op}-{sizes}{options}"
+
+
+def _attention(batch, tokens, slots, heads, width, **options) -> Case:
+    return Case("memory_attention", batch, tokens, slots, heads, width, tuple(options.items()))
+
+
+def _update(batch, tokens, width, **options) -> Case:
+    return Case("memory_update", batch, tokens, 0, 0, width, tuple(options.items()))
+
+
+def _norm(batch, tokens, width, **options) -> Case:
+    return Case("residual_layer_norm", batch, tokens, 0, 0, width, tuple(options.items()))
+
+
+def _pool(batch, tokens, width, **options) -> Case:
+    return Case("pooled_gate", batch, tokens, 0, 0, width, tuple(options.items()))
+
+
+# small enough for an interpreter; together they use every option of every op
+SMALL_CASES = (
+    _attention(1, 1, 1, 1, 16),
+    _attention(2, 3, 24, 3, 8),
+    _attention(2, 17, 17, 3, 16, slot_mask="random"),
+    _attention(1, 33, 40, 2, 17, slot_offset=7),
+    _attention(2, 20, 37, 2, 9, causal=False, scale=-0.3),
+    _attention(1, 40, 19, 1, 65, slot_mask="prefix"),
+    _attention(2, 18, 33, 2, 32, dropout_p=0.3, slot_offset=3),
+    _attention(1, 9, 21, 2, 24, top_k=3),
+    _attention(1, 5, 7, 1, 264),
+    _update(2, 3, 24),
+    _update(1, 17, 65, output_gate=True),
+    _update(2, 5, 40, output_gate=True, output="memory", hidden="float32"),
+    _update(2, 9, 33, gate_bias="segment", memory="float32"),
+    _update(1, 6, 16, gate_bias="prefix", broadcast=True),
+    _norm(2, 3, 24),
+    _norm(1, 17, 65, residual="float32"),
+    _norm(2, 33, 7, parameters="float32"),
+    _pool(2, 3, 24),
+    _pool(1, 67, 33),
+    _pool(2, 70, 20, prefix=True),
+    _pool(1, 5, 65, prefix=True, num_pooled=4),
+)
+# shapes of real use, cut to what a CPU runs in a second
+LARGE_CASES = (
+    _attention(3, 16, 64, 4, 16),
+    _attention(1, 127, 127, 8, 16),
+    _attention(1, 129, 160, 10, 16, slot_mask="random"),
+    _attention(2, 100, 96, 6, 16, causal=False),
+    _attention(1, 70, 130, 2, 65, slot_offset=60),
+    _attention(1, 64, 96, 2, 128),
+    _attention(1, 65, 80, 2, 256, slot_mask="prefix"),
+    _attention(2, 33, 48, 3, 48, dropout_p=0.5),
+    _attention(2, 64, 64, 4, 40, top_k=8, dropout_p=0.25),
+    _attention(1, 300, 300, 2, 32),
+    _attention(1, 24, 40, 2, 384, top_k=5),
+    _update(3, 127, 160),
+    _update(2, 100, 515, output_gate=True),
+    _update(2, 64, 256, gate_bias="segment", memory="float32"),
+    _norm(2, 100, 515),
+    _norm(1, 64, 2048, residual="float32"),
+    _pool(2, 300, 260),
+    _pool(3, 257, 130, prefix=True, num_pooled=11),
+)
+CASES = SMALL_CASES + LARGE_CASES
+
+
+class Inputs(NamedTuple):
+    """A case's tensors: ``tensors`` take gradients, ``constants`` do not."""
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, object]
+    cotangents: tuple[Tensor, ...]
+
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def make_inputs(
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
+    layout: Layout | None = None,
+) -> Inputs:
+    """Random tensors of the case in ``dtype`` (or the dtypes its options name).
+
+    ``layout`` maps each tensor and each cotangent to one of equal values and other strides.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, like: str | None = None) -> Tensor:
+        wanted = dtype if like is None or dtype == torch.float64 else DTYPES[like]
+        tensor = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        tensor = tensor.to(wanted).to(device)
+        return tensor if layout is None else layout(tensor)
+
+    batch, tokens, width = case.batch, case.tokens, case.width
+    rows = (batch, tokens, width)
+    constants: dict[str, object] = {}
+    accumulated = "float64" if dtype == torch.float64 else "float32"
+    if case.op == "memory_attention":
+        bank = (batch, case.slots, case.heads, width)
+        read = (batch, tokens, case.heads, width)
+        tensors = {"query": draw(*read), "key": draw(*bank), "value": draw(*bank)}
+        cotangents = (draw(*read),)
+        constants = {
+            name: value for name, value in case.options if name not in ("slot_mask", "dropout_p")
+        }
+        if case.option("slot_mask") == "random":
+            mask = torch.rand(batch, case.slots, generator=generator) < 0.5
+            constants["slot_mask"] = mask.to(device)
+        elif case.option("slot_mask") == "prefix":
+            # the first tokens of a causal read see nothing at all
+            mask = torch.arange(case.slots) >= case.slots // 3
+            constants["slot_mask"] = mask.expand(batch, -1).to(device)
+        if case.option("dropout_p"):
+            constants["dropout_p"] = case.option("dropout_p")
+    elif case.op == "memory_update":
+        gate = (batch, 1, width) if case.option("broadcast") else rows
+        tensors = {
+            "hidden": draw(*rows, like=case.option("hidden")),
+            "candidate": draw(*rows),
+            "memory": draw(*rows, like=case.option("memory")),
+            "input_gate": draw(*gate),
+            "forget_gate": draw(*rows),
+        }
+        if case.option("output_gate"):
+            tensors["output_gate"] = draw(*gate)
+            constants["output"] = case.option("output", "read")
+        if case.option("gate_bias"):
+            biased = tokens if case.option("gate_bias") == "prefix" else 1
+            tensors["gate_bias"] = draw(batch, biased, 2 * width)
+        cotangents = (
+            draw(*rows, like=case.option("hidden")),
+            draw(*rows, like=case.option("memory")),
+        )
+    elif case.op == "residual_layer_norm":
+        tensors = {
+            "x": draw(*rows),
+            "residual": draw(*rows, like=case.option("residual")),
+            "weight": draw(width, like=case.option("parameters")),
+            "bias": draw(width, like=case.option("parameters")),
+        }
+        cotangents = (draw(*rows),)
+    else:
+        prefix = bool(case.option("prefix"))
+        tensors = {"x": draw(*rows), "weight": draw(width)}
+        constants = {"prefix": prefix}
+        if case.option("num_pooled"):
+            tensors["pooled_sum"] = draw(batch, width, like=accumulated)
+            constants["num_pooled"] = case.option("num_pooled")
+        cotangents = (
+            draw(batch, tokens if prefix else 1, width),
+            draw(batch, width, like=accumulated),
+        )
+    return Inputs(tensors, constants, cotangents)
+
+
+def run_case(case: Case, inputs: Inputs, backend: str, *, seed: int = 0) -> dict[str, Tensor]:
+    """Outputs and gradients of the public op on a backend, by name."""
+    function = functools.partial(getattr(functional, case.op), backend=backend)
+    torch.manual_seed(seed)
+    return _differentiate(function, inputs, inputs.constants)
+
+
+def run_reference(
+    case: Case, inputs: Inputs, dtype: torch.dtype | None = None, *, seed: int = 0
+) -> dict[str, Tensor]:
+    """Outputs and gradients of the oracle, in ``dtype`` or the inputs' own dtypes."""
+    constants = dict(inputs.constants)
+    dropout_p = constants.get("dropout_p")
+    if dropout_p is not None:
+        constants["keep_mask"] = drawn_keep_mask(inputs, dropout_p, seed)
+    if dtype is not None:
+        inputs = Inputs(
+            {name: tensor.detach().to(dtype) for name, tensor in inputs.tensors.items()},
+            constants,
+            tuple(cotangent.to(dtype) for cotangent in inputs.cotangents),
+        )
+    return _differentiate(getattr(reference, case.op), inputs, constants)
+
+
+def drawn_keep_mask(inputs: Inputs, dropout_p: float, seed: int) -> Tensor:
+    """The dropout mask that ``run_case`` with this seed uses. (B, H, T, N)"""
+    batch, tokens, heads, _ = inputs.tensors["query"].shape
+    device = inputs.tensors["query"].device
+    torch.manual_seed(seed)
+    drawn = functional.draw_seed(device)
+    rows = torch.arange(batch * heads * tokens, device=device).view(batch, heads, tokens)
+    return dropout.keep_mask(drawn, dropout_p, rows, inputs.tensors["key"].shape[1])
+
+
+def _differentiate(
+    function: Callable, inputs: Inputs, constants: dict[str, object]
+) -> dict[str, Tensor]:
+    # detach keeps strides, so a layout survives; the caller's tensors stay as they are
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.tensors.items()}
+    positional = [
+        leaves.pop(name)
+        for name, parameter in inspect.signature(_unwrapped(function)).parameters.items()
+        if name in leaves and parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+    ]
+    outputs = function(*positional, **leaves, **constants)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    tensors = positional + list(leaves.values())
+    gradients = torch.autograd.grad(outputs, tensors, inputs.cotangents)
+    names = [name for name in inputs.tensors if name not in leaves] + list(leaves)
+    results = {f"output {index}": output.detach() for index, output in enumerate(outputs)}
+    results.update({f"d{name}": grad for name, grad in zip(names, gradients, strict=True)})
+    return results
+
+
+def _unwrapped(function: Callable) -> Callable:
+    return function.func if isinstance(function, functools.partial) else function
+
+
+class Comparison(NamedTuple):
+    """How one tensor fares under the rule: its errors as a share of what is allowed."""
+
+    name: str
+    max_share: float
+    rms_share: float
+
+    @property
+    def share(self) -> float:
+        return max(self.max_share, self.rms_share)
+
+    @property
+    def passed(self) -> bool:
+        # a NaN is not <= 1
+        return self.share <= 1.0
+
+
+def compare(name: str, got: Tensor, oracle: Tensor, eager: Tensor) -> Comparison:
+    """Apply the rule of this module's docstring to one tensor."""
+    if got.shape != oracle.shape:
+        return Comparison(f"{name}: shape {tuple(got.shape)}", math.inf, math.inf)
+    if got.numel() == 0:
+        return Comparison(name, 0.0, 0.0)
+    oracle = oracle.double()
+    factor = 3.0 if name.startswith("d") else 2.0
+    eps = torch.finfo(got.dtype).eps
+    error = (got.double() - oracle).abs()
+    if got.dtype == torch.float64:
+        share = _share(error.max(), FLOAT64_ULPS * eps * oracle.abs().max())
+        return Comparison(name, share, share)
+    eager_error = (eager.double() - oracle).abs()
+    rounding = (oracle.to(got.dtype).double() - oracle).abs()
+    bound = factor * eager_error.max() + 2.0 * rounding.max()
+    rms_bound = 1.5 * _rms(eager_error) + _rms(rounding)
+    zero_share = 0.0
+    if name.startswith("d"):
+        zero = (oracle == 0.0) & (eager_error == 0.0)
+        zero_share = _share(torch.where(zero, error, 0.0).max(), torch.tensor(ZERO_FLOOR * eps))
+        error = torch.where(zero, 0.0, error)
+    return Comparison(
+        name, max(zero_share, _share(error.max(), bound)), _share(_rms(error), rms_bound)
+    )
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.square().mean().sqrt()
+
+
+def _share(error: Tensor, bound: Tensor) -> float:
+    error, bound = float(error), float(bound)
+    if math.isnan(error):
+        return math.inf
+    if error == 0.0:
+        return 0.0
+    return error / bound if bound > 0.0 else math.inf
+
+
+def compare_case(
+    case: Case, inputs: Inputs, results: dict[str, Tensor], *, seed: int = 0
+) -> list[Comparison]:
+    """The rule for every output and gradient of a case."""
+    oracle = run_reference(case, inputs, torch.float64, seed=seed)
+    eager = run_reference(case, inputs, seed=seed)
+    return [compare(name, got, oracle[name], eager[name]) for name, got in results.items()]
+
+
+def packaged_golden() -> list[Path]:
+    """The golden files that ship with the package, for ``verify``."""
+    return sorted((Path(__file__).parent / "data").glob("*.safetensors"))
