@@ -11,7 +11,25 @@ from torch import Tensor
 from lm2_kernels.ops import run
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class _Refusals:
+    """Clear refusals in place of torch's general ones."""
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            "lm2_kernels: forward-mode differentiation is not supported; use reverse mode, or the "
+            "ops of lm2_kernels.reference"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(
+            "lm2_kernels: vmap is not supported; the ops take a batch dimension, or use the ops of "
+            "lm2_kernels.reference"
+        )
+
+
+class _FirstOrderOnly(_Refusals, torch.autograd.Function):
     """Runs a backward function and refuses to be differentiated again.
 
     ``once_differentiable`` would let a gradient penalty pass with a wrong result when the incoming
@@ -39,24 +57,6 @@ def _run_backward(backend: str, function: str, *args):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return _FirstOrderOnly.apply(backend, function, *args)
     return run(backend, function, *args)
-
-
-class _Refusals:
-    """Clear refusals in place of torch's general ones."""
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            "lm2_kernels: forward-mode differentiation is not supported; use reverse mode, or the "
-            "ops of lm2_kernels.reference"
-        )
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise NotImplementedError(
-            "lm2_kernels: vmap is not supported; the ops take a batch dimension, or use the ops of "
-            "lm2_kernels.reference"
-        )
 
 
 _with_refusals: dict[type, type] = {}

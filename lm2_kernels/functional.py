@@ -33,11 +33,11 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def check_tensors(op: str, **tensors: Tensor | None) -> None:
-    """Each is a dense floating-point tensor, and all are on one device; None is skipped."""
+def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor | None) -> None:
+    """Each is a dense floating-point tensor, and all are on one device; None only if optional."""
     first_name, first = None, None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -118,10 +118,29 @@ def check_dropout(op: str, dropout_p: float) -> None:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {dropout_p}")
 
 
+def check_scale(op: str, scale: float) -> None:
+    """A finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{op}: scale must be finite, got {scale}")
+
+
+def check_eps(op: str, eps: float) -> None:
+    """A float above 0, which NaN is not."""
+    if not isinstance(eps, float) or not eps > 0.0:
+        raise ValueError(f"{op}: eps must be a float above 0, got {eps!r}")
+
+
 def check_slot_mask(op: str, slot_mask: Tensor, batch: int, slots: int, device) -> None:
     """A bool tensor (B, N) on the device of the other tensors."""
     if not isinstance(slot_mask, Tensor):
         raise TypeError(f"{op}: slot_mask must be a torch.Tensor, got {type(slot_mask).__name__}")
+    if slot_mask.layout != torch.strided or slot_mask.is_nested:
+        raise TypeError(
+            f"{op}: slot_mask must be a dense strided tensor, got layout {slot_mask.layout}; "
+            f"convert it with .to_dense()"
+        )
     if slot_mask.dtype != torch.bool:
         raise TypeError(f"{op}: slot_mask must be bool (True = takes part), got {slot_mask.dtype}")
     check_shape(op, "slot_mask", slot_mask, "(B, N)", (batch, slots))
@@ -214,10 +233,8 @@ def memory_attention(
     check_dropout(op, dropout_p)
     if scale is None:
         scale = 1.0 / math.sqrt(head_width)
-    elif isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"{op}: scale must be a float, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"{op}: scale must be finite, got {scale}")
+    else:
+        check_scale(op, scale)
     query, key, value = _autocast(query, key, value)
     check_dtypes(op, query.dtype, (), query=query, key=key, value=value)
     name = backends.select(op, (query, key, value), backend)
@@ -296,7 +313,7 @@ def memory_update(
         "output_gate": output_gate,
         "gate_bias": gate_bias,
     }
-    check_tensors(op, **tensors)
+    check_tensors(op, optional=("output_gate", "gate_bias"), **tensors)
     check_shape(op, "hidden", hidden, "(B, T, D)", (None,) * 3)
     batch, num_tokens, width = hidden.shape
     check_nonempty(op, "hidden", hidden, {"tokens T": 1, "width D": 2})
@@ -381,8 +398,7 @@ def residual_layer_norm(
     check_shape(op, "residual", residual, "(B, T, D)", tuple(x.shape))
     check_shape(op, "weight", weight, "(D,)", (x.shape[-1],))
     check_shape(op, "bias", bias, "(D,)", (x.shape[-1],))
-    if not isinstance(eps, float) or not eps > 0.0:
-        raise ValueError(f"{op}: eps must be a float above 0, got {eps!r}")
+    check_eps(op, eps)
     _check_mixed(op, x=x, residual=residual)
     _check_mixed(op, x=x, weight=weight)
     check_dtypes(op, weight.dtype, (), weight=weight, bias=bias)
@@ -439,7 +455,7 @@ def pooled_gate(
         RuntimeError: a backend asked for by name cannot run this call; the text says why.
     """
     op = "pooled_gate"
-    check_tensors(op, x=x, weight=weight, pooled_sum=pooled_sum)
+    check_tensors(op, optional=("pooled_sum",), x=x, weight=weight, pooled_sum=pooled_sum)
     check_shape(op, "x", x, "(B, T, D)", (None,) * 3)
     check_nonempty(op, "x", x, {"tokens T": 1, "width D": 2})
     batch, _, width = x.shape

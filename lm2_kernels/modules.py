@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from lm2_kernels import functional
 from lm2_kernels.functional import (
     check_dropout,
+    check_eps,
     check_int,
     check_nonempty,
+    check_scale,
     check_shape,
     check_slot_mask,
     check_tensors,
@@ -41,6 +43,8 @@ class _MemoryLayer(nn.Module):
             raise ValueError(f"{op}: num_heads ({num_heads}) must divide dim ({dim})")
         if top_k is not None:
             check_int(op, "top_k", top_k, 1)
+        if scale is not None:
+            check_scale(op, scale)
         check_dropout(op, dropout)
         if write != "position":
             raise ValueError(f"{op}: write must be 'position', got {write!r}")
@@ -89,7 +93,14 @@ class _MemoryLayer(nn.Module):
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_mask is not None:
             check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
+            allowed = (torch.float32, torch.get_autocast_dtype(x.device.type))
+            for name, tensor in (("x", x), ("memory", memory)):
+                if tensor.dtype not in allowed:
+                    raise TypeError(
+                        f"{op}: {name} is {tensor.dtype}, but under autocast it must be one of "
+                        f"{allowed}; cast it"
+                    )
             return
         if x.dtype != weight.dtype:
             raise TypeError(
@@ -350,6 +361,7 @@ class ReleaseMemory(_MemoryLayer):
         )
         check_int("ReleaseMemory", "num_blocks", num_blocks, 1)
         check_int("ReleaseMemory", "attention_mlp_layers", attention_mlp_layers, 1)
+        check_eps("ReleaseMemory", eps)
         if pooled_gate not in ("segment", "prefix"):
             raise ValueError(
                 f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got {pooled_gate!r}"
@@ -422,8 +434,9 @@ class ReleaseMemory(_MemoryLayer):
             )
         end = slot_offset + x.shape[1]
         rows = memory[:, slot_offset:end]
-        candidate = self._attend(x, memory, slot_offset, slot_mask)
+        # first, as it checks pooled_sum: nothing runs before every input is checked
         gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
+        candidate = self._attend(x, memory, slot_offset, slot_mask)
         gates = self.memory_gate_projector.linear(torch.tanh(self._operand(rows, x)))
         input_gate, forget_gate = gates.chunk(2, dim=-1)
         output, new_rows = functional.memory_update(

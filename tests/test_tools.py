@@ -1,4 +1,7 @@
-"""Self tests of the tools under tests/tools: each planted bug must be caught, clean code must pass."""
+"""Self tests of tests/tools: each planted bug must be caught, and clean code must pass."""
+
+# constexpr parameters are upper case by Triton's custom
+# ruff: noqa: N803
 
 import os
 import sys
@@ -18,14 +21,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as driver_config
 from triton.runtime.errors import InterpreterError, OutOfResources
 
-from tests.tools import fake_gpu as fake_gpu_module
-from tests.tools import interpreter_bf16, interpreter_sanitizer
-from tests.tools.fake_gpu import TARGETS, LaunchError, fake_gpu
-from tests.tools.interpreter_sanitizer import (
-    FalseHint,
-    IntegerOverflow,
-    OutOfBounds,
-    ProgramRace,
+from tools import fake_gpu as fake_gpu_module
+from tools import interpreter_bf16, interpreter_sanitizer
+from tools.fake_gpu import TARGETS, LaunchError, fake_gpu
+from tools.interpreter_sanitizer import (
+    FalseHintError,
+    IntegerOverflowError,
+    OutOfBoundsError,
+    ProgramRaceError,
     sanitize,
 )
 
@@ -433,12 +436,12 @@ def test_sanitizer_passes_clean_kernel(size, shuffle):
 
 
 def test_sanitizer_finds_mask_off_by_one():
-    with fake_gpu(), sanitize(), pytest.raises(OutOfBounds, match="x_ptr"):
+    with fake_gpu(), sanitize(), pytest.raises(OutOfBoundsError, match="x_ptr"):
         _run_copy(37, mask_size=38)
 
 
 def test_sanitizer_finds_missing_mask():
-    with fake_gpu(), sanitize(), pytest.raises(OutOfBounds):
+    with fake_gpu(), sanitize(), pytest.raises(OutOfBoundsError):
         _run_copy(37, mask_size=10_000)
 
 
@@ -446,7 +449,7 @@ def test_sanitizer_finds_neighbours_of_a_slice():
     storage = torch.zeros(37, 4)
     with fake_gpu(), sanitize():
         _run_copy(37, stride=4, x=storage[:, 1])
-        with pytest.raises(OutOfBounds):
+        with pytest.raises(OutOfBoundsError):
             _run_copy(37, stride=3, x=storage[:, 1])
 
 
@@ -509,16 +512,16 @@ def test_sanitizer_finds_races(shuffle):
     out = torch.zeros(BLOCK)
     with fake_gpu(), sanitize(shuffle=shuffle):
         _colliding_store_kernel[(1,)](out, BLOCK=BLOCK)
-        with pytest.raises(ProgramRace, match="out_ptr"):
+        with pytest.raises(ProgramRaceError, match="out_ptr"):
             _colliding_store_kernel[(2,)](out, BLOCK=BLOCK)
-        with pytest.raises(ProgramRace):
+        with pytest.raises(ProgramRaceError):
             _read_previous_kernel[(4,)](x)
-        with pytest.raises(ProgramRace):
+        with pytest.raises(ProgramRaceError):
             _read_then_write_first_kernel[(4,)](x, out, 3)
-        with pytest.raises(ProgramRace, match="twice"):
+        with pytest.raises(ProgramRaceError, match="twice"):
             _duplicate_lanes_kernel[(1,)](out, BLOCK=BLOCK)
         _atomic_then_load_kernel[(4,)](x, out, LOAD=False)
-        with pytest.raises(ProgramRace):
+        with pytest.raises(ProgramRaceError):
             _atomic_then_load_kernel[(4,)](x, out, LOAD=True)
 
 
@@ -558,7 +561,7 @@ def test_sanitizer_finds_int32_overflow(is_gpu_inside):
     contexts = [fake_gpu(), sanitize()]
     first, second = reversed(contexts) if is_gpu_inside else contexts
     with first, second:
-        with pytest.raises(IntegerOverflow, match="int32"):
+        with pytest.raises(IntegerOverflowError, match="int32"):
             _large_stride_kernel[(3,)](x, out, stride, N=BLOCK, USE_INT64=False)
         _large_stride_kernel[(3,)](x, out, stride, N=BLOCK, USE_INT64=True)
     assert torch.equal(out, x)
@@ -578,7 +581,7 @@ def test_sanitizer_checks_uint32_unless_told_not_to():
         assert x == (2**16 - 1) ** 2
         for value in (2**16, 2**32 - 1):
             x = torch.tensor(value)
-            with pytest.raises(IntegerOverflow, match="uint32"):
+            with pytest.raises(IntegerOverflowError, match="uint32"):
                 _uint32_kernel[(1,)](x, IS_CHECKED=True)
             _uint32_kernel[(1,)](x, IS_CHECKED=False)
             assert x == value**2 % 2**32
@@ -608,9 +611,9 @@ def test_sanitizer_checks_hints():
     x = torch.zeros(64)
     with fake_gpu(), sanitize():
         _hint_kernel[(1,)](x, 24, N=16, MULTIPLE=8, STEP=1)
-        with pytest.raises(FalseHint, match="multiple_of"):
+        with pytest.raises(FalseHintError, match="multiple_of"):
             _hint_kernel[(1,)](x, 20, N=16, MULTIPLE=8, STEP=1)
-        with pytest.raises(FalseHint, match="max_contiguous"):
+        with pytest.raises(FalseHintError, match="max_contiguous"):
             _hint_kernel[(1,)](x, 24, N=16, MULTIPLE=8, STEP=2)
 
 
@@ -659,7 +662,7 @@ def test_sanitizer_sees_a_race_through_overlapping_views():
     with fake_gpu(), sanitize():
         # in place: each program loads what it stores itself
         _two_views_kernel[(4,)](x, x, 1, BLOCK=BLOCK)
-        with pytest.raises(ProgramRace):
+        with pytest.raises(ProgramRaceError):
             _two_views_kernel[(4,)](x[:-1], x[1:], 1, BLOCK=BLOCK)
 
 

@@ -29,8 +29,8 @@ _replaced: list[tuple[type, str, Any]] = []
 def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     """Rounds float32 to nearest even bfloat16, as uint16 bit patterns.
 
-    Equal to torch bit for bit, except that every NaN becomes 0x7FC0: which NaN torch returns depends
-    on the length and alignment of its input.
+    Equal to torch bit for bit, except that every NaN becomes 0x7FC0: which NaN torch returns
+    depends on the length and alignment of its input.
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     lowest_kept_bit = (bits >> 16) & 1

@@ -16,8 +16,8 @@ most memory bugs pass unseen there. Inside `sanitize` these are errors:
 - integer overflow in ``+ - *``, where the kernel does not say ``sanitize_overflow=False``.
 - a false ``tl.multiple_of``, ``tl.max_contiguous`` or ``tl.max_constancy``.
 
-Also, ``tl.device_assert`` is active. Masked-off lanes of a load without ``other`` are undefined on a GPU; here they are NaN, or the
-largest integer.
+Masked-off lanes of a load without ``other`` are undefined on a GPU; here they are NaN, or the
+largest integer. ``tl.device_assert`` is active.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorH
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 __all__ = [
-    "FalseHint",
-    "IntegerOverflow",
-    "OutOfBounds",
-    "ProgramRace",
+    "FalseHintError",
+    "IntegerOverflowError",
+    "OutOfBoundsError",
+    "ProgramRaceError",
     "SanitizerError",
     "sanitize",
 ]
@@ -57,19 +57,19 @@ class SanitizerError(AssertionError):
     """A bug that `sanitize` found in a kernel."""
 
 
-class OutOfBounds(SanitizerError):
+class OutOfBoundsError(SanitizerError):
     """An active lane's address is not an element of any argument."""
 
 
-class ProgramRace(SanitizerError):
+class ProgramRaceError(SanitizerError):
     """The result depends on the order in which programs, or the lanes of a store, run."""
 
 
-class IntegerOverflow(SanitizerError):
+class IntegerOverflowError(SanitizerError):
     """An integer operation left the range of its type."""
 
 
-class FalseHint(SanitizerError):
+class FalseHintError(SanitizerError):
     """A promise to the compiler does not hold."""
 
 
@@ -193,7 +193,7 @@ class _State:
             active = active[np.broadcast_to(mask_data, pointers.data.shape).reshape(-1)]
         addresses = active.astype(np.int64)
         if kind == "store" and np.unique(addresses).size != addresses.size:
-            raise ProgramRace(f"store by program {builder.grid_idx} writes an address twice")
+            raise ProgramRaceError(f"store by program {builder.grid_idx} writes an address twice")
         x, y, z = builder.grid_idx
         _, size_y, size_z = builder.grid_dim
         program = (x * size_y + y) * size_z + z
@@ -210,7 +210,7 @@ class _State:
                 continue
             conflict = region.log.record(kind, elements, program)
             if conflict.any():
-                raise ProgramRace(
+                raise ProgramRaceError(
                     f"{kind} by program {builder.grid_idx} conflicts with another program on "
                     f"element {elements[conflict][0]} of {region.name}"
                 )
@@ -232,7 +232,7 @@ class _State:
                 f"; the first is at offset {offset:g} from {nearest.name}, whose elements "
                 f"lie at offsets 0 to {nearest.span - 1}"
             )
-        raise OutOfBounds(message)
+        raise OutOfBoundsError(message)
 
 
 def _tensors_in(arg: Any) -> Iterator[torch.Tensor]:
@@ -266,7 +266,7 @@ def _check_hint(data: np.ndarray, key: str, values: list[int]) -> None:
         # of a run of consecutive values the hint describes the first; other runs are not checked
         first = int(data.reshape(-1)[0])
         if any(first % value for value in values):
-            raise FalseHint(f"tl.multiple_of is false: {first} is not a multiple of {values}")
+            raise FalseHintError(f"tl.multiple_of is false: {first} is not a multiple of {values}")
         return
     name, step = {
         "tt.contiguity": ("tl.max_contiguous", 1),
@@ -277,7 +277,7 @@ def _check_hint(data: np.ndarray, key: str, values: list[int]) -> None:
         # a difference between the last of one group and the first of the next is free
         is_within_group = (np.arange(differences.shape[axis]) + 1) % length != 0
         if (np.compress(is_within_group, differences, axis=axis) != step).any():
-            raise FalseHint(f"{name} is false: no groups of {length} along axis {axis}")
+            raise FalseHintError(f"{name} is false: no groups of {length} along axis {axis}")
 
 
 def _find_sanitizer_error(error: BaseException | None) -> SanitizerError | None:
@@ -405,7 +405,7 @@ def _patch_overflow(patch: Any) -> None:
         is_below = result < dtype.get_int_min_value()
         is_above = result > dtype.get_int_max_value()
         if (is_below | is_above).any():
-            raise IntegerOverflow(f"{dtype} overflow in {binary_op.__name__}")
+            raise IntegerOverflowError(f"{dtype} overflow in {binary_op.__name__}")
 
     # Triton's own check says the same in debug mode, but interprets eight more operations for it
     patch(TritonSemantic, "binary_op_sanitize_overflow_impl", check)

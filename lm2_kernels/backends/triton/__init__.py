@@ -1,2 +1,71 @@
-def unsupported_reason(op, *tensors):
-    return "being written"
+"""The Triton backend: fused kernels for NVIDIA GPUs from sm_80 on and AMD gfx942.
+
+``memory_attention`` with ``top_k`` or a head width above 256 takes the composite path: PyTorch's
+own operators on the same device, a block of scores at a time.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.backends.triton import launch
+from lm2_kernels.backends.triton.memory_attention import (
+    memory_attention_backward,
+    memory_attention_forward,
+)
+from lm2_kernels.backends.triton.memory_update import (
+    memory_update_backward,
+    memory_update_forward,
+)
+from lm2_kernels.backends.triton.pooled_gate import pooled_gate_backward, pooled_gate_forward
+from lm2_kernels.backends.triton.residual_layer_norm import (
+    MAX_WIDTH,
+    residual_layer_norm_backward,
+    residual_layer_norm_forward,
+)
+
+__all__ = [
+    "memory_attention_backward",
+    "memory_attention_forward",
+    "memory_update_backward",
+    "memory_update_forward",
+    "pooled_gate_backward",
+    "pooled_gate_forward",
+    "residual_layer_norm_backward",
+    "residual_layer_norm_forward",
+    "unsupported_reason",
+]
+
+
+@torch.compiler.assume_constant_result
+@functools.lru_cache(maxsize=None)
+def _device_reason(device_type: str, device_index: int | None) -> str | None:
+    if device_type == "cpu":
+        return None if launch.CPU_LAUNCH_ALLOWED else "the tensors are on cpu"
+    if device_type != "cuda":
+        return f"the tensors are on {device_type}, it runs on NVIDIA and AMD GPUs"
+    if torch.version.hip is None:
+        major, minor = torch.cuda.get_device_capability(device_index)
+        if major < 8:
+            return f"the GPU has compute capability {major}.{minor}, it needs 8.0 or newer"
+    return None
+
+
+def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
+    """See the contract in :mod:`lm2_kernels.backends`."""
+    if not tensors:
+        has_gpu = torch.cuda.is_available() or launch.CPU_LAUNCH_ALLOWED
+        return None if has_gpu else "there is no GPU"
+    device = tensors[0].device
+    reason = _device_reason(device.type, device.index)
+    if reason is not None:
+        return reason
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return "float64 is not implemented, use float32"
+        if tensor.dtype == torch.bfloat16 and launch.interpreted():
+            return "Triton's interpreter computes bfloat16 wrongly, use float32 or float16"
+    if op == "residual_layer_norm" and tensors[0].shape[-1] > MAX_WIDTH:
+        return f"rows wider than {MAX_WIDTH} are not implemented"
+    return None

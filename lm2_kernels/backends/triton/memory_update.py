@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lm2_kernels.backends.triton import launch, tables
-from lm2_kernels.backends.triton.primitives import sigmoid, tanh
+from lm2_kernels.backends.triton.primitives import sigmoid, sigmoid_and_slope, tanh
 
 
 @triton.jit
@@ -155,15 +155,15 @@ def _memory_update_bwd_kernel(
     if HAS_DOUTPUT:
         doutput = _load(doutput_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
         if HAS_OUTPUT_GATE:
-            gate = sigmoid(
+            gate, slope = sigmoid_and_slope(
                 _load(output_gate_ptr, pid_b, offs_t, offs_d, stride_ob, stride_ot, mask)
             )
             if SHOWS_MEMORY:
                 dmemory += doutput * gate
-                doutput_gate = doutput * memory * gate * (1.0 - gate)
+                doutput_gate = doutput * memory * slope
             else:
                 dcandidate += doutput * gate
-                doutput_gate = doutput * candidate * gate * (1.0 - gate)
+                doutput_gate = doutput * candidate * slope
 
     # a gradient that never arrived is not 0 times something, which would be NaN for an infinity
     if HAS_DNEW_MEMORY or (HAS_DOUTPUT and not HAS_OUTPUT_GATE):
@@ -179,13 +179,13 @@ def _memory_update_bwd_kernel(
             forget_gate += _load(
                 gate_bias_ptr + width, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
             )
-        input_gate = sigmoid(input_gate)
-        forget_gate = sigmoid(forget_gate)
+        input_gate, input_slope = sigmoid_and_slope(input_gate)
+        forget_gate, forget_slope = sigmoid_and_slope(forget_gate)
         update = tanh(candidate)
         dcandidate += dnew_memory * input_gate * (1.0 - update * update)
         dmemory += dnew_memory * forget_gate
-        dinput_gate = dnew_memory * update * input_gate * (1.0 - input_gate)
-        dforget_gate = dnew_memory * memory * forget_gate * (1.0 - forget_gate)
+        dinput_gate = dnew_memory * update * input_slope
+        dforget_gate = dnew_memory * memory * forget_slope
 
     row = pid_b * num_tokens + offs_t
     offs = row * width + offs_d

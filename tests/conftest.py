@@ -1,0 +1,62 @@
+"""What every test gets: fixed seeds, poisoned memory, and a count of what each backend ran."""
+
+import collections
+import warnings
+
+import pytest
+import torch
+
+# the backends that the common suite (test_backends.py) must have run on a machine without a GPU
+REQUIRED_BACKENDS = ("eager", "triton")
+
+_cases: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """torch.empty gives NaN, so that a result which nobody wrote cannot pass."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic.*")
+        yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.passed:
+        _cases.update(value for name, value in report.user_properties if name == "backend")
+
+
+def _whole_run(config) -> bool:
+    return not config.option.keyword and config.option.markexpr in ("", "not gpu and not slow")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    # under xdist the workers run the tests, and the controller alone sees all reports
+    if hasattr(session.config, "workerinput") or not _cases or not _whole_run(session.config):
+        return
+    if any(_cases[name] == 0 for name in REQUIRED_BACKENDS):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not _cases:
+        return
+    counts = ", ".join(f"{name} {count}" for name, count in sorted(_cases.items()))
+    terminalreporter.write_line(f"cases per backend: {counts}")
+    for name in REQUIRED_BACKENDS:
+        if _cases[name] == 0 and _whole_run(config):
+            terminalreporter.write_line(f"FAILED: backend {name} ran no case", red=True)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

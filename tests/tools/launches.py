@@ -1,0 +1,37 @@
+"""Run the package's Triton launches on the CPU with every check on, and judge their resources."""
+
+import contextlib
+from collections.abc import Iterator
+
+from tools import interpreter_bf16
+from tools.fake_gpu import TARGETS, FakeDriver, fake_gpu
+from tools.interpreter_sanitizer import sanitize
+
+__all__ = ["TARGETS", "assert_resources", "checked", "compiled"]
+
+
+@contextlib.contextmanager
+def checked(target: str, *, shuffle: int = 0) -> Iterator[FakeDriver]:
+    """Compile each launch for ``target``, then interpret it: addresses, races, overflow checked."""
+    interpreter_bf16.install()
+    with fake_gpu(target) as gpu, sanitize(shuffle=shuffle):
+        yield gpu
+    assert_resources(gpu)
+
+
+@contextlib.contextmanager
+def compiled(target: str) -> Iterator[FakeDriver]:
+    """Compile each launch for ``target`` without running it."""
+    with fake_gpu(target, execute=False) as gpu:
+        yield gpu
+    assert_resources(gpu)
+
+
+def assert_resources(gpu: FakeDriver) -> None:
+    """What every kernel promises: no spills, fp64, TF32 or float atomics."""
+    for launch in gpu.launches:
+        text = f"{launch.kernel} on {launch.target}, warps={launch.num_warps}: {launch}"
+        assert launch.spills == 0, text
+        assert launch.f64 == 0, text
+        assert launch.tf32 == 0, text
+        assert launch.atomics == 0, text
