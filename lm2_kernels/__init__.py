@@ -8,9 +8,9 @@ from lm2_kernels.modules import PaperMemory, ReleaseMemory
 from lm2_kernels.version import __version__
 
 __all__ = [
-    "__version__",
     "PaperMemory",
     "ReleaseMemory",
+    "__version__",
     "initial_memory",
     "memory_attention",
     "memory_update",

@@ -257,7 +257,8 @@ def memory_attention(
 
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed as a tensor on the device: no synchronisation, and a replayed CUDA graph
-    draws a new one."""
+    draws a new one.
+    """
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 

@@ -1,5 +1,6 @@
 """The two memory layers as ``nn.Module``: projections and the ops of ``functional``, no maths of
-their own. State goes in and comes out; nothing is hidden in a buffer, and nothing is detached."""
+their own. State goes in and comes out; nothing is hidden in a buffer, and nothing is detached.
+"""
 
 import torch
 import torch.nn.functional as F

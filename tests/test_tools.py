@@ -1,7 +1,6 @@
 """Self tests of tests/tools: each planted bug must be caught, and clean code must pass."""
 
 # constexpr parameters are upper case by Triton's custom
-# ruff: noqa: N803
 
 import os
 import sys

@@ -153,8 +153,7 @@ def memory_attention_backward(
     ``dS = A * (dA - rowsum(dA * A)) * scale``, ``dQ = dS K``, ``dK = dS^T Q``,
     ``dV = (A * Z)^T dR``.
     """
-    batch, num_tokens, num_heads, _ = query.shape
-    num_slots = key.shape[1]
+    num_tokens, num_slots = query.shape[1], key.shape[1]
     keys, values = _by_head(key, slot_mask), _by_head(value, slot_mask)
     queries, douts = query.transpose(1, 2), dout.transpose(1, 2)
     dquery, dkey_value = query.new_empty(0), query.new_empty(0)

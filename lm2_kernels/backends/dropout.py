@@ -22,7 +22,7 @@ _LOW = 0xFFFFFFFF
 
 def threshold(dropout_p: float) -> int:
     """The smallest 32-bit value that is kept: ``p * 2**32``."""
-    return min(int(round(dropout_p * 2.0**32)), _LOW)
+    return min(round(dropout_p * 2.0**32), _LOW)
 
 
 def _half(x: Tensor) -> Tensor:

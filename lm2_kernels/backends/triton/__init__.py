@@ -39,7 +39,7 @@ __all__ = [
 
 
 @torch.compiler.assume_constant_result
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _device_reason(device_type: str, device_index: int | None) -> str | None:
     if device_type == "cpu":
         return None if launch.CPU_LAUNCH_ALLOWED else "the tensors are on cpu"

@@ -17,7 +17,7 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def target(device_index: int | None) -> str:
     """What the launch tables are keyed by: "sm_80", "sm_90", "sm_100", "small" or "gfx942".
 
@@ -42,7 +42,7 @@ def target_of(tensor: Tensor) -> str:
 
 
 def device_guard(device: torch.device | None):
-    """Make the tensors' device current: Triton launches on the current device, wherever they are."""
+    """Make the tensors' device current: Triton launches on the current one."""
     if device is None or device.type != "cuda":
         return contextlib.nullcontext()
     return torch.cuda.device(device)

@@ -123,18 +123,14 @@ def _memory_attention_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
     offs_t64 = offs_t.to(tl.int64)
-    offs_n64 = offs_n.to(tl.int64)
 
     query_ptr += b * stride_qb + h * stride_qh
     q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
     key_ptr += b * stride_kb + h * stride_kh
-    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
     value_ptr += b * stride_vb + h * stride_vh
-    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
-    step = tl.full([], BLOCK_N, tl.int64)
 
     if HAS_MASK:
-        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+        slot_mask_ptr += b * stride_mb
         first_visible = tl.full([BLOCK_N], 2147483647, tl.int32)
     if HAS_DROPOUT:
         rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
@@ -152,11 +148,11 @@ def _memory_attention_fwd_kernel(
         end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
     for start in range(0, end, BLOCK_N):
         slots = start + offs_n
+        slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
         if HAS_MASK:
-            mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
+            mask_n = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0) != 0
             first_visible = tl.minimum(first_visible, tl.where(mask_n, slots, 2147483647))
-            slot_mask_ptrs += step * stride_mn
         if CAUSAL:
             # rows below num_tokens see no slot at or past num_slots
             visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
@@ -165,6 +161,7 @@ def _memory_attention_fwd_kernel(
         else:
             visible = mask_n[None, :]
 
+        k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
         k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         # multiplied before the maximum is taken: the scale may be negative
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
@@ -181,10 +178,9 @@ def _memory_attention_fwd_kernel(
             p = tl.where(keep, p, 0.0)
 
         # masked slots must not be read as they are: 0 * NaN would reach every row
+        v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
         v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        k_ptrs += step * stride_kn
-        v_ptrs += step * stride_vn
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
     lse = row_max * _LN_2 + tl.log(row_sum)
@@ -223,7 +219,7 @@ def _memory_attention_bwd_delta_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head."""
+    """Delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     pid_bh = tl.program_id(0) // num_blocks
     pid_t = tl.program_id(0) % num_blocks
@@ -306,7 +302,6 @@ def _memory_attention_bwd_dkey_value_kernel(
     mask_stored = offs_n < num_slots
     mask_n = mask_stored
     offs_n64 = offs_n.to(tl.int64)
-    rows_64 = (first_row + offs_t).to(tl.int64)
     if HAS_MASK:
         slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
         mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
@@ -319,13 +314,10 @@ def _memory_attention_bwd_dkey_value_kernel(
     v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
 
     query_ptr += b * stride_qb + h * stride_qh
-    q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
     dout_ptr += b * stride_dob + h * stride_doh
-    dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
     first_score_row = pid_bh.to(tl.int64) * num_tokens
     lse_ptr += first_score_row
     delta_ptr += first_score_row
-    step = tl.full([], BLOCK_T, tl.int64)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
@@ -334,7 +326,9 @@ def _memory_attention_bwd_dkey_value_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(first_row, num_tokens, BLOCK_T):
         rows = start + offs_t
+        rows_64 = rows.to(tl.int64)
         mask_t = rows < num_tokens
+        q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
         q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
         # +inf: rows past the end, and rows that see no slot, have no probabilities
         lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
@@ -348,6 +342,7 @@ def _memory_attention_bwd_dkey_value_kernel(
         elif HAS_MASK:
             p = tl.where(mask_n[:, None], p, 0.0)
 
+        dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
         dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
@@ -361,8 +356,6 @@ def _memory_attention_bwd_dkey_value_kernel(
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
-        q_ptrs += step * stride_qt
-        dout_ptrs += step * stride_dot
 
     dk = dk * scale
     if HAS_DROPOUT:
@@ -431,7 +424,6 @@ def _memory_attention_bwd_dquery_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
     offs_t64 = offs_t.to(tl.int64)
-    offs_n64 = offs_n.to(tl.int64)
 
     query_ptr += b * stride_qb + h * stride_qh
     q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
@@ -445,12 +437,9 @@ def _memory_attention_bwd_dquery_kernel(
     lse_log2 = lse * _LOG2_E
 
     key_ptr += b * stride_kb + h * stride_kh
-    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
     value_ptr += b * stride_vb + h * stride_vh
-    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
-    step = tl.full([], BLOCK_N, tl.int64)
     if HAS_MASK:
-        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+        slot_mask_ptr += b * stride_mb
     if HAS_DROPOUT:
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), score_rows)
 
@@ -461,10 +450,10 @@ def _memory_attention_bwd_dquery_kernel(
         end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
     for start in range(0, end, BLOCK_N):
         slots = start + offs_n
+        slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
         if HAS_MASK:
-            mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
-            slot_mask_ptrs += step * stride_mn
+            mask_n = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0) != 0
         if CAUSAL:
             visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
             if HAS_MASK:
@@ -472,10 +461,12 @@ def _memory_attention_bwd_dquery_kernel(
         else:
             visible = mask_n[None, :]
 
+        k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
         k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
         p = tl.where(visible, p, 0.0)
+        v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
         v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
@@ -483,8 +474,6 @@ def _memory_attention_bwd_dquery_kernel(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        k_ptrs += step * stride_kn
-        v_ptrs += step * stride_vn
 
     dq_rows = (b * num_tokens + offs_t64) * num_heads + h
     dq_ptrs = dquery_ptr + dq_rows[:, None] * HEAD_WIDTH + offs_k[None, :]

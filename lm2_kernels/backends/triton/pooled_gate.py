@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lm2_kernels.backends.triton import launch, tables
 
-# At 2048 tokens of width 2048, 16 chunks times 16 column blocks: 256 programs for a batch of one.
-# More than 64 chunks would make the sums before a chunk as costly as the chunk.
-_MIN_CHUNK = tl.constexpr(128)
-_MAX_CHUNKS = tl.constexpr(64)
+# At 2048 tokens of width 2048, 32 chunks times 16 column blocks: 512 programs for a batch of one.
+# With many more than 64 chunks, adding up those before a chunk would cost more than the chunk.
+_MIN_CHUNK = 64
+_MAX_CHUNKS = 64
 
 
 @triton.jit
@@ -136,17 +136,20 @@ def _pooled_gate_fwd_prefix_kernel(
         before += _other_chunks(
             partials_ptr, pid_b, chunk, num_chunks, offs_d, mask_d, width, True, MAX_CHUNKS
         )
+    inside = tl.zeros((BLOCK_D,), tl.float32)
     for start in range(first, last, BLOCK_T):
         offs_t = start + tl.arange(0, BLOCK_T)
         mask = (offs_t < last)[:, None] & mask_d[None, :]
         x = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
         active = _relu(weight * x, mask)
-        pooled = (before[None, :] + tl.cumsum(active, axis=0)) / _token_count(offs_t, num_pooled)
+        # small sums first: the largest term joins last
+        pooled = before[None, :] + (inside[None, :] + tl.cumsum(active, axis=0))
+        pooled = pooled / _token_count(offs_t, num_pooled)
         offs = (pid_b * num_tokens + offs_t)[:, None] * width + offs_d[None, :]
         tl.store(pooled_ptr + offs, pooled.to(pooled_ptr.dtype.element_ty), mask=mask)
-        before += tl.sum(active, axis=0)
+        inside += tl.sum(active, axis=0)
     if chunk == num_chunks - 1:
-        tl.store(new_sum_ptr + pid_b * width + offs_d, before, mask=mask_d)
+        tl.store(new_sum_ptr + pid_b * width + offs_d, before + inside, mask=mask_d)
 
 
 @triton.jit(do_not_specialize=_DYNAMIC)
@@ -213,7 +216,7 @@ def _pooled_gate_bwd_kernel(
         num_tokens, num_chunks, chunk_size, width, BLOCK_D
     )
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
-    # the gradient of the running sum, from all tokens after the ones in hand
+    # the gradient of the running sum, from the tokens after this chunk and those inside it
     after = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_DNEW_SUM:
         after += tl.load(dnew_sum_ptr + pid_b * stride_nb + offs_d, mask=mask_d, other=0.0)
@@ -224,6 +227,7 @@ def _pooled_gate_bwd_kernel(
         after += _other_chunks(
             partials_ptr, pid_b, chunk, num_chunks, offs_d, mask_d, width, False, MAX_CHUNKS
         )
+    inside = tl.zeros((BLOCK_D,), tl.float32)
     dweight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for start in range(0, last - first, BLOCK_T):
         # from the last token to the first: so a running sum over rows is one over later tokens
@@ -234,8 +238,8 @@ def _pooled_gate_bwd_kernel(
             dpooled = _load(dpooled_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
             # rows before the chunk have counts down to 0 or less, and 0 / 0 is NaN
             dpooled = tl.where(mask, dpooled / _token_count(offs_t, num_pooled), 0.0)
-            dactive += tl.cumsum(dpooled, axis=0)
-            after += tl.sum(dpooled, axis=0)
+            dactive += inside[None, :] + tl.cumsum(dpooled, axis=0)
+            inside += tl.sum(dpooled, axis=0)
         if NEEDS_DX or NEEDS_DWEIGHT:
             x = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
             dactive = tl.where(mask & ~(weight * x <= 0.0), dactive, 0.0)
@@ -251,12 +255,12 @@ def _pooled_gate_bwd_kernel(
     if NEEDS_DPOOLED_SUM:
         # the earlier pieces' sum enters every running sum: the first chunk has seen them all
         if chunk == 0:
-            tl.store(dpooled_sum_ptr + pid_b * width + offs_d, after, mask=mask_d)
+            tl.store(dpooled_sum_ptr + pid_b * width + offs_d, after + inside, mask=mask_d)
 
 
 def _chunks(num_tokens: int, block_t: int) -> tuple[int, int]:
     """Number of chunks and tokens in each; the last one may be shorter, none is empty."""
-    size = max(_MIN_CHUNK.value, triton.cdiv(num_tokens, _MAX_CHUNKS.value))
+    size = max(_MIN_CHUNK, triton.cdiv(num_tokens, _MAX_CHUNKS))
     size = triton.cdiv(size, block_t) * block_t
     return triton.cdiv(num_tokens, size), size
 
@@ -315,7 +319,7 @@ def pooled_gate_forward(
                 width,
                 HAS_POOLED_SUM=pooled_sum is not None,
                 HAS_PARTIALS=partials is not None,
-                MAX_CHUNKS=_MAX_CHUNKS.value,
+                MAX_CHUNKS=_MAX_CHUNKS,
                 **shared,
             )
     if not prefix:
@@ -390,7 +394,7 @@ def pooled_gate_backward(
             NEEDS_DX=needs_dx,
             NEEDS_DWEIGHT=needs_dweight,
             NEEDS_DPOOLED_SUM=needs_dpooled_sum,
-            MAX_CHUNKS=_MAX_CHUNKS.value,
+            MAX_CHUNKS=_MAX_CHUNKS,
             **shared,
         )
     dweight = weight.new_empty(0) if dweight is None else dweight.sum(0).to(weight.dtype)

@@ -34,6 +34,18 @@ def _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask):
     return tl.load(ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _means(g, gn, n, width):
+    """The two means that dx takes off, from g = dout * weight, n = normalised row, gn = g * n.
+
+    The mean of n is 0 but for the rounding of the saved mean, which counts where a row's mean is
+    large beside its deviations. Its part is put into the first mean.
+    """
+    mean_gn = tl.sum(gn, axis=1) / width
+    mean_g = tl.sum(g, axis=1) / width - tl.sum(n, axis=1) / width * mean_gn
+    return mean_g[:, None], mean_gn[:, None]
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks_t"])
 def _residual_layer_norm_fwd_kernel(
     x_ptr,
@@ -163,6 +175,7 @@ def _residual_layer_norm_bwd_means_kernel(
     rstd = tl.load(rstd_ptr + row)
     sum_g = tl.zeros((1, BLOCK_D), tl.float32)
     sum_gn = tl.zeros((1, BLOCK_D), tl.float32)
+    sum_n = tl.zeros((1, BLOCK_D), tl.float32)
     for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < width
@@ -173,10 +186,13 @@ def _residual_layer_norm_bwd_means_kernel(
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         g = dout * weight[None, :]
         sum_g += g
-        sum_gn += g * tl.where(mask, (total - mean) * rstd, 0.0)
-    offs = tl.arange(0, 1)
-    tl.store(means_ptr + 2 * row + offs, tl.sum(sum_g, axis=1) / width)
-    tl.store(means_ptr + 2 * row + 1 + offs, tl.sum(sum_gn, axis=1) / width)
+        normalised = tl.where(mask, (total - mean) * rstd, 0.0)
+        sum_gn += g * normalised
+        sum_n += normalised
+    mean_g, mean_gn = _means(sum_g, sum_gn, sum_n, width)
+    means_ptrs = means_ptr + 2 * row + tl.arange(0, 1)[:, None]
+    tl.store(means_ptrs, mean_g)
+    tl.store(means_ptrs + 1, mean_gn)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks_t", "num_blocks"])
@@ -238,8 +254,7 @@ def _residual_layer_norm_bwd_kernel(
                 mean_g = tl.load(means_ptr + 2 * row, mask=mask_t, other=0.0)[:, None]
                 mean_gn = tl.load(means_ptr + 2 * row + 1, mask=mask_t, other=0.0)[:, None]
             else:
-                mean_g = (tl.sum(g, axis=1) / width)[:, None]
-                mean_gn = (tl.sum(g * normalised, axis=1) / width)[:, None]
+                mean_g, mean_gn = _means(g, g * normalised, normalised, width)
             dx = rstd * (g - mean_g - normalised * mean_gn)
             dx_ptrs = dx_ptr + row[:, None] * width + offs_d[None, :]
             tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
