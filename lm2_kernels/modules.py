@@ -17,12 +17,16 @@ from lm2_kernels.functional import (
     check_slot_mask,
     check_tensors,
 )
+from lm2_kernels.projections import pack, project, split_columns
 
 __all__ = ["PaperMemory", "ReleaseMemory"]
 
 
 class _MemoryLayer(nn.Module):
     """What both layers share: their options, the checks of their inputs, reading and writing."""
+
+    # names of Linear layers that read one input: each group is one matrix product
+    PACKED: tuple[tuple[str, ...], ...] = ()
 
     def __init__(
         self,
@@ -59,6 +63,21 @@ class _MemoryLayer(nn.Module):
         self.dropout = dropout
         self.write = write
         self.backend = backend
+
+    def _pack(self) -> None:
+        for names in self.PACKED:
+            pack(*(getattr(self, name) for name in names))
+
+    def _apply(self, fn, recurse=True):
+        # .to(), .cuda() and the like move parameters one by one
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def __setstate__(self, state):
+        # copied or unpickled parameters lie apart
+        super().__setstate__(state)
+        self._pack()
 
     def extra_repr(self) -> str:
         options = {
@@ -140,10 +159,11 @@ class _MemoryLayer(nn.Module):
             bank = bank[:, :end]
             slot_mask = None if slot_mask is None else slot_mask[:, :end]
             top_k = None if top_k is None or top_k >= end else top_k
+        key, value = project(bank, self.key_proj, self.value_proj)
         read = functional.memory_attention(
             self._heads(query),
-            self._heads(self.key_proj(bank)),
-            self._heads(self.value_proj(bank)),
+            self._heads(key),
+            self._heads(value),
             causal=self.causal,
             slot_offset=slot_offset,
             slot_mask=slot_mask,
@@ -198,6 +218,13 @@ class PaperMemory(_MemoryLayer):
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
+    PACKED = (
+        ("query_proj", "input_gate_proj"),
+        ("key_proj", "value_proj"),
+        # in the order in which memory_update writes their gradients
+        ("forget_gate_proj", "output_gate_proj"),
+    )
+
     def __init__(
         self,
         dim: int,
@@ -238,6 +265,7 @@ class PaperMemory(_MemoryLayer):
         self.input_gate_proj = projection()
         self.forget_gate_proj = projection()
         self.reset_parameters()
+        self._pack()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention`` starts."""
@@ -269,14 +297,16 @@ class PaperMemory(_MemoryLayer):
             TypeError, ValueError: an input does not fit; the text names it.
         """
         self._check(x, memory, slot_offset, slot_mask)
-        read = self._read(self.query_proj(x), self._operand(memory, x), slot_offset, slot_mask)
+        query, input_gate = project(x, self.query_proj, self.input_gate_proj)
+        read = self._read(query, self._operand(memory, x), slot_offset, slot_mask)
+        forget_gate, output_gate = project(read, self.forget_gate_proj, self.output_gate_proj)
         output, rows = functional.memory_update(
             x,
             read,
             memory[:, slot_offset : slot_offset + x.shape[1]],
-            self.input_gate_proj(x),
-            self.forget_gate_proj(read),
-            self.output_gate_proj(read),
+            input_gate,
+            forget_gate,
+            output_gate,
             output=self.output,
             backend=self.backend,
         )
@@ -332,6 +362,8 @@ class ReleaseMemory(_MemoryLayer):
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
+    PACKED = (("key_proj", "value_proj"),)
+
     def __init__(
         self,
         dim: int,
@@ -382,6 +414,7 @@ class ReleaseMemory(_MemoryLayer):
         self.input_bias = nn.Parameter(torch.empty((), **like))
         self.forget_bias = nn.Parameter(torch.empty((), **like))
         self.reset_parameters()
+        self._pack()
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases; ``w`` 1, input bias 0, forget bias 1."""
@@ -439,7 +472,7 @@ class ReleaseMemory(_MemoryLayer):
         gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
         candidate = self._attend(x, memory, slot_offset, slot_mask)
         gates = self.memory_gate_projector.linear(torch.tanh(self._operand(rows, x)))
-        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        input_gate, forget_gate = split_columns(gates, 2)
         output, new_rows = functional.memory_update(
             x,
             candidate,

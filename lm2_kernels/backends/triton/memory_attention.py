@@ -335,12 +335,7 @@ def _memory_attention_bwd_dkey_value_kernel(
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = tl.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
         if CAUSAL:
-            visible = offs_n[:, None] <= (slot_offset + rows)[None, :]
-            if HAS_MASK:
-                visible = visible & mask_n[:, None]
-            p = tl.where(visible, p, 0.0)
-        elif HAS_MASK:
-            p = tl.where(mask_n[:, None], p, 0.0)
+            p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
 
         dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
         dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
@@ -361,7 +356,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     if HAS_DROPOUT:
         dv = dv * keep_scale
     if HAS_MASK:
-        # a masked slot gets exactly 0, whatever the rows hold
+        # slots do not mix here, so that masking at the end is enough
         dk = tl.where(mask_n[:, None], dk, 0.0)
         dv = tl.where(mask_n[:, None], dv, 0.0)
     dk_rows = (b * num_slots + offs_n64) * 2 * num_heads + h
