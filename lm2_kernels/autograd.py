@@ -186,7 +186,9 @@ class MemoryUpdateFunction(torch.autograd.Function):
         if doutput is None and dnew_memory is None:
             return (None,) * 9
         needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates = ctx.needs_input_grad[:7]
-        _, _, input_gate, forget_gate, output_gate, gate_bias = ctx.saved_tensors
+        # read once: checkpointing unpacks what was saved a single time
+        saved = ctx.saved_tensors
+        _, _, input_gate, forget_gate, output_gate, gate_bias = saved
         dcandidate, dmemory, dgates = None, None, [None] * 4
         if needs_dcandidate or needs_dmemory or any(needs_gates):
             dcandidate, dmemory, packed = _run_backward(
@@ -194,7 +196,7 @@ class MemoryUpdateFunction(torch.autograd.Function):
                 "memory_update_backward",
                 doutput,
                 dnew_memory,
-                *ctx.saved_tensors,
+                *saved,
                 ctx.output,
                 needs_dcandidate,
                 needs_dmemory,
@@ -252,13 +254,16 @@ class ResidualLayerNormFunction(torch.autograd.Function):
     def backward(ctx, dout, *_):
         if dout is None:
             return (None,) * 6
-        x, residual = ctx.saved_tensors[:2]
+        # read once: checkpointing unpacks what was saved a single time
+        x, residual, *saved = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dx, dweight, dbias = _run_backward(
             ctx.backend,
             "residual_layer_norm_backward",
             dout,
-            *ctx.saved_tensors,
+            x,
+            residual,
+            *saved,
             needs_x or needs_residual,
             needs_weight or needs_bias,
         )

@@ -341,7 +341,8 @@ def compare_case(
 ) -> list[Comparison]:
     """The rule for every output and gradient of a case."""
     oracle = run_reference(case, inputs, torch.float64, seed=seed)
-    eager = run_reference(case, inputs, seed=seed)
+    is_float64 = inputs.cotangents[0].dtype == torch.float64
+    eager = oracle if is_float64 else run_reference(case, inputs, seed=seed)
     return [compare(name, got, oracle[name], eager[name]) for name, got in results.items()]
 
 

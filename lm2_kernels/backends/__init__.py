@@ -49,7 +49,7 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -68,7 +68,17 @@ _recordings: list[list[tuple[str, str]]] = []
 _warned: set[tuple[str, str]] = set()
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable) -> Callable:
+    """Have torch.compile call ``function`` once and take its result as a constant.
+
+    What ``torch.compiler.assume_constant_result`` does, without importing torch._dynamo (seconds,
+    and Triton with it) into every process that imports this package.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@constant_when_compiled
 def _load(name: str) -> str | None:
     """Import a backend once. Returns why it cannot be imported, or None."""
     if name not in _modules and name not in _import_errors:
@@ -80,6 +90,12 @@ def _load(name: str) -> str | None:
             else:
                 _import_errors[name] = f"it does not import: {error}"
     return _import_errors.get(name)
+
+
+@constant_when_compiled
+def _load_all() -> None:
+    for name in NAMES:
+        _load(name)
 
 
 def get(name: str) -> ModuleType:
@@ -117,6 +133,9 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
     """
     request = _requested if backend is None else backend
     check_choice(request)
+    if torch.compiler.is_compiling():
+        # torch.compile reads the dict of modules once, so it must be complete by then
+        _load_all()
     if request != "auto":
         reason = unsupported_reason(request, op, *tensors)
         if reason is not None:

@@ -38,13 +38,18 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["TARGETS", "FakeDriver", "Launch", "LaunchError", "fake_gpu"]
+__all__ = ["SMALL_TARGETS", "TARGETS", "FakeDriver", "Launch", "LaunchError", "fake_gpu"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# GPUs with little shared memory, for the sweep of every launch configuration
+SMALL_TARGETS = {
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
 }
 
 # the most shared memory one block may ask for, in bytes
@@ -93,6 +98,7 @@ class _CodeReport:
     spills: int
     f64: int
     tf32: int
+    tensor_cores: int
     atomics: int
 
 
@@ -133,6 +139,8 @@ class Launch:
     """Double precision instructions."""
     tf32: int
     """Reduced precision instructions on fp32 data (tf32 in PTX, xf32 on AMD)."""
+    tensor_cores: int
+    """Matrix product instructions."""
     atomics: int
     """Floating point atomics; integer ones are not counted."""
 
@@ -318,6 +326,7 @@ def _inspect_cuda(cubin: bytes, ptx: str) -> _CodeReport:
         spills=(stack_bytes + local_bytes) // 4,
         f64=sum(".f64" in opcode for opcode in opcodes),
         tf32=sum("tf32" in opcode for opcode in opcodes),
+        tensor_cores=sum("mma" in opcode for opcode in opcodes),
         atomics=sum(bool(_PTX_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
     )
 
@@ -333,6 +342,7 @@ def _inspect_amd(amdgcn: str) -> _CodeReport:
         spills=metadata("vgpr_spill_count"),
         f64=sum(opcode.startswith("v_") and "_f64" in opcode for opcode in opcodes),
         tf32=sum("xf32" in opcode for opcode in opcodes),
+        tensor_cores=sum("mfma" in opcode for opcode in opcodes),
         atomics=sum(bool(_AMD_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
     )
 
@@ -418,7 +428,7 @@ def fake_gpu(
     """Makes Triton compile for `target` and, if `execute`, interpret each launch on its tensors.
 
     Args:
-        target: A target, or its name in `TARGETS`.
+        target: A target, or its name in `TARGETS` or `SMALL_TARGETS`.
         execute: Whether to run the kernels too. Launches on fake tensors are only ever compiled.
 
     Yields:
@@ -428,7 +438,8 @@ def fake_gpu(
         LaunchError: From a launch whose grid or devices a real GPU would refuse.
         triton.runtime.errors.OutOfResources: As on a real GPU.
     """
-    target = TARGETS[target] if isinstance(target, str) else target
+    if isinstance(target, str):
+        target = {**TARGETS, **SMALL_TARGETS}[target]
     driver = FakeDriver(target, execute)
     with contextlib.ExitStack() as stack:
 

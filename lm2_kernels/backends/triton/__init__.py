@@ -4,11 +4,10 @@
 own operators on the same device, a block of scores at a time.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
+from lm2_kernels.backends import constant_when_compiled
 from lm2_kernels.backends.triton import launch
 from lm2_kernels.backends.triton.memory_attention import (
     memory_attention_backward,
@@ -38,17 +37,16 @@ __all__ = [
 ]
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+# torch.compile takes the answer as it is: it cannot trace the driver
+@constant_when_compiled
 def _device_reason(device_type: str, device_index: int | None) -> str | None:
-    if device_type == "cpu":
-        return None if launch.CPU_LAUNCH_ALLOWED else "the tensors are on cpu"
-    if device_type != "cuda":
+    if device_type == "cpu" and not launch.CPU_LAUNCH_ALLOWED:
+        return "the tensors are on cpu"
+    if device_type not in ("cpu", "cuda"):
         return f"the tensors are on {device_type}, it runs on NVIDIA and AMD GPUs"
-    if torch.version.hip is None:
-        major, minor = torch.cuda.get_device_capability(device_index)
-        if major < 8:
-            return f"the GPU has compute capability {major}.{minor}, it needs 8.0 or newer"
+    target = launch.target(device_index)
+    if target not in launch.TARGETS:
+        return f"the GPU is {target}, it needs sm_80 or newer, or gfx942"
     return None
 
 

@@ -8,6 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
+# "small" stands for GPUs whose thread blocks get at most 100 KB of shared memory
+TARGETS = ("sm_80", "sm_90", "sm_100", "small", "gfx942")
+
 # True where launches on CPU tensors are meant: Triton's interpreter, or the test suite's driver
 CPU_LAUNCH_ALLOWED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -19,16 +22,15 @@ def interpreted() -> bool:
 
 @functools.cache
 def target(device_index: int | None) -> str:
-    """What the launch tables are keyed by: "sm_80", "sm_90", "sm_100", "small" or "gfx942".
-
-    "small" stands for GPUs whose thread blocks get at most 100 KB of shared memory.
-    """
+    """What the launch tables are keyed by: one of TARGETS, else the name of an unsupported GPU."""
     if interpreted():
         return "sm_80"
     with device_guard(None if device_index is None else torch.device("cuda", device_index)):
         current = triton.runtime.driver.active.get_current_target()
     if current.backend == "hip":
-        return "gfx942"
+        return current.arch
+    if current.arch < 80:
+        return f"sm_{current.arch}"
     if current.arch in (86, 87, 89) or current.arch >= 110:
         return "small"
     if current.arch >= 100:

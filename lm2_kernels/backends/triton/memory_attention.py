@@ -150,16 +150,18 @@ def _memory_attention_fwd_kernel(
         slots = start + offs_n
         slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
+        taken = mask_n
         if HAS_MASK:
-            mask_n = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0) != 0
-            first_visible = tl.minimum(first_visible, tl.where(mask_n, slots, 2147483647))
+            slot_mask = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0)
+            taken = slot_mask != 0
+            first_visible = tl.minimum(first_visible, tl.where(taken, slots, 2147483647))
         if CAUSAL:
             # rows below num_tokens see no slot at or past num_slots
             visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
             if HAS_MASK:
-                visible = visible & mask_n[None, :]
+                visible = visible & taken[None, :]
         else:
-            visible = mask_n[None, :]
+            visible = taken[None, :]
 
         k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
         k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
@@ -177,9 +179,9 @@ def _memory_attention_fwd_kernel(
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
             p = tl.where(keep, p, 0.0)
 
-        # masked slots must not be read as they are: 0 * NaN would reach every row
+        # a masked slot is not even read: 0 * NaN would reach every row
         v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
-        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        v = _load_rows(v_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
@@ -250,6 +252,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     seed_ptr,  # int64 scalar, or None
     lse_ptr,  # (B, H, T) contiguous
     delta_ptr,  # (B, H, T) contiguous
+    correction_ptr,  # (B, H, T) contiguous, or None
     dkey_value_ptr,  # (B, N, 2, H, K) contiguous
     stride_dob,
     stride_dot,
@@ -277,6 +280,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -299,12 +303,8 @@ def _memory_attention_bwd_dkey_value_kernel(
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     offs_k = tl.arange(0, BLOCK_K)
-    mask_stored = offs_n < num_slots
-    mask_n = mask_stored
+    mask_n = offs_n < num_slots
     offs_n64 = offs_n.to(tl.int64)
-    if HAS_MASK:
-        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
-        mask_n = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
 
     key_ptr += b * stride_kb + h * stride_kh
     k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
@@ -318,6 +318,8 @@ def _memory_attention_bwd_dkey_value_kernel(
     first_score_row = pid_bh.to(tl.int64) * num_tokens
     lse_ptr += first_score_row
     delta_ptr += first_score_row
+    if HAS_CORRECTION:
+        correction_ptr += first_score_row
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
@@ -336,6 +338,9 @@ def _memory_attention_bwd_dkey_value_kernel(
         p = tl.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
+
+        if HAS_CORRECTION:
+            p = p * tl.load(correction_ptr + rows, mask=mask_t, other=1.0)[None, :]
 
         dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
         dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
@@ -356,14 +361,16 @@ def _memory_attention_bwd_dkey_value_kernel(
     if HAS_DROPOUT:
         dv = dv * keep_scale
     if HAS_MASK:
-        # slots do not mix here, so that masking at the end is enough
-        dk = tl.where(mask_n[:, None], dk, 0.0)
-        dv = tl.where(mask_n[:, None], dv, 0.0)
+        # slots do not mix here: masking the result is enough, whatever the masked slots hold
+        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + offs_n64 * stride_mn
+        slot_mask = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
+        dk = tl.where(slot_mask[:, None], dk, 0.0)
+        dv = tl.where(slot_mask[:, None], dv, 0.0)
     dk_rows = (b * num_slots + offs_n64) * 2 * num_heads + h
     dk_ptrs = dkey_value_ptr + dk_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
-    _store_rows(dk_ptrs, dk, mask_stored, offs_k, HEAD_WIDTH, BLOCK_K)
+    _store_rows(dk_ptrs, dk, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
     dv_ptrs = dk_ptrs + num_heads * HEAD_WIDTH
-    _store_rows(dv_ptrs, dv, mask_stored, offs_k, HEAD_WIDTH, BLOCK_K)
+    _store_rows(dv_ptrs, dv, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -376,6 +383,7 @@ def _memory_attention_bwd_dquery_kernel(
     seed_ptr,  # int64 scalar, or None
     lse_ptr,  # (B, H, T) contiguous
     delta_ptr,  # (B, H, T) contiguous
+    correction_ptr,  # (B, H, T) contiguous, written; or None
     dquery_ptr,  # (B, T, H, K) contiguous
     stride_dob,
     stride_dot,
@@ -403,11 +411,17 @@ def _memory_attention_bwd_dquery_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns BLOCK_T rows of one head and runs over the slots that they see."""
+    """One program owns BLOCK_T rows of one head and runs over the slots that they see.
+
+    With HAS_CORRECTION it also writes, for each row, the reciprocal of the sum of its recomputed
+    probabilities: a float32 lse is known to half a unit in its last place only (2e-4 at 4000), and
+    this factor takes that error out of the gradients.
+    """
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     pid_bh, pid_t = _head_and_block(num_blocks, heads_per_group)
     pid_t = num_blocks - 1 - pid_t
@@ -439,6 +453,7 @@ def _memory_attention_bwd_dquery_kernel(
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), score_rows)
 
     scale_log2 = scale * _LOG2_E
+    row_sum = tl.zeros([BLOCK_T], tl.float32)
     dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     end = num_slots
     if CAUSAL:
@@ -447,32 +462,42 @@ def _memory_attention_bwd_dquery_kernel(
         slots = start + offs_n
         slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
+        taken = mask_n
         if HAS_MASK:
-            mask_n = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0) != 0
+            slot_mask = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0)
+            taken = slot_mask != 0
         if CAUSAL:
             visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
             if HAS_MASK:
-                visible = visible & mask_n[None, :]
+                visible = visible & taken[None, :]
         else:
-            visible = mask_n[None, :]
+            visible = taken[None, :]
 
         k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
-        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        # a masked slot is not even read: 0 * NaN would reach every row
+        k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
-        p = tl.where(visible, p, 0.0)
+        if HAS_CORRECTION:
+            row_sum += tl.sum(tl.where(visible, p, 0.0), 1)
         v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
         v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
-        ds = p * (dp - delta[:, None])
+        ds = tl.where(visible, p * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
+    dq = dq * scale
+    if HAS_CORRECTION:
+        # rows that see no slot have no sum to correct
+        correction = 1.0 / tl.where(lse == float("inf"), 1.0, row_sum)
+        tl.store(correction_ptr + score_rows, correction, mask=mask_t)
+        dq = dq * correction[:, None]
     dq_rows = (b * num_tokens + offs_t64) * num_heads + h
     dq_ptrs = dquery_ptr + dq_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
-    _store_rows(dq_ptrs, dq * scale, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    _store_rows(dq_ptrs, dq, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
 def _composite_reason(head_width: int, top_k: int | None) -> str | None:
@@ -626,7 +651,13 @@ def memory_attention_backward(
     block_k = _block_k(head_width)
     target = launch.target_of(query)
     num_pairs = batch * num_heads
-    inputs = (dout, query, key, value, mask, seed, lse, delta)
+    # half precision rounds p and dS by more than the correction would change them
+    correction = torch.empty_like(lse) if query.dtype == torch.float32 else None
+    # the dQ kernel computes the correction, so it then runs even if dQ is not needed
+    dquery_buffer = dquery
+    if correction is not None and not needs_dquery:
+        dquery_buffer = query.new_empty(query.shape)
+    inputs = (dout, query, key, value, mask, seed, lse, delta, correction)
     scalars = (
         *_strides(dout),
         *_strides(query),
@@ -646,6 +677,7 @@ def memory_attention_backward(
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "HAS_DROPOUT": seed is not None,
+        "HAS_CORRECTION": correction is not None,
         "BLOCK_K": block_k,
     }
     with launch.device_guard(query.device):
@@ -663,6 +695,20 @@ def memory_attention_backward(
             BLOCK_K=block_k,
             num_warps=4,
         )
+        if needs_dquery or correction is not None:
+            config = tables.attention_dquery(target, query.dtype, block_k)
+            grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
+            _memory_attention_bwd_dquery_kernel[grid](
+                *inputs,
+                dquery_buffer,
+                *scalars,
+                _heads_per_group(num_slots, head_width, query.element_size()),
+                **flags,
+                BLOCK_T=config.block_tokens,
+                BLOCK_N=config.block_slots,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
         if needs_dkey_value:
             config = tables.attention_dkey_value(target, query.dtype, block_k)
             grid = (num_pairs * triton.cdiv(num_slots, config.block_slots),)
@@ -671,20 +717,6 @@ def memory_attention_backward(
                 dkey_value,
                 *scalars,
                 _heads_per_group(num_tokens, head_width, query.element_size()),
-                **flags,
-                BLOCK_T=config.block_tokens,
-                BLOCK_N=config.block_slots,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-        if needs_dquery:
-            config = tables.attention_dquery(target, query.dtype, block_k)
-            grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
-            _memory_attention_bwd_dquery_kernel[grid](
-                *inputs,
-                dquery,
-                *scalars,
-                _heads_per_group(num_slots, head_width, query.element_size()),
                 **flags,
                 BLOCK_T=config.block_tokens,
                 BLOCK_N=config.block_slots,

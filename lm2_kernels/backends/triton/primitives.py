@@ -21,11 +21,12 @@ def sigmoid(x):
 
 @triton.jit
 def sigmoid_and_slope(x):
-    """sigmoid(x) and its derivative s * (1 - s), for s > 0.5 taken at -x: 1 - s cancels near s = 1."""
-    decay = tl.exp(-tl.abs(x))
-    larger = 1.0 / (1.0 + decay)
-    smaller = decay * larger
-    return tl.where(x < 0.0, smaller, larger), smaller * (1.0 - smaller)
+    """S = sigmoid(x) and its derivative s * (1 - s) without the cancellation near s = 1."""
+    decay = tl.exp(-x)
+    s = 1.0 / (1.0 + decay)
+    # decay * s is 1 - s; the side not taken may be inf * 0
+    smaller = tl.where(x < 0.0, s, decay * s)
+    return s, smaller * (1.0 - smaller)
 
 
 @triton.jit

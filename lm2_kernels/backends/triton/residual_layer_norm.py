@@ -281,7 +281,7 @@ def residual_layer_norm_forward(
     if out.numel() == 0:
         return out, mean, rstd
     target = launch.target_of(x)
-    config = tables.residual_layer_norm(target, width)
+    config = tables.residual_layer_norm(target, width, backward=False)
     tensors = (x, residual, weight, bias, out, mean, rstd)
     strides = (*launch.row_strides(x), *launch.row_strides(residual))
     with launch.device_guard(x.device):
@@ -333,7 +333,7 @@ def residual_layer_norm_backward(
         return dx, dweight, dbias
 
     target = launch.target_of(x)
-    config = tables.residual_layer_norm(target, width)
+    config = tables.residual_layer_norm(target, width, backward=True)
     is_wide = config is None
     if is_wide:
         config = tables.residual_layer_norm_columns(target)

@@ -55,8 +55,7 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
 
 
 # A block holds whole rows, padded to a power of two, in registers: two-pass variance needs no second
-# read. Narrow rows share a block, so that every warp of it has work. 16 warps at 8192 columns: 16
-# elements a thread, as 32 warps leave too few registers for the backward.
+# read. Narrow rows share a block, so that every warp of it has work.
 RESIDUAL_LAYER_NORM = {
     128: Config(8, 128, 4),
     256: Config(4, 256, 4),
@@ -64,17 +63,22 @@ RESIDUAL_LAYER_NORM = {
     1024: Config(1, 1024, 4),
     2048: Config(1, 2048, 8),
     4096: Config(1, 4096, 16),
+    # 16 elements a thread: 32 warps of 8 elements start slower, as one block fills a multiprocessor
     8192: Config(1, 8192, 16),
 }
-# Above, a row no longer fits beside the weight and the backward's two sums per column (32768 columns
-# spill even forward). Passes over whole rows then loop over columns ...
+# The backward holds two sums per column besides: 76 registers up to 4096 columns, but a few words
+# spilled at 8192 with 16 warps and more with 32.
+RESIDUAL_LAYER_NORM_BACKWARD_COLS = 4096
+# Above that, passes over whole rows loop over columns ...
 RESIDUAL_LAYER_NORM_WIDE = Config(1, 4096, 16)
 # ... and the rest of the backward works on column blocks.
 RESIDUAL_LAYER_NORM_COLUMNS = Config(1, 2048, 8)
 
 
-def residual_layer_norm(target: str, width: int) -> Config | None:
+def residual_layer_norm(target: str, width: int, backward: bool) -> Config | None:
     """None where a row is too wide for one block: then the two functions below."""
+    if backward and width > RESIDUAL_LAYER_NORM_BACKWARD_COLS:
+        return None
     for widest, config in RESIDUAL_LAYER_NORM.items():
         if width <= widest:
             return _fitted(config, target)

@@ -1,0 +1,709 @@
+"""The two layers: against the oracle and the golden tensors, in time, as modules, compiled."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+import lm2_kernels as lm2
+from lm2_kernels import backends, reference, testing
+from tests.tools import golden
+
+B, T, N, D, H = 2, 4, 6, 12, 3
+
+PAPER_OPTIONS = [
+    {},
+    {"bias": True},
+    {"output": "memory"},
+    {"causal": False},
+    {"scale": -0.4},
+    {"top_k": 2},
+    {"top_k": 6, "bias": True, "causal": False, "output": "memory"},
+]
+RELEASE_OPTIONS = [
+    {},
+    {"num_blocks": 2},
+    {"attention_mlp_layers": 1},
+    {"attention_mlp_layers": 3, "num_blocks": 2},
+    {"pooled_gate": "prefix"},
+    {"causal": False},
+    {"scale": 0.9, "eps": 1e-3},
+    {"top_k": 2},
+    {"num_blocks": 2, "top_k": 3, "causal": False, "pooled_gate": "prefix"},
+]
+LAYERS = [
+    *((lm2.PaperMemory, options) for options in PAPER_OPTIONS),
+    *((lm2.ReleaseMemory, options) for options in RELEASE_OPTIONS),
+]
+
+
+def options_id(value) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{name}={option}" for name, option in value.items()) or "default"
+    return value.__name__
+
+
+every_layer = pytest.mark.parametrize(("kind", "options"), LAYERS, ids=options_id)
+both_layers = pytest.mark.parametrize("kind", [lm2.PaperMemory, lm2.ReleaseMemory])
+
+
+def make_layer(kind, dtype=torch.float64, **options) -> nn.Module:
+    """A layer whose every parameter is drawn, biases included."""
+    layer = kind(D, H, dtype=dtype, **options)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(drawn * 0.4)
+    return layer
+
+
+def draw(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def make_inputs(tokens=T, slots=N, dtype=torch.float64):
+    x, memory = draw(B, tokens, D, dtype=dtype), draw(B, slots, D, seed=1, dtype=dtype)
+    return x.requires_grad_(), memory.requires_grad_()
+
+
+def oracle(layer, parameters, x, memory, **arguments):
+    """The reference of a layer's options: output, memory and (release) the pooled sum."""
+    shared = {
+        "num_heads": layer.num_heads,
+        "causal": layer.causal,
+        "scale": layer.scale,
+        "top_k": layer.top_k,
+    }
+    if isinstance(layer, lm2.PaperMemory):
+        options = shared | {"output": layer.output} | arguments
+        return reference.paper_memory(x, memory, parameters, **options)
+    options = shared | {
+        "num_blocks": layer.num_blocks,
+        "attention_mlp_layers": len(layer.attention_mlp),
+        "prefix": layer.pooled_gate == "prefix",
+        "eps": layer.attended_memory_layernorm.eps,
+    }
+    return reference.release_memory(x, memory, parameters, **options, **arguments)
+
+
+def own_parameters(layer) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that take gradients, the shared Linear once."""
+    return {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Equal to float64 round-off."""
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        golden.assert_met(name, tensor.detach(), expected[name].detach())
+
+
+def results(outputs, leaves: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs and the gradients of the leaves, for drawn cotangents."""
+    cotangents = [draw(*output.shape, seed=7 + i) for i, output in enumerate(outputs)]
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    found = {f"output {index}": output for index, output in enumerate(outputs)}
+    return found | {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}
+
+
+# --- against the oracle -----------------------------------------------------------------------
+
+ARGUMENTS = [
+    {},
+    {"slot_offset": 2},
+    {"slot_mask": "random"},
+    {"slot_offset": 1, "slot_mask": "random"},
+]
+
+
+@every_layer
+@pytest.mark.parametrize("arguments", ARGUMENTS, ids=options_id)
+def test_layer_is_the_oracle(kind, options, arguments):
+    """Outputs and the gradients of inputs and of every parameter."""
+    layer, (x, memory) = make_layer(kind, **options), make_inputs()
+    if "slot_mask" in arguments:
+        mask = torch.rand(B, N, generator=torch.Generator().manual_seed(3)) < 0.6
+        arguments = arguments | {"slot_mask": mask}
+    leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
+    got = results(layer(x, memory, **arguments), leaves)
+    parameters = own_parameters(layer)
+    expected = oracle(layer, parameters, x, memory, **arguments)[:2]
+    assert_same(got, results(expected, parameters | {"x": x, "memory": memory}))
+
+
+@every_layer
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (1, 5), (6, 6), (6, 13)])
+def test_layer_is_the_oracle_at_any_shape(kind, options, tokens, slots):
+    options = {**options, "top_k": min(options.get("top_k") or 1, slots)}
+    layer, (x, memory) = make_layer(kind, **options), make_inputs(tokens, slots)
+    got = layer(x, memory)
+    expected = oracle(layer, layer.state_dict(), x, memory)
+    for result, wanted in zip(got, expected, strict=False):
+        golden.assert_met("output", result, wanted)
+
+
+@pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
+def test_golden_forward_and_gradients(path):
+    case = golden.load(path)
+    dim, options = case.inputs["x"].shape[-1], {"top_k": case.top_k, "dtype": torch.float64}
+    if case.formulation == "paper":
+        layer = lm2.PaperMemory(dim, case.num_heads, output=case.output, **options)
+    else:
+        layer = lm2.ReleaseMemory(dim, case.num_heads, num_blocks=case.num_blocks, **options)
+    layer.load_state_dict(case.weights)
+    leaves = dict(layer.named_parameters())
+    leaves |= {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
+    assert leaves.keys() == case.gradients.keys()
+    outputs = layer(**case.inputs, slot_offset=case.slot_offset, slot_mask=case.slot_mask)
+    golden.assert_met("y", outputs[0], case.outputs[0])
+    golden.assert_met("memory", outputs[1], case.outputs[1])
+    gradients = torch.autograd.grad(outputs, list(leaves.values()), case.cotangents)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        golden.assert_met(f"d{name}", gradient, case.gradients[name])
+
+
+@pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
+def test_state_dict_goes_in_and_out_key_for_key(path):
+    case = golden.load(path)
+    kind = lm2.PaperMemory if case.formulation == "paper" else lm2.ReleaseMemory
+    layer = kind(case.inputs["x"].shape[-1], case.num_heads, dtype=torch.float64)
+    layer.load_state_dict(case.weights, strict=True)
+    state = layer.state_dict()
+    assert state.keys() == case.weights.keys()
+    assert all(torch.equal(state[name], weight) for name, weight in case.weights.items())
+
+
+@both_layers
+@pytest.mark.parametrize("kind_of_memory", ["identity", "zeros"])
+def test_layer_takes_initial_memory(kind, kind_of_memory):
+    layer = make_layer(kind)
+    memory = lm2.initial_memory(B, N, D, kind=kind_of_memory, dtype=torch.float64)
+    x = draw(B, T, D)
+    golden.assert_met(
+        "memory",
+        layer(x, memory)[1].detach(),
+        oracle(layer, layer.state_dict(), x, memory)[1].detach(),
+    )
+
+
+# --- in time ----------------------------------------------------------------------------------
+
+STREAMING = [
+    (lm2.PaperMemory, {}),
+    (lm2.PaperMemory, {"output": "memory", "top_k": 3}),
+    (lm2.ReleaseMemory, {"pooled_gate": "prefix"}),
+    (lm2.ReleaseMemory, {"pooled_gate": "prefix", "top_k": 3, "attention_mlp_layers": 3}),
+]
+SPLITS = [(7,), (3, 4), (1, 5, 1), (1,) * 7]
+
+
+def in_pieces(layer, x, memory, split, **arguments):
+    """The layer over pieces of x, each given the same incoming memory; results joined."""
+    outputs, rows, start, pooled_sum = [], [], 0, None
+    for length in split:
+        end = start + length
+        piece = dict(arguments, slot_offset=start)
+        if isinstance(layer, lm2.ReleaseMemory) and layer.pooled_gate == "prefix":
+            piece |= {"pooled_sum": pooled_sum, "return_pooled_sum": True}
+        output, new_memory, *rest = layer(x[:, start:end], memory, **piece)
+        pooled_sum = rest[0] if rest else None
+        outputs.append(output)
+        rows.append(new_memory[:, start:end])
+        # the other rows pass through
+        assert torch.equal(new_memory[:, :start], memory[:, :start])
+        assert torch.equal(new_memory[:, end:], memory[:, end:])
+        start = end
+    return torch.cat(outputs, dim=1), torch.cat([*rows, memory[:, start:]], dim=1)
+
+
+@pytest.mark.parametrize(("kind", "options"), STREAMING, ids=options_id)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_a_segment_in_pieces_is_one_pass(kind, options, split, masked):
+    """Outputs, new rows and all gradients."""
+    layer, (x, memory) = make_layer(kind, **options), make_inputs(tokens=7, slots=9)
+    mask = torch.rand(B, 9, generator=torch.Generator().manual_seed(3)) < 0.6
+    arguments = {"slot_mask": mask} if masked else {}
+    leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
+    whole = results(layer(x, memory, **arguments), leaves)
+    assert_same(results(in_pieces(layer, x, memory, split, **arguments), leaves), whole)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"pooled_gate": "prefix", "num_blocks": 2}], ids=options_id
+)
+def test_a_segment_gate_or_a_second_block_does_not_stream(options):
+    """The pooled gate of a segment, and a second block's bank, hold what later pieces lack."""
+    layer, (x, memory) = make_layer(lm2.ReleaseMemory, **options), make_inputs(7, 9)
+    whole, _ = layer(x, memory)
+    pieces, _ = in_pieces(layer, x, memory, (3, 4))
+    with pytest.raises(AssertionError):
+        golden.assert_met("output", pieces, whole)
+
+
+CAUSAL = [*STREAMING, (lm2.ReleaseMemory, {"pooled_gate": "prefix", "num_blocks": 2})]
+
+
+@pytest.mark.parametrize(("kind", "options"), CAUSAL, ids=options_id)
+@pytest.mark.parametrize("token", [1, 3, 6])
+def test_a_token_changes_nothing_before_it(kind, options, token):
+    layer, (x, memory) = make_layer(kind, **options), make_inputs(7, 9)
+    changed = x.detach().clone()
+    changed[:, token:] += 1.0
+    before, after = layer(x, memory), layer(changed, memory)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old[:, :token], new[:, :token])
+    assert not torch.equal(before[0][:, token:], after[0][:, token:])
+
+
+@pytest.mark.parametrize(("kind", "options"), CAUSAL, ids=options_id)
+def test_a_slot_changes_nothing_before_it(kind, options):
+    layer, (x, memory) = make_layer(kind, **options), make_inputs(4, 9)
+    changed = memory.detach().clone()
+    # token t sees slots <= 2 + t: from slot 4 on, nothing before token 2
+    changed[:, 4:] += 1.0
+    before = layer(x, memory, slot_offset=2)
+    after = layer(x, changed, slot_offset=2)
+    assert torch.equal(before[0][:, :2], after[0][:, :2])
+    assert torch.equal(before[1][:, :4], after[1][:, :4])
+    assert not torch.equal(before[0][:, 2:], after[0][:, 2:])
+
+
+def test_the_segment_gate_reads_the_future():
+    layer, (x, memory) = make_layer(lm2.ReleaseMemory), make_inputs()
+    changed = x.detach().clone()
+    changed[:, -1] += 1.0
+    assert not torch.equal(layer(x, memory)[0][:, 0], layer(changed, memory)[0][:, 0])
+
+
+@every_layer
+def test_memory_carried_over_segments_with_gradients_through_time(kind, options):
+    layer, (x, memory) = make_layer(kind, **options), make_inputs(tokens=3 * T)
+    leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
+    parameters = own_parameters(layer)
+    outputs, expected = [], []
+    state, oracle_state = memory, memory
+    for segment in x.split(T, dim=1):
+        output, state = layer(segment, state)
+        wanted, oracle_state, *_ = oracle(layer, parameters, segment, oracle_state)
+        outputs.append(output)
+        expected.append(wanted)
+    got = results([torch.cat(outputs, dim=1), state], leaves)
+    oracle_leaves = parameters | {"x": x, "memory": memory}
+    assert_same(got, results([torch.cat(expected, dim=1), oracle_state], oracle_leaves))
+    assert got["dmemory"].any()
+
+
+@both_layers
+def test_training_follows_the_oracle(kind):
+    """50 steps of SGD with momentum, the memory carried and detached: the same losses."""
+    layer = make_layer(kind)
+    parameters = own_parameters(layer)
+
+    def train(step, tensors):
+        optimizer = torch.optim.SGD(tensors, lr=0.05, momentum=0.9)
+        memory, losses = lm2.initial_memory(B, N, D, dtype=torch.float64), []
+        for index in range(50):
+            output, memory, *_ = step(draw(B, T, D, seed=index % 5), memory.detach())
+            loss = output.square().mean() + memory.square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    got = train(layer, list(layer.parameters()))
+    expected = train(
+        lambda x, memory: oracle(layer, parameters, x, memory), list(parameters.values())
+    )
+    assert got[-1] < got[0]
+    golden.assert_met("loss", got, expected)
+    assert_same(dict(layer.named_parameters()), parameters)
+
+
+# --- dtypes -----------------------------------------------------------------------------------
+
+
+@both_layers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("memory_dtype", [torch.float32, None], ids=["memory32", "memory16"])
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_16_bit_layer_keeps_the_dtype_of_its_memory(kind, dtype, memory_dtype, num_blocks):
+    if kind is lm2.PaperMemory and num_blocks == 2:
+        pytest.skip("PaperMemory has one block")
+    options = {"num_blocks": num_blocks} if kind is lm2.ReleaseMemory else {}
+    layer = make_layer(kind, dtype, **options)
+    x, memory = make_inputs(dtype=dtype)
+    memory = memory.detach().to(memory_dtype or dtype).requires_grad_()
+    output, new_memory = layer(x, memory, slot_offset=1)
+    assert output.dtype == dtype
+    assert new_memory.dtype == memory.dtype
+    (output.sum() + new_memory.sum()).backward()
+    for tensor in (x, memory, *layer.parameters()):
+        assert tensor.grad.dtype == tensor.dtype
+        assert tensor.grad.isfinite().all()
+
+
+@both_layers
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=["x32", "x16"])
+@pytest.mark.parametrize("prefix", [False, True], ids=["", "prefix"])
+def test_autocast(kind, x_dtype, prefix):
+    """float32 parameters and memory: as near to the oracle as the reference under autocast is."""
+    if kind is lm2.PaperMemory and prefix:
+        pytest.skip("PaperMemory has no pooled gate")
+    layer = make_layer(kind, torch.float32, **({"pooled_gate": "prefix"} if prefix else {}))
+    x, memory = make_inputs()
+    x = x.detach().to(x_dtype).requires_grad_()
+    memory = memory.detach().float().requires_grad_()
+    parameters = own_parameters(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = layer(x, memory)
+        yardstick = oracle(layer, parameters, x, memory)[:2]
+    assert [output.dtype for output in outputs] == [x_dtype, torch.float32]
+
+    def found(outputs, leaves):
+        cotangents = [draw(*o.shape, seed=i).to(o.dtype) for i, o in enumerate(outputs)]
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        named = dict(zip((f"d{name}" for name in leaves), gradients, strict=True))
+        return named | {f"output {i}": o.detach() for i, o in enumerate(outputs)}
+
+    inputs = {"x": x, "memory": memory}
+    got = found(outputs, dict(layer.named_parameters()) | inputs)
+    eager = found(yardstick, parameters | inputs)
+    exact = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+    exact_inputs = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+    expected = found(oracle(layer, exact, **exact_inputs)[:2], exact | exact_inputs)
+    for name, leaf in (dict(layer.named_parameters()) | inputs).items():
+        assert got[f"d{name}"].dtype == leaf.dtype
+        assert got[f"d{name}"].isfinite().all()
+    for name, result in got.items():
+        comparison = testing.compare(name, result, expected[name], eager[name])
+        assert comparison.passed, comparison
+
+
+# --- as a module ------------------------------------------------------------------------------
+
+
+@both_layers
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "hooks"])
+def test_checkpointing_a_layer(kind, use_reentrant):
+    """The same gradients bit for bit, with dropout."""
+    layer, (x, memory) = make_layer(kind, dropout=0.3), make_inputs()
+    leaves = [x, memory, *layer.parameters()]
+
+    def gradients(run):
+        layer.zero_grad()
+        x.grad = memory.grad = None
+        torch.manual_seed(5)
+        output, new_memory = run()
+        (output.square().sum() + new_memory.sum()).backward()
+        return [leaf.grad.clone() for leaf in leaves]
+
+    plain = gradients(lambda: layer(x, memory))
+    again = gradients(lambda: checkpoint(layer, x, memory, use_reentrant=use_reentrant))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@both_layers
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_compute_the_same_and_are_apart(kind, duplicate):
+    layer, (x, memory) = make_layer(kind, top_k=3), make_inputs()
+    twin = duplicate(layer)
+    assert torch.equal(twin(x, memory)[1], layer(x, memory)[1])
+    assert len(list(twin.parameters())) == len(list(layer.parameters()))
+    with torch.no_grad():
+        next(twin.parameters()).add_(1.0)
+    assert not torch.equal(twin(x, memory)[1], layer(x, memory)[1])
+
+
+@both_layers
+def test_saved_weights_load_safely(kind):
+    layer, twin = make_layer(kind), kind(D, H, dtype=torch.float64)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    x, memory = make_inputs()
+    assert torch.equal(twin(x, memory)[0], layer(x, memory)[0])
+
+
+@both_layers
+def test_assigned_weights_are_taken_as_they_are(kind):
+    layer, twin = make_layer(kind), kind(D, H, device="meta", dtype=torch.float64)
+    state = layer.state_dict()
+    twin.load_state_dict(state, assign=True)
+    x, memory = make_inputs()
+    assert torch.equal(twin(x, memory)[0], layer(x, memory)[0])
+    assert twin.query_proj.weight.data_ptr() == state["query_proj.weight"].data_ptr()
+
+
+def test_released_mlp_linear_is_one_under_every_name():
+    layer = lm2.ReleaseMemory(D, H, attention_mlp_layers=3)
+    names = [name for name, _ in layer.named_parameters()]
+    assert [name for name in names if "attention_mlp" in name] == [
+        "attention_mlp.0.weight",
+        "attention_mlp.0.bias",
+    ]
+    state = layer.state_dict()
+    for index in range(3):
+        assert (
+            state[f"attention_mlp.{index}.weight"].data_ptr()
+            == layer.attention_mlp[0].weight.data_ptr()
+        )
+
+
+@pytest.mark.parametrize("move", [nn.Module.double, nn.Module.bfloat16, nn.Module.float])
+def test_the_shared_linear_stays_shared(move):
+    layer = move(lm2.ReleaseMemory(D, H))
+    assert layer.attention_mlp[0].weight is layer.attention_mlp[1].weight
+    assert len({parameter.dtype for parameter in layer.parameters()}) == 1
+
+
+@both_layers
+@pytest.mark.parametrize("bias", [False, True])
+def test_paper_state_dict_names(kind, bias):
+    if kind is lm2.ReleaseMemory:
+        pytest.skip("its names are those of the golden files")
+    projections = ("query", "key", "value", "output_gate", "input_gate", "forget_gate")
+    tensors = ("weight", "bias") if bias else ("weight",)
+    names = {f"{name}_proj.{tensor}" for name in projections for tensor in tensors}
+    assert kind(D, H, bias=bias).state_dict().keys() == names
+
+
+@both_layers
+def test_a_layer_has_no_buffers(kind):
+    assert list(kind(D, H).buffers()) == []
+
+
+@both_layers
+def test_meta_construction_and_reset(kind):
+    """No parameter is left as it came from memory."""
+    layer = kind(D, H, device="meta", dtype=torch.float64)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    layer.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(float("nan"))
+    torch.manual_seed(3)
+    layer.reset_parameters()
+    other = kind(D, H, dtype=torch.float64)
+    torch.manual_seed(3)
+    other.reset_parameters()
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_initial_parameters_of_the_release():
+    layer = lm2.ReleaseMemory(D, H)
+    assert layer.input_bias == 0.0
+    assert layer.forget_bias == 1.0
+    assert torch.equal(layer.input_gate_projector.w, torch.ones(D))
+    assert torch.equal(layer.attended_memory_layernorm.weight, torch.ones(D))
+    assert not layer.memory_gate_projector.linear.bias.any()
+
+
+@both_layers
+def test_every_parameter_gets_one_gradient(kind):
+    """As DistributedDataParallel needs: each hook fires once a backward."""
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    fired = []
+    for name, parameter in layer.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: fired.append(name))
+    output, new_memory = layer(x, memory)
+    (output.sum() + new_memory.sum()).backward()
+    assert sorted(fired) == sorted(name for name, _ in layer.named_parameters())
+
+
+@both_layers
+def test_frozen_parameters(kind):
+    """The gradients of x and memory are the same, and no parameter gets one."""
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    leaves = {"x": x, "memory": memory}
+    expected = results(layer(x, memory), leaves)
+    layer.requires_grad_(False)
+    assert_same(results(layer(x, memory), leaves), expected)
+
+
+@both_layers
+def test_a_layer_writes_to_none_of_its_inputs(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    tensors = [x, memory, *layer.parameters()]
+    before = [(tensor._version, tensor.detach().clone()) for tensor in tensors]
+    output, new_memory = layer(x, memory)
+    (output.sum() + new_memory.sum()).backward()
+    for tensor, (version, copied) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor, copied)
+
+
+@every_layer
+def test_repr_shows_the_options_that_differ(kind, options):
+    text = repr(kind(D, H, **options))
+    assert text.startswith(f"{kind.__name__}(\n  dim=12, num_heads=3")
+    for name in ("causal", "scale", "top_k"):
+        assert (f"{name}=" in text) == (name in options)
+
+
+# --- compiled ---------------------------------------------------------------------------------
+
+COMPILED = [
+    (lm2.PaperMemory, {}),
+    (lm2.ReleaseMemory, {"num_blocks": 2}),
+    (lm2.ReleaseMemory, {"pooled_gate": "prefix"}),
+]
+
+
+def check_compiled(layer, compiled, batch):
+    x, memory = draw(batch, T, D).requires_grad_(), draw(batch, N, D, seed=1).requires_grad_()
+    leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
+    mask = torch.arange(N).expand(batch, N) != 1
+    got = results(compiled(x, memory, slot_offset=1, slot_mask=mask), leaves)
+    assert_same(got, results(layer(x, memory, slot_offset=1, slot_mask=mask), leaves))
+
+
+@pytest.mark.parametrize(("kind", "options"), COMPILED, ids=options_id)
+def test_compiled_in_one_graph_for_any_batch(kind, options):
+    """At most two frames for six batch sizes, forward and gradients equal to eager mode's."""
+    torch._dynamo.reset()
+    layer, counter = make_layer(kind, **options), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for batch in (2, 3, 4, 5, 7, 8):
+        check_compiled(layer, compiled, batch)
+    assert counter.frame_count <= 2
+
+
+@both_layers
+def test_compiled_with_dropout(kind):
+    """Each call draws its own mask, as in eager mode."""
+    torch._dynamo.reset()
+    layer, (x, memory) = make_layer(kind, dropout=0.5), make_inputs()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    first, second = compiled(x, memory)[0], compiled(x, memory)[0]
+    assert not torch.equal(first, second)
+    first.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "options"), COMPILED, ids=options_id)
+def test_compiled_by_inductor(kind, options):
+    torch._dynamo.reset()
+    layer = make_layer(kind, **options)
+    check_compiled(layer, torch.compile(layer, fullgraph=True), B)
+
+
+def to_strided(tensor):
+    """Other strides, the last axis contiguous: a chunk of a wider row."""
+    if not torch.is_tensor(tensor) or tensor.dim() < 2:
+        return tensor
+    return torch.cat((tensor, tensor), dim=-1)[..., : tensor.shape[-1]]
+
+
+OPERATOR_CALLS = (
+    "memory_attention_forward",
+    "memory_attention_forward plain",
+    "memory_attention_backward",
+    "memory_attention_backward query",
+    "memory_attention_backward bank",
+    "memory_update_forward",
+    "memory_update_forward release",
+    "memory_update_backward",
+    "memory_update_backward some",
+    "memory_update_backward release",
+    "residual_layer_norm_forward",
+    "residual_layer_norm_backward",
+    "residual_layer_norm_backward dx",
+    "residual_layer_norm_backward mixed",
+    "pooled_gate_forward",
+    "pooled_gate_forward segment",
+    "pooled_gate_backward",
+    "pooled_gate_backward segment",
+)
+
+
+def operator_arguments(call: str) -> tuple:
+    """Arguments of an operator, named with what is special about them."""
+    rows, other = draw(B, T, D), draw(B, T, D, seed=1)
+    query, key, value = (draw(B, length, H, 4, seed=length) for length in (T, N, N + 1))
+    value = value[:, :N].contiguous()
+    mask = torch.arange(N).expand(B, N).contiguous() != 1
+    seed, gates = torch.tensor(5), (other, rows, other)
+    bias = draw(B, 1, 2 * D)
+    weight, total = draw(D), draw(B, D)
+    options = (True, 1, 0.5)
+    backends.get("eager")
+    read, lse = torch.ops.lm2_kernels.memory_attention_forward(
+        query, key, value, mask, seed, *options, None, 0.25, "eager"
+    )
+    _, mean, rstd = torch.ops.lm2_kernels.residual_layer_norm_forward(
+        rows, other, weight, weight, 1e-5, "eager"
+    )
+    attention = (query, key, value, mask, seed)
+    update = (rows, other, *gates, bias, "read")
+    calls = {
+        "memory_attention_forward": (*attention, *options, None, 0.25),
+        "memory_attention_forward plain": (query, key, value, None, None, *options, 2, 0.0),
+        "memory_attention_backward": (
+            *(read, *attention, read, lse, *options, None, 0.25, True, True),
+        ),
+        "memory_attention_backward query": (
+            *(read, *attention, read, lse, *options, None, 0.25, True, False),
+        ),
+        "memory_attention_backward bank": (
+            *(read, *attention, read, lse, *options, None, 0.25, False, True),
+        ),
+        "memory_update_forward": (rows, *update),
+        "memory_update_forward release": (rows, *update[:4], None, None, "read"),
+        "memory_update_backward": (rows, other, *update, True, True, True),
+        "memory_update_backward some": (None, other, *update, True, False, False),
+        "memory_update_backward release": (
+            rows,
+            None,
+            *update[:4],
+            None,
+            None,
+            "read",
+            False,
+            True,
+            True,
+        ),
+        "residual_layer_norm_forward": (rows, other, weight, weight, 1e-5),
+        "residual_layer_norm_backward": (rows, rows, other, weight, mean, rstd, True, True),
+        "residual_layer_norm_backward dx": (rows, rows, other, weight, mean, rstd, True, False),
+        "residual_layer_norm_backward mixed": (
+            *(rows.bfloat16(), rows.bfloat16(), other.float(), weight.float()),
+            *(mean.float(), rstd.float(), True, True),
+        ),
+        "pooled_gate_forward": (rows, weight, total, True, 3),
+        "pooled_gate_forward segment": (rows, weight, None, False, 0),
+        "pooled_gate_backward": (other, total, rows, weight, True, 3, True, True, True),
+        "pooled_gate_backward segment": (
+            *(draw(B, 1, D), None, rows, weight, False, 0, True, False, False),
+        ),
+    }
+    assert calls.keys() == set(OPERATOR_CALLS)
+    return calls[call]
+
+
+@pytest.mark.parametrize("layout", [None, to_strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("call", OPERATOR_CALLS)
+def test_operator_schema_and_fake_result(call, layout):
+    arguments = operator_arguments(call)
+    if layout is not None:
+        arguments = tuple(layout(argument) for argument in arguments)
+    operator = getattr(torch.ops.lm2_kernels, call.partition(" ")[0]).default
+    torch.library.opcheck(
+        operator, (*arguments, "eager"), test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_every_operator_is_checked():
+    checked = {call.partition(" ")[0] for call in OPERATOR_CALLS}
+    assert checked == {f"{op}_{way}" for op in backends.OPS for way in ("forward", "backward")}

@@ -1,0 +1,209 @@
+"""Negative controls: kernels broken on purpose, each of which the common suite must catch.
+
+A mutant is one line of a kernel's source changed. It is caught when the rule refuses a result, or
+the interpreter's checks refuse a memory access.
+"""
+
+import contextlib
+import importlib.util
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from lm2_kernels import backends, testing
+from tools import launches
+from tools.interpreter_sanitizer import SanitizerError
+
+
+class Mutant(NamedTuple):
+    name: str
+    op: str
+    old: str
+    new: str
+    case: testing.Case
+
+
+def _read(batch, tokens, slots, heads, width, **options) -> testing.Case:
+    options = tuple(options.items())
+    return testing.Case("memory_attention", batch, tokens, slots, heads, width, options)
+
+
+def _rows(op: str, batch: int, tokens: int, width: int, **options) -> testing.Case:
+    return testing.Case(op, batch, tokens, 0, 0, width, tuple(options.items()))
+
+
+READ = _read(2, 17, 33, 2, 17, slot_offset=3)
+MASKED = _read(1, 17, 19, 1, 16, slot_mask="prefix")
+ALL_SLOTS = _read(1, 17, 19, 2, 16, causal=False)
+DROPPED = _read(1, 18, 20, 2, 16, dropout_p=0.5)
+RELEASE = _rows("memory_update", 2, 5, 24, gate_bias="segment")
+PAPER = _rows("memory_update", 2, 5, 24, output_gate=True)
+NORM = _rows("residual_layer_norm", 2, 5, 24)
+SEGMENT = _rows("pooled_gate", 2, 67, 24)
+PREFIX = _rows("pooled_gate", 1, 150, 24, prefix=True, num_pooled=5)
+
+MUTANTS = (
+    Mutant(
+        "scale forgotten",
+        "memory_attention",
+        'scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2',
+        'scores = tl.dot(q, tl.trans(k), input_precision="ieee") * _LOG2_E',
+        READ,
+    ),
+    Mutant(
+        "causal bound off by one",
+        "memory_attention",
+        "visible = slots[None, :] <= (slot_offset + offs_t)[:, None]",
+        "visible = slots[None, :] < (slot_offset + offs_t)[:, None]",
+        READ,
+    ),
+    Mutant(
+        "slots past the end are seen",
+        "memory_attention",
+        "        mask_n = slots < num_slots\n",
+        "        mask_n = slots < num_slots + 1\n",
+        ALL_SLOTS,
+    ),
+    Mutant(
+        "running sum not rescaled",
+        "memory_attention",
+        "acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None]",
+        "acc = tl.dot(p.to(v.dtype), v, acc",
+        _read(1, 40, 150, 1, 16, causal=False),
+    ),
+    Mutant(
+        "rows that see nothing left to the arithmetic",
+        "memory_attention",
+        '        lse = tl.where(sees_any, lse, float("inf"))\n',
+        "",
+        MASKED,
+    ),
+    Mutant(
+        "delta forgotten",
+        "memory_attention",
+        "ds = p * (dp - delta[:, None])",
+        "ds = p * dp",
+        READ,
+    ),
+    Mutant(
+        "scale forgotten in dK",
+        "memory_attention",
+        "    dk = dk * scale\n",
+        "",
+        READ,
+    ),
+    Mutant(
+        "kept probabilities not divided by 1 - p",
+        "memory_attention",
+        "        factor = factor * keep_scale\n",
+        "        factor = factor\n",
+        DROPPED,
+    ),
+    Mutant(
+        "another dropout mask in backward",
+        "memory_attention",
+        "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows)\n",
+        "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows + 1)\n",
+        DROPPED,
+    ),
+    Mutant(
+        "input and forget gate swapped",
+        "memory_update",
+        "new_memory = sigmoid(input_gate) * tanh(candidate) + sigmoid(forget_gate) * memory",
+        "new_memory = sigmoid(forget_gate) * tanh(candidate) + sigmoid(input_gate) * memory",
+        RELEASE,
+    ),
+    Mutant(
+        "gate bias of the input gate used twice",
+        "memory_update",
+        "            gate_bias_ptr + width, pid_b",
+        "            gate_bias_ptr, pid_b",
+        RELEASE,
+    ),
+    Mutant(
+        "rows past the end written",
+        "memory_update",
+        "mask = (offs_t < num_tokens)[:, None] & (offs_d < width)[None, :]",
+        "mask = (offs_t < num_tokens + 1)[:, None] & (offs_d < width)[None, :]",
+        PAPER,
+    ),
+    Mutant(
+        "padded lanes in the variance",
+        "residual_layer_norm",
+        "centered = tl.where(mask, total - mean[:, None], 0.0)",
+        "centered = total - mean[:, None]",
+        NORM,
+    ),
+    Mutant(
+        "mean over the padded width",
+        "residual_layer_norm",
+        "mean = tl.sum(total, axis=1) / width",
+        "mean = tl.sum(total, axis=1) / BLOCK_D",
+        NORM,
+    ),
+    Mutant(
+        "projection of dx on the rows forgotten",
+        "residual_layer_norm",
+        "dx = rstd * (g - mean_g - normalised * mean_gn)",
+        "dx = rstd * (g - mean_g)",
+        NORM,
+    ),
+    Mutant(
+        "earlier chunks not added",
+        "pooled_gate",
+        "        mask_c = offs_c < chunk\n",
+        "        mask_c = offs_c < chunk - 1\n",
+        PREFIX,
+    ),
+    Mutant(
+        "mean over one token too many",
+        "pooled_gate",
+        "return (offs_t + 1 + num_pooled)",
+        "return (offs_t + 2 + num_pooled)",
+        PREFIX,
+    ),
+    Mutant(
+        "relu forgotten in backward",
+        "pooled_gate",
+        "dactive = tl.where(mask & ~(weight * x <= 0.0), dactive, 0.0)",
+        "dactive = tl.where(mask, dactive, 0.0)",
+        SEGMENT,
+    ),
+)
+
+
+def _mutated(mutant: Mutant, folder: Path):
+    """The op's Triton module with the mutation applied."""
+    package = Path(backends.get("triton").__file__).parent
+    source = (package / f"{mutant.op}.py").read_text()
+    assert mutant.old in source, "the kernel has changed: give the mutant its new text"
+    path = folder / f"{mutant.op}.py"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    spec = importlib.util.spec_from_file_location(f"mutant_{mutant.op}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _worst_share(case: testing.Case) -> float:
+    inputs = testing.make_inputs(case, torch.float32)
+    results = testing.run_case(case, inputs, "triton")
+    shares = [c.share for c in testing.compare_case(case, inputs, results)]
+    return math.inf if any(map(math.isnan, shares)) else max(shares)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_is_caught(mutant, tmp_path, monkeypatch):
+    triton = backends.get("triton")
+    with launches.checked("sm_90", resources=False):
+        # the kernel as it is passes: it is the mutation that fails
+        assert _worst_share(mutant.case) <= 1.0
+        module = _mutated(mutant, tmp_path)
+        for direction in ("forward", "backward"):
+            name = f"{mutant.op}_{direction}"
+            monkeypatch.setattr(triton, name, getattr(module, name))
+        with contextlib.suppress(SanitizerError):
+            assert _worst_share(mutant.case) > 1.0

@@ -1,0 +1,226 @@
+"""What is particular to the Triton backend: resources on every target, addresses, launches."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tools import launches
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lm2_kernels as lm2
+from lm2_kernels import backends, functional, testing
+from lm2_kernels.backends import dropout
+
+TARGETS = tuple(launches.TARGETS)
+DTYPES = ("bfloat16", "float32")
+
+# one case for each row of the launch tables, with every optional input once
+HEAD_WIDTHS = (16, 32, 64, 128, 256)
+PLAIN_ATTENTION = tuple(
+    testing.Case("memory_attention", 1, 512, 512, 2, width) for width in HEAD_WIDTHS
+)
+FULL_ATTENTION = tuple(
+    case._replace(options=(("slot_mask", "random"), ("dropout_p", 0.1)))
+    for case in (*PLAIN_ATTENTION, testing.Case("memory_attention", 1, 512, 512, 2, 80))
+)
+LARGE_ATTENTION = tuple(case._replace(batch=64) for case in PLAIN_ATTENTION)
+ROWS = (
+    testing.Case("memory_update", 2, 1, 0, 0, 512),
+    testing.Case("memory_update", 2, 64, 0, 0, 96, (("output_gate", True),)),
+    testing.Case("memory_update", 2, 64, 0, 0, 2048, (("output_gate", True),)),
+    testing.Case(
+        "memory_update", 2, 64, 0, 0, 2048, (("gate_bias", "segment"), ("memory", "float32"))
+    ),
+    *(
+        testing.Case("residual_layer_norm", 1, 16, 0, 0, width)
+        for width in (100, 200, 512, 1000, 2048, 4096, 8192, 16_384)
+    ),
+    testing.Case("pooled_gate", 2, 600, 0, 0, 48),
+    testing.Case("pooled_gate", 2, 600, 0, 0, 512, (("prefix", True), ("num_pooled", 3))),
+)
+
+
+def _compile(case, dtype, target):
+    with launches.compiled(target) as gpu:
+        testing.run_case(case, testing.make_inputs(case, testing.DTYPES[dtype]), "triton")
+    assert gpu.launches
+    return gpu.launches
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", (*PLAIN_ATTENTION[2:], *ROWS), ids=lambda case: case.id)
+def test_kernel_resources(case, dtype, target):
+    _compile(case, dtype, target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", (*TARGETS, "sm_89", "sm_120"))
+@pytest.mark.parametrize("dtype", (*DTYPES, "float16"))
+@pytest.mark.parametrize(
+    "case", (*PLAIN_ATTENTION, *FULL_ATTENTION, *LARGE_ATTENTION, *ROWS), ids=lambda case: case.id
+)
+def test_kernel_resources_exhaustive(case, dtype, target):
+    _compile(case, dtype, target)
+
+
+def test_attention_uses_tensor_cores():
+    with launches.compiled("sm_90") as gpu:
+        for case in PLAIN_ATTENTION[2:]:
+            testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
+    for launch in gpu.launches:
+        if "delta" not in launch.kernel:
+            assert launch.tensor_cores, launch
+
+
+def _huge_stride(*shape):
+    """A view whose batch stride passes 2^31 elements within three entries; few pages are touched.
+
+    Virtual memory: the storage is 6 GiB, of which the view's elements are kilobytes.
+    """
+    stride_b = 2**30 + 64
+    storage = torch.UntypedStorage(shape[0] * stride_b * 2)
+    tensor = torch.tensor([], dtype=torch.bfloat16).set_(storage)
+    inner = torch.empty(shape[1:]).stride()
+    view = tensor.as_strided(shape, (stride_b, *inner))
+    view.copy_(torch.randn(shape))
+    return view
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_offsets_past_2_31(op):
+    """A 32-bit product of index and stride overflows here, which the interpreter refuses."""
+    sizes = {
+        "memory_attention": ("memory_attention", 3, 4, 5, 1, 16),
+        "memory_update": ("memory_update", 3, 4, 0, 0, 16),
+        "residual_layer_norm": ("residual_layer_norm", 3, 4, 0, 0, 16),
+        "pooled_gate": ("pooled_gate", 3, 4, 0, 0, 16),
+    }
+    case = testing.Case(*sizes[op])
+
+    def huge(tensor):
+        if tensor.dim() < 3 or tensor.dtype != torch.bfloat16:
+            return tensor
+        view = _huge_stride(*tensor.shape)
+        view.copy_(tensor)
+        return view
+
+    inputs = testing.make_inputs(case, torch.bfloat16)
+    # one tensor at a time: several would not fit into the address space CI allows
+    for name in inputs.tensors:
+        tensors = {**inputs.tensors, name: huge(inputs.tensors[name])}
+        strided = inputs._replace(tensors=tensors)
+        with launches.checked("sm_90"):
+            results = testing.run_case(case, strided, "triton")
+        assert all(c.passed for c in testing.compare_case(case, strided, results))
+
+
+@pytest.mark.parametrize("case", testing.SMALL_CASES[1::5], ids=lambda case: case.id)
+def test_launch_under_device_guard(case):
+    """Tensors on cuda:1 while cuda:0 is current: the fake driver refuses a launch elsewhere."""
+    with FakeTensorMode(allow_non_fake_inputs=True), launches.compiled("sm_90") as gpu:
+        inputs = testing.make_inputs(case, torch.float16)
+        tensors = {
+            name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:1")
+            for name, t in inputs.tensors.items()
+        }
+        constants = {
+            name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.constants.items()
+        }
+        getattr(functional, case.op)(**tensors, **constants, backend="triton")
+    assert gpu.launches
+    for launch in gpu.launches:
+        assert {str(device) for device in launch.devices} == {"cuda:1"}
+
+
+def test_dropout_mask_is_the_shared_one():
+    """Forward and backward of the kernels use the mask that backends.dropout defines."""
+    batch, tokens, slots, heads, width = 2, 19, 35, 2, 35
+    query = torch.zeros(batch, tokens, heads, width)
+    key = torch.zeros(batch, slots, heads, width)
+    # equal scores and the identity as values: the read is the kept probabilities themselves
+    value = torch.eye(slots)[None, :, None, :].expand(batch, slots, heads, width)
+    value = value.clone().requires_grad_()
+    torch.manual_seed(7)
+    with launches.checked("sm_90"):
+        out = lm2.memory_attention(query, key, value, causal=False, dropout_p=0.4, backend="triton")
+        (dvalue,) = torch.autograd.grad(out[..., 0].sum(), value)
+    torch.manual_seed(7)
+    seed = functional.draw_seed(torch.device("cpu"))
+    rows = torch.arange(batch * heads * tokens).view(batch, heads, tokens)
+    keep = dropout.keep_mask(seed, 0.4, rows, slots)
+    assert torch.equal(out.permute(0, 2, 1, 3) != 0, keep)
+    # dV sums the kept probabilities of a slot over tokens
+    assert torch.equal(dvalue[..., 0].permute(0, 2, 1) != 0, keep.any(dim=2))
+
+
+@pytest.mark.parametrize("seed", (0, 1, -1, 2**40 + 5, -(2**62)))
+def test_dropout_bits_match(seed):
+    """The hash in Triton and in torch agree for seeds of any sign and rows past 2^32."""
+    from tools import dropout_kernel
+
+    rows = torch.tensor([0, 1, 2**31, 2**32 + 3, 2**40])
+    with launches.checked("sm_90"):
+        got = dropout_kernel.keep_mask(torch.tensor(seed), 0.3, rows, 64)
+    assert torch.equal(got, dropout.keep_mask(torch.tensor(seed), 0.3, rows, 64))
+
+
+def test_nothing_launches_for_an_empty_batch():
+    with launches.checked("sm_90") as gpu:
+        for op in backends.OPS:
+            case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(batch=0)
+            testing.run_case(case, testing.make_inputs(case, torch.float32), "triton")
+    assert not gpu.launches
+
+
+def test_only_needed_gradients_are_computed():
+    case = testing.SMALL_CASES[1]
+    inputs = testing.make_inputs(case, torch.float32)
+    query = inputs.tensors["query"].requires_grad_()
+    with launches.checked("sm_90") as gpu:
+        out = lm2.memory_attention(
+            query, inputs.tensors["key"], inputs.tensors["value"], backend="triton"
+        )
+        torch.autograd.grad(out.sum(), query)
+    assert not any("dkey_value" in launch.kernel for launch in gpu.launches)
+    assert any("dquery" in launch.kernel for launch in gpu.launches)
+
+
+@pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
+def test_grid_axes(case):
+    """Only the first axis of a grid may be long: the others end at 65535."""
+    with launches.compiled("sm_90") as gpu:
+        large = case._replace(batch=case.batch * 50)
+        testing.run_case(large, testing.make_inputs(large, torch.float16), "triton")
+    for launch in gpu.launches:
+        assert launch.grid[1] * launch.grid[2] <= max(1, case.width)
+
+
+def test_source_is_capture_safe():
+    """No synchronisation, no autotuning, no float atomics in the backend's source."""
+    folder = Path(backends.get("triton").__file__).parent
+    forbidden = re.compile(r"\.item\(|\.cpu\(|\.tolist\(|synchronize|@triton\.autotune|tl\.atomic_")
+    for path in folder.glob("*.py"):
+        assert not forbidden.search(path.read_text()), path.name
+
+
+def test_refuses_what_it_cannot_run():
+    tensor = torch.randn(1, 2, 8)
+    with pytest.raises(RuntimeError, match="memory_update: backend 'triton' .* cpu"):
+        lm2.memory_update(tensor, tensor, tensor, tensor, tensor, backend="triton")
+    with launches.compiled("sm_90"), pytest.raises(RuntimeError, match="float64"):
+        double = tensor.double()
+        lm2.memory_update(double, double, double, double, double, backend="triton")
+
+
+def test_composite_is_recorded():
+    query = torch.randn(1, 3, 1, 264)
+    with lm2.recording() as ran, launches.checked("sm_90") as gpu:
+        lm2.memory_attention(query, query, query, backend="triton")
+    assert ran == [
+        ("memory_attention_forward", "triton"),
+        ("memory_attention_forward", "triton/composite"),
+    ]
+    assert not gpu.launches
