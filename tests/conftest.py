@@ -11,6 +11,10 @@ REQUIRED_BACKENDS = ("eager", "triton")
 
 _cases: collections.Counter[str] = collections.Counter()
 
+# the suite's tensors are small: waking a second thread costs more than it does, and the cores are
+# for the workers of `pytest -n`
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():

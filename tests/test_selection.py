@@ -316,8 +316,6 @@ assert use() == ["eager", "eager"]
     )
 
 
-# torch.compiler.assume_constant_result in backends/__init__.py imports torch._dynamo, which does
-@pytest.mark.xfail(strict=True, reason="importing lm2_kernels imports torch._dynamo and triton")
 def test_import_imports_neither_dynamo_nor_triton():
     run_python(
         """

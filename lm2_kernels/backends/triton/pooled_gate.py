@@ -1,8 +1,8 @@
 """The mean of ``relu(weight * x)`` over tokens on a GPU: of the segment, or running (``prefix``).
 
-Tokens are cut into chunks, whose number depends on the shape alone. One kernel sums each chunk; the
-running mean takes a second one, in which each chunk adds the sums of the chunks before it, in order,
-to the running sum inside it. The backward does the same from the last token to the first.
+Tokens are cut into chunks, whose number depends on the shape alone. One kernel sums each chunk;
+the running mean takes a second one, in which each chunk adds the sums of the chunks before it to
+the running sum inside it. The backward does the same from the last token to the first.
 """
 
 import torch

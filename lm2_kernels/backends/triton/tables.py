@@ -25,7 +25,7 @@ class Config(NamedTuple):
 # --- pointwise, normalisation and pooling ------------------------------------------------------
 
 # Tiles have 8 elements a thread where nothing else is said: two (float32) or one (16-bit) 16-byte
-# access per thread, tensor and tile. Registers are those of sm_90, the larger of float32 and bfloat16.
+# access per thread, tensor and tile. Registers: sm_90, the larger of float32 and bfloat16.
 
 
 def _fitted(config: Config, target: str) -> Config:
@@ -36,8 +36,8 @@ def _fitted(config: Config, target: str) -> Config:
 
 
 MEMORY_UPDATE = {
-    # whole segments: @MU registers forward, backward leave 1024 and 768 threads a multiprocessor,
-    # each with 5 to 8 loads in flight: more bytes than it takes to fill the memory bus
+    # 60 registers forward and 80 backward leave 1024 and 768 threads a multiprocessor, each with 5
+    # to 8 loads of 16 bytes in flight: more than it takes to fill the memory bus
     "wide": Config(4, 512, 8),
     # widths up to 128: more rows instead of masked columns
     "narrow": Config(16, 128, 8),
@@ -54,8 +54,8 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
     return _fitted(MEMORY_UPDATE[kind], target)
 
 
-# A block holds whole rows, padded to a power of two, in registers: two-pass variance needs no second
-# read. Narrow rows share a block, so that every warp of it has work.
+# A block holds whole rows, padded to a power of two, in registers: two-pass variance needs no
+# second read. Narrow rows share a block, so that every warp of it has work.
 RESIDUAL_LAYER_NORM = {
     128: Config(8, 128, 4),
     256: Config(4, 256, 4),
@@ -93,8 +93,9 @@ def residual_layer_norm_columns(target: str) -> Config:
     return _fitted(RESIDUAL_LAYER_NORM_COLUMNS, target)
 
 
-# 128 columns: 256-byte rows in 16-bit dtypes, 64 for narrow models. 16 tokens: 4 steps to a chunk, and
-# sums over few rows at a time, so that the error of float32 sums stays small.
+# 128 columns: 256-byte rows in 16-bit dtypes, 64 for narrow models. 16 tokens (16 elements a
+# thread, 141 registers backward): 4 steps to a chunk, and sums over few rows at a time, so that the
+# error of float32 sums stays small.
 POOLED_GATE = {64: Config(16, 64, 4), 128: Config(16, 128, 4)}
 
 
