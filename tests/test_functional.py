@@ -19,7 +19,7 @@ B, T, N, H, K, D = 2, 3, 5, 2, 4, 8
 # - an `out=` tensor that overlaps an input: no op takes one;
 # - an attention mask (B, H, T, N): ours is the slot_mask (B, N), whose shape is checked;
 # - an extension built for another torch: there is no compiled extension.
-# What the triton backend refuses is tested with its kernels, and a missing triton or a CPU tensor in
+# What the triton backend refuses is tested with its kernels; a missing triton and a CPU tensor, in
 # test_selection.py.
 
 
