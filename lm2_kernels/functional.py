@@ -94,7 +94,8 @@ def check_dtypes(op: str, dtype: torch.dtype, allowed_float32: tuple[str, ...], 
             and dtype in (torch.bfloat16, torch.float16)
         ):
             continue
-        also = " or torch.float32" if name in allowed_float32 else ""
+        is_16_bit = dtype in (torch.bfloat16, torch.float16)
+        also = " or torch.float32" if is_16_bit and name in allowed_float32 else ""
         raise TypeError(
             f"{op}: {name} is {tensor.dtype} but {dtype}{also} was expected, the dtype of the "
             f"other tensors; cast one or use torch.autocast"
@@ -108,6 +109,12 @@ def check_int(op: str, name: str, value: int, low: int, high: int | None = None)
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{op}: {name} must be {wanted}, got {value}")
+
+
+def check_bool(op: str, name: str, value: bool) -> None:
+    """``value`` is True or False, not something that merely counts as either."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be a bool, got {type(value).__name__}")
 
 
 def check_dropout(op: str, dropout_p: float) -> None:
@@ -154,9 +161,9 @@ def check_slot_mask(op: str, slot_mask: Tensor, batch: int, slots: int, device) 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in its dtype, as torch does for its own matrix products."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    dtype = backends.autocast_dtype(device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(
         tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
         for tensor in tensors
@@ -227,6 +234,7 @@ def memory_attention(
     check_nonempty(op, "key", key, {"slots N": 1})
     if slot_mask is not None:
         check_slot_mask(op, slot_mask, batch, num_slots, query.device)
+    check_bool(op, "causal", causal)
     check_int(op, "slot_offset", slot_offset, 0)
     if top_k is not None:
         check_int(op, "top_k", top_k, 1, num_slots)
@@ -462,6 +470,7 @@ def pooled_gate(
     batch, _, width = x.shape
     check_shape(op, "weight", weight, "(D,)", (width,))
     _check_mixed(op, x=x, weight=weight)
+    check_bool(op, "prefix", prefix)
     check_int(op, "num_pooled", num_pooled, 0)
     if pooled_sum is not None:
         if not prefix:
@@ -512,7 +521,7 @@ def initial_memory(
         (B, N, D), a tensor of its own (not an expanded view).
 
     Raises:
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or ``dtype`` is not a floating-point one.
         ValueError: a size is out of range, or ``kind`` is unknown.
     """
     op = "initial_memory"
@@ -520,6 +529,8 @@ def initial_memory(
     check_int(op, "batch", batch, 0)
     check_int(op, "slots", slots, 1)
     check_int(op, "dim", dim, 1)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"{op}: dtype must be a floating-point dtype, got {dtype}")
     if kind not in ("identity", "zeros"):
         raise ValueError(f"{op}: kind must be 'identity' or 'zeros', got {kind!r}")
     memory = torch.zeros(batch, slots, dim, device=device, dtype=dtype)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels import functional
+from lm2_kernels.backends import autocast_dtype, check_choice
 from lm2_kernels.functional import (
+    check_bool,
     check_dropout,
     check_eps,
     check_int,
@@ -50,11 +52,12 @@ class _MemoryLayer(nn.Module):
             check_int(op, "top_k", top_k, 1)
         if scale is not None:
             check_scale(op, scale)
+        check_bool(op, "causal", causal)
         check_dropout(op, dropout)
         if write != "position":
             raise ValueError(f"{op}: write must be 'position', got {write!r}")
         if backend is not None:
-            functional.backends.check_choice(backend)
+            check_choice(backend)
         self.dim = dim
         self.num_heads = num_heads
         self.causal = causal
@@ -113,8 +116,9 @@ class _MemoryLayer(nn.Module):
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_mask is not None:
             check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
-        if torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.float64:
-            allowed = (torch.float32, torch.get_autocast_dtype(x.device.type))
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and weight.dtype != torch.float64:
+            allowed = (torch.float32, autocast)
             for name, tensor in (("x", x), ("memory", memory)):
                 if tensor.dtype not in allowed:
                     raise TypeError(
@@ -137,7 +141,7 @@ class _MemoryLayer(nn.Module):
 
     def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
         """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
-        if torch.is_autocast_enabled(x.device.type):
+        if autocast_dtype(x.device.type) is not None:
             return tensor
         return tensor.to(x.dtype)
 
@@ -159,6 +163,9 @@ class _MemoryLayer(nn.Module):
             bank = bank[:, :end]
             slot_mask = None if slot_mask is None else slot_mask[:, :end]
             top_k = None if top_k is None or top_k >= end else top_k
+        if slot_mask is not None:
+            # 0 * NaN is NaN in the gradients of the projections too
+            bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
         key, value = project(bank, self.key_proj, self.value_proj)
         read = functional.memory_attention(
             self._heads(query),
@@ -337,7 +344,8 @@ class ReleaseMemory(_MemoryLayer):
     At T = N = D this is the released module exactly, and ``load_state_dict`` takes its state dict
     key for key (the shared Linear under both its names). **The released gate pools over the whole
     segment, so early tokens see later ones**; ``pooled_gate="prefix"`` is the causal repair with
-    the same parameters, and the one to stream with.
+    the same parameters, and the one to stream with (at ``num_blocks=1``: a second block reads rows
+    that the first one rewrote, which later pieces of a segment lack).
 
     Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
     a token that sees no slot reads 0 (released: NaN).

@@ -39,7 +39,7 @@ def pytest_runtest_logreport(report):
 
 
 def _whole_run(config) -> bool:
-    return not config.option.keyword and config.option.markexpr in ("", "not gpu and not slow")
+    return not config.option.keyword and config.option.markexpr in ("", "not slow")
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -248,7 +248,7 @@ UPDATE_REFUSALS = [
         UPDATE,
         {"memory": to_double},
         TypeError,
-        "memory is torch.float64 but torch.float32 or torch.float32 was expected",
+        "memory is torch.float64 but torch.float32 was expected",
     ),
     Refusal(
         UPDATE,

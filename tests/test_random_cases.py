@@ -3,9 +3,9 @@
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tools import launches
 
 from lm2_kernels import testing
+from tools import launches
 
 _settings = settings(
     derandomize=True,

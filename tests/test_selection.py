@@ -278,7 +278,7 @@ def test_environment_with_an_unknown_name_is_refused_at_first_use():
     run_python(
         USE
         + """
-refused(ValueError, "backend must be one of", "'eager'", "got 'cudnn'")
+refused(ValueError, "LM2_KERNELS_BACKEND must be one of", "'eager'", "got 'cudnn'")
 assert use(backend="eager") == ["eager", "eager"]
 """,
         LM2_KERNELS_BACKEND="cudnn",

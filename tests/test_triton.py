@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import launches
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing
 from lm2_kernels.backends import dropout
+from tools import launches
 
 TARGETS = tuple(launches.TARGETS)
 DTYPES = ("bfloat16", "float32")
@@ -208,7 +208,7 @@ def test_source_is_capture_safe():
 
 def test_refuses_what_it_cannot_run():
     tensor = torch.randn(1, 2, 8)
-    with pytest.raises(RuntimeError, match="memory_update: backend 'triton' .* cpu"):
+    with pytest.raises(RuntimeError, match=r"memory_update: backend 'triton' .* cpu"):
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor, backend="triton")
     with launches.compiled("sm_90"), pytest.raises(RuntimeError, match="float64"):
         double = tensor.double()

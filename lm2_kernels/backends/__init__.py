@@ -114,11 +114,19 @@ def unsupported_reason(name: str, op: str, *tensors: Tensor) -> str | None:
     return _modules[name].unsupported_reason(op, *tensors)
 
 
-def check_choice(backend: str) -> None:
-    """Raise ValueError unless ``backend`` is a known name or "auto"."""
+def check_choice(backend: str, source: str = "backend") -> None:
+    """Raise ValueError, naming its source, unless ``backend`` is a known name or "auto"."""
     if backend not in CHOICES:
         names = ", ".join(f"'{name}'" for name in CHOICES)
-        raise ValueError(f"backend must be one of {names}, got {backend!r}")
+        raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast in force on this type of device, or None."""
+    # asking about a device without autocast (meta) raises
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> str:
@@ -132,7 +140,8 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
         RuntimeError: a backend asked for by name cannot run this call; the text says why.
     """
     request = _requested if backend is None else backend
-    check_choice(request)
+    # use_backend has checked its own: a bad default comes from the environment
+    check_choice(request, f"{op}: {'backend' if backend else ENVIRONMENT_VARIABLE}")
     if torch.compiler.is_compiling():
         # torch.compile reads the dict of modules once, so it must be complete by then
         _load_all()
@@ -162,9 +171,9 @@ def _warn_once(op: str, text: str) -> None:
 def call(name: str, function: str, *args):
     """Run ``<op>_forward`` or ``<op>_backward`` of a backend, and record that it ran."""
     record(function, name)
-    implementation = getattr(_modules[name], function)
+    implementation = getattr(get(name), function)
     device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-    if torch.is_autocast_enabled(device):
+    if autocast_dtype(device) is not None:
         # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
         with torch.autocast(device, enabled=False):
             return implementation(*args)

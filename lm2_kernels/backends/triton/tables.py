@@ -41,8 +41,8 @@ MEMORY_UPDATE = {
     "wide": Config(4, 512, 8),
     # widths up to 128: more rows instead of masked columns
     "narrow": Config(16, 128, 8),
-    # one token: no masked rows, and small blocks, as there are few of them
-    "token": Config(1, 512, 2),
+    # one token: no masked rows, and 4 elements a thread, as latency counts and not the bus
+    "token": Config(1, 512, 4),
 }
 
 
