@@ -530,6 +530,18 @@ def _heads_per_group(rows: int, head_width: int, itemsize: int) -> int:
     return max(1, _GROUP_BYTES // (2 * rows * head_width * itemsize))
 
 
+def _is_ragged(*tensors: Tensor) -> bool:
+    """Whether a row of some head starts off a 16-byte boundary, as far as the compiler can tell.
+
+    It knows of a stride only whether 16 divides it.
+    """
+    return any(
+        (tensor.storage_offset() * tensor.element_size()) % 16
+        or any(s % 16 for s in _strides(tensor))
+        for tensor in tensors
+    )
+
+
 def _block_k(head_width: int) -> int:
     # 16: the smallest reduction of a tensor core instruction
     return max(16, triton.next_power_of_2(head_width))
@@ -562,7 +574,12 @@ def memory_attention_forward(
         return out, lse
     block_k = _block_k(head_width)
     config = tables.attention_forward(
-        launch.target_of(query), query.dtype, block_k, batch * num_heads, num_tokens
+        launch.target_of(query),
+        query.dtype,
+        block_k,
+        _is_ragged(query, key, value, out),
+        batch * num_heads,
+        num_tokens,
     )
     mask, *mask_strides = _mask_arguments(slot_mask)
     grid = (batch * num_heads * triton.cdiv(num_tokens, config.block_tokens),)
@@ -649,7 +666,12 @@ def memory_attention_backward(
     delta = torch.empty_like(lse)
     mask, *mask_strides = _mask_arguments(slot_mask)
     block_k = _block_k(head_width)
-    target = launch.target_of(query)
+    choice = (
+        launch.target_of(query),
+        query.dtype,
+        block_k,
+        _is_ragged(dout, query, key, value, out),
+    )
     num_pairs = batch * num_heads
     # half precision rounds p and dS by more than the correction would change them
     correction = torch.empty_like(lse) if query.dtype == torch.float32 else None
@@ -696,7 +718,7 @@ def memory_attention_backward(
             num_warps=4,
         )
         if needs_dquery or correction is not None:
-            config = tables.attention_dquery(target, query.dtype, block_k)
+            config = tables.attention_dquery(*choice)
             grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
             _memory_attention_bwd_dquery_kernel[grid](
                 *inputs,
@@ -710,7 +732,7 @@ def memory_attention_backward(
                 num_stages=config.num_stages,
             )
         if needs_dkey_value:
-            config = tables.attention_dkey_value(target, query.dtype, block_k)
+            config = tables.attention_dkey_value(*choice)
             grid = (num_pairs * triton.cdiv(num_slots, config.block_slots),)
             _memory_attention_bwd_dkey_value_kernel[grid](
                 *inputs,

@@ -10,6 +10,8 @@ block: sm_86, sm_89, sm_120), gfx942.
 
 from typing import NamedTuple
 
+import torch
+
 
 class Config(NamedTuple):
     """Tile sizes and resources of one launch."""
@@ -21,6 +23,227 @@ class Config(NamedTuple):
 
 
 # --- attention ---------------------------------------------------------------------------------
+
+# wider heads do not fit into registers, and take the composite path
+MAX_HEAD_WIDTH = 256
+
+
+class AttentionConfig(NamedTuple):
+    """Tile sizes and resources of one attention launch."""
+
+    block_tokens: int
+    block_slots: int
+    num_warps: int
+    num_stages: int
+
+
+_Attention = dict[str, dict[int, AttentionConfig]]  # by target and padded head width
+
+# 16-bit dtypes: the largest tiles that compile without a spill, with and without slot mask and
+# dropout. On sm_90 every side that wgmma calls M has 64 rows or more. In brackets: registers
+# without and with mask and dropout, kilobytes of shared memory.
+FORWARD_16BIT: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(128, 128, 8, 2),  # (227, 253, 48)
+        128: AttentionConfig(128, 64, 8, 3),  # (209, 252, 96)
+        256: AttentionConfig(64, 64, 8, 2),  # (183, 255, 104)
+    },
+    "sm_90": {
+        64: AttentionConfig(128, 128, 8, 2),  # (173, 254, 80)
+        128: AttentionConfig(128, 64, 8, 3),  # (173, 217, 128)
+        256: AttentionConfig(128, 32, 8, 2),  # (241, 254, 128)
+    },
+    "sm_100": {
+        64: AttentionConfig(128, 64, 8, 3),  # (128, 188, 64)
+        128: AttentionConfig(128, 64, 8, 3),  # (173, 197, 128)
+        256: AttentionConfig(128, 32, 8, 2),  # (246, 254, 128)
+    },
+    "small": {
+        64: AttentionConfig(128, 64, 8, 2),  # sm_80: (165, 189, 32)
+        128: AttentionConfig(64, 64, 8, 2),  # sm_80: (128, 179, 56)
+        256: AttentionConfig(64, 32, 8, 2),  # sm_80: (179, 232, 68)
+    },
+    "gfx942": {
+        64: AttentionConfig(128, 64, 8, 2),  # (166, 195, 32)
+        128: AttentionConfig(128, 64, 8, 2),  # (238, 230, 48)
+        256: AttentionConfig(64, 32, 4, 2),  # (279, 283, 36)
+    },
+}
+# where 128 rows a program would leave multiprocessors without work
+FORWARD_16BIT_FEW: dict[int, AttentionConfig] = {
+    64: AttentionConfig(64, 64, 8, 2),
+    128: AttentionConfig(64, 64, 8, 2),  # (134, 179, 80) at most
+    256: AttentionConfig(64, 64, 8, 2),  # (189, 255, 160) at most
+}
+DKEY_VALUE_16BIT: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(64, 128, 8, 2),  # (248, 242, 48)
+        128: AttentionConfig(64, 64, 8, 2),  # (176, 186, 72)
+        256: AttentionConfig(64, 64, 8, 2),  # (255, 255, 136)
+    },
+    "sm_90": {
+        64: AttentionConfig(64, 128, 8, 2),  # (201, 211, 64)
+        128: AttentionConfig(32, 128, 8, 2),  # (221, 233, 96)
+        256: AttentionConfig(32, 64, 8, 2),  # (243, 255, 128)
+    },
+    "sm_100": {
+        64: AttentionConfig(64, 128, 8, 2),  # (121, 254, 80)
+        128: AttentionConfig(64, 128, 8, 2),  # (142, 255, 160)
+        256: AttentionConfig(32, 64, 8, 2),  # (126, 122, 160)
+    },
+    "small": {
+        64: AttentionConfig(64, 64, 4, 2),  # sm_80: (248, 242, 32)
+        128: AttentionConfig(32, 64, 8, 2),  # sm_80: (170, 186, 52)
+        256: AttentionConfig(32, 32, 8, 2),  # sm_80: (128, 165, 66)
+    },
+    "gfx942": {
+        64: AttentionConfig(64, 64, 4, 2),  # (368, 405, 24)
+        128: AttentionConfig(32, 64, 4, 2),  # (313, 338, 20)
+        256: AttentionConfig(32, 32, 4, 1),  # (441, 440, 16)
+    },
+}
+DQUERY_16BIT: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(64, 64, 4, 2),  # (186, 255, 36)
+        128: AttentionConfig(64, 64, 8, 2),  # (160, 174, 80)
+        256: AttentionConfig(64, 64, 8, 1),  # (222, 254, 128)
+    },
+    "sm_90": {
+        64: AttentionConfig(128, 64, 8, 3),  # (127, 186, 80)
+        128: AttentionConfig(128, 64, 8, 2),  # (174, 255, 128)
+        256: AttentionConfig(128, 32, 8, 2),  # (228, 255, 192)
+    },
+    "sm_100": {
+        64: AttentionConfig(128, 64, 8, 3),  # (98, 236, 88)
+        128: AttentionConfig(128, 64, 8, 2),  # (111, 212, 144)
+        256: AttentionConfig(64, 64, 8, 2),  # (117, 159, 224)
+    },
+    "small": {
+        64: AttentionConfig(64, 64, 4, 2),  # sm_80: (186, 255, 36)
+        128: AttentionConfig(64, 64, 8, 2),  # sm_80: (160, 174, 80)
+        256: AttentionConfig(64, 32, 8, 1),  # sm_80: (202, 248, 96)
+    },
+    "gfx942": {
+        64: AttentionConfig(128, 64, 8, 2),  # (162, 220, 32)
+        128: AttentionConfig(64, 32, 4, 2),  # (265, 264, 20)
+        256: AttentionConfig(32, 32, 4, 1),  # (327, 335, 16)
+    },
+}
+
+# float32 without tensor cores: exact products are sums of scalar ones, whose operands live in
+# registers, so that tiles of 64 x 64 spill by thousands of words
+FORWARD_FLOAT32: dict[int, AttentionConfig] = {
+    64: AttentionConfig(64, 32, 8, 2),  # sm_80: (120, 108, 40)
+    128: AttentionConfig(32, 64, 16, 2),  # sm_90: (64, 76, 88)
+    256: AttentionConfig(16, 32, 8, 2),  # sm_80: (76, 80, 82)
+}
+DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
+    64: AttentionConfig(64, 32, 16, 2),  # sm_80: (62, 64, 56)
+    128: AttentionConfig(32, 32, 8, 2),  # sm_80: (103, 110, 68)
+    256: AttentionConfig(32, 16, 8, 2),  # sm_80: (105, 106, 98)
+}
+DQUERY_FLOAT32: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 64, 16, 2),  # sm_80: (54, 56, 56)
+    128: AttentionConfig(32, 32, 16, 2),  # sm_80: (64, 126, 68)
+    256: AttentionConfig(32, 16, 8, 2),  # sm_80: (142, 150, 98)
+}
+# gfx942 has 64 KB of shared memory and warps of 64 lanes
+FLOAT32_GFX942: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 32, 4, 1),  # (248, 260, 8) at most
+    128: AttentionConfig(32, 16, 4, 1),  # (260, 264, 16) at most
+    256: AttentionConfig(16, 16, 4, 1),  # (331, 336, 16) at most
+}
+
+# Heads whose rows are not 16-byte aligned (odd widths, odd strides): every element has an address
+# of its own, which takes the registers of larger tiles. float32 above 128 spills all the same: up
+# to 76 words in dK and dV, 70 in dQ.
+RAGGED_FORWARD: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 32, 8, 1),
+    128: AttentionConfig(32, 32, 8, 1),  # (194, 204, 18)
+    256: AttentionConfig(16, 32, 8, 1),  # (253, 255, 25)
+}
+RAGGED_DKEY_VALUE: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 32, 8, 1),
+    128: AttentionConfig(32, 32, 8, 1),  # (241, 196, 40)
+    256: AttentionConfig(16, 16, 8, 1),  # (150, 188, 40)
+}
+RAGGED_DQUERY: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 32, 8, 1),
+    128: AttentionConfig(32, 32, 8, 1),  # (188, 254, 32)
+    256: AttentionConfig(16, 16, 8, 1),
+}
+RAGGED_FLOAT32: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 16, 8, 2),
+    128: AttentionConfig(16, 16, 8, 1),
+    256: AttentionConfig(16, 16, 8, 1),
+}
+RAGGED_DQUERY_FLOAT32: dict[int, AttentionConfig] = {
+    64: AttentionConfig(32, 16, 8, 2),
+    128: AttentionConfig(32, 16, 8, 2),  # (152, 166, 50)
+    256: AttentionConfig(32, 16, 8, 2),
+}
+
+# programs in flight on the GPUs of the table, one a multiprocessor (108 to 148)
+_ONE_WAVE = 132
+
+
+def _attention(
+    by_target: _Attention,
+    float32: dict[int, AttentionConfig],
+    ragged: dict[int, AttentionConfig],
+    ragged_float32: dict[int, AttentionConfig],
+    target: str,
+    dtype: torch.dtype,
+    block_k: int,
+    is_ragged: bool,
+) -> AttentionConfig:
+    # heads narrower than 64 take the tiles of 64
+    width = max(64, block_k)
+    if dtype == torch.float32:
+        if target == "gfx942":
+            return FLOAT32_GFX942[width]
+        return (ragged_float32 if is_ragged else float32)[width]
+    if not is_ragged:
+        return by_target[target][width]
+    # a warp of gfx942 has 64 lanes, and more registers a lane for fewer warps
+    return ragged[width]._replace(num_warps=4) if target == "gfx942" else ragged[width]
+
+
+def attention_forward(
+    target: str,
+    dtype: torch.dtype,
+    block_k: int,
+    is_ragged: bool,
+    num_pairs: int,
+    num_tokens: int,
+) -> AttentionConfig:
+    """``num_pairs``: batch times heads."""
+    tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
+    config = _attention(*tables, target, dtype, block_k, is_ragged)
+    num_programs = num_pairs * -(-num_tokens // config.block_tokens)
+    if config.block_tokens == 128 and num_programs < _ONE_WAVE and target.startswith("sm_"):
+        return FORWARD_16BIT_FEW[max(64, block_k)]
+    return config
+
+
+def attention_dkey_value(
+    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool
+) -> AttentionConfig:
+    tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
+    return _attention(*tables, target, dtype, block_k, is_ragged)
+
+
+def attention_dquery(
+    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool
+) -> AttentionConfig:
+    tables = (DQUERY_16BIT, DQUERY_FLOAT32, RAGGED_DQUERY, RAGGED_DQUERY_FLOAT32)
+    return _attention(*tables, target, dtype, block_k, is_ragged)
+
+
+def attention_delta_rows(block_k: int) -> int:
+    """Rows of one program of the delta pass: 32 elements a thread of 4 warps."""
+    return min(128, 4096 // block_k)
+
 
 # --- pointwise, normalisation and pooling ------------------------------------------------------
 
@@ -93,10 +316,11 @@ def residual_layer_norm_columns(target: str) -> Config:
     return _fitted(RESIDUAL_LAYER_NORM_COLUMNS, target)
 
 
-# 128 columns: 256-byte rows in 16-bit dtypes, 64 for narrow models. 16 tokens (16 elements a
-# thread, 141 registers backward): 4 steps to a chunk, and sums over few rows at a time, so that the
-# error of float32 sums stays small.
-POOLED_GATE = {64: Config(16, 64, 4), 128: Config(16, 128, 4)}
+# 128 columns: 256-byte rows in 16-bit dtypes, 64 for narrow models. 16 tokens: 4 steps to a chunk,
+# and sums over few rows at a time, so that the error of float32 sums stays small. The wide tile has
+# 16 elements a thread (141 registers backward), the narrow one 4: with 8, either spills two words
+# for some widths that are no multiple of 16.
+POOLED_GATE = {64: Config(16, 64, 8), 128: Config(16, 128, 4)}
 
 
 def pooled_gate(target: str, width: int) -> Config:
