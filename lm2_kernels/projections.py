@@ -1,8 +1,8 @@
 """Projections that share an input, as one matrix product.
 
 ``query_proj`` and ``input_gate_proj`` both read ``x``, ``key_proj`` and ``value_proj`` both read
-the memory. One product over their stacked weights keeps a GPU busier at small sizes, reads the input
-once, and in backward adds up the input's gradient inside the product.
+the memory. One product over their stacked weights keeps a GPU busier at small sizes, reads the
+input once, and in backward adds up the input's gradient inside the product.
 
 Users keep ordinary ``nn.Linear`` modules: as ``nn.RNN`` does, their parameters are slices of one
 buffer (:func:`pack`), and :func:`project` uses the buffer when it finds them side by side. Where

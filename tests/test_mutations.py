@@ -77,15 +77,15 @@ MUTANTS = (
     Mutant(
         "rows that see nothing left to the arithmetic",
         "memory_attention",
-        '        lse = tl.where(sees_any, lse, float("inf"))\n',
+        "        row_sum = tl.where(sees_any, row_sum, 1.0)\n",
         "",
         MASKED,
     ),
     Mutant(
         "delta forgotten",
         "memory_attention",
-        "ds = p * (dp - delta[:, None])",
-        "ds = p * dp",
+        "p * (dp - delta[:, None])",
+        "p * dp",
         READ,
     ),
     Mutant(
@@ -189,7 +189,8 @@ def _mutated(mutant: Mutant, folder: Path):
 
 
 def _worst_share(case: testing.Case) -> float:
-    inputs = testing.make_inputs(case, torch.float32)
+    # float16: its yardstick is less a matter of luck in tiny tensors than float32's
+    inputs = testing.make_inputs(case, torch.float16)
     results = testing.run_case(case, inputs, "triton")
     shares = [c.share for c in testing.compare_case(case, inputs, results)]
     return math.inf if any(map(math.isnan, shares)) else max(shares)

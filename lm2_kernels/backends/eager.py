@@ -149,7 +149,10 @@ def residual_layer_norm_backward(
     """
     dtype = accumulation_dtype(x)
     dout = dout.to(dtype)
-    normed = (x.to(dtype) + residual.to(dtype) - mean[..., None]) * rstd[..., None]
+    centred = x.to(dtype) + residual.to(dtype) - mean[..., None]
+    # a large mean has lost digits: what is left of it must not count as signal
+    centred = centred - centred.mean(dim=-1, keepdim=True)
+    normed = centred * rstd[..., None]
     none = x.new_empty(0)
     dx, dweight, dbias = none, none.clone(), none.clone()
     if needs_dx:

@@ -221,7 +221,11 @@ def _memory_attention_bwd_delta_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head."""
+    """Delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head.
+
+    In float32 the sum is taken as a product, in the order in which the other kernels take dout V:
+    so the two cancel exactly in a row that sees one slot, as they do in a plain softmax.
+    """
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     pid_bh = tl.program_id(0) // num_blocks
     pid_t = tl.program_id(0) % num_blocks
@@ -238,7 +242,12 @@ def _memory_attention_bwd_delta_kernel(
     out_ptrs = out_ptr + offs_t64[:, None] * stride_ot + offs_k[None, :]
     dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
     out = _load_rows(out_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
-    delta = tl.sum(dout * out, 1)
+    if dout_ptr.dtype.element_ty == tl.float32:
+        local = tl.arange(0, BLOCK_T)
+        products = tl.dot(dout, tl.trans(out), input_precision="ieee")
+        delta = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(dout * out, 1)
     tl.store(delta_ptr + pid_bh.to(tl.int64) * num_tokens + offs_t, delta, mask=mask_t)
 
 
@@ -703,7 +712,7 @@ def memory_attention_backward(
         "BLOCK_K": block_k,
     }
     with launch.device_guard(query.device):
-        block_tokens = tables.attention_delta_rows(block_k)
+        block_tokens = tables.attention_delta_rows(query.dtype, block_k)
         _memory_attention_bwd_delta_kernel[(num_pairs * triton.cdiv(num_tokens, block_tokens),)](
             dout,
             out,

@@ -240,9 +240,13 @@ def attention_dquery(
     return _attention(*tables, target, dtype, block_k, is_ragged)
 
 
-def attention_delta_rows(block_k: int) -> int:
-    """Rows of one program of the delta pass: 32 elements a thread of 4 warps."""
-    return min(128, 4096 // block_k)
+def attention_delta_rows(dtype: torch.dtype, block_k: int) -> int:
+    """Rows of one program of the delta pass.
+
+    32 elements a thread of 4 warps; in float32 the fewest that a product takes, as it computes all
+    pairs of rows for the sake of the diagonal.
+    """
+    return 16 if dtype == torch.float32 else min(128, 4096 // block_k)
 
 
 # --- pointwise, normalisation and pooling ------------------------------------------------------
