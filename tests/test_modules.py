@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, reference, testing
-from tests.tools import golden
+from tools import golden
 
 B, T, N, D, H = 2, 4, 6, 12, 3
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lm2_kernels import reference, testing
-from tests.tools import golden
+from tools import golden
 
 LN3 = math.log(3.0)  # sigmoid(ln 3) = 3/4, and exp(ln 3) = 3
 

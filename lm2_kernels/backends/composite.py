@@ -64,12 +64,19 @@ def _scores(
     return scores
 
 
-def _probabilities(scores: Tensor, slot_mask: Tensor | None) -> Tensor:
+def _sees_any(slot_mask: Tensor, causal: bool, first_slot: int, rows: int, slots: int) -> Tensor:
+    """Whether each row of a block sees a slot at all. (B, 1, rows or 1, 1)."""
+    if not causal:
+        return slot_mask[:, None, :, None].any(dim=2, keepdim=True)
+    num_seen = slot_mask[:, :slots].cumsum(dim=1)
+    last = torch.arange(first_slot, first_slot + rows, device=slot_mask.device)
+    return (num_seen[:, last.clamp_(max=slots - 1)] > 0)[:, None, :, None]
+
+
+def _softmax(scores: Tensor, sees_any: Tensor | None) -> Tensor:
     """Softmax of one block of scores; a row that sees no slot becomes 0."""
     probabilities = torch.softmax(scores, dim=-1)
-    if slot_mask is None:
-        return probabilities
-    return probabilities.masked_fill_((scores == -math.inf).all(dim=-1, keepdim=True), 0.0)
+    return probabilities if sees_any is None else probabilities.masked_fill_(~sees_any, 0.0)
 
 
 def _kept(
@@ -120,10 +127,14 @@ def memory_attention_forward(
     for start, end, visible in _row_blocks(query, num_slots, causal, slot_offset):
         rows = queries[:, :, start:end].to(keys.dtype)
         scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
+        sees_any = None
         row_lse = torch.logsumexp(scores, dim=-1)
-        lse[:, :, start:end] = row_lse.masked_fill_(row_lse == -math.inf, math.inf)
+        if slot_mask is not None:
+            sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
+            row_lse.masked_fill_(~sees_any[..., 0], math.inf)
+        lse[:, :, start:end] = row_lse
         factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
-        probabilities = _probabilities(scores, slot_mask)
+        probabilities = _softmax(scores, sees_any)
         if factor is not None:
             probabilities.mul_(factor)
         out[:, start:end] = (probabilities @ values[:, :, :visible]).transpose(1, 2)
@@ -166,7 +177,10 @@ def memory_attention_backward(
         drows = douts[:, :, start:end].to(keys.dtype)
         scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
         factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
-        probabilities = _probabilities(scores, slot_mask)
+        sees_any = None
+        if slot_mask is not None:
+            sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
+        probabilities = _softmax(scores, sees_any)
         dprobabilities = drows @ values[:, :, :visible].transpose(-1, -2)
         used = probabilities
         if factor is not None:

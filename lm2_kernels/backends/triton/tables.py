@@ -119,8 +119,8 @@ DQUERY_16BIT: _Attention = {
         256: AttentionConfig(64, 64, 8, 2),  # (117, 159, 224)
     },
     "small": {
-        64: AttentionConfig(64, 64, 4, 2),  # sm_80: (186, 255, 36)
-        128: AttentionConfig(64, 64, 8, 2),  # sm_80: (160, 174, 80)
+        64: AttentionConfig(64, 32, 4, 2),  # (160, 182, 28)
+        128: AttentionConfig(64, 32, 4, 2),  # (178, 250, 56)
         256: AttentionConfig(64, 32, 8, 1),  # sm_80: (202, 248, 96)
     },
     "gfx942": {
@@ -140,7 +140,7 @@ FORWARD_FLOAT32: dict[int, AttentionConfig] = {
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(64, 32, 16, 2),  # sm_80: (62, 64, 56)
     128: AttentionConfig(32, 32, 8, 2),  # sm_80: (103, 110, 68)
-    256: AttentionConfig(32, 16, 8, 2),  # sm_80: (105, 106, 98)
+    256: AttentionConfig(16, 32, 8, 2),  # (170, 198, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 64, 16, 2),  # sm_80: (54, 56, 56)
