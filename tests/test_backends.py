@@ -137,3 +137,15 @@ def test_op_empty_batch(backend, op, record_property):
     for name, tensor in inputs.tensors.items():
         assert results[f"d{name}"].shape == tensor.shape
         assert not results[f"d{name}"].any()
+
+
+@pytest.mark.parametrize("backend", ("eager", "triton"))
+def test_residual_layer_norm_large_mean(backend, record_property):
+    """Rows that are nearly constant: E[x^2] - E[x]^2 would have no digits left."""
+    record_property("backend", backend)
+    case = testing.Case("residual_layer_norm", 2, 9, 0, 0, 96)
+    inputs = testing.make_inputs(case, torch.float32)
+    ramp = 1e3 + 1e-3 * torch.arange(96.0).expand(2, 9, 96)
+    inputs = inputs._replace(tensors={**inputs.tensors, "x": ramp, "residual": ramp.flip(1)})
+    with _on(backend):
+        _check(case, inputs, backend)

@@ -138,7 +138,7 @@ FORWARD_FLOAT32: dict[int, AttentionConfig] = {
     256: AttentionConfig(16, 32, 8, 2),  # sm_80: (76, 80, 82)
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
-    64: AttentionConfig(64, 32, 16, 2),  # sm_80: (62, 64, 56)
+    64: AttentionConfig(32, 32, 8, 2),  # (90, 92, 36) at most
     128: AttentionConfig(32, 32, 8, 2),  # sm_80: (103, 110, 68)
     256: AttentionConfig(16, 32, 8, 2),  # (170, 198, 98) at most
 }
