@@ -1,7 +1,7 @@
 """One ``torch.autograd.Function`` per op, blind to which backend runs it.
 
-Each saves what its docstring says and nothing else, computes only the gradients that are asked for,
-and refuses what it cannot differentiate: double backward, forward mode and vmap raise
+Each saves what its docstring says and nothing else, runs only the kernels that the gradients asked
+for need (dK and dV come from one, as do all gates, weight and bias), and refuses what it cannot differentiate: double backward, forward mode and vmap raise
 NotImplementedError.
 """
 

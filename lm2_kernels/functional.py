@@ -135,7 +135,9 @@ def check_scale(op: str, scale: float) -> None:
 
 def check_eps(op: str, eps: float) -> None:
     """A float above 0, which NaN is not."""
-    if not isinstance(eps, float) or not eps > 0.0:
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: eps must be a float, got {type(eps).__name__}")
+    if not 0.0 < eps < math.inf:
         raise ValueError(f"{op}: eps must be a float above 0, got {eps!r}")
 
 
@@ -207,7 +209,7 @@ def memory_attention(
         key: (B, N, H, K).
         value: (B, N, H, K).
         causal: whether the slot of a later token is hidden.
-        slot_offset: the slot that token 0 is bound to.
+        slot_offset: the slot that token 0 is bound to; tokens bound past the last slot see all.
         slot_mask: (B, N) bool, True = takes part, as in ``scaled_dot_product_attention``.
         scale: factor on the scores, ``1 / sqrt(K)`` unless given.
         top_k: keep the k largest probabilities of each row, zero the others, do not renormalise.
@@ -243,9 +245,9 @@ def memory_attention(
         scale = 1.0 / math.sqrt(head_width)
     else:
         check_scale(op, scale)
+    name = backends.select(op, (query, key, value), backend)
     query, key, value = _autocast(query, key, value)
     check_dtypes(op, query.dtype, (), query=query, key=key, value=value)
-    name = backends.select(op, (query, key, value), backend)
     out, _ = apply(
         MemoryAttentionFunction,
         _rows(query),
@@ -254,7 +256,8 @@ def memory_attention(
         slot_mask,
         draw_seed(query.device) if dropout_p > 0.0 else None,
         causal,
-        slot_offset,
+        # further on every token sees every slot, and a kernel's 32-bit sums stay small
+        min(slot_offset, num_slots),
         float(scale),
         top_k,
         float(dropout_p),
@@ -341,6 +344,7 @@ def memory_update(
         check_shape(op, name, gate, legend, (batch, 1 if broadcast else num_tokens, columns))
     if output not in ("read", "memory"):
         raise ValueError(f"{op}: output must be 'read' or 'memory', got {output!r}")
+    name = backends.select(op, (hidden, candidate, memory), backend)
     candidate, input_gate, forget_gate, output_gate, gate_bias = _autocast(
         candidate, input_gate, forget_gate, output_gate, gate_bias
     )
@@ -355,7 +359,6 @@ def memory_update(
         output_gate=output_gate,
         gate_bias=gate_bias,
     )
-    name = backends.select(op, (hidden, candidate, memory), backend)
     return apply(
         MemoryUpdateFunction,
         _rows(hidden),

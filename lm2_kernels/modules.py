@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels import functional
-from lm2_kernels.backends import autocast_dtype, check_choice
+from lm2_kernels.backends import OPS, autocast_dtype, check_choice, select
 from lm2_kernels.functional import (
     check_bool,
     check_dropout,
@@ -29,6 +29,7 @@ class _MemoryLayer(nn.Module):
 
     # names of Linear layers that read one input: each group is one matrix product
     PACKED: tuple[tuple[str, ...], ...] = ()
+    OPS: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -98,7 +99,8 @@ class _MemoryLayer(nn.Module):
 
     def _check(self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None) -> None:
         op = type(self).__name__
-        weight = self.query_proj.weight
+        # any parameter will do: a projection may have been replaced by a module without weights
+        weight = next(self.parameters())
         check_tensors(op, x=x, memory=memory, parameters=weight)
         check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
@@ -116,6 +118,8 @@ class _MemoryLayer(nn.Module):
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_mask is not None:
             check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
+        for name in self.OPS:
+            select(name, (x,), self.backend)
         autocast = autocast_dtype(x.device.type)
         if autocast is not None and weight.dtype != torch.float64:
             allowed = (torch.float32, autocast)
@@ -225,6 +229,7 @@ class PaperMemory(_MemoryLayer):
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
+    OPS = ("memory_attention", "memory_update")
     PACKED = (
         ("query_proj", "input_gate_proj"),
         ("key_proj", "value_proj"),
@@ -370,6 +375,7 @@ class ReleaseMemory(_MemoryLayer):
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
+    OPS = OPS
     PACKED = (("key_proj", "value_proj"),)
 
     def __init__(
@@ -528,6 +534,6 @@ class ReleaseMemory(_MemoryLayer):
             num_pooled=0 if pooled_sum is None else slot_offset,
             backend=self.backend,
         )
+        gates = projector.linear(pooled)
         biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
-        linear = projector.linear
-        return F.linear(pooled, linear.weight, linear.bias + biases), new_sum
+        return gates + biases.to(gates.dtype), new_sum

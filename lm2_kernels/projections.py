@@ -5,8 +5,9 @@ the memory. One product over their stacked weights keeps a GPU busier at small s
 input once, and in backward adds up the input's gradient inside the product.
 
 Users keep ordinary ``nn.Linear`` modules: as ``nn.RNN`` does, their parameters are slices of one
-buffer (:func:`pack`), and :func:`project` uses the buffer when it finds them side by side. Where
-something moved them apart the weights are concatenated, which is slower and just as right.
+buffer (:func:`pack`), and :func:`project` takes the buffer when it finds them side by side. Where
+something moved them apart, replaced or hooked one of them, and under torch.compile, which cannot
+see where parameters lie, each layer is called by itself: slower at small sizes, and just as right.
 """
 
 import torch
@@ -14,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels.autograd import apply
+from lm2_kernels.backends import autocast_dtype
 
 
 def _stack(tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
-    """Neighbours along ``dim`` in one storage as one tensor, without a copy; None if they are not.
-
-    All have the same shape.
-    """
+    """Neighbours along ``dim`` in one storage as one tensor, without a copy; else None."""
     first = tensors[0]
     step = first.shape[dim] * first.stride(dim)
     for index, tensor in enumerate(tensors):
@@ -37,21 +36,48 @@ def _stack(tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
     return first.detach().as_strided(shape, first.stride())
 
 
-class _StackRows(torch.autograd.Function):
-    """``(W_1, W_2, ...) -> [W_1; W_2; ...]``, a view where the rows are neighbours in memory."""
+def _stacked(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
+    """As ``torch.cat``, without a copy where that is possible.
+
+    Under create_graph it is ``torch.cat``: a view beyond a tensor's own elements has no derivative.
+    """
+    stacked = None if torch.is_grad_enabled() else _stack(tensors, dim)
+    return torch.cat(tensors, dim) if stacked is None else stacked
+
+
+class _PackedLinear(torch.autograd.Function):
+    """``x -> x [W_1; W_2; ...]^T + [b_1, b_2, ...]`` with weights that lie side by side.
+
+    Saves x and the weights by reference.
+    """
 
     @staticmethod
-    def forward(*tensors: Tensor) -> Tensor:
-        stacked = _stack(tensors, 0)
-        return torch.cat(tensors) if stacked is None else stacked
+    def forward(x: Tensor, num_layers: int, *parameters: Tensor) -> Tensor:
+        weights, biases = parameters[:num_layers], parameters[num_layers:]
+        return F.linear(x, _stacked(weights, 0), _stacked(biases, 0) if biases else None)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.sizes = [tensor.shape[0] for tensor in inputs]
+        x, ctx.num_layers, *parameters = inputs
+        ctx.has_bias = len(parameters) > ctx.num_layers
+        ctx.save_for_backward(x, *parameters[: ctx.num_layers])
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad.split(ctx.sizes)
+    def backward(ctx, dy):
+        x, *weights = ctx.saved_tensors
+        needs_dx, _, *needs_dparameters = ctx.needs_input_grad
+        dx, dweights, dbiases = None, [None] * len(weights), [None] * len(weights)
+        with torch.autocast(dy.device.type, enabled=False):
+            # under autocast the product was in its dtype, which is dy's
+            if needs_dx:
+                dx = (dy @ _stacked(weights, 0).to(dy.dtype)).to(x.dtype)
+            rows = dy.flatten(0, -2)
+            if any(needs_dparameters[: ctx.num_layers]):
+                dweight = rows.t() @ x.flatten(0, -2).to(dy.dtype)
+                dweights = dweight.to(weights[0].dtype).chunk(len(weights))
+            if any(needs_dparameters[ctx.num_layers :]):
+                dbiases = rows.sum(dim=0).to(weights[0].dtype).chunk(len(weights))
+        return dx, None, *dweights, *(dbiases if ctx.has_bias else ())
 
 
 class _SplitColumns(torch.autograd.Function):
@@ -67,37 +93,11 @@ class _SplitColumns(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.shape = output[0].shape
+        pass
 
     @staticmethod
     def backward(ctx, *grads):
-        # as_strided beyond a tensor's own elements has no right second derivative
-        if not torch.is_grad_enabled():
-            stacked = _stack(grads, -1)
-            if stacked is not None:
-                return stacked, None
-        return torch.cat(grads, dim=-1), None
-
-
-def _is_plain(layer: nn.Module) -> bool:
-    """An ``nn.Linear`` that nobody replaced, parametrised or hooked."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
-    )
-
-
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """``layer(x)`` for each of several Linear layers of equal shape.
-
-    torch.compile gets the plain layers: it cannot see where parameters lie in memory.
-    """
-    if torch.compiler.is_compiling() or not all(map(_is_plain, layers)):
-        return tuple(layer(x) for layer in layers)
-    weight = apply(_StackRows, *(layer.weight for layer in layers))
-    bias = None
-    if layers[0].bias is not None:
-        bias = apply(_StackRows, *(layer.bias for layer in layers))
-    return split_columns(F.linear(x, weight, bias), len(layers))
+        return _stacked(grads, -1), None
 
 
 def split_columns(y: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -107,23 +107,67 @@ def split_columns(y: Tensor, parts: int) -> tuple[Tensor, ...]:
     return apply(_SplitColumns, y, parts)
 
 
-def pack(*layers: nn.Linear) -> None:
-    """Move the parameters of layers of equal shape side by side into one buffer, in place."""
-    for name in ("weight", "bias"):
-        parameters = [getattr(layer, name) for layer in layers]
-        if parameters[0] is None or not _can_pack(parameters):
+def _is_plain(layer: nn.Module) -> bool:
+    """An ``nn.Linear`` that nobody replaced, parametrised, patched or hooked."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight) is nn.Parameter
+        and "forward" not in layer.__dict__
+        and not (
+            layer._forward_hooks
+            or layer._forward_pre_hooks
+            or layer._backward_hooks
+            or layer._backward_pre_hooks
+        )
+    )
+
+
+def _parameters(layers: tuple[nn.Linear, ...]) -> list[tuple[Tensor, ...]] | None:
+    """The layers' weights, and their biases if they have any; None if only some of them have."""
+    groups = [tuple(layer.weight for layer in layers)]
+    biases = tuple(layer.bias for layer in layers if layer.bias is not None)
+    if biases:
+        groups.append(biases)
+    return groups if len(biases) in (0, len(layers)) else None
+
+
+def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """``layer(x)`` for each of several Linear layers."""
+    groups = None
+    if not torch.compiler.is_compiling() and all(map(_is_plain, layers)):
+        groups = _parameters(layers)
+    if groups is None or any(_stack(group, 0) is None for group in groups):
+        return tuple(layer(x) for layer in layers)
+    dtype = autocast_dtype(x.device.type)
+    if dtype is not None and x.dtype != torch.float64:
+        # so that what is saved for backward is the 16-bit copy
+        x = x.to(dtype)
+    parameters = (parameter for group in groups for parameter in group)
+    return split_columns(apply(_PackedLinear, x, len(layers), *parameters), len(layers))
+
+
+def pack(*layers: nn.Module) -> None:
+    """Move the parameters of Linear layers of equal shape side by side into one buffer, in place.
+
+    Leaves alone what lies side by side already, what is not an ordinary parameter of an ordinary
+    Linear, and parameters in shared memory, whose place matters to others.
+    """
+    if torch.is_inference_mode_enabled() or not all(map(_is_plain, layers)):
+        return
+    for group in _parameters(layers) or ():
+        if _stack(group, 0) is not None or not _can_move(group):
             continue
         with torch.no_grad():
-            buffer = torch.cat([parameter.detach() for parameter in parameters])
-            for parameter, rows in zip(parameters, buffer.chunk(len(layers)), strict=True):
-                parameter.data = rows
+            rows = torch.cat([parameter.detach() for parameter in group]).chunk(len(group))
+            for parameter, place in zip(group, rows, strict=True):
+                parameter.data = place
 
 
-def _can_pack(parameters: list[nn.Parameter]) -> bool:
+def _can_move(parameters: tuple[Tensor, ...]) -> bool:
     first = parameters[0]
     return all(
-        type(parameter) is nn.Parameter
-        and (parameter.shape, parameter.dtype, parameter.device)
+        (parameter.shape, parameter.dtype, parameter.device)
         == (first.shape, first.dtype, first.device)
+        and not (parameter.device.type == "cpu" and parameter.is_shared())
         for parameter in parameters
     )

@@ -86,6 +86,8 @@ SMALL_CASES = (
     _attention(2, 17, 17, 3, 16, slot_mask="random"),
     _attention(1, 33, 40, 2, 17, slot_offset=7),
     _attention(2, 20, 37, 2, 9, causal=False, scale=-0.3),
+    _attention(2, 21, 10, 2, 16),
+    _attention(3, 9, 20, 2, 16, slot_offset=18),
     _attention(1, 40, 19, 1, 65, slot_mask="prefix"),
     _attention(2, 18, 33, 2, 32, dropout_p=0.3, slot_offset=3),
     _attention(1, 9, 21, 2, 24, top_k=3),

@@ -271,7 +271,7 @@ def _compare_golden(name: str, dtype: torch.dtype, device: str, golden: Golden) 
         raise RuntimeError(f"the file and the layer differ in {set(expected) ^ set(results)}")
     expected = {key: tensor.to(device) for key, tensor in expected.items()}
     if dtype == torch.float64:
-        return [_compare_float64(key, results[key], golden) for key, golden in expected.items()]
+        return [_compare_float64(key, results[key], value) for key, value in expected.items()]
     return [
         _compare_together([key for key in expected if key[0] == kind], results, expected, eager)
         for kind in "od"

@@ -56,8 +56,8 @@ MUTANTS = (
     Mutant(
         "causal bound off by one",
         "memory_attention",
-        "visible = slots[None, :] <= (slot_offset + offs_t)[:, None]",
-        "visible = slots[None, :] < (slot_offset + offs_t)[:, None]",
+        "visible = slots[None, :] <= last_seen[:, None]",
+        "visible = slots[None, :] < last_seen[:, None]",
         READ,
     ),
     Mutant(
@@ -66,6 +66,13 @@ MUTANTS = (
         "        mask_n = slots < num_slots\n",
         "        mask_n = slots < num_slots + 1\n",
         ALL_SLOTS,
+    ),
+    Mutant(
+        "padding seen by rows bound past the last slot",
+        "memory_attention",
+        "last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)",
+        "last_seen = slot_offset + offs_t",
+        _read(1, 17, 19, 1, 16, slot_offset=12),
     ),
     Mutant(
         "running sum not rescaled",

@@ -61,6 +61,8 @@ NAMES = ("triton", "cpp", "eager")
 CHOICES = (*NAMES, "auto")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
+_NOT_INSTALLED = "it is not part of this installation"
+
 _modules: dict[str, ModuleType] = {}
 _import_errors: dict[str, str] = {}
 _requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -86,7 +88,7 @@ def _load(name: str) -> str | None:
             _modules[name] = importlib.import_module(f"{__name__}.{name}")
         except ImportError as error:
             if error.name == f"{__name__}.{name}":
-                _import_errors[name] = "it is not part of this installation"
+                _import_errors[name] = _NOT_INSTALLED
             else:
                 _import_errors[name] = f"it does not import: {error}"
     return _import_errors.get(name)
@@ -121,10 +123,15 @@ def check_choice(backend: str, source: str = "backend") -> None:
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
 
 
+@constant_when_compiled
+def _has_autocast(device_type: str) -> bool:
+    # asking whether it is enabled raises on a device without it (meta)
+    return torch.amp.is_autocast_available(device_type)
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast in force on this type of device, or None."""
-    # asking about a device without autocast (meta) raises
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 
@@ -141,7 +148,7 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
     """
     request = _requested if backend is None else backend
     # use_backend has checked its own: a bad default comes from the environment
-    check_choice(request, f"{op}: {'backend' if backend else ENVIRONMENT_VARIABLE}")
+    check_choice(request, f"{op}: {ENVIRONMENT_VARIABLE if backend is None else 'backend'}")
     if torch.compiler.is_compiling():
         # torch.compile reads the dict of modules once, so it must be complete by then
         _load_all()
@@ -157,7 +164,8 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
         reason = unsupported_reason(name, op, *tensors)
         if reason is None:
             return name
-        if tensors[0].device.type != "cpu" and not torch.compiler.is_compiling():
+        is_accelerator = tensors[0].device.type != "cpu"
+        if is_accelerator and reason != _NOT_INSTALLED and not torch.compiler.is_compiling():
             _warn_once(op, f"backend '{name}' is not used on {tensors[0].device.type}: {reason}")
     raise RuntimeError(f"{op}: no backend can run this call: {reason}")
 

@@ -1,7 +1,8 @@
 """Memory attention from PyTorch's own operators, in blocks of query rows, on any device.
 
-The eager backend runs it, and so does any other backend for what its kernels do not cover. At most
-one block of scores exists at a time; backward computes it again. Arithmetic is float32 (float64 for
+The eager backend runs it, and so does any other backend for what its kernels do not cover. One
+block of query rows is worked on at a time, with a handful of score-sized temporaries; backward
+computes the scores again. Arithmetic is float32 (float64 for
 float64).
 """
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from lm2_kernels.backends import dropout
 
-# elements of one block of scores: 16 MiB in float32, a few rows of every (batch, head) pair
+# elements of one block of scores, 16 MiB in float32, unless _MIN_BLOCK_ROWS asks for more
 _BLOCK_ELEMENTS = 1 << 22
 # fewer rows than this make the matrix products degenerate
 _MIN_BLOCK_ROWS = 32

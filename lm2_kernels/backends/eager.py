@@ -60,7 +60,9 @@ def memory_update_forward(
         shown = new_memory
     else:
         shown = torch.sigmoid(output_gate.to(dtype)) * (c if output == "read" else p)
-    return (hidden.to(dtype) + shown).to(hidden.dtype), new_memory.to(memory.dtype)
+    out = (hidden.to(dtype) + shown).to(hidden.dtype)
+    # arithmetic keeps the axes' order in memory, the contract is a plain contiguous tensor
+    return out.contiguous(), new_memory.to(memory.dtype).contiguous()
 
 
 def memory_update_backward(
@@ -88,35 +90,36 @@ def memory_update_backward(
     c, p = candidate.to(dtype), memory.to(dtype)
     i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
     u = torch.tanh(c)
-    zero = torch.zeros((), dtype=dtype, device=c.device)
-    dout = zero if doutput is None else doutput.to(dtype)
-    dnew = zero if dnew_memory is None else dnew_memory.to(dtype)
-    if output_gate is None:
-        dnew = dnew + dout
-    dcandidate, dmemory = dnew * i * (1 - u * u), dnew * f
-    dgates = [dnew * u * i * (1 - i), dnew * p * f * (1 - f)]
-    if output_gate is not None:
+    dout = None if doutput is None else doutput.to(dtype)
+    dnew = None if dnew_memory is None else dnew_memory.to(dtype)
+    if output_gate is None and dout is not None:
+        dnew = dout if dnew is None else dnew + dout
+    # what never arrived is not 0 times something: that would be NaN for an infinity
+    dcandidate = dmemory = dinput_gate = dforget_gate = doutput_gate = torch.zeros_like(c)
+    if dnew is not None:
+        dcandidate, dmemory = dnew * i * (1 - u * u), dnew * f
+        dinput_gate, dforget_gate = dnew * u * i * (1 - i), dnew * p * f * (1 - f)
+    if output_gate is not None and dout is not None:
         g = torch.sigmoid(output_gate.to(dtype))
-        dshown = dout * g
         if output == "read":
-            dgates.append(dshown * c * (1 - g))
-            dcandidate = dcandidate + dshown
+            doutput_gate = dout * c * g * (1 - g)
+            dcandidate = dcandidate + dout * g
         else:
-            dgates.append(dshown * p * (1 - g))
-            dmemory = dmemory + dshown
+            doutput_gate = dout * p * g * (1 - g)
+            dmemory = dmemory + dout * g
+    dgates = [dinput_gate, dforget_gate]
+    if output_gate is not None:
+        dgates.append(doutput_gate)
     none = candidate.new_empty(0)
-    shape = candidate.shape
     return (
-        _result(dcandidate, shape, candidate.dtype) if needs_dcandidate else none,
-        _result(dmemory, shape, memory.dtype) if needs_dmemory else none.clone(),
-        torch.stack([d.expand(shape) for d in dgates], dim=2).to(input_gate.dtype)
+        dcandidate.to(candidate.dtype).contiguous() if needs_dcandidate else none,
+        dmemory.to(memory.dtype).clone(memory_format=torch.contiguous_format)
+        if needs_dmemory
+        else none.clone(),
+        torch.stack(dgates, dim=2).to(input_gate.dtype).contiguous()
         if needs_dgates
         else none.clone(),
     )
-
-
-def _result(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype).expand(shape).contiguous()
 
 
 def residual_layer_norm_forward(
@@ -129,7 +132,7 @@ def residual_layer_norm_forward(
     centred = total - mean[..., None]
     rstd = torch.rsqrt(centred.square().mean(dim=-1) + eps)
     out = centred * rstd[..., None] * weight.to(dtype) + bias.to(dtype)
-    return out.to(x.dtype), mean, rstd
+    return out.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def residual_layer_norm_backward(
@@ -178,7 +181,8 @@ def pooled_gate_forward(
     running = active.cumsum(dim=1)
     if pooled_sum is not None:
         running = running + pooled_sum.to(dtype)[:, None]
-    return (running / _count(x, num_pooled, dtype)).to(x.dtype), running[:, -1].contiguous()
+    pooled = (running / _count(x, num_pooled, dtype)).to(x.dtype)
+    return pooled.contiguous(), running[:, -1].contiguous()
 
 
 def _count(x: Tensor, num_pooled: int, dtype: torch.dtype) -> Tensor:
@@ -216,7 +220,8 @@ def pooled_gate_backward(
     none = x.new_empty(0)
     dx, dweight, dpooled_sum = none, none.clone(), none.clone()
     w, values = weight.to(dtype), x.to(dtype)
-    masked = torch.where(w * values > 0, dactive, 0.0)
+    # "not <= 0" instead of "> 0": a NaN stays
+    masked = torch.where(w * values <= 0, 0.0, dactive)
     if needs_dx:
         dx = (masked * w).to(x.dtype).contiguous()
     if needs_dweight:

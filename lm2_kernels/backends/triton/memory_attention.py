@@ -122,6 +122,8 @@ def _memory_attention_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
+    # rows bound past the last slot see all of them, and none of the tile's padding
+    last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
     offs_t64 = offs_t.to(tl.int64)
 
     query_ptr += b * stride_qb + h * stride_qh
@@ -156,8 +158,7 @@ def _memory_attention_fwd_kernel(
             taken = slot_mask != 0
             first_visible = tl.minimum(first_visible, tl.where(taken, slots, 2147483647))
         if CAUSAL:
-            # rows below num_tokens see no slot at or past num_slots
-            visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
+            visible = slots[None, :] <= last_seen[:, None]
             if HAS_MASK:
                 visible = visible & taken[None, :]
         else:
@@ -441,6 +442,8 @@ def _memory_attention_bwd_dquery_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
+    # rows bound past the last slot see all of them, and none of the tile's padding
+    last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
     offs_t64 = offs_t.to(tl.int64)
 
     query_ptr += b * stride_qb + h * stride_qh
@@ -476,7 +479,7 @@ def _memory_attention_bwd_dquery_kernel(
             slot_mask = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0)
             taken = slot_mask != 0
         if CAUSAL:
-            visible = slots[None, :] <= (slot_offset + offs_t)[:, None]
+            visible = slots[None, :] <= last_seen[:, None]
             if HAS_MASK:
                 visible = visible & taken[None, :]
         else:
@@ -518,11 +521,6 @@ def _composite_reason(head_width: int, top_k: int | None) -> str | None:
     return None
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
-    """``x`` with a contiguous last axis: itself where it has one."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride()[:3]
 
@@ -534,9 +532,12 @@ def _mask_arguments(slot_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (slot_mask.view(torch.uint8), *slot_mask.stride())
 
 
-def _heads_per_group(rows: int, head_width: int, itemsize: int) -> int:
-    """How many heads to schedule together when the programs of a head share two such tensors."""
-    return max(1, _GROUP_BYTES // (2 * rows * head_width * itemsize))
+def _heads_per_group(num_pairs: int, rows: int, head_width: int, itemsize: int) -> int:
+    """How many of all (batch, head) pairs to schedule together.
+
+    The programs of a pair share two tensors of ``rows`` rows.
+    """
+    return min(num_pairs, max(1, _GROUP_BYTES // (2 * rows * head_width * itemsize)))
 
 
 def _is_ragged(*tensors: Tensor) -> bool:
@@ -576,7 +577,7 @@ def memory_attention_forward(
         )
     batch, num_tokens, num_heads, head_width = query.shape
     num_slots = key.shape[1]
-    query, key, value = map(_rows_contiguous, (query, key, value))
+    query, key, value = map(launch.last_contiguous, (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
     if batch == 0:
@@ -612,7 +613,7 @@ def memory_attention_forward(
             scale,
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            _heads_per_group(num_slots, head_width, key.element_size()),
+            _heads_per_group(batch * num_heads, num_slots, head_width, key.element_size()),
             HEAD_WIDTH=head_width,
             CAUSAL=causal,
             HAS_MASK=mask is not None,
@@ -671,7 +672,7 @@ def memory_attention_backward(
     )
     if batch == 0 or not (needs_dquery or needs_dkey_value):
         return dquery, dkey_value
-    dout, query, key, value, out = map(_rows_contiguous, (dout, query, key, value, out))
+    dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
     delta = torch.empty_like(lse)
     mask, *mask_strides = _mask_arguments(slot_mask)
     block_k = _block_k(head_width)
@@ -733,7 +734,7 @@ def memory_attention_backward(
                 *inputs,
                 dquery_buffer,
                 *scalars,
-                _heads_per_group(num_slots, head_width, query.element_size()),
+                _heads_per_group(num_pairs, num_slots, head_width, query.element_size()),
                 **flags,
                 BLOCK_T=config.block_tokens,
                 BLOCK_N=config.block_slots,
@@ -747,7 +748,7 @@ def memory_attention_backward(
                 *inputs,
                 dkey_value,
                 *scalars,
-                _heads_per_group(num_tokens, head_width, query.element_size()),
+                _heads_per_group(num_pairs, num_tokens, head_width, query.element_size()),
                 **flags,
                 BLOCK_T=config.block_tokens,
                 BLOCK_N=config.block_slots,
