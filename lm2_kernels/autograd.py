@@ -1,8 +1,8 @@
 """One ``torch.autograd.Function`` per op, blind to which backend runs it.
 
 Each saves what its docstring says and nothing else, runs only the kernels that the gradients asked
-for need (dK and dV come from one, as do all gates, weight and bias), and refuses what it cannot differentiate: double backward, forward mode and vmap raise
-NotImplementedError.
+for need (dK and dV come from one, as do all gates, and weight with bias), and refuses what it
+cannot differentiate: double backward, forward mode and vmap raise NotImplementedError.
 """
 
 import torch

@@ -703,3 +703,13 @@ def test_operator_schema_and_fake_result(call, layout):
 def test_every_operator_is_checked():
     checked = {call.partition(" ")[0] for call in OPERATOR_CALLS}
     assert checked == {f"{op}_{way}" for op in backends.OPS for way in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("name", ("PaperMemory", "ReleaseMemory"))
+def test_compiled_with_permuted_input(name):
+    """A time-major batch: the operators' results must have the strides their fakes promise."""
+    layer = getattr(lm2, name)(12, 3, backend="eager")
+    x = torch.randn(5, 2, 12).transpose(0, 1)
+    memory = torch.randn(7, 2, 12).transpose(0, 1)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, memory), layer(x, memory))

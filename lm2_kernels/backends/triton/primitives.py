@@ -21,7 +21,7 @@ def sigmoid(x):
 
 @triton.jit
 def sigmoid_and_slope(x):
-    """S = sigmoid(x) and its derivative s * (1 - s) without the cancellation near s = 1."""
+    """Return sigmoid(x) and its derivative, without the cancellation of 1 - sigmoid near 1."""
     decay = tl.exp(-x)
     s = 1.0 / (1.0 + decay)
     # decay * s is 1 - s; the side not taken may be inf * 0
