@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing
 from lm2_kernels.backends import dropout
+from lm2_kernels.backends.triton import launch as launch_module
+from lm2_kernels.backends.triton import tables
 from tools import launches
 
 TARGETS = tuple(launches.TARGETS)
@@ -223,4 +225,33 @@ def test_composite_is_recorded():
         ("memory_attention_forward", "triton"),
         ("memory_attention_forward", "triton/composite"),
     ]
+    assert not gpu.launches
+
+
+def test_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(launch_module, "target", lambda index: "sm_75")
+    monkeypatch.setattr(launch_module, "CPU_LAUNCH_ALLOWED", True)
+    tensor = torch.randn(1, 2, 8)
+    with pytest.raises(RuntimeError, match=r"memory_update: .* the GPU is sm_75, it needs sm_80"):
+        lm2.memory_update(tensor, tensor, tensor, tensor, tensor, backend="triton")
+    # auto goes on to the next backend
+    with lm2.recording() as ran:
+        lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
+    assert ran == [("memory_update_forward", "eager")]
+
+
+def test_kernel_that_does_not_fit_is_explained(monkeypatch):
+    too_large = tables.AttentionConfig(128, 128, 8, 4)
+    monkeypatch.setattr(tables, "attention_forward", lambda *_: too_large)
+    query = torch.randn(1, 8, 1, 256, dtype=torch.bfloat16)
+    message = r"memory_attention_forward: .* sm_90 .*\(1, 8, 1, 256\) torch.bfloat16.*shared memory"
+    with launches.compiled("sm_90"), pytest.raises(RuntimeError, match=message):
+        lm2.memory_attention(query, query, query, backend="triton")
+
+
+def test_auto_leaves_cpu_tensors_to_the_others():
+    tensor = torch.randn(1, 2, 8)
+    with lm2.recording() as ran, launches.checked("sm_90") as gpu:
+        lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
+    assert ran == [("memory_update_forward", "eager")]
     assert not gpu.launches

@@ -161,6 +161,9 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
             )
         return request
     for name in NAMES:
+        if name == "triton" and tensors[0].device.type == "cpu":
+            # its interpreter is slow: only for those who ask for it by name
+            continue
         reason = unsupported_reason(name, op, *tensors)
         if reason is None:
             return name

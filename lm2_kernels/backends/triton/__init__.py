@@ -4,25 +4,19 @@
 own operators on the same device, a block of scores at a time.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from triton.errors import TritonError
 
 from lm2_kernels.backends import constant_when_compiled
 from lm2_kernels.backends.triton import launch
-from lm2_kernels.backends.triton.memory_attention import (
-    memory_attention_backward,
-    memory_attention_forward,
-)
-from lm2_kernels.backends.triton.memory_update import (
-    memory_update_backward,
-    memory_update_forward,
-)
-from lm2_kernels.backends.triton.pooled_gate import pooled_gate_backward, pooled_gate_forward
-from lm2_kernels.backends.triton.residual_layer_norm import (
-    MAX_WIDTH,
-    residual_layer_norm_backward,
-    residual_layer_norm_forward,
-)
+from lm2_kernels.backends.triton import memory_attention as _memory_attention
+from lm2_kernels.backends.triton import memory_update as _memory_update
+from lm2_kernels.backends.triton import pooled_gate as _pooled_gate
+from lm2_kernels.backends.triton import residual_layer_norm as _residual_layer_norm
 
 __all__ = [
     "memory_attention_backward",
@@ -35,6 +29,34 @@ __all__ = [
     "residual_layer_norm_forward",
     "unsupported_reason",
 ]
+
+
+def _explained(function: Callable) -> Callable:
+    """Name op, tensors and target when Triton cannot compile or launch a kernel."""
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        try:
+            return function(*args)
+        except TritonError as error:
+            tensors = [arg for arg in args if isinstance(arg, Tensor)]
+            given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
+            raise RuntimeError(
+                f"{function.__name__}: Triton cannot compile or launch this kernel on "
+                f"{launch.target_of(tensors[0])} for tensors {given}: {error}; use backend='eager'"
+            ) from error
+
+    return wrapper
+
+
+memory_attention_forward = _explained(_memory_attention.memory_attention_forward)
+memory_attention_backward = _explained(_memory_attention.memory_attention_backward)
+memory_update_forward = _explained(_memory_update.memory_update_forward)
+memory_update_backward = _explained(_memory_update.memory_update_backward)
+pooled_gate_forward = _explained(_pooled_gate.pooled_gate_forward)
+pooled_gate_backward = _explained(_pooled_gate.pooled_gate_backward)
+residual_layer_norm_forward = _explained(_residual_layer_norm.residual_layer_norm_forward)
+residual_layer_norm_backward = _explained(_residual_layer_norm.residual_layer_norm_backward)
 
 
 # torch.compile takes the answer as it is: it cannot trace the driver
@@ -64,6 +86,6 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
             return "float64 is not implemented, use float32"
         if tensor.dtype == torch.bfloat16 and launch.interpreted():
             return "Triton's interpreter computes bfloat16 wrongly, use float32 or float16"
-    if op == "residual_layer_norm" and tensors[0].shape[-1] > MAX_WIDTH:
-        return f"rows wider than {MAX_WIDTH} are not implemented"
+    if op == "residual_layer_norm" and tensors[0].shape[-1] > _residual_layer_norm.MAX_WIDTH:
+        return f"rows wider than {_residual_layer_norm.MAX_WIDTH} are not implemented"
     return None
