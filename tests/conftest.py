@@ -39,7 +39,8 @@ def pytest_runtest_logreport(report):
 
 
 def _whole_run(config) -> bool:
-    return not config.option.keyword and config.option.markexpr in ("", "not slow")
+    is_filtered = config.option.keyword or any("::" in arg for arg in config.args)
+    return not is_filtered and config.option.markexpr in ("", "not slow")
 
 
 def pytest_sessionfinish(session, exitstatus):
