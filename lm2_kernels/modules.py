@@ -482,7 +482,7 @@ class ReleaseMemory(_MemoryLayer):
             )
         end = slot_offset + x.shape[1]
         rows = memory[:, slot_offset:end]
-        # first, as it checks pooled_sum: nothing runs before every input is checked
+        # first, as it checks pooled_sum: attention must not run on inputs that are refused
         gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
         candidate = self._attend(x, memory, slot_offset, slot_mask)
         gates = self.memory_gate_projector.linear(torch.tanh(self._operand(rows, x)))

@@ -2,8 +2,7 @@
 
 The eager backend runs it, and so does any other backend for what its kernels do not cover. One
 block of query rows is worked on at a time, with a handful of score-sized temporaries; backward
-computes the scores again. Arithmetic is float32 (float64 for
-float64).
+computes the scores again. Arithmetic is float32 (float64 for float64).
 """
 
 import math
@@ -65,8 +64,12 @@ def _scores(
     return scores
 
 
-def _sees_any(slot_mask: Tensor, causal: bool, first_slot: int, rows: int, slots: int) -> Tensor:
-    """Whether each row of a block sees a slot at all. (B, 1, rows or 1, 1)."""
+def _sees_any(
+    slot_mask: Tensor | None, causal: bool, first_slot: int, rows: int, slots: int
+) -> Tensor | None:
+    """Whether each row of a block sees a slot at all, (B, 1, rows or 1, 1); None if all do."""
+    if slot_mask is None:
+        return None
     if not causal:
         return slot_mask[:, None, :, None].any(dim=2, keepdim=True)
     num_seen = slot_mask[:, :slots].cumsum(dim=1)
@@ -128,10 +131,9 @@ def memory_attention_forward(
     for start, end, visible in _row_blocks(query, num_slots, causal, slot_offset):
         rows = queries[:, :, start:end].to(keys.dtype)
         scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
-        sees_any = None
+        sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
         row_lse = torch.logsumexp(scores, dim=-1)
-        if slot_mask is not None:
-            sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
+        if sees_any is not None:
             row_lse.masked_fill_(~sees_any[..., 0], math.inf)
         lse[:, :, start:end] = row_lse
         factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
@@ -178,9 +180,7 @@ def memory_attention_backward(
         drows = douts[:, :, start:end].to(keys.dtype)
         scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
         factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
-        sees_any = None
-        if slot_mask is not None:
-            sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
+        sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
         probabilities = _softmax(scores, sees_any)
         dprobabilities = drows @ values[:, :, :visible].transpose(-1, -2)
         used = probabilities
