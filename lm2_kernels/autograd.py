@@ -5,9 +5,12 @@ for need (dK and dV come from one, as do all gates, and weight with bias), and r
 cannot differentiate: double backward, forward mode and vmap raise NotImplementedError.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from lm2_kernels import extension
 from lm2_kernels.ops import run
 
 
@@ -317,3 +320,31 @@ class PooledGateFunction(torch.autograd.Function):
         )
         grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
         return *grads, None, None, None
+
+
+def _register(op: str, function: type[torch.autograd.Function]) -> None:
+    """Give the operators behind ``function`` its backward, for those who call them directly."""
+
+    def setup_context_of(backend: tuple[str, ...]) -> Callable:
+        def setup_context(ctx, inputs, output):
+            function.setup_context(ctx, (*inputs, *backend), output)
+
+        return setup_context
+
+    def backward(ctx, *grads):
+        # the compiled backend's own operators have no argument for the backend
+        return function.backward(ctx, *grads)[:-1]
+
+    torch.library.register_autograd(
+        f"lm2_kernels::{op}_forward", function.backward, setup_context=setup_context_of(())
+    )
+    if extension.cpu_reason() is None:
+        torch.library.register_autograd(
+            f"lm2_kernels_cpp::{op}_forward", backward, setup_context=setup_context_of(("cpp",))
+        )
+
+
+_register("memory_attention", MemoryAttentionFunction)
+_register("memory_update", MemoryUpdateFunction)
+_register("residual_layer_norm", ResidualLayerNormFunction)
+_register("pooled_gate", PooledGateFunction)

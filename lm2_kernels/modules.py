@@ -485,7 +485,7 @@ class ReleaseMemory(_MemoryLayer):
         # first, as it checks pooled_sum: attention must not run on inputs that are refused
         gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
         candidate = self._attend(x, memory, slot_offset, slot_mask)
-        gates = self.memory_gate_projector.linear(torch.tanh(self._operand(rows, x)))
+        (gates,) = project(torch.tanh(self._operand(rows, x)), self.memory_gate_projector.linear)
         input_gate, forget_gate = split_columns(gates, 2)
         output, new_rows = functional.memory_update(
             x,
@@ -503,7 +503,7 @@ class ReleaseMemory(_MemoryLayer):
         self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None
     ) -> Tensor:
         """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
-        query = self.query_proj(x)
+        (query,) = project(x, self.query_proj)
         bank, rows = self._operand(memory, x), memory[:, slot_offset : slot_offset + x.shape[1]]
         for block in range(self.num_blocks):
             if block > 0:
@@ -512,7 +512,8 @@ class ReleaseMemory(_MemoryLayer):
             attended = self._normalise(read, rows, self.attended_memory_layernorm)
             mixed = attended
             for layer in self.attention_mlp:
-                mixed = F.relu(layer(mixed))
+                (mixed,) = project(mixed, layer)
+                mixed = F.relu(mixed)
             rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
         return rows
 

@@ -2,14 +2,15 @@
 
 Eager calls skip this layer (the dispatcher costs more than some kernels); a compiled graph holds
 ``torch.ops.lm2_kernels.<op>_forward`` and ``_backward`` with the backend's name as the last
-argument, so every backend is traced the same way.
+argument, so every backend is traced the same way. The compiled backend's own operators
+(``torch.ops.lm2_kernels_cpp``) get the same shape functions.
 """
 
 from collections.abc import Callable
 
 import torch
 
-from lm2_kernels import backends
+from lm2_kernels import backends, extension
 from lm2_kernels.backends.composite import accumulation_dtype
 
 
@@ -29,10 +30,15 @@ def _operator(arguments: str, results: int) -> Callable[[Callable], Callable]:
         def implementation(*args):
             return backends.call(args[-1], function, *args[:-1])
 
+        def fake_with_backend(*args):
+            return fake(*args[:-1])
+
         schema = f"({arguments}, str backend) -> ({', '.join(['Tensor'] * results)})"
         torch.library.custom_op(
             f"lm2_kernels::{function}", implementation, mutates_args=(), schema=schema
-        ).register_fake(fake)
+        ).register_fake(fake_with_backend)
+        if extension.cpu_reason() is None:
+            torch.library.register_fake(f"lm2_kernels_cpp::{function}", fake)
         return fake
 
     return register
@@ -56,7 +62,7 @@ def memory_attention_forward(query, *_):
     results=2,
 )
 def memory_attention_backward(dout, query, key, *args):
-    *_, needs_dquery, needs_dkey_value, _ = args
+    *_, needs_dquery, needs_dkey_value = args
     batch, num_slots, num_heads, head_width = key.shape
     packed = (batch, num_slots, 2, num_heads, head_width)
     return (
@@ -81,7 +87,7 @@ def memory_update_forward(hidden, candidate, memory, *_):
     results=3,
 )
 def memory_update_backward(doutput, dnew_memory, candidate, memory, input_gate, *args):
-    _, output_gate, *_, needs_dcandidate, needs_dmemory, needs_dgates, _ = args
+    _, output_gate, *_, needs_dcandidate, needs_dmemory, needs_dgates = args
     batch, num_tokens, width = candidate.shape
     gates = (batch, num_tokens, 2 if output_gate is None else 3, width)
     return (
@@ -103,7 +109,7 @@ def residual_layer_norm_forward(x, *_):
     results=3,
 )
 def residual_layer_norm_backward(dout, x, residual, weight, mean, rstd, *args):
-    needs_dx, needs_dparams, _ = args
+    needs_dx, needs_dparams = args
     dtype = x.dtype if x.dtype == residual.dtype else accumulation_dtype(x)
     parameter = weight.shape if needs_dparams else (0,)
     return (
@@ -126,7 +132,7 @@ def pooled_gate_forward(x, weight, pooled_sum, prefix, *_):
     results=3,
 )
 def pooled_gate_backward(dpooled, dnew_sum, x, weight, *args):
-    *_, needs_dx, needs_dweight, needs_dpooled_sum, _ = args
+    *_, needs_dx, needs_dweight, needs_dpooled_sum = args
     batch, _, width = x.shape
     total = (batch, width) if needs_dpooled_sum else (0,)
     return (

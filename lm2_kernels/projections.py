@@ -8,12 +8,14 @@ Users keep ordinary ``nn.Linear`` modules: as ``nn.RNN`` does, their parameters 
 buffer (:func:`pack`), and :func:`project` takes the buffer when it finds them side by side. Where
 something moved them apart, replaced or hooked one of them, and under torch.compile, which cannot
 see where parameters lie, each layer is called by itself: slower at small sizes, and just as right.
+
+On a CPU the products of float32 tensors go to the faster library (:mod:`lm2_kernels.products`).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm2_kernels import products
 from lm2_kernels.autograd import apply
 from lm2_kernels.backends import autocast_dtype
 
@@ -54,7 +56,8 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, num_layers: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
-        return F.linear(x, _stacked(weights, 0), _stacked(biases, 0) if biases else None)
+        bias = _stacked(biases, 0) if biases else None
+        return products.product(x, _stacked(weights, 0).t(), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -70,10 +73,10 @@ class _PackedLinear(torch.autograd.Function):
         with torch.autocast(dy.device.type, enabled=False):
             # under autocast the product was in its dtype, which is dy's
             if needs_dx:
-                dx = (dy @ _stacked(weights, 0).to(dy.dtype)).to(x.dtype)
+                dx = products.product(dy, _stacked(weights, 0).to(dy.dtype)).to(x.dtype)
             rows = dy.flatten(0, -2)
             if any(needs_dparameters[: ctx.num_layers]):
-                dweight = rows.t() @ x.flatten(0, -2).to(dy.dtype)
+                dweight = products.product(rows.t(), x.flatten(0, -2).to(dy.dtype))
                 dweights = dweight.to(weights[0].dtype).chunk(len(weights))
             if any(needs_dparameters[ctx.num_layers :]):
                 dbiases = rows.sum(dim=0).to(weights[0].dtype).chunk(len(weights))
@@ -134,7 +137,9 @@ def _parameters(layers: tuple[nn.Linear, ...]) -> list[tuple[Tensor, ...]] | Non
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``layer(x)`` for each of several Linear layers."""
     groups = None
-    if not torch.compiler.is_compiling() and all(map(_is_plain, layers)):
+    if torch.compiler.is_compiling() or (len(layers) == 1 and not products.applies(x)):
+        return tuple(layer(x) for layer in layers)
+    if all(map(_is_plain, layers)):
         groups = _parameters(layers)
     if groups is None or any(_stack(group, 0) is None for group in groups):
         return tuple(layer(x) for layer in layers)
@@ -143,7 +148,8 @@ def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         # so that what is saved for backward is the 16-bit copy
         x = x.to(dtype)
     parameters = (parameter for group in groups for parameter in group)
-    return split_columns(apply(_PackedLinear, x, len(layers), *parameters), len(layers))
+    packed = apply(_PackedLinear, x, len(layers), *parameters)
+    return (packed,) if len(layers) == 1 else split_columns(packed, len(layers))
 
 
 def pack(*layers: nn.Module) -> None:

@@ -6,8 +6,21 @@ import warnings
 import pytest
 import torch
 
-# the backends that the common suite (test_backends.py) must have run on a machine without a GPU
-REQUIRED_BACKENDS = ("eager", "triton")
+from tools.emulated_cuda import emulation_reason
+from tools.native import cpp_reason
+
+# the backends that the common suite (test_backends.py) must have run on a machine without a GPU,
+# but for what was not built here, whose reason every skipped test prints
+REQUIRED_BACKENDS = [
+    name
+    for name, reason in (
+        ("eager", None),
+        ("triton", None),
+        ("cpp", cpp_reason()),
+        ("cpp-cuda", emulation_reason()),
+    )
+    if reason is None
+]
 
 _cases: collections.Counter[str] = collections.Counter()
 

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 import lm2_kernels as lm2
 from lm2_kernels import functional, testing
 from lm2_kernels.testing import Case
+from tools.native import needs_cpp
 
-BACKENDS = ("eager",)
+BACKENDS = ("eager", pytest.param("cpp", marks=needs_cpp))
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 

@@ -2,10 +2,15 @@
 
 Triton's kernels run on the CPU: each launch is compiled for a GPU target as the launcher asks for
 it, its resources are checked, and it is then interpreted with every address checked and the
-programs in shuffled order.
+programs in shuffled order. The CUDA C++ kernels run on the CPU as "cpp-cuda", in an emulator that
+takes blocks and threads in random order.
 """
 
 import contextlib
+import os
+import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,9 +18,31 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import testing
 from tools import launches
+from tools.emulated_cuda import emulated_cuda, emulation_reason
+from tools.native import cpp_reason, needs_cpp
 
 CPU_DTYPES = ("float32", "bfloat16", "float16", "float64")
-TRITON_DTYPES = ("float32", "bfloat16", "float16")
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+# which dtypes each backend is tested in here, and why it cannot be
+BACKENDS = {
+    "eager": (CPU_DTYPES, None),
+    "cpp": (CPU_DTYPES, cpp_reason()),
+    "triton": (GPU_DTYPES, None),
+    "cpp-cuda": (GPU_DTYPES, emulation_reason()),
+}
+# these run in an emulator or interpreter
+SLOW_BACKENDS = ("triton", "cpp-cuda")
+
+
+def _param(backend, *values, id):
+    reason = BACKENDS[backend][1]
+    marks = pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")
+    return pytest.param(backend, *values, id=f"{backend}-{id}", marks=marks)
+
+
+def _every_backend():
+    params = [_param(backend, id="") for backend in BACKENDS]
+    return pytest.mark.parametrize("backend", params)
 
 
 @contextlib.contextmanager
@@ -26,26 +53,31 @@ def _on(backend: str, index: int = 0):
         # the numerics of a case do not depend on the target, its tiles do: take turns
         targets = tuple(launches.TARGETS)
         environment = launches.checked(targets[index % len(targets)], shuffle=index)
+    elif backend == "cpp-cuda":
+        environment = emulated_cuda(seed=index)
     with lm2.recording() as ran, environment:
         yield
     names = {name for _, name in ran}
-    assert names and names <= {backend, f"{backend}/composite"}, names
+    assert names and names <= {_name(backend), f"{_name(backend)}/composite"}, names
+
+
+def _name(backend):
+    return backend.removesuffix("-cuda")
 
 
 def _check(case, inputs, backend, *, seed=0):
-    results = testing.run_case(case, inputs, backend, seed=seed)
+    results = testing.run_case(case, inputs, _name(backend), seed=seed)
     worst = [c for c in testing.compare_case(case, inputs, results, seed=seed) if not c.passed]
     assert not worst, "\n".join(f"{c.name}: {c.max_share:.2f}, {c.rms_share:.2f}" for c in worst)
 
 
 def _parameters():
-    for index, case in enumerate(testing.CASES):
-        for dtype in CPU_DTYPES:
-            yield pytest.param("eager", case, dtype, 0, id=f"eager-{dtype}-{case.id}")
-        if case in testing.SMALL_CASES:
-            for dtype in TRITON_DTYPES:
-                name = f"triton-{dtype}-{case.id}"
-                yield pytest.param("triton", case, dtype, index, id=name)
+    for backend, (dtypes, _) in BACKENDS.items():
+        for index, case in enumerate(testing.CASES):
+            if backend in SLOW_BACKENDS and case not in testing.SMALL_CASES:
+                continue
+            for dtype in dtypes:
+                yield _param(backend, case, dtype, index, id=f"{dtype}-{case.id}")
 
 
 @pytest.mark.parametrize(("backend", "case", "dtype", "index"), _parameters())
@@ -61,6 +93,78 @@ def test_op_matches_oracle(backend, case, dtype, index, record_property):
 def test_op_large_values(case, scale, record_property):
     record_property("backend", "eager")
     _check(case, testing.make_inputs(case, torch.float32, seed=1, scale=scale), "eager", seed=1)
+
+
+@needs_cpp
+@pytest.mark.parametrize("scale", (5.0, 30.0))
+@pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
+def test_op_large_values_cpp(case, scale, record_property):
+    """By the median of nine draws: in a few nearly one-hot rows, who rounds better is luck."""
+    record_property("backend", "cpp")
+    shares = []
+    for seed in range(1, 10):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed, scale=scale)
+        results = testing.run_case(case, inputs, "cpp", seed=seed)
+        comparisons = testing.compare_case(case, inputs, results, seed=seed)
+        shares.append(max(comparison.share for comparison in comparisons))
+    assert statistics.median(shares) <= 1.0, shares
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=lambda case: case.id)
+def test_op_same_bits_for_any_number_of_threads(case, record_property):
+    record_property("backend", "cpp")
+    # enough batch rows and heads that the work is shared out
+    case = case._replace(batch=2 * case.batch)
+    inputs = testing.make_inputs(case, torch.float32)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            runs.append(testing.run_case(case, inputs, "cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for name, tensor in runs[0].items():
+            assert torch.equal(run[name], tensor), name
+
+
+@needs_cpp
+@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+def test_every_simd_level(level, record_property):
+    """The level is chosen once a process; a processor without it runs the best it has."""
+    record_property("backend", "cpp")
+    code = """
+import torch
+from lm2_kernels import extension, testing
+for case in testing.SMALL_CASES:
+    for dtype in testing.DTYPES.values():
+        inputs = testing.make_inputs(case, dtype)
+        results = testing.run_case(case, inputs, "cpp")
+        worst = [c for c in testing.compare_case(case, inputs, results) if not c.passed]
+        assert not worst, (case.id, dtype, worst)
+print(extension.build_info()["SIMD level"])
+"""
+    environment = os.environ | {"LM2_KERNELS_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    levels = ("base", "avx2", "avx512")
+    assert levels.index(result.stdout.strip()) <= levels.index(level)
+
+
+@needs_cpp
+def test_unknown_simd_level_is_refused():
+    code = "import torch, lm2_kernels as lm2; x = torch.ones(1, 1, 4); "
+    code += "lm2.memory_update(x, x, x, x, x, backend='cpp')"
+    environment = os.environ | {"LM2_KERNELS_CPU_LEVEL": "neon"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert "LM2_KERNELS_CPU_LEVEL must be base, avx2 or avx512, got neon" in result.stderr
 
 
 def _transposed(tensor):
@@ -94,11 +198,10 @@ LAYOUTS = (_transposed, _last_axis_strided, _column_slice, _offset_by_one, _expa
 def _layout_parameters():
     smallest_first = sorted(testing.SMALL_CASES, key=lambda case: case.batch * case.tokens)
     one_each = {case.op: case for case in smallest_first if case.batch == 2}
-    for backend in ("eager", "triton"):
+    for backend in BACKENDS:
         for case in one_each.values():
             for layout in LAYOUTS:
-                name = f"{backend}-{case.op}{layout.__name__}"
-                yield pytest.param(backend, case, layout, id=name)
+                yield _param(backend, case, layout, id=f"{case.op}{layout.__name__}")
 
 
 @pytest.mark.parametrize(("backend", "case", "layout"), _layout_parameters())
@@ -112,7 +215,7 @@ def test_op_strided(backend, case, layout, record_property):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("backend", ("eager", "triton"))
+@_every_backend()
 @pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
 def test_op_deterministic(backend, case, record_property):
     record_property("backend", backend)
@@ -121,25 +224,25 @@ def test_op_deterministic(backend, case, record_property):
     for index in (0, 4):
         # the same target, another order of programs
         with _on(backend, index):
-            runs.append(testing.run_case(case, inputs, backend))
+            runs.append(testing.run_case(case, inputs, _name(backend)))
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]), name
 
 
-@pytest.mark.parametrize("backend", ("eager", "triton"))
+@_every_backend()
 @pytest.mark.parametrize("op", lm2.backends.OPS)
 def test_op_empty_batch(backend, op, record_property):
     record_property("backend", backend)
     case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(batch=0)
     inputs = testing.make_inputs(case, torch.float32)
     with _on(backend):
-        results = testing.run_case(case, inputs, backend)
+        results = testing.run_case(case, inputs, _name(backend))
     for name, tensor in inputs.tensors.items():
         assert results[f"d{name}"].shape == tensor.shape
         assert not results[f"d{name}"].any()
 
 
-@pytest.mark.parametrize("backend", ("eager", "triton"))
+@_every_backend()
 def test_residual_layer_norm_large_mean(backend, record_property):
     """Rows that are nearly constant: E[x^2] - E[x]^2 would have no digits left."""
     record_property("backend", backend)

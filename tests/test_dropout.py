@@ -9,8 +9,9 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import testing
 from lm2_kernels.backends import composite, dropout
+from tools.native import needs_cpp
 
-BACKENDS = ("eager",)
+BACKENDS = ("eager", pytest.param("cpp", marks=needs_cpp))
 SIGMAS = 4.0
 ROWS, SLOTS = 512, 512
 

@@ -9,8 +9,9 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import functional, testing
+from tools.native import needs_cpp
 
-BACKENDS = ("eager",)
+BACKENDS = ("eager", pytest.param("cpp", marks=needs_cpp))
 B, T, N, H, K, D = 2, 3, 5, 2, 4, 8
 
 # --- refusals ---------------------------------------------------------------------------------

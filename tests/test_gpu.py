@@ -1,18 +1,24 @@
 """The hardware suite: what only a GPU can show. Run with ``pytest -m gpu``.
 
-The numerics of every case, at every dtype; sizes past 2^31 elements; bitwise repeats; CUDA graphs,
-streams, inductor, and training against the eager backend.
+For the Triton and the CUDA C++ kernels: the numerics of every case, at every dtype; sizes past 2^31
+elements; bitwise repeats; CUDA graphs, streams, inductor, and training against the eager backend.
+compute-sanitizer looks over the CUDA C++ kernels where the toolkit has it.
 """
 
 import concurrent.futures
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import lm2_kernels as lm2
-from lm2_kernels import functional, testing
+from lm2_kernels import backends, functional, testing
 
 pytestmark = pytest.mark.gpu
+
+BACKENDS = ("triton", "cpp")
 
 DTYPES = ("float32", "bfloat16", "float16")
 GPU_CASES = (
@@ -33,6 +39,18 @@ GPU_CASES = (
 )
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request, record_property):
+    device = torch.device("cuda", torch.cuda.current_device())
+    reason = backends.unsupported_reason(
+        request.param, "memory_update", torch.empty(1, 1, 1, device=device)
+    )
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    record_property("backend", f"{request.param} (GPU)")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _exact_float32():
     """The oracle's float32 runs must not use TF32."""
@@ -42,57 +60,55 @@ def _exact_float32():
     torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _assert_rule(case, dtype, *, seed=0, layout=None):
+def _assert_rule(backend, case, dtype, *, seed=0, layout=None):
     inputs = testing.make_inputs(case, testing.DTYPES[dtype], "cuda", seed=seed, layout=layout)
     with lm2.recording() as ran:
-        results = testing.run_case(case, inputs, "triton", seed=seed)
-    assert {name for _, name in ran} <= {"triton", "triton/composite"}
+        results = testing.run_case(case, inputs, backend, seed=seed)
+    assert {name for _, name in ran} <= {backend, f"{backend}/composite"}
     failed = [c for c in testing.compare_case(case, inputs, results, seed=seed) if not c.passed]
     assert not failed, failed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", testing.CASES + GPU_CASES, ids=lambda case: case.id)
-def test_op_matches_oracle_on_gpu(case, dtype, record_property):
-    record_property("backend", "triton (GPU)")
-    _assert_rule(case, dtype)
+def test_op_matches_oracle_on_gpu(backend, case, dtype):
+    _assert_rule(backend, case, dtype)
 
 
 @pytest.mark.parametrize("seed", range(1, 20))
 @pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
-def test_op_more_seeds(case, seed, record_property):
-    record_property("backend", "triton (GPU)")
-    _assert_rule(case, "bfloat16", seed=seed)
+def test_op_more_seeds(backend, case, seed):
+    _assert_rule(backend, case, "bfloat16", seed=seed)
 
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=lambda case: case.id)
-def test_op_bitwise_repeats(case):
+def test_op_bitwise_repeats(backend, case):
     inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
-    first = testing.run_case(case, inputs, "triton")
+    first = testing.run_case(case, inputs, backend)
     for _ in range(50):
-        again = testing.run_case(case, inputs, "triton")
+        again = testing.run_case(case, inputs, backend)
         for name, tensor in first.items():
             assert torch.equal(again[name], tensor), name
 
 
-def test_memory_update_past_2_31_elements():
+def test_memory_update_past_2_31_elements(backend):
     rows, width = 2**20 + 3, 2048
     hidden = torch.randn(1, 1, width, device="cuda", dtype=torch.bfloat16).expand(1, rows, width)
     candidate = torch.randn(1, rows, width, device="cuda", dtype=torch.bfloat16)
     gate = torch.randn(1, 1, width, device="cuda", dtype=torch.bfloat16)
-    out, new = lm2.memory_update(hidden, candidate, candidate, gate, gate, backend="triton")
+    out, new = lm2.memory_update(hidden, candidate, candidate, gate, gate, backend=backend)
     tail = candidate[:, -5:]
-    want, want_new = lm2.memory_update(hidden[:, -5:], tail, tail, gate, gate, backend="triton")
+    want, want_new = lm2.memory_update(hidden[:, -5:], tail, tail, gate, gate, backend=backend)
     assert torch.equal(out[:, -5:], want)
     assert torch.equal(new[:, -5:], want_new)
 
 
-def test_memory_attention_past_2_31_elements():
+def test_memory_attention_past_2_31_elements(backend):
     tokens, slots = 2**21 + 7, 64
     query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, slots, 8, 128, device="cuda", dtype=torch.bfloat16)
-    out = lm2.memory_attention(query, key, value, causal=False, backend="triton")
-    tail = lm2.memory_attention(query[:, -9:], key, value, causal=False, backend="triton")
+    out = lm2.memory_attention(query, key, value, causal=False, backend=backend)
+    tail = lm2.memory_attention(query[:, -9:], key, value, causal=False, backend=backend)
     torch.testing.assert_close(out[:, -9:], tail)
 
 
@@ -102,8 +118,8 @@ def _layers(**options):
     yield lm2.ReleaseMemory(512, 4, pooled_gate="prefix", num_blocks=2, device="cuda", **options)
 
 
-def test_layers_in_cuda_graph():
-    for layer in _layers(dtype=torch.bfloat16, backend="triton"):
+def test_layers_in_cuda_graph(backend):
+    for layer in _layers(dtype=torch.bfloat16, backend=backend):
         x = torch.randn(2, 64, 512, device="cuda", dtype=torch.bfloat16)
         memory = lm2.initial_memory(2, 128, 512, device="cuda", dtype=torch.bfloat16)
         x.requires_grad_()
@@ -127,11 +143,11 @@ def test_layers_in_cuda_graph():
         assert torch.equal(grad, want_grad)
 
 
-def test_dropout_differs_between_graph_replays():
+def test_dropout_differs_between_graph_replays(backend):
     query, key, value = torch.randn(3, 2, 64, 4, 64, device="cuda").unbind(0)
 
     def read():
-        return lm2.memory_attention(query, key, value, dropout_p=0.5, backend="triton")
+        return lm2.memory_attention(query, key, value, dropout_p=0.5, backend=backend)
 
     read()
     graph = torch.cuda.CUDAGraph()
@@ -143,8 +159,8 @@ def test_dropout_differs_between_graph_replays():
     assert not torch.equal(first, out)
 
 
-def test_layers_on_a_side_stream():
-    for layer in _layers(backend="triton"):
+def test_layers_on_a_side_stream(backend):
+    for layer in _layers(backend=backend):
         x = torch.randn(2, 64, 512, device="cuda")
         memory = lm2.initial_memory(2, 64, 512, device="cuda")
         want, _ = layer(x, memory)
@@ -158,8 +174,8 @@ def test_layers_on_a_side_stream():
         assert torch.equal(got, want)
 
 
-def test_layers_without_synchronisation():
-    for layer in _layers(dropout=0.1, backend="triton"):
+def test_layers_without_synchronisation(backend):
+    for layer in _layers(dropout=0.1, backend=backend):
         x = torch.randn(2, 64, 512, device="cuda", requires_grad=True)
         memory = lm2.initial_memory(2, 64, 512, device="cuda")
         layer(x, memory)
@@ -171,8 +187,8 @@ def test_layers_without_synchronisation():
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_layers_compiled_by_inductor():
-    for layer in _layers(backend="triton"):
+def test_layers_compiled_by_inductor(backend):
+    for layer in _layers(backend=backend):
         compiled = torch.compile(layer, fullgraph=True)
         x = torch.randn(2, 64, 512, device="cuda", requires_grad=True)
         memory = lm2.initial_memory(2, 96, 512, device="cuda")
@@ -185,8 +201,8 @@ def test_layers_compiled_by_inductor():
 
 
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))
-def test_layers_under_autocast(autocast_dtype):
-    for layer in _layers(backend="triton"):
+def test_layers_under_autocast(backend, autocast_dtype):
+    for layer in _layers(backend=backend):
         x = torch.randn(2, 64, 512, device="cuda", requires_grad=True)
         memory = lm2.initial_memory(2, 64, 512, device="cuda")
         with torch.autocast("cuda", autocast_dtype):
@@ -197,10 +213,10 @@ def test_layers_under_autocast(autocast_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_training_follows_eager(dtype):
+def test_training_follows_eager(backend, dtype):
     losses = {}
-    for backend in ("eager", "triton"):
-        for layer in _layers(dtype=testing.DTYPES[dtype], backend=backend):
+    for name in ("eager", backend):
+        for layer in _layers(dtype=testing.DTYPES[dtype], backend=name):
             optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
             generator = torch.Generator("cuda").manual_seed(0)
             for _ in range(100):
@@ -213,22 +229,43 @@ def test_training_follows_eager(dtype):
                 optimizer.zero_grad()
                 loss.float().backward()
                 optimizer.step()
-            losses.setdefault(backend, []).append(loss.detach().double())
-    for eager, triton in zip(losses["eager"], losses["triton"], strict=True):
+            losses.setdefault(name, []).append(loss.detach().double())
+    for eager, fused in zip(losses["eager"], losses[backend], strict=True):
         # both paths round at every one of 100 steps: a few ulps of the dtype apart at the end
         eps = torch.finfo(testing.DTYPES[dtype]).eps
-        assert abs(eager - triton) <= 100 * eps * abs(eager)
+        assert abs(eager - fused) <= 100 * eps * abs(eager)
 
 
-def test_ops_in_threads():
+def test_ops_in_threads(backend):
     case = testing.SMALL_CASES[1]
     inputs = testing.make_inputs(case, torch.float32, "cuda")
-    want = testing.run_case(case, inputs, "triton")
+    want = testing.run_case(case, inputs, backend)
     function = functional.memory_attention
 
     def work(_):
-        return function(**inputs.tensors, **inputs.constants, backend="triton")
+        return function(**inputs.tensors, **inputs.constants, backend=backend)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         for out in pool.map(work, range(40)):
             assert torch.equal(out, want["output 0"])
+
+
+_SANITIZED = """
+import torch
+from lm2_kernels import testing
+
+for case in testing.SMALL_CASES:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        testing.run_case(case, testing.make_inputs(case, dtype, "cuda"), "cpp")
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("tool", ("memcheck", "racecheck", "synccheck"))
+def test_compute_sanitizer(tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("no compute-sanitizer on PATH: it is part of the CUDA toolkit")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", _SANITIZED]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import lm2_kernels as lm2
 from lm2_kernels import backends, reference, testing
 from tools import golden
+from tools.native import needs_cpp
 
 B, T, N, D, H = 2, 4, 6, 12, 3
 
@@ -690,14 +691,46 @@ def operator_arguments(call: str) -> tuple:
 
 @pytest.mark.parametrize("layout", [None, to_strided], ids=["contiguous", "strided"])
 @pytest.mark.parametrize("call", OPERATOR_CALLS)
-def test_operator_schema_and_fake_result(call, layout):
+@pytest.mark.parametrize("backend", ("eager", pytest.param("cpp", marks=needs_cpp)))
+def test_operator_opcheck(call, layout, backend):
     arguments = operator_arguments(call)
     if layout is not None:
         arguments = tuple(layout(argument) for argument in arguments)
     operator = getattr(torch.ops.lm2_kernels, call.partition(" ")[0]).default
-    torch.library.opcheck(
-        operator, (*arguments, "eager"), test_utils=("test_schema", "test_faketensor")
-    )
+    torch.library.opcheck(operator, (*arguments, backend))
+
+
+@needs_cpp
+@pytest.mark.parametrize("layout", [None, to_strided], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("call", OPERATOR_CALLS)
+def test_compiled_operator_opcheck(call, layout):
+    arguments = operator_arguments(call)
+    if layout is not None:
+        arguments = tuple(layout(argument) for argument in arguments)
+    operator = getattr(torch.ops.lm2_kernels_cpp, call.partition(" ")[0]).default
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("call", [call for call in OPERATOR_CALLS if "forward" in call])
+@pytest.mark.parametrize("namespace", ("lm2_kernels", pytest.param("cpp", marks=needs_cpp)))
+def test_operator_has_autograd(call, namespace):
+    """Called directly, an operator passes gradients: opcheck does not miss a formula."""
+    arguments = [
+        a.detach().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in operator_arguments(call)
+    ]
+    function = call.partition(" ")[0]
+    if namespace == "cpp":
+        operator = getattr(torch.ops.lm2_kernels_cpp, function).default
+    else:
+        operator, arguments = (
+            getattr(torch.ops.lm2_kernels, function).default,
+            [*arguments, "eager"],
+        )
+    outputs = [output for output in operator(*arguments) if output.requires_grad]
+    leaves = [a for a in arguments if isinstance(a, torch.Tensor) and a.requires_grad]
+    for grad in torch.autograd.grad(sum(o.sum() for o in outputs), leaves):
+        assert torch.isfinite(grad).all()
 
 
 def test_every_operator_is_checked():

@@ -1,11 +1,12 @@
 """Random mixes of shapes, options and layouts, the same in every run."""
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lm2_kernels import testing
 from tools import launches
+from tools.native import needs_cpp
 
 _settings = settings(
     derandomize=True,
@@ -75,6 +76,18 @@ def _check(backend, case, layout, dtype):
 @given(case=st.one_of(_attention_cases(), _row_cases()), layout=_layouts)
 def test_random_case_eager(case, layout):
     _check("eager", case, layout, torch.float64)
+
+
+@settings(_settings, max_examples=200)
+@given(case=st.one_of(_attention_cases(), _row_cases()), layout=_layouts)
+@needs_cpp
+def test_random_case_cpp(case, layout):
+    # with a scale of 0 all scores tie, and which of them top-k keeps is each backend's own
+    assume(case.option("top_k") is None or case.option("scale") != 0.0)
+    _check("cpp", case, layout, torch.float64)
+    # in a handful of numbers, who rounds better is luck
+    if case.batch * case.tokens * case.width >= 100:
+        _check("cpp", case, layout, torch.float16)
 
 
 @settings(_settings, max_examples=25)

@@ -61,8 +61,6 @@ NAMES = ("triton", "cpp", "eager")
 CHOICES = (*NAMES, "auto")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
-_NOT_INSTALLED = "it is not part of this installation"
-
 _modules: dict[str, ModuleType] = {}
 _import_errors: dict[str, str] = {}
 _requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
@@ -87,10 +85,7 @@ def _load(name: str) -> str | None:
         try:
             _modules[name] = importlib.import_module(f"{__name__}.{name}")
         except ImportError as error:
-            if error.name == f"{__name__}.{name}":
-                _import_errors[name] = _NOT_INSTALLED
-            else:
-                _import_errors[name] = f"it does not import: {error}"
+            _import_errors[name] = f"it does not import: {error}"
     return _import_errors.get(name)
 
 
@@ -168,7 +163,7 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
         if reason is None:
             return name
         is_accelerator = tensors[0].device.type != "cpu"
-        if is_accelerator and reason != _NOT_INSTALLED and not torch.compiler.is_compiling():
+        if is_accelerator and not torch.compiler.is_compiling():
             _warn_once(op, f"backend '{name}' is not used on {tensors[0].device.type}: {reason}")
     raise RuntimeError(f"{op}: no backend can run this call: {reason}")
 

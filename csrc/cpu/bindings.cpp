@@ -1,0 +1,49 @@
+// The operators on CPU tensors.
+#include "../bindings.h"
+#include "cpu.h"
+
+namespace lm2 {
+namespace {
+
+struct Cpu {
+  static constexpr const char* kName = "CPU";
+  static constexpr bool kHasFloat64 = true;
+  static constexpr bool kHasTopK = true;
+  static constexpr int64_t kMaxHeadWidth = std::numeric_limits<int32_t>::max();
+
+  static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
+
+  // scratch is each thread's own
+  template <class Args>
+  static int64_t workspace_bytes(const Args&) {
+    return 0;
+  }
+
+  static void run(const MemoryAttentionForward& args, const Tensor&) {
+    cpu::memory_attention_forward(args);
+  }
+  static void run(const MemoryAttentionBackward& args, const Tensor&) {
+    cpu::memory_attention_backward(args);
+  }
+  static void run(const MemoryUpdateForward& args, const Tensor&) {
+    cpu::memory_update_forward(args);
+  }
+  static void run(const MemoryUpdateBackward& args, const Tensor&) {
+    cpu::memory_update_backward(args);
+  }
+  static void run(const ResidualLayerNormForward& args, const Tensor&) {
+    cpu::residual_layer_norm_forward(args);
+  }
+  static void run(const ResidualLayerNormBackward& args, const Tensor&) {
+    cpu::residual_layer_norm_backward(args);
+  }
+  static void run(const PooledGateForward& args, const Tensor&) { cpu::pooled_gate_forward(args); }
+  static void run(const PooledGateBackward& args, const Tensor&) {
+    cpu::pooled_gate_backward(args);
+  }
+};
+
+}  // namespace
+}  // namespace lm2
+
+STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) { lm2::Bindings<lm2::Cpu>::implement(m); }

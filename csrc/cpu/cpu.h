@@ -1,0 +1,31 @@
+// The CPU kernels as csrc/cpu/bindings.cpp calls them. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "../arguments.h"
+
+namespace lm2::cpu {
+
+void memory_attention_forward(const MemoryAttentionForward& args);
+void memory_attention_backward(const MemoryAttentionBackward& args);
+void memory_update_forward(const MemoryUpdateForward& args);
+void memory_update_backward(const MemoryUpdateBackward& args);
+void residual_layer_norm_forward(const ResidualLayerNormForward& args);
+void residual_layer_norm_backward(const ResidualLayerNormBackward& args);
+void pooled_gate_forward(const PooledGateForward& args);
+void pooled_gate_backward(const PooledGateBackward& args);
+
+// "avx512", "avx2" or "base": the instructions in use. The best of this processor, or what the
+// environment variable LM2_KERNELS_CPU_LEVEL lowers it to.
+const char* simd_level();
+
+// The loop that every kernel shares out its work with: calls body(context, begin, end) over
+// [0, count) in pieces of at least `grain`, on torch's thread pool (csrc/cpu/parallel.cpp). A
+// program without torch, such as the sanitizers' harness, links another definition. body must not
+// throw. (Not std::function: its inline members, compiled for AVX-512, could be what the linker
+// keeps for every processor.)
+using LoopBody = void (*)(void* context, int64_t begin, int64_t end);
+void parallel_for(int64_t count, int64_t grain, LoopBody body, void* context);
+
+}  // namespace lm2::cpu

@@ -1,0 +1,140 @@
+// Chooses the SIMD level once, and holds what must not be compiled for one: memory and top-k.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+#include "simd.h"
+
+namespace lm2::cpu {
+namespace {
+
+constexpr const char* kLevels[] = {"base", "avx2", "avx512"};
+
+int best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const auto has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const auto has_avx512 = __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return has_avx2 ? (has_avx512 ? 2 : 1) : 0;
+#else
+  return 0;
+#endif
+}
+
+int level() {
+  static const int chosen = [] {
+    const int best = best_level();
+    const char* const wanted = std::getenv("LM2_KERNELS_CPU_LEVEL");
+    if (wanted == nullptr || *wanted == '\0') return best;
+    for (int i = 0; i < 3; ++i) {
+      // only lowered: what the processor lacks cannot be asked for
+      if (std::strcmp(wanted, kLevels[i]) == 0) return std::min(i, best);
+    }
+    throw std::runtime_error(std::string("LM2_KERNELS_CPU_LEVEL must be base, avx2 or avx512, ") +
+                             "got " + wanted);
+  }();
+  return chosen;
+}
+
+const Kernels& kernels(Dtype dtype) {
+  if (dtype == Dtype::float64) return kFloat64Kernels;
+#if defined(__x86_64__)
+  if (level() == 2) return kAvx512Kernels;
+  if (level() == 1) return kAvx2Kernels;
+#endif
+  return kBaseKernels;
+}
+
+struct Release {
+  void operator()(void* memory) const { release(memory); }
+};
+
+template <class Scalar>
+void keep_largest(const Scalar* scores, Scalar* factor, int64_t count, int64_t k) {
+  thread_local std::vector<Scalar> sorted;
+  sorted.assign(scores, scores + count);
+  // a NaN above everything: a strict order is what nth_element needs
+  const auto above = [](Scalar a, Scalar b) { return a != a ? b == b : a > b; };
+  std::nth_element(sorted.begin(), sorted.begin() + (k - 1), sorted.end(), above);
+  const Scalar threshold = sorted[k - 1];
+  int64_t ties = k;
+  for (int64_t j = 0; j < count; ++j) ties -= above(scores[j], threshold);
+  for (int64_t j = 0; j < count; ++j) {
+    bool stays = above(scores[j], threshold);
+    if (!stays && ties > 0 && !above(threshold, scores[j])) {
+      stays = true;
+      --ties;
+    }
+    factor[j] = stays ? 1 : 0;
+  }
+}
+
+}  // namespace
+
+void* allocate(int64_t bytes) {
+  return ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
+}
+
+void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
+
+void* scratch(int which, int64_t bytes) {
+  struct Buffer {
+    std::unique_ptr<void, Release> memory;
+    int64_t bytes = 0;
+  };
+  thread_local Buffer buffers[kScratches];
+  Buffer& buffer = buffers[which];
+  if (buffer.bytes < bytes) {
+    buffer.memory.reset();
+    buffer.memory.reset(allocate(bytes));
+    buffer.bytes = bytes;
+  }
+  return buffer.memory.get();
+}
+
+void keep_top_k(const float* scores, float* factor, int64_t count, int64_t k) {
+  keep_largest(scores, factor, count, k);
+}
+
+void keep_top_k(const double* scores, double* factor, int64_t count, int64_t k) {
+  keep_largest(scores, factor, count, k);
+}
+
+const char* simd_level() { return kLevels[level()]; }
+
+void memory_attention_forward(const MemoryAttentionForward& args) {
+  kernels(args.dtype).memory_attention_forward(args);
+}
+void memory_attention_backward(const MemoryAttentionBackward& args) {
+  kernels(args.dtype).memory_attention_backward(args);
+}
+void memory_update_forward(const MemoryUpdateForward& args) {
+  kernels(args.dtype).memory_update_forward(args);
+}
+void memory_update_backward(const MemoryUpdateBackward& args) {
+  kernels(args.dtype).memory_update_backward(args);
+}
+void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
+  kernels(args.dtype).residual_layer_norm_forward(args);
+}
+void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
+  kernels(args.dtype).residual_layer_norm_backward(args);
+}
+void pooled_gate_forward(const PooledGateForward& args) {
+  kernels(args.dtype).pooled_gate_forward(args);
+}
+void pooled_gate_backward(const PooledGateBackward& args) {
+  kernels(args.dtype).pooled_gate_backward(args);
+}
+
+}  // namespace lm2::cpu

@@ -1,0 +1,517 @@
+// memory_attention on the CPU, forward and backward.
+//
+// One work item is some of the query blocks of one (batch, head): every `ranges`-th block, so that
+// under a causal mask all items cost the same. A block's scores over the slots it sees are kept
+// whole in the second cache; a hidden slot costs nothing beyond the block's edge, and nothing of
+// size T x N exists. All products are one microkernel over panels: B is packed in panels of two
+// vectors, zero-filled at the edges, A is read in place by (row stride, column stride).
+#pragma once
+
+#include "../dropout.h"
+#include "rows.h"
+
+namespace lm2::cpu {
+namespace {
+
+constexpr int64_t kBlockRows = 48;
+// Elements of a block of scores: 1 MiB of float32.
+constexpr int64_t kBlockElements = 1 << 18;
+// Terms of a product that one accumulator adds up before it joins the total.
+constexpr int64_t kChain = 64;
+// Up to this many query rows, packing keys and values costs more than it saves.
+constexpr int64_t kFewRows = 4;
+// Work items wanted, over batch and heads: by the shape alone, as sums are cut by them.
+constexpr int64_t kForwardItems = 16;
+constexpr int64_t kBackwardItems = 16;
+
+// The scratch buffers of a thread.
+enum { kKeyPanels, kValuePanels, kScores, kResult, kQueries, kMask, kFactor, kDout, kDscores,
+       kKeyRows, kQueryPanels, kDoutPanels, kDkey, kDvalue };
+
+template <class S>
+LM2_INLINE typename S::Scalar* scratch_of(int which, int64_t elements) {
+  return static_cast<typename S::Scalar*>(
+      scratch(which, elements * static_cast<int64_t>(sizeof(typename S::Scalar))));
+}
+
+// C (kRows x 2 vectors) += or = A (rows x depth) B (depth x 2 vectors).
+template <class S, int kTileRows>
+static void tile(int64_t depth, const typename S::Scalar* a, int64_t row_stride,
+                 int64_t column_stride, const typename S::Scalar* b, typename S::Scalar* c,
+                 int64_t c_stride, bool adds) {
+  using V = typename S::V;
+  constexpr int64_t kPanel = 2 * S::kLanes;
+  V sum[kTileRows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) sum[i][0] = sum[i][1] = S::zero();
+  for (int64_t k = 0; k < depth; ++k) {
+    const V b0 = S::load(b + k * kPanel), b1 = S::load(b + k * kPanel + S::kLanes);
+    const typename S::Scalar* const column = a + k * column_stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < kTileRows; ++i) {
+      const V x = S::set(column[i * row_stride]);
+      sum[i][0] = S::fma(x, b0, sum[i][0]);
+      sum[i][1] = S::fma(x, b1, sum[i][1]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileRows; ++i) {
+    typename S::Scalar* const out = c + i * c_stride;
+    if (adds) {
+      sum[i][0] = sum[i][0] + S::load(out);
+      sum[i][1] = sum[i][1] + S::load(out + S::kLanes);
+    }
+    S::store(out, sum[i][0]);
+    S::store(out + S::kLanes, sum[i][1]);
+  }
+}
+
+// C (rows x columns) += or = A (rows x depth) B, B in panels of `panel_stride` elements.
+template <class S>
+static void multiply(int64_t rows, int64_t columns, int64_t depth, const typename S::Scalar* a,
+                     int64_t row_stride, int64_t column_stride, const typename S::Scalar* b,
+                     int64_t panel_stride, typename S::Scalar* c, int64_t c_stride, bool adds) {
+  constexpr int64_t kPanel = 2 * S::kLanes;
+  for (int64_t j = 0; j < columns; j += kPanel) {
+    for (int64_t k = 0; k < depth; k += kChain) {
+      const int64_t terms = smaller(kChain, depth - k);
+      const auto* const a_part = a + k * column_stride;
+      const auto* const panel = b + j / kPanel * panel_stride + k * kPanel;
+      int64_t i = 0;
+      const auto step = [&](auto tile_rows) {
+        constexpr int kTileRows = decltype(tile_rows)::value;
+        for (; i + kTileRows <= rows; i += kTileRows) {
+          tile<S, kTileRows>(terms, a_part + i * row_stride, row_stride, column_stride, panel,
+                             c + i * c_stride + j, c_stride, adds || k > 0);
+        }
+      };
+      step(Count<S::kRows>{});
+      if constexpr (S::kRows > 8) step(Count<8>{});
+      if constexpr (S::kRows > 4) step(Count<4>{});
+      step(Count<2>{});
+      step(Count<1>{});
+    }
+  }
+}
+
+// One (batch, head) of the inputs.
+template <class S, class T>
+struct Head {
+  using Scalar = typename S::Scalar;
+  static constexpr int64_t kPanel = 2 * S::kLanes;
+  const MemoryAttention& args;
+  int64_t b, h;
+  const Scalar* mask = nullptr;  // (N,), 1 = takes part; null: all do
+  int64_t first_visible = 0;     // the first slot that takes part, N if none does
+  int64_t width, padded_width, padded_slots;
+
+  Head(const MemoryAttention& given, int64_t batch_and_head)
+      : args(given), b(batch_and_head / given.heads), h(batch_and_head % given.heads) {
+    width = args.width;
+    padded_width = round_up(width, kPanel);
+    padded_slots = round_up(args.slots, kPanel);
+    if (args.slot_mask == nullptr) return;
+    Scalar* const row = scratch_of<S>(kMask, args.slots);
+    first_visible = args.slots;
+    for (int64_t j = args.slots - 1; j >= 0; --j) {
+      const bool seen =
+          args.slot_mask[b * args.mask_batch_stride + j * args.mask_slot_stride] != 0;
+      row[j] = seen ? 1 : 0;
+      if (seen) first_visible = j;
+    }
+    mask = row;
+  }
+
+  LM2_INLINE const T* begin(const View& view, int64_t b, int64_t h) {
+    return static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
+  }
+  const T* rows(const View& view) const { return begin(view, b, h); }
+
+  // The slots that token t sees, before the mask.
+  int64_t visible(int64_t t) const {
+    return args.causal ? smaller(args.slots, args.slot_offset + t + 1) : args.slots;
+  }
+
+  bool takes_part(int64_t slot) const { return mask == nullptr || mask[slot] != 0; }
+
+  // Rows of a view as Scalars of a dense row: where they lie if they are that, else in a buffer.
+  const Scalar* dense(const View& view, int64_t first, int64_t count, int which,
+                      int64_t* stride) const {
+    const T* const source = rows(view) + first * view.row_stride;
+    if constexpr (sizeof(T) == sizeof(Scalar)) {
+      *stride = view.row_stride;
+      return reinterpret_cast<const Scalar*>(source);
+    }
+    Scalar* const result = scratch_of<S>(which, kBlockRows * width);
+    for (int64_t i = 0; i < count; ++i) {
+      widen<S>(source + i * view.row_stride, result + i * width, width);
+    }
+    *stride = width;
+    return result;
+  }
+
+  // Panels over slots, (slots / panel, K, panel): the right operand of Q K^T.
+  void pack_transposed(const View& view, int64_t slots, Scalar* panels) const {
+    Scalar* const part = scratch_of<S>(kResult, larger(kBlockRows, kPanel) * padded_width);
+    for (int64_t j = 0; j < slots; j += kPanel) {
+      for (int64_t i = 0; i < kPanel; ++i) {
+        copy_row(view, j + i, part + i * width, width);
+      }
+      Scalar* const panel = panels + j * width;
+      for (int64_t k = 0; k < width; ++k) {
+        S::store(panel + k * kPanel, S::gather(part + k, width));
+        S::store(panel + k * kPanel + S::kLanes,
+                 S::gather(part + S::kLanes * width + k, width));
+      }
+    }
+  }
+
+  // A slot's row, 0 beyond the last slot and where it is masked: 0 * NaN is NaN.
+  void copy_row(const View& view, int64_t slot, Scalar* to, int64_t columns) const {
+    if (slot >= args.slots || !takes_part(slot)) {
+      for (int64_t k = 0; k < columns; ++k) to[k] = 0;
+      return;
+    }
+    widen<S>(rows(view) + slot * view.row_stride, to, columns);
+  }
+
+  // Panels over columns, (K / panel, rows, panel): the right operand of P V.
+  void pack(const View& view, int64_t first, int64_t count, bool slots, Scalar* panels) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const bool is_zero = slots && !takes_part(first + i);
+      const T* const row = rows(view) + (first + i) * view.row_stride;
+      for (int64_t k = 0; k < width; k += S::kLanes) {
+        const int64_t left = width - k;
+        const auto x = is_zero               ? S::zero()
+                       : left >= S::kLanes ? S::load(row + k)
+                                           : S::load(row + k, static_cast<int>(left));
+        S::store(panels + k / kPanel * count * kPanel + i * kPanel + k % kPanel, x);
+      }
+      for (int64_t k = round_up(width, S::kLanes); k < padded_width; k += S::kLanes) {
+        S::store(panels + k / kPanel * count * kPanel + i * kPanel + k % kPanel, S::zero());
+      }
+    }
+  }
+
+  // Turns a row of products into probabilities, in place; 0 from `visible` up to `end`. The
+  // natural log-sum-exp goes to `lse`. `factor` gets what top-k and dropout put on each.
+  // Returns whether there is a factor.
+  bool softmax(Scalar* row, int64_t t, int64_t end, Scalar* lse, Scalar* factor) const {
+    const int64_t count = visible(t);
+    if (first_visible >= count) {
+      for (int64_t j = 0; j < end; ++j) row[j] = 0;
+      *lse = std::numeric_limits<Scalar>::infinity();
+      return false;
+    }
+    const auto low = S::set(-std::numeric_limits<Scalar>::infinity());
+    const auto scale = S::set(static_cast<Scalar>(args.scale));
+    auto most = low;
+    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      auto x = get<S>(row + j, part) * scale;
+      if (mask != nullptr) x = S::if_nonzero(get<S>(mask + j, part), x, low);
+      put<S>(row + j, x, part);
+      most = S::max(most, keep<S>(x, low, part));
+    });
+    const bool has_top_k = args.top_k != 0 && args.top_k < count;
+    if (has_top_k) keep_top_k(row, factor, count, args.top_k);
+    const Scalar maximum = S::maximum(most);
+    const auto shift = S::set(maximum);
+    auto sum = S::zero();
+    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const auto p = S::exp(get<S>(row + j, part) - shift);
+      put<S>(row + j, p, part);
+      sum = sum + keep<S>(p, S::zero(), part);
+    });
+    const Scalar total = S::sum(sum);
+    *lse = maximum + std::log(total);
+    const auto inverse = S::set(1 / total);
+    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      put<S>(row + j, get<S>(row + j, part) * inverse, part);
+    });
+    for (int64_t j = count; j < end; ++j) row[j] = 0;
+    if (args.seed != nullptr) {
+      const Scalar kept = static_cast<Scalar>(args.keep_factor);
+      const auto keys = dropout::row_keys(*args.seed, (b * args.heads + h) * args.tokens + t);
+      for (int64_t j = 0; j < count; ++j) {
+        const bool stays = dropout::bits(keys, static_cast<uint32_t>(j)) >= args.drop_threshold;
+        const Scalar f = stays ? kept : 0;
+        factor[j] = has_top_k ? factor[j] * f : f;
+      }
+    }
+    return has_top_k || args.seed != nullptr;
+  }
+};
+
+// How the query blocks of every (batch, head) are shared out.
+template <class S>
+struct Split {
+  int64_t block_rows, blocks, ranges, items;
+
+  Split(const MemoryAttention& args, int64_t wanted_items) {
+    const int64_t rows = kBlockElements / round_up(args.slots, 2 * S::kLanes);
+    block_rows = larger<int64_t>(S::kRows, smaller(kBlockRows, rows / S::kRows * S::kRows));
+    blocks = (args.tokens + block_rows - 1) / block_rows;
+    const int64_t heads = args.batch * args.heads;
+    // two blocks at least: each item packs keys and values for itself
+    const int64_t most = larger<int64_t>(1, blocks / 2);
+    ranges = smaller(most, (wanted_items + heads - 1) / heads);
+    items = heads * ranges;
+  }
+};
+
+// A few rows, one at a time and straight from where keys and values lie.
+template <class S, class T>
+static void attend_rows(const MemoryAttentionForward& args) {
+  using Scalar = typename S::Scalar;
+  parallel(args.batch * args.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Head<S, T> head(args, item);
+      const T* const keys = head.rows(args.key);
+      const T* const values = head.rows(args.value);
+      Scalar* const row = scratch_of<S>(kScores, args.slots);
+      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const query = scratch_of<S>(kQueries, head.padded_width);
+      Scalar* const out = scratch_of<S>(kResult, head.padded_width);
+      for (int64_t t = 0; t < args.tokens; ++t) {
+        const int64_t count = head.visible(t);
+        widen<S>(head.rows(args.query) + t * args.query.row_stride, query, head.width);
+        for (int64_t j = 0; j < count; ++j) {
+          const T* const key = keys + j * args.key.row_stride;
+          auto dot = S::zero();
+          if (head.takes_part(j)) {
+            vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+              dot = S::fma(get<S>(query + k, part), get<S>(key + k, part), dot);
+            });
+          }
+          row[j] = S::sum(dot);
+        }
+        const int64_t index = item * args.tokens + t;
+        const bool has_factor =
+            head.softmax(row, t, count, static_cast<Scalar*>(args.lse) + index, factor);
+        for (int64_t k = 0; k < head.width; ++k) out[k] = 0;
+        for (int64_t j = 0; j < count; ++j) {
+          if (!head.takes_part(j)) continue;
+          const auto p = S::set(has_factor ? row[j] * factor[j] : row[j]);
+          const T* const value = values + j * args.value.row_stride;
+          vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+            put<S>(out + k, S::fma(p, get<S>(value + k, part), get<S>(out + k, part)), part);
+          });
+        }
+        T* const result = static_cast<T*>(args.out) +
+                          ((head.b * args.tokens + t) * args.heads + head.h) * head.width;
+        narrow<S>(out, result, head.width);
+      }
+    }
+  });
+}
+
+template <class S, class T>
+static void attention_forward(const MemoryAttentionForward& args) {
+  using Scalar = typename S::Scalar;
+  if (args.tokens <= kFewRows) return attend_rows<S, T>(args);
+  const Split<S> split(args, kForwardItems);
+  parallel(split.items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Head<S, T> head(args, item / split.ranges);
+      constexpr int64_t kPanel = Head<S, T>::kPanel;
+      const int64_t seen = head.visible(args.tokens - 1);
+      Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.width);
+      Scalar* const values = scratch_of<S>(kValuePanels, seen * head.padded_width);
+      head.pack_transposed(args.key, seen, keys);
+      head.pack(args.value, 0, seen, true, values);
+      // not a power of two: rows that far apart would share one set of the first cache
+      const int64_t stride = head.padded_slots + S::kLanes;
+      Scalar* const scores = scratch_of<S>(kScores, split.block_rows * stride);
+      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const result = scratch_of<S>(kResult, kBlockRows * head.padded_width);
+      for (int64_t block = item % split.ranges; block < split.blocks; block += split.ranges) {
+        const int64_t first = block * split.block_rows;
+        const int64_t rows = smaller(split.block_rows, args.tokens - first);
+        const int64_t slots = head.visible(first + rows - 1);
+        int64_t query_stride;
+        const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
+        multiply<S>(rows, round_up(slots, kPanel), head.width, query, query_stride, 1, keys,
+                    head.width * kPanel, scores, stride, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          Scalar* const row = scores + i * stride;
+          const int64_t index = (head.b * args.heads + head.h) * args.tokens + first + i;
+          const bool has_factor = head.softmax(row, first + i, slots,
+                                               static_cast<Scalar*>(args.lse) + index, factor);
+          const int64_t count = has_factor ? head.visible(first + i) : 0;
+          for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
+        }
+        multiply<S>(rows, head.padded_width, slots, scores, stride, 1, values, seen * kPanel,
+                    result, head.padded_width, false);
+        for (int64_t i = 0; i < rows; ++i) {
+          T* const out = static_cast<T*>(args.out) +
+                         ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
+          narrow<S>(result + i * head.padded_width, out, head.width);
+        }
+      }
+    }
+  });
+}
+
+// The gradient of one (batch, head) from some of its query blocks: dquery's rows are final, dkey
+// and dvalue (padded slots, padded width) are this item's part.
+template <class S, class T>
+static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>& head,
+                          const Split<S>& split, int64_t range, typename S::Scalar* dkey,
+                          typename S::Scalar* dvalue) {
+  using Scalar = typename S::Scalar;
+  constexpr int64_t kPanel = Head<S, T>::kPanel;
+  const bool needs_dquery = args.dquery != nullptr, needs_bank = dkey != nullptr;
+  const int64_t seen = head.visible(args.tokens - 1);
+  const int64_t width = head.padded_width, stride = head.padded_slots + S::kLanes;
+  Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.width);
+  Scalar* const values = scratch_of<S>(kValuePanels, head.padded_slots * head.width);
+  head.pack_transposed(args.key, seen, keys);
+  head.pack_transposed(args.value, seen, values);
+  Scalar* const key_rows = needs_dquery ? scratch_of<S>(kKeyRows, seen * width) : nullptr;
+  if (needs_dquery) head.pack(args.key, 0, seen, true, key_rows);
+  Scalar* const scores = scratch_of<S>(kScores, split.block_rows * stride);
+  Scalar* const dscores = scratch_of<S>(kDscores, split.block_rows * stride);
+  Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+  Scalar* const result = scratch_of<S>(kResult, kBlockRows * width);
+  Scalar* const query_panels = scratch_of<S>(kQueryPanels, kBlockRows * width);
+  Scalar* const dout_panels = scratch_of<S>(kDoutPanels, kBlockRows * width);
+  for (int64_t block = range; block < split.blocks; block += split.ranges) {
+    const int64_t first = block * split.block_rows;
+    const int64_t rows = smaller(split.block_rows, args.tokens - first);
+    const int64_t slots = head.visible(first + rows - 1);
+    const int64_t padded = round_up(slots, kPanel);
+    int64_t query_stride, dout_stride;
+    const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
+    const Scalar* dout = head.dense(args.dout, first, rows, kDout, &dout_stride);
+    multiply<S>(rows, padded, head.width, query, query_stride, 1, keys, head.width * kPanel,
+                scores, stride, false);
+    multiply<S>(rows, padded, head.width, dout, dout_stride, 1, values, head.width * kPanel,
+                dscores, stride, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      Scalar* const p = scores + i * stride;
+      Scalar* const ds = dscores + i * stride;
+      const int64_t count = head.visible(first + i);
+      // the scores again, and their softmax from them: from a rounded log-sum-exp, a one-hot row
+      // would not cancel exactly
+      Scalar lse;
+      const bool has_factor = head.softmax(p, first + i, slots, &lse, factor);
+      auto sum = S::zero();
+      vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+        auto d = get<S>(ds + j, part);
+        if (has_factor) d = d * get<S>(factor + j, part);
+        put<S>(ds + j, d, part);
+        sum = sum + keep<S>(d * get<S>(p + j, part), S::zero(), part);
+      });
+      const auto delta = S::set(S::sum(sum)), scale = S::set(static_cast<Scalar>(args.scale));
+      vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+        const auto x = get<S>(p + j, part);
+        put<S>(ds + j, (get<S>(ds + j, part) - delta) * x * scale, part);
+        if (has_factor) put<S>(p + j, x * get<S>(factor + j, part), part);
+      });
+      for (int64_t j = count; j < slots; ++j) ds[j] = 0;
+    }
+    if (needs_dquery) {
+      multiply<S>(rows, width, slots, dscores, stride, 1, key_rows, seen * kPanel, result, width,
+                  false);
+      for (int64_t i = 0; i < rows; ++i) {
+        T* const dquery =
+            static_cast<T*>(args.dquery) +
+            ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
+        narrow<S>(result + i * width, dquery, head.width);
+      }
+    }
+    if (needs_bank) {
+      head.pack(args.query, first, rows, false, query_panels);
+      head.pack(args.dout, first, rows, false, dout_panels);
+      multiply<S>(slots, width, rows, scores, 1, stride, dout_panels, rows * kPanel, dvalue,
+                  width, true);
+      multiply<S>(slots, width, rows, dscores, 1, stride, query_panels, rows * kPanel, dkey,
+                  width, true);
+    }
+  }
+}
+
+template <class S, class T>
+static void attention_backward(const MemoryAttentionBackward& args) {
+  using Scalar = typename S::Scalar;
+  const Split<S> split(args, kBackwardItems);
+  const bool needs_bank = args.dkey_value != nullptr;
+  const int64_t width = round_up(args.width, 2 * S::kLanes);
+  const int64_t bank = args.slots * width;  // elements of dkey, or dvalue, of one head
+  // with one range a head, its thread's scratch will do
+  const bool has_parts = needs_bank && split.ranges > 1;
+  const Shared parts(has_parts ? split.items * 2 * bank * sizeof(Scalar) : 0);
+  // one slot's rows of dkey and dvalue, to the dtype and layout of the result
+  const auto finish = [&](int64_t b, int64_t h, int64_t slot, const Scalar* dkey,
+                          const Scalar* dvalue) {
+    T* const row = static_cast<T*>(args.dkey_value) +
+                   (((b * args.slots + slot) * 2) * args.heads + h) * args.width;
+    narrow<S>(dkey, row, args.width);
+    narrow<S>(dvalue, row + args.heads * args.width, args.width);
+  };
+  parallel(split.items, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Head<S, T> head(args, item / split.ranges);
+      Scalar *dkey = nullptr, *dvalue = nullptr;
+      if (has_parts) {
+        dkey = static_cast<Scalar*>(parts.memory) + item * 2 * bank;
+        dvalue = dkey + bank;
+      } else if (needs_bank) {
+        dkey = scratch_of<S>(kDkey, bank);
+        dvalue = scratch_of<S>(kDvalue, bank);
+      }
+      if (needs_bank) {
+        std::memset(dkey, 0, bank * sizeof(Scalar));
+        std::memset(dvalue, 0, bank * sizeof(Scalar));
+      }
+      backward_item<S, T>(args, head, split, item % split.ranges, dkey, dvalue);
+      for (int64_t j = 0; needs_bank && !has_parts && j < args.slots; ++j) {
+        finish(head.b, head.h, j, dkey + j * width, dvalue + j * width);
+      }
+    }
+  });
+  if (!has_parts) return;
+  const int64_t rows = args.batch * args.heads * args.slots;
+  parallel(rows, larger<int64_t>(1, kGrain / (split.ranges * width)),
+           [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t head = row / args.slots, slot = row % args.slots;
+      Scalar* const first =
+          static_cast<Scalar*>(parts.memory) + head * split.ranges * 2 * bank + slot * width;
+      for (int64_t range = 1; range < split.ranges; ++range) {
+        accumulate<S>(first, first + range * 2 * bank, width);
+        accumulate<S>(first + bank, first + bank + range * 2 * bank, width);
+      }
+      finish(head / args.heads, head % args.heads, slot, first, first + bank);
+    }
+  });
+}
+
+template <class S>
+void memory_attention_forward(const MemoryAttentionForward& args) {
+  if constexpr (sizeof(typename S::Scalar) == 8) {
+    attention_forward<S, double>(args);
+  } else if (args.dtype == Dtype::bfloat16) {
+    attention_forward<S, bfloat16>(args);
+  } else if (args.dtype == Dtype::float16) {
+    attention_forward<S, float16>(args);
+  } else {
+    attention_forward<S, float>(args);
+  }
+}
+
+template <class S>
+void memory_attention_backward(const MemoryAttentionBackward& args) {
+  if constexpr (sizeof(typename S::Scalar) == 8) {
+    attention_backward<S, double>(args);
+  } else if (args.dtype == Dtype::bfloat16) {
+    attention_backward<S, bfloat16>(args);
+  } else if (args.dtype == Dtype::float16) {
+    attention_backward<S, float16>(args);
+  } else {
+    attention_backward<S, float>(args);
+  }
+}
+
+}  // namespace
+}  // namespace lm2::cpu

@@ -1,0 +1,180 @@
+// residual_layer_norm on the CPU: LayerNorm(x + residual), forward and backward.
+//
+// One thread owns a row. The sum of the two inputs stays in the thread's scratch while mean,
+// variance and result are computed from it.
+#pragma once
+
+#include "rows.h"
+
+namespace lm2::cpu {
+namespace {
+
+// total[i] = x + residual of one row, through the piece buffers.
+template <class S>
+static void add_row(const ResidualLayerNorm& args, int64_t row, typename S::Scalar* total) {
+  using Scalar = typename S::Scalar;
+  alignas(64) Scalar x_buffer[kPiece], residual_buffer[kPiece];
+  const int64_t b = row / args.tokens, t = row % args.tokens;
+  for (int64_t column = 0; column < args.width; column += kPiece) {
+    const int64_t count = smaller(kPiece, args.width - column);
+    const Scalar* x = read<S>(row_of(args.x, b, t, column), args.x.dtype, count, x_buffer);
+    const Scalar* residual = read<S>(row_of(args.residual, b, t, column), args.residual.dtype,
+                                     count, residual_buffer);
+    vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      put<S>(total + column + i, get<S>(x + i, part) + get<S>(residual + i, part), part);
+    });
+  }
+}
+
+// The sum of f(element vector) over a row; lanes that are not there give f nothing to add.
+template <class S, class F>
+LM2_INLINE typename S::Scalar row_sum(int64_t width, const F& term) {
+  // four chains: a quarter of the length, and of the wait for each addition
+  typename S::V sum[4] = {S::zero(), S::zero(), S::zero(), S::zero()};
+  int64_t i = 0;
+  for (; i + 4 * S::kLanes <= width; i += 4 * S::kLanes) {
+    for (int chain = 0; chain < 4; ++chain) {
+      sum[chain] = sum[chain] + term(i + chain * S::kLanes, Whole{});
+    }
+  }
+  for (; i + S::kLanes <= width; i += S::kLanes) sum[0] = sum[0] + term(i, Whole{});
+  typename S::Scalar rest = 0;
+  if (i < width) {
+    alignas(64) typename S::Scalar last[S::kLanes];
+    S::store(last, term(i, Part{static_cast<int>(width - i)}));
+    for (int lane = 0; lane < width - i; ++lane) rest += last[lane];
+  }
+  return S::sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <class S>
+void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
+  using Scalar = typename S::Scalar;
+  const int64_t width = args.width;
+  const int64_t bytes = round_up(width * static_cast<int64_t>(sizeof(Scalar)), 64);
+  const Shared parameters(2 * bytes);
+  Scalar* const place = static_cast<Scalar*>(parameters.memory);
+  const Scalar* weight = read<S>(args.weight, args.parameter_dtype, width, place);
+  const Scalar* bias =
+      read<S>(args.bias, args.parameter_dtype, width, place + bytes / sizeof(Scalar));
+  parallel(args.batch * args.tokens, larger<int64_t>(1, kGrain / width),
+           [&](int64_t begin, int64_t end) {
+    Scalar* const total = static_cast<Scalar*>(scratch(0, bytes));
+    alignas(64) Scalar out_buffer[kPiece];
+    for (int64_t row = begin; row < end; ++row) {
+      add_row<S>(args, row, total);
+      const auto term = [&](int64_t i, auto part) __attribute__((always_inline)) {
+        return get<S>(total + i, part);
+      };
+      const Scalar mean = row_sum<S>(width, term) / static_cast<Scalar>(width);
+      const auto m = S::set(mean);
+      const auto square = [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const auto centred = get<S>(total + i, part) - m;
+        return centred * centred;
+      };
+      const Scalar variance = row_sum<S>(width, square) / static_cast<Scalar>(width);
+      const Scalar rstd = 1 / std::sqrt(variance + static_cast<Scalar>(args.eps));
+      static_cast<Scalar*>(args.mean)[row] = mean;
+      static_cast<Scalar*>(args.rstd)[row] = rstd;
+      for (int64_t column = 0; column < width; column += kPiece) {
+        const int64_t count = smaller(kPiece, width - column);
+        const auto out = Destination<S>::open(at(args.out, args.dtype, row * width + column),
+                                              args.dtype, out_buffer);
+        vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+          const auto normed = (get<S>(total + column + i, part) - m) * S::set(rstd);
+          put<S>(out.row + i,
+                 S::fma(normed, get<S>(weight + column + i, part),
+                        get<S>(bias + column + i, part)),
+                 part);
+        });
+        out.finish(count);
+      }
+    }
+  });
+}
+
+template <class S>
+void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
+  using Scalar = typename S::Scalar;
+  const int64_t width = args.width, rows = args.batch * args.tokens;
+  const int64_t bytes = round_up(width * static_cast<int64_t>(sizeof(Scalar)), 64);
+  const int64_t stride = bytes / static_cast<int64_t>(sizeof(Scalar));
+  // rows whose parameter gradients are added up by one thread: by the shape alone, so that the
+  // sums do not depend on how many threads there are
+  const int64_t chunk = larger<int64_t>(16, (rows + 127) / 128);
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const bool needs_parameters = args.dweight != nullptr;
+  const Shared shared(bytes + (needs_parameters ? 2 * chunks * bytes : 0));
+  Scalar* const place = static_cast<Scalar*>(shared.memory);
+  const Scalar* weight = read<S>(args.weight, args.parameter_dtype, width, place);
+  Scalar* const partials = place + stride;  // (chunks, 2, stride): dweight and dbias
+  parallel(chunks, larger<int64_t>(1, kGrain / (chunk * width)), [&](int64_t begin, int64_t end) {
+    Scalar* const normed = static_cast<Scalar*>(scratch(0, bytes));
+    Scalar* const gradient = static_cast<Scalar*>(scratch(1, bytes));
+    alignas(64) Scalar buffer[kPiece];
+    for (int64_t item = begin; item < end; ++item) {
+      Scalar* const dweight = partials + 2 * item * stride;
+      Scalar* const dbias = dweight + stride;
+      if (needs_parameters) {
+        for (int64_t i = 0; i < width; ++i) dweight[i] = dbias[i] = 0;
+      }
+      for (int64_t row = item * chunk; row < smaller((item + 1) * chunk, rows); ++row) {
+        add_row<S>(args, row, normed);
+        const auto m = S::set(static_cast<const Scalar*>(args.mean)[row]);
+        const auto r = S::set(static_cast<const Scalar*>(args.rstd)[row]);
+        const Scalar size = static_cast<Scalar>(width);
+        // a large mean has lost digits: what is left of it must not count as signal
+        const auto centred = [&](int64_t i, auto part) __attribute__((always_inline)) {
+          return get<S>(normed + i, part) - m;
+        };
+        const auto left = S::set(row_sum<S>(width, centred) / size);
+        for (int64_t column = 0; column < width; column += kPiece) {
+          const int64_t count = smaller(kPiece, width - column);
+          const Scalar* dout = read<S>(
+              row_of(args.dout, row / args.tokens, row % args.tokens, column), args.dout.dtype,
+              count, buffer);
+          vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+            const int64_t c = column + i;
+            const auto n = ((get<S>(normed + c, part) - m) - left) * r;
+            const auto d = get<S>(dout + i, part);
+            put<S>(normed + c, n, part);
+            put<S>(gradient + c, d * get<S>(weight + c, part), part);
+            if (needs_parameters) {
+              put<S>(dweight + c, S::fma(d, n, get<S>(dweight + c, part)), part);
+              put<S>(dbias + c, get<S>(dbias + c, part) + d, part);
+            }
+          });
+        }
+        if (args.dx == nullptr) continue;
+        const auto g = [&](int64_t i, auto part) __attribute__((always_inline)) {
+          return get<S>(gradient + i, part);
+        };
+        const auto gn = [&](int64_t i, auto part) __attribute__((always_inline)) {
+          return get<S>(gradient + i, part) * get<S>(normed + i, part);
+        };
+        const auto mean_g = S::set(row_sum<S>(width, g) / size);
+        const auto mean_gn = S::set(row_sum<S>(width, gn) / size);
+        for (int64_t column = 0; column < width; column += kPiece) {
+          const int64_t count = smaller(kPiece, width - column);
+          const auto dx = Destination<S>::open(at(args.dx, args.dx_dtype, row * width + column),
+                                               args.dx_dtype, buffer);
+          vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+            const int64_t c = column + i;
+            const auto d = get<S>(gradient + c, part) - mean_g -
+                           get<S>(normed + c, part) * mean_gn;
+            put<S>(dx.row + i, d * r, part);
+          });
+          dx.finish(count);
+        }
+      }
+    }
+  });
+  if (needs_parameters) {
+    sum_partials<S>(partials, chunks, 2 * stride, width, args.dweight, args.parameter_dtype);
+    sum_partials<S>(partials + stride, chunks, 2 * stride, width, args.dbias,
+                    args.parameter_dtype);
+  }
+}
+
+}  // namespace
+}  // namespace lm2::cpu

@@ -1,0 +1,44 @@
+// The operators' schemas: the contract of lm2_kernels/backends/__init__.py in torch's words.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace lm2 {
+
+template <class Library>
+void define_schemas(Library& m) {
+  m.def(
+      "memory_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? slot_mask, "
+      "Tensor? seed, bool causal, SymInt slot_offset, float scale, int? top_k, float dropout_p) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "memory_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, "
+      "Tensor? slot_mask, Tensor? seed, Tensor out, Tensor lse, bool causal, SymInt slot_offset, "
+      "float scale, int? top_k, float dropout_p, bool needs_dquery, bool needs_dkey_value) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "memory_update_forward(Tensor hidden, Tensor candidate, Tensor memory, Tensor input_gate, "
+      "Tensor forget_gate, Tensor? output_gate, Tensor? gate_bias, str output) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "memory_update_backward(Tensor? doutput, Tensor? dnew_memory, Tensor candidate, "
+      "Tensor memory, Tensor input_gate, Tensor forget_gate, Tensor? output_gate, "
+      "Tensor? gate_bias, str output, bool needs_dcandidate, bool needs_dmemory, "
+      "bool needs_dgates) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_backward(Tensor dout, Tensor x, Tensor residual, Tensor weight, "
+      "Tensor mean, Tensor rstd, bool needs_dx, bool needs_dparams) "
+      "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "pooled_gate_forward(Tensor x, Tensor weight, Tensor? pooled_sum, bool prefix, "
+      "SymInt num_pooled) -> (Tensor, Tensor)");
+  m.def(
+      "pooled_gate_backward(Tensor? dpooled, Tensor? dnew_sum, Tensor x, Tensor weight, "
+      "bool prefix, SymInt num_pooled, bool needs_dx, bool needs_dweight, "
+      "bool needs_dpooled_sum) -> (Tensor, Tensor, Tensor)");
+}
+
+}  // namespace lm2

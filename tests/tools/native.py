@@ -1,0 +1,13 @@
+"""Whether the compiled extension is here, for tests that need it."""
+
+import pytest
+
+from lm2_kernels import extension
+
+
+def cpp_reason() -> str | None:
+    """Why the C++ kernels cannot run on this machine, or None."""
+    return extension.cpu_reason()
+
+
+needs_cpp = pytest.mark.skipif(cpp_reason() is not None, reason=f"cpp: {cpp_reason()}")
