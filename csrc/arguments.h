@@ -21,7 +21,7 @@ struct View {
   int64_t row_stride = 0;   // of the token or slot axis; 0 for a gate (B, 1, D)
   int64_t head_stride = 0;  // of (B, T, H, K) tensors only
 
-  explicit operator bool() const { return data != nullptr; }
+  constexpr explicit operator bool() const { return data != nullptr; }
 };
 
 // All sizes are at least 1. "Contiguous" results are dense in the order of axes given.

@@ -1,20 +1,132 @@
-"""STUB by the lead: the API that tests/conftest.py and tests/test_backends.py already call.
+"""The CUDA kernels on the CPU: csrc/cuda compiled with the emulator of tests/native, as operators.
 
-``emulation_reason() -> str | None``: cheap (no build): why the CUDA kernels cannot be emulated here
-(no g++, no CUDA headers, not x86-64, extension.cpu_reason() not needed), or None.
-``emulated_cuda(seed: int = 0)``: context manager; builds/loads the library once, sets the
-emulator's order seed, and makes ``backend="cpp"`` run the emulated operators on CPU tensors:
-``cpp.NAMESPACE = "lm2_kernels_emulated"``, ``cpp._cuda_like = {"cpu", "cuda"}`` and
-``extension.cpu_reason`` must give None; all restored at exit.
+The library holds the kernels and bindings of ``_cuda``; its operators take CPU tensors under another
+namespace, which ``emulated_cuda`` has the cpp backend use.
 """
 
 import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
+
+from lm2_kernels import extension
+from lm2_kernels.backends import cpp
+
+ROOT = Path(__file__).parent.parent.parent
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
+NATIVE = ROOT / "tests" / "native"
+NAMESPACE = "lm2_kernels_emulated"
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020B000000000000ULL"
+
+_library: ctypes.CDLL | None = None
 
 
-def emulation_reason():
-    return "stub"
+def cuda_include() -> Path | None:
+    """The folder of a CUDA toolkit's headers, or None."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc:
+        roots.insert(2, str(Path(nvcc).resolve().parent.parent))
+    for root in filter(None, roots):
+        folder = Path(root, "include")
+        if (folder / "cuda_fp16.h").exists() and (folder / "cuda_runtime_api.h").exists():
+            return folder
+    return None
+
+
+def emulation_reason() -> str | None:
+    """Why the CUDA kernels cannot be emulated on this machine, or None."""
+    if platform.machine() != "x86_64":
+        return f"the emulator switches fibers on x86-64 only, this is {platform.machine()}"
+    if shutil.which("g++") is None:
+        return "no g++ to compile the emulator with"
+    if cuda_include() is None:
+        return "no CUDA toolkit, whose headers the kernels include"
+    return None
+
+
+def emulator_command(source: Path, result: Path, *flags: str) -> list[str]:
+    """How one file of kernels is compiled for the emulator."""
+    return [
+        *("g++", "-c", "-x", "c++", "-std=c++20", "-fPIC", *flags, f"-I{cuda_include()}"),
+        *("-include", str(NATIVE / "cuemu.h"), str(source), "-o", str(result)),
+    ]
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Run compilers side by side; the first that fails is an error with what it said."""
+
+    def run(command: list[str]) -> None:
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{answer.stderr[-4000:]}")
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, commands))
+
+
+def _build(folder: Path) -> Path:
+    commands, objects = [], []
+    for source in sorted(CUDA_SOURCES.glob("*.cu")):
+        objects.append(folder / f"{source.stem}.o")
+        commands.append(emulator_command(source, objects[-1], "-O2"))
+    objects.append(folder / "emulated_runtime.o")
+    commands.append(emulator_command(NATIVE / "emulated_runtime.cpp", objects[-1], "-O1"))
+    objects.append(folder / "bindings.o")
+    torch_include = include_paths()[0]
+    commands.append(
+        [
+            *("g++", "-c", "-std=c++20", "-fPIC", "-O1", "-DLM2_EMULATED_CUDA", _TORCH_TARGET),
+            *("-isystem", torch_include, f"-I{cuda_include()}"),
+            *(str(CUDA_SOURCES / "bindings.cpp"), "-o", str(objects[-1])),
+        ]
+    )
+    run_all(commands)
+    library = folder / "emulated.so"
+    linked = ["g++", "-shared", "-Wl,--no-undefined", *map(str, objects), "-o", str(library)]
+    run_all([[*linked, f"-L{TORCH_LIB_PATH}", "-ltorch_cpu"]])
+    return library
+
+
+def _load() -> ctypes.CDLL:
+    """Build the library once for these sources and this torch, whoever asks first."""
+    global _library
+    if _library is None:
+        digest = hashlib.sha256(torch.__version__.encode())
+        for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.*")]):
+            digest.update(path.read_bytes())
+        cache = Path(tempfile.gettempdir(), f"lm2_kernels_emulated_{os.getuid()}")
+        cache.mkdir(mode=0o700, exist_ok=True)
+        library = cache / f"{digest.hexdigest()[:20]}.so"
+        with (cache / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                with tempfile.TemporaryDirectory(dir=cache) as folder:
+                    _build(Path(folder)).rename(library)
+        torch.ops.load_library(str(library))
+        _library = ctypes.CDLL(str(library))
+    return _library
 
 
 @contextlib.contextmanager
-def emulated_cuda(seed=0):
-    yield
+def emulated_cuda(seed: int = 0) -> Iterator[None]:
+    """Have ``backend="cpp"`` run the CUDA kernels on CPU tensors, in the order that a seed gives."""
+    library = _load()
+    library.lm2_set_seed(ctypes.c_uint64(seed))
+    before = cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason
+    cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason = NAMESPACE, {"cpu", "cuda"}, None
+    try:
+        yield
+    finally:
+        cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason = before

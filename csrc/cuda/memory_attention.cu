@@ -1,0 +1,557 @@
+// memory_attention in CUDA C++: forward and backward, bf16, fp16 (tensor cores) and exact float32.
+//
+// Every pass has one form: a block owns some rows of one (batch, head), 16 a warp, of queries or of
+// slots, loops over tiles of the other kind, computes the tile's scores S from the two, turns them
+// into weights W, and adds W Y to what it owns:
+//
+//   pass      owns      other     W                        Y
+//   forward   queries   slots     P, by online softmax     V
+//   statistic queries   slots     none: row sums of P and of P * dP (float32 only)
+//   dquery    queries   slots     dS = P (dP - delta)      K
+//   dkey      slots     queries   dS^T                     Q
+//   dvalue    slots     queries   (P * dropout)^T          dO
+//
+// with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
+// P comes from the log-sum-exp. In float32 its rounding is made good by the row's own sums, so that
+// a one-hot row cancels as in a plain softmax; in 16 bits delta is rowsum(dO * O).
+//
+// Layout: (B, T or N, H, K) by strides; tiles lie in shared memory, zero where a slot is masked or
+// a row or column is not there.
+#include "../dropout.h"
+#include "cuda.h"
+#include "simt.h"
+
+namespace lm2::cuda {
+namespace {
+
+enum class Pass { forward, statistic, dquery, dkey, dvalue };
+
+// What a kernel is given beside the arguments of the op.
+struct Job {
+  MemoryAttention args;
+  View dout;
+  const float* lse;
+  float* correction;  // (B, H, T): 1 / sum of exp(s - lse); null: 1
+  float* delta;       // (B, H, T)
+  void* result;       // out, dquery or dkey_value
+  float* lse_out;
+  bool vectors;       // rows start at multiples of 16 bytes and are whole ones
+};
+
+template <class T, int kWidth>
+struct Tiles {
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int kWarps = kWidth == 256 ? (kIsFloat ? 1 : 2) : (kIsFloat ? 2 : 4);
+  static constexpr int kOwned = 16 * kWarps;
+  static constexpr int kOther = kIsFloat ? (kWidth == 256 ? 8 : 16) : (kWidth == 256 ? 16 : 32);
+  // 16 bytes more than a power of two: rows start in different banks
+  static constexpr int kStride = kWidth + 16 / static_cast<int>(sizeof(T));
+  static constexpr int kRows = 2 * kOwned + 2 * kOther;
+  // float32 hands its weights from lane to lane through memory
+  static constexpr int kWeights = kIsFloat ? kOwned * (kOther + 1) : 0;
+  static constexpr int kBytes = (kRows * kStride + kWeights) * static_cast<int>(sizeof(T));
+};
+
+__device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+__device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+
+// Rows [first, first + kRows) of a (batch, head) into shared memory.
+template <class T, int kRows, int kWidth, int kThreads>
+__device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
+                                          int64_t h, int64_t first, bool are_slots) {
+  constexpr int kStride = Tiles<T, kWidth>::kStride;
+  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  const MemoryAttention& args = job.args;
+  const int64_t limit = are_slots ? args.slots : args.tokens;
+  const T* const source =
+      static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
+  const uint8_t* const mask =
+      are_slots && args.slot_mask != nullptr ? args.slot_mask + b * args.mask_batch_stride : nullptr;
+  const int width = static_cast<int>(args.width);
+  for (int i = threadIdx.x; i < kRows * (kWidth / kVector); i += kThreads) {
+    const int row = i / (kWidth / kVector), column = i % (kWidth / kVector) * kVector;
+    const int64_t index = first + row;
+    T* const to = tile + row * kStride + column;
+    // 0 * NaN is NaN: a masked slot must not come near
+    const bool is_there =
+        index < limit && (mask == nullptr || mask[index * args.mask_slot_stride] != 0);
+    const T* const from = source + index * view.row_stride + column;
+    if (is_there && job.vectors && column < width) {
+      *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
+    } else {
+      for (int j = 0; j < kVector; ++j) {
+        to[j] = is_there && column + j < width ? from[j] : from_float<T>(0.0f);
+      }
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pair_at(const T* address) {
+  return *reinterpret_cast<const uint32_t*>(address);
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t as_pair(T low, T high) {
+  union {
+    T values[2];
+    uint32_t bits;
+  } pair;
+  pair.values[0] = low;
+  pair.values[1] = high;
+  return pair.bits;
+}
+
+// sum (16 x kOther) = owned rows times other rows, over the head's width.
+template <class T, int kWidth>
+__device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther / 8][4],
+                                          const T* owned, const T* other) {
+  constexpr int kStride = Tiles<T, kWidth>::kStride, kTiles = Tiles<T, kWidth>::kOther / 8;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int n = 0; n < kTiles; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
+  if constexpr (Tiles<T, kWidth>::kIsFloat) {
+    // a chain of 32 terms at a time: shorter chains round less
+    for (int start = 0; start < kWidth; start += 32) {
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        float part[4] = {};
+        for (int k = start; k < start + 32; ++k) {
+          const float a0 = owned[g * kStride + k], a1 = owned[(g + 8) * kStride + k];
+          const float b0 = other[(8 * n + 2 * t) * kStride + k];
+          const float b1 = other[(8 * n + 2 * t + 1) * kStride + k];
+          part[0] = fmaf(a0, b0, part[0]);
+          part[1] = fmaf(a0, b1, part[1]);
+          part[2] = fmaf(a1, b0, part[2]);
+          part[3] = fmaf(a1, b1, part[3]);
+        }
+        for (int i = 0; i < 4; ++i) sum[n][i] += part[i];
+      }
+    }
+  } else {
+#pragma unroll 4
+    for (int k = 0; k < kWidth; k += 16) {
+      const T* const a_row = owned + g * kStride + k + 2 * t;
+      const uint32_t a[4] = {pair_at(a_row), pair_at(a_row + 8 * kStride), pair_at(a_row + 8),
+                             pair_at(a_row + 8 * kStride + 8)};
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        const T* const b_row = other + (8 * n + g) * kStride + k + 2 * t;
+        const uint32_t b[2] = {pair_at(b_row), pair_at(b_row + 8)};
+        lm2_mma_m16n8k16<T>(sum[n], a, b);
+      }
+    }
+  }
+}
+
+// result (16 x kWidth) += weights (16 x kOther) times other rows.
+template <class T, int kWidth>
+__device__ __forceinline__ void add_weighted(float (&result)[kWidth / 8][4],
+                                             const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
+                                             const T* other, float* shared_weights) {
+  constexpr int kStride = Tiles<T, kWidth>::kStride, kOther = Tiles<T, kWidth>::kOther;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  if constexpr (Tiles<T, kWidth>::kIsFloat) {
+    float* const w = shared_weights + threadIdx.x / 32 * 16 * (kOther + 1);
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kOther / 8; ++n) {
+      for (int i = 0; i < 4; ++i) {
+        w[(g + i / 2 * 8) * (kOther + 1) + 8 * n + 2 * t + i % 2] = weights[n][i];
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kWidth / 8; ++n) {
+      float part[4] = {};
+      for (int k = 0; k < kOther; ++k) {
+        const float a0 = w[g * (kOther + 1) + k], a1 = w[(g + 8) * (kOther + 1) + k];
+        const float b0 = other[k * kStride + 8 * n + 2 * t];
+        const float b1 = other[k * kStride + 8 * n + 2 * t + 1];
+        part[0] = fmaf(a0, b0, part[0]);
+        part[1] = fmaf(a0, b1, part[1]);
+        part[2] = fmaf(a1, b0, part[2]);
+        part[3] = fmaf(a1, b1, part[3]);
+      }
+      for (int i = 0; i < 4; ++i) result[n][i] += part[i];
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kOther; k += 16) {
+      // where a product's result lies is where the next one's left operand is wanted
+      const auto& low = weights[k / 8];
+      const auto& high = weights[k / 8 + 1];
+      const uint32_t a[4] = {as_pair(from_float<T>(low[0]), from_float<T>(low[1])),
+                             as_pair(from_float<T>(low[2]), from_float<T>(low[3])),
+                             as_pair(from_float<T>(high[0]), from_float<T>(high[1])),
+                             as_pair(from_float<T>(high[2]), from_float<T>(high[3]))};
+#pragma unroll
+      for (int n = 0; n < kWidth / 8; ++n) {
+        const T* const column = other + (k + 2 * t) * kStride + 8 * n + g;
+        const uint32_t b[2] = {as_pair(column[0], column[kStride]),
+                               as_pair(column[8 * kStride], column[9 * kStride])};
+        lm2_mma_m16n8k16<T>(result[n], a, b);
+      }
+    }
+  }
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+template <class T>
+__device__ __forceinline__ float exponential(float x) {
+  // the fast one is right to well below a 16-bit rounding
+  return sizeof(T) == 4 ? expf(x) : __expf(x);
+}
+
+// Per token what the backward passes need of it.
+struct Token {
+  float lse, correction, delta;
+  dropout::RowKeys keys;
+};
+
+template <class T, int kWidth, Pass kPass>
+// one block is enough: registers are worth more than occupancy
+__global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
+attention_kernel(const Job job) {
+  using Tile = Tiles<T, kWidth>;
+  constexpr int kThreads = Tile::kWarps * 32, kOwned = Tile::kOwned, kOther = Tile::kOther;
+  constexpr int kStride = Tile::kStride;
+  constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
+  constexpr bool kNeedsDp =
+      kPass == Pass::statistic || kPass == Pass::dquery || kPass == Pass::dkey;
+  const MemoryAttention& args = job.args;
+  LM2_DYNAMIC_SHARED(T, shared);
+  T* const owned1 = shared;                     // Q, or K
+  T* const owned2 = owned1 + kOwned * kStride;  // dO, or V
+  T* const other1 = owned2 + kOwned * kStride;  // K, or Q
+  T* const other2 = other1 + kOther * kStride;  // V, or dO
+  float* const weights_memory = reinterpret_cast<float*>(other2 + kOther * kStride);
+
+  const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
+  const int64_t blocks = (owned_count + kOwned - 1) / kOwned;
+  const int64_t head_index = blockIdx.x / blocks;
+  const int64_t b = head_index / args.heads, h = head_index % args.heads;
+  const int64_t first = blockIdx.x % blocks * kOwned;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+
+  load_tile<T, kOwned, kWidth, kThreads>(owned1, job, kOwnsSlots ? args.key : args.query, b, h,
+                                         first, kOwnsSlots);
+  if constexpr (kNeedsDp) {
+    load_tile<T, kOwned, kWidth, kThreads>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h,
+                                           first, kOwnsSlots);
+  }
+
+  const int64_t statistics = head_index * args.tokens;
+  const auto token_of = [&](int64_t index) {
+    Token token = {0.0f, 1.0f, 0.0f, {0, 0}};
+    if (index >= args.tokens) return token;
+    if constexpr (kPass != Pass::forward) {
+      token.lse = job.lse[statistics + index];
+      if constexpr (kPass != Pass::statistic) {
+        if (job.correction != nullptr) token.correction = job.correction[statistics + index];
+        if constexpr (kNeedsDp) token.delta = job.delta[statistics + index];
+      }
+    }
+    if (args.seed != nullptr) token.keys = dropout::row_keys(*args.seed, statistics + index);
+    return token;
+  };
+  // of the two owned rows of this thread; of the other kind they change from tile to tile
+  Token tokens[2];
+  if constexpr (!kOwnsSlots) {
+    for (int i = 0; i < 2; ++i) tokens[i] = token_of(first + 16 * warp + g + 8 * i);
+  }
+
+  float result[kPass == Pass::statistic ? 1 : kWidth / 8][4] = {};
+  // forward: the running maximum and sum; statistic: the sums of P and of P * dP
+  float running[2][2] = {{kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f},
+                         {kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f}};
+
+  int64_t begin = 0, end = kOwnsSlots ? args.tokens : args.slots;
+  if (args.causal) {
+    if constexpr (kOwnsSlots) {
+      begin = larger(0, first - args.slot_offset) / kOther * kOther;
+    } else {
+      end = smaller(end, args.slot_offset + smaller(first + kOwned, args.tokens));
+    }
+  }
+  for (int64_t tile = begin; tile < end; tile += kOther) {
+    // not before all warps have done with the last tile
+    __syncthreads();
+    if constexpr (kPass == Pass::dvalue) {
+      load_tile<T, kOther, kWidth, kThreads>(other2, job, job.dout, b, h, tile, false);
+    } else if constexpr (kNeedsDp || kPass == Pass::forward) {
+      load_tile<T, kOther, kWidth, kThreads>(other2, job, kOwnsSlots ? job.dout : args.value, b,
+                                             h, tile, !kOwnsSlots);
+    }
+    load_tile<T, kOther, kWidth, kThreads>(other1, job, kOwnsSlots ? args.query : args.key, b, h,
+                                           tile, !kOwnsSlots);
+    __syncthreads();
+    float s[kOther / 8][4];
+    scores_of<T, kWidth>(s, owned1 + 16 * warp * kStride, other1);
+    float dp[kNeedsDp ? kOther / 8 : 1][4];
+    if constexpr (kNeedsDp) {
+      scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2);
+    }
+    const float scale = static_cast<float>(args.scale);
+    const float keep_factor = static_cast<float>(args.keep_factor);
+#pragma unroll
+    for (int n = 0; n < kOther / 8; ++n) {
+      Token columns[2];
+      if constexpr (kOwnsSlots) {
+        for (int i = 0; i < 2; ++i) columns[i] = token_of(tile + 8 * n + 2 * t + i);
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int64_t own = first + 16 * warp + g + i / 2 * 8;
+        const int64_t other = tile + 8 * n + 2 * t + i % 2;
+        const int64_t token_index = kOwnsSlots ? other : own;
+        const int64_t slot = kOwnsSlots ? own : other;
+        bool visible = token_index < args.tokens && slot < args.slots &&
+                       (!args.causal || slot <= args.slot_offset + token_index);
+        if (visible && args.slot_mask != nullptr) {
+          visible = args.slot_mask[b * args.mask_batch_stride + slot * args.mask_slot_stride] != 0;
+        }
+        const float x = visible ? s[n][i] * scale : -INFINITY;
+        if constexpr (kPass == Pass::forward) {
+          s[n][i] = x;
+        } else {
+          const Token& token = kOwnsSlots ? columns[i % 2] : tokens[i / 2];
+          const float p =
+              visible ? exponential<T>(x - token.lse) * token.correction : 0.0f;
+          float keep = 1.0f;
+          if (args.seed != nullptr) {
+            const uint32_t bits = dropout::bits(token.keys, static_cast<uint32_t>(slot));
+            keep = bits >= args.drop_threshold ? keep_factor : 0.0f;
+          }
+          if constexpr (kPass == Pass::dvalue) {
+            s[n][i] = p * keep;
+          } else if constexpr (kPass == Pass::statistic) {
+            running[i / 2][0] += p;
+            if (visible) running[i / 2][1] += p * (dp[n][i] * keep);
+          } else {
+            s[n][i] = visible ? p * (dp[n][i] * keep - token.delta) * scale : 0.0f;
+          }
+        }
+      }
+    }
+    if constexpr (kPass == Pass::forward) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        float most = running[row][0];
+#pragma unroll
+        for (int n = 0; n < kOther / 8; ++n) {
+          most = fmaxf(most, fmaxf(s[n][2 * row], s[n][2 * row + 1]));
+        }
+        most = quad_max(most);
+        // nothing seen yet: any finite shift leaves the zeros zero
+        const float shift = most == -INFINITY ? 0.0f : most;
+        const float shrink = exponential<T>(running[row][0] - shift);
+        float sum = 0.0f;
+        const int64_t own = first + 16 * warp + g + 8 * row;
+#pragma unroll
+        for (int n = 0; n < kOther / 8; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& x = s[n][2 * row + i];
+            x = exponential<T>(x - shift);
+            sum += x;
+            if (args.seed != nullptr && own < args.tokens) {
+              const uint32_t slot = static_cast<uint32_t>(tile + 8 * n + 2 * t + i);
+              const bool stays = dropout::bits(tokens[row].keys, slot) >= args.drop_threshold;
+              x = stays ? x * keep_factor : 0.0f;
+            }
+          }
+        }
+        running[row][0] = most;
+        running[row][1] = running[row][1] * shrink + sum;
+#pragma unroll
+        for (int n = 0; n < kWidth / 8; ++n) {
+          result[n][2 * row] *= shrink;
+          result[n][2 * row + 1] *= shrink;
+        }
+      }
+    }
+    if constexpr (kPass != Pass::statistic) {
+      constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey;
+      add_weighted<T, kWidth>(result, s, kTakesFirst ? other1 : other2, weights_memory);
+    }
+  }
+
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const int64_t own = first + 16 * warp + g + 8 * row;
+    float factor = 1.0f;
+    if constexpr (kPass == Pass::forward) {
+      const float sum = quad_sum(running[row][1]);
+      factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      if (t == 0 && own < args.tokens) {
+        job.lse_out[statistics + own] = sum == 0.0f ? INFINITY : running[row][0] + logf(sum);
+      }
+    } else if constexpr (kPass == Pass::statistic) {
+      const float sum = quad_sum(running[row][0]), product = quad_sum(running[row][1]);
+      if (t == 0 && own < args.tokens) {
+        job.correction[statistics + own] = sum == 0.0f ? 0.0f : 1.0f / sum;
+        job.delta[statistics + own] = sum == 0.0f ? 0.0f : product / sum;
+      }
+      continue;
+    }
+    if (own >= owned_count) continue;
+    int64_t offset = (b * args.tokens + own) * args.heads + h;
+    if constexpr (kOwnsSlots) {
+      offset = ((b * args.slots + own) * 2 + (kPass == Pass::dvalue)) * args.heads + h;
+    }
+    T* const out = static_cast<T*>(job.result) + offset * args.width;
+#pragma unroll
+    for (int n = 0; n < (kPass == Pass::statistic ? 1 : kWidth / 8); ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * n + 2 * t + i;
+        if (column < args.width) out[column] = from_float<T>(result[n][2 * row + i] * factor);
+      }
+    }
+  }
+}
+
+// delta[row] = rowsum(dO * O): a warp a row.
+template <class T>
+__global__ void __launch_bounds__(128) delta_kernel(const MemoryAttentionBackward args,
+                                                    float* delta) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
+  const bool is_there = row < args.batch * args.heads * args.tokens;
+  float sum = 0.0f;
+  if (is_there) {
+    const int64_t token = row % args.tokens, head_index = row / args.tokens;
+    const int64_t b = head_index / args.heads, h = head_index % args.heads;
+    const auto start = [&](const View& view) {
+      return static_cast<const T*>(view.data) + b * view.batch_stride +
+             token * view.row_stride + h * view.head_stride;
+    };
+    const T* const dout = start(args.dout);
+    const T* const out = start(args.out);
+    for (int64_t k = lane; k < args.width; k += 32) {
+      sum += to_float(dout[k]) * to_float(out[k]);
+    }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (is_there && lane == 0) delta[row] = sum;
+}
+
+bool has_vectors(const View& view, int64_t width) {
+  if (!view) return true;
+  const int64_t size = view.dtype == Dtype::float32 ? 4 : 2, vector = 16 / size;
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && width % vector == 0 &&
+         view.batch_stride % vector == 0 && view.row_stride % vector == 0 &&
+         view.head_stride % vector == 0;
+}
+
+template <class T, int kWidth, Pass kPass>
+cudaError_t launch(const Job& job, cudaStream_t stream) {
+  using Tile = Tiles<T, kWidth>;
+  constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
+  const int64_t owned = kOwnsSlots ? job.args.slots : job.args.tokens;
+  const int64_t blocks =
+      (owned + Tile::kOwned - 1) / Tile::kOwned * job.args.batch * job.args.heads;
+  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+  const auto kernel = attention_kernel<T, kWidth, kPass>;
+  if constexpr (Tile::kBytes > 48 * 1024) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+        Tile::kBytes);
+    if (error != cudaSuccess) return error;
+  }
+  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kWarps * 32), Tile::kBytes,
+             stream, job);
+  return cudaGetLastError();
+}
+
+template <class T, int kWidth>
+cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t stream) {
+  const int64_t rows = args.batch * args.heads * args.tokens;
+  job.delta = static_cast<float*>(args.workspace);
+  cudaError_t error = cudaSuccess;
+  if constexpr (sizeof(T) == 4) {
+    job.correction = job.delta + rows;
+    error = launch<T, kWidth, Pass::statistic>(job, stream);
+  } else {
+    if (!fits_grid((rows + 3) / 4)) return cudaErrorInvalidConfiguration;
+    LM2_LAUNCH(delta_kernel<T>, dim3(static_cast<unsigned>((rows + 3) / 4)), dim3(128), 0, stream,
+               args, job.delta);
+    error = cudaGetLastError();
+  }
+  if (error == cudaSuccess && args.dquery != nullptr) {
+    job.result = args.dquery;
+    error = launch<T, kWidth, Pass::dquery>(job, stream);
+  }
+  if (error == cudaSuccess && args.dkey_value != nullptr) {
+    job.result = args.dkey_value;
+    error = launch<T, kWidth, Pass::dkey>(job, stream);
+    if (error == cudaSuccess) error = launch<T, kWidth, Pass::dvalue>(job, stream);
+  }
+  return error;
+}
+
+Job job_of(const MemoryAttention& args, const View& dout) {
+  Job job = {};
+  job.args = args;
+  job.dout = dout;
+  job.vectors = true;
+  for (const View& view : {args.query, args.key, args.value, dout}) {
+    job.vectors = job.vectors && has_vectors(view, args.width);
+  }
+  return job;
+}
+
+// Calls run<T, kWidth>() for the op's dtype and the tile that holds its head width.
+template <class Run>
+cudaError_t dispatch(const MemoryAttention& args, const Run& run) {
+  if (args.top_k != 0 || args.width > 256) return cudaErrorInvalidValue;
+  const auto by_width = [&](auto type) {
+    using T = decltype(type);
+    if (args.width <= 64) return run.template operator()<T, 64>();
+    if (args.width <= 128) return run.template operator()<T, 128>();
+    return run.template operator()<T, 256>();
+  };
+  switch (args.dtype) {
+    case Dtype::float32: return by_width(float());
+    case Dtype::float16: return by_width(__half());
+    case Dtype::bfloat16: return by_width(__nv_bfloat16());
+    case Dtype::float64: break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t memory_attention_forward(const MemoryAttentionForward& args, cudaStream_t stream) {
+  Job job = job_of(args, View{});
+  job.result = args.out;
+  job.lse_out = static_cast<float*>(args.lse);
+  return dispatch(args, [&]<class T, int kWidth>() {
+    return launch<T, kWidth, Pass::forward>(job, stream);
+  });
+}
+
+cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaStream_t stream) {
+  Job job = job_of(args, args.dout);
+  job.lse = static_cast<const float*>(args.lse);
+  return dispatch(args, [&]<class T, int kWidth>() {
+    return backward<T, kWidth>(job, args, stream);
+  });
+}
+
+int64_t workspace_bytes(const MemoryAttentionBackward& args) {
+  // delta, and in float32 the correction
+  const int64_t rows = args.batch * args.heads * args.tokens;
+  return rows * (args.dtype == Dtype::float32 ? 8 : 4);
+}
+
+}  // namespace lm2::cuda

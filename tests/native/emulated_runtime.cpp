@@ -1,0 +1,7 @@
+// What the emulated library takes from the CUDA runtime, and the way in for the order of threads.
+// Compiled with -include cuemu.h.
+extern "C" {
+const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
+__attribute__((visibility("default"))) void lm2_set_seed(uint64_t seed) { cuemu::seed() = seed; }
+}

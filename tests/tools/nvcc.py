@@ -1,0 +1,79 @@
+"""What nvcc makes of csrc/cuda for each architecture: warnings, registers, spills, shared memory.
+
+``PYTHONPATH=tests python -m tools.nvcc`` prints the table.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.emulated_cuda import CUDA_SOURCES, cuda_include
+
+ARCHS = (80, 90, 100, 120)
+SOURCES = tuple(sorted(CUDA_SOURCES.glob("*.cu")))
+_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall,-Wextra")
+
+
+class Kernel(NamedTuple):
+    """What ptxas reports of one kernel on one architecture."""
+
+    source: str
+    name: str
+    arch: str
+    registers: int
+    spilled_bytes: int
+
+
+def nvcc_path() -> Path | None:
+    """The compiler of the toolkit whose headers are used, or None."""
+    include = cuda_include()
+    path = None if include is None else include.parent / "bin" / "nvcc"
+    return path if path is not None and path.exists() else None
+
+
+def command(source: Path, result: Path, archs: tuple[int, ...], *flags: str) -> list[str]:
+    """How a file is compiled, as setup.py does, and with ptxas's report."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return [str(nvcc_path()), "-c", str(source), "-o", str(result), *_FLAGS, *targets, *flags]
+
+
+def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
+    """The kernels of a file on every architecture, and every line that warns."""
+    with tempfile.TemporaryDirectory() as folder:
+        call = command(source, Path(folder, "out.o"), ARCHS, "-Xptxas", "-v,--warn-on-spills")
+        answer = subprocess.run(call, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr[-4000:])
+    text = answer.stderr
+    warnings = [line for line in text.splitlines() if "warning" in line.lower()]
+    names = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", text)
+    plain = subprocess.run(
+        ["c++filt"], input="\n".join(n for n, _ in names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    registers = re.findall(r"Used (\d+) registers", text)
+    kernels = []
+    for name, (_, arch), spill, used in zip(plain, names, spills, registers, strict=True):
+        short = re.sub(r"lm2::cuda::|\(anonymous namespace\)::|^void |\(lm2.*$", "", name)
+        kernels.append(Kernel(source.name, short, arch, int(used), sum(map(int, spill))))
+    return kernels, warnings
+
+
+@functools.cache
+def compile_all() -> dict[str, tuple[list[Kernel], list[str]]]:
+    """``compile_source`` of every file, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip((s.name for s in SOURCES), pool.map(compile_source, SOURCES), strict=True))
+
+
+if __name__ == "__main__":
+    for kernels, warnings in compile_all().values():
+        for name in sorted({kernel.name for kernel in kernels}):
+            row = {k.arch: k for k in kernels if k.name == name}
+            cells = (f"{row[a].registers}/{row[a].spilled_bytes}" for a in sorted(row))
+            print(f"{' '.join(f'{cell:>7}' for cell in cells)}  {kernels[0].source} {name}")
+        print(*warnings, sep="\n", end="")
