@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU: csrc/cuda compiled with the emulator of tests/native, as operators.
+"""The CUDA kernels on the CPU: csrc/cuda compiled with tests/native's emulator, as operators.
 
-The library holds the kernels and bindings of ``_cuda``; its operators take CPU tensors under another
-namespace, which ``emulated_cuda`` has the cpp backend use.
+The library holds the kernels and bindings of ``_cuda``; its operators take CPU tensors under
+another namespace, which ``emulated_cuda`` has the cpp backend use.
 """
 
 import contextlib
@@ -121,7 +121,7 @@ def _load() -> ctypes.CDLL:
 
 @contextlib.contextmanager
 def emulated_cuda(seed: int = 0) -> Iterator[None]:
-    """Have ``backend="cpp"`` run the CUDA kernels on CPU tensors, in the order that a seed gives."""
+    """Have ``backend="cpp"`` run the CUDA kernels on CPU tensors, in the order a seed gives."""
     library = _load()
     library.lm2_set_seed(ctypes.c_uint64(seed))
     before = cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason

@@ -51,8 +51,9 @@ def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
     text = answer.stderr
     warnings = [line for line in text.splitlines() if "warning" in line.lower()]
     names = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", text)
+    mangled = "\n".join(name for name, _ in names)
     plain = subprocess.run(
-        ["c++filt"], input="\n".join(n for n, _ in names), capture_output=True, text=True, check=True
+        ["c++filt"], input=mangled, capture_output=True, text=True, check=True
     ).stdout.splitlines()
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
     registers = re.findall(r"Used (\d+) registers", text)
