@@ -12,11 +12,15 @@ exact 0 there, and a kernel that works from the log-sum-exp a rounding error. Th
 one absolute floor of the package, :data:`ZERO_FLOOR` ulps of 1 (inputs and cotangents are of
 order 1). In float64 the oracle is its own yardstick, so k may be :data:`FLOAT64_ULPS` ulps of
 max|r| away from it.
+
+Eager's error in a tensor of a few hundred elements is partly luck, and differs from processor to
+processor. So :func:`check_case` judges a draw that fails narrowly by the median of several.
 """
 
 import functools
 import inspect
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +33,9 @@ from lm2_kernels.backends import dropout
 
 ZERO_FLOOR = 16
 FLOAT64_ULPS = 64
+# how many draws of inputs judge a narrow failure, and what no draw may exceed
+DRAWS = 9
+NARROW = 2.0
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -346,6 +353,44 @@ def compare_case(
     is_float64 = inputs.cotangents[0].dtype == torch.float64
     eager = oracle if is_float64 else run_reference(case, inputs, seed=seed)
     return [compare(name, got, oracle[name], eager[name]) for name, got in results.items()]
+
+
+def check_case(
+    case: Case,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    layout: Layout | None = None,
+) -> list[Comparison]:
+    """The rule for a case on a backend: one draw of inputs, or the median of :data:`DRAWS`.
+
+    The first draw decides unless it fails by a factor below :data:`NARROW`. Then the others are
+    run, and each share is the median's, or the largest if that is a factor of :data:`NARROW`.
+    """
+
+    def run(seed: int) -> list[Comparison]:
+        inputs = make_inputs(case, dtype, device, seed=seed, layout=layout)
+        results = run_case(case, inputs, backend, seed=seed)
+        return compare_case(case, inputs, results, seed=seed)
+
+    first = run(seed)
+    if not 1.0 < max(comparison.share for comparison in first) < NARROW:
+        return first
+    draws = [first, *(run(seed + 1000 + index) for index in range(1, DRAWS))]
+
+    def together(shares: list[float]) -> float:
+        return max(shares) if max(shares) >= NARROW else statistics.median(shares)
+
+    return [
+        Comparison(
+            tensor[0].name,
+            together([comparison.max_share for comparison in tensor]),
+            together([comparison.rms_share for comparison in tensor]),
+        )
+        for tensor in zip(*draws, strict=True)
+    ]
 
 
 def packaged_golden() -> list[Path]:

@@ -65,9 +65,12 @@ def _name(backend):
     return backend.removesuffix("-cuda")
 
 
-def _check(case, inputs, backend, *, seed=0):
-    results = testing.run_case(case, inputs, _name(backend), seed=seed)
-    worst = [c for c in testing.compare_case(case, inputs, results, seed=seed) if not c.passed]
+def _check(case, dtype, backend, **options):
+    _assert_passed(testing.check_case(case, dtype, _name(backend), **options))
+
+
+def _assert_passed(comparisons):
+    worst = [c for c in comparisons if not c.passed]
     assert not worst, "\n".join(f"{c.name}: {c.max_share:.2f}, {c.rms_share:.2f}" for c in worst)
 
 
@@ -83,16 +86,17 @@ def _parameters():
 @pytest.mark.parametrize(("backend", "case", "dtype", "index"), _parameters())
 def test_op_matches_oracle(backend, case, dtype, index, record_property):
     record_property("backend", backend)
-    inputs = testing.make_inputs(case, testing.DTYPES[dtype])
     with _on(backend, index):
-        _check(case, inputs, backend)
+        _check(case, testing.DTYPES[dtype], backend)
 
 
 @pytest.mark.parametrize("scale", (5.0, 30.0))
 @pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
 def test_op_large_values(case, scale, record_property):
     record_property("backend", "eager")
-    _check(case, testing.make_inputs(case, torch.float32, seed=1, scale=scale), "eager", seed=1)
+    inputs = testing.make_inputs(case, torch.float32, seed=1, scale=scale)
+    results = testing.run_case(case, inputs, "eager", seed=1)
+    _assert_passed(testing.compare_case(case, inputs, results, seed=1))
 
 
 @needs_cpp
@@ -140,9 +144,7 @@ import torch
 from lm2_kernels import extension, testing
 for case in testing.SMALL_CASES:
     for dtype in testing.DTYPES.values():
-        inputs = testing.make_inputs(case, dtype)
-        results = testing.run_case(case, inputs, "cpp")
-        worst = [c for c in testing.compare_case(case, inputs, results) if not c.passed]
+        worst = [c for c in testing.check_case(case, dtype, "cpp") if not c.passed]
         assert not worst, (case.id, dtype, worst)
 print(extension.build_info()["SIMD level"])
 """
@@ -207,11 +209,16 @@ def _layout_parameters():
 @pytest.mark.parametrize(("backend", "case", "layout"), _layout_parameters())
 def test_op_strided(backend, case, layout, record_property):
     record_property("backend", backend)
-    inputs = testing.make_inputs(case, torch.float32, layout=layout)
-    copies = [tensor.clone() for tensor in (*inputs.tensors.values(), *inputs.cotangents)]
+    given = []
+
+    def remembered(tensor):
+        tensor = layout(tensor)
+        given.append((tensor, tensor.clone()))
+        return tensor
+
     with _on(backend):
-        _check(case, inputs, backend)
-    for copy, tensor in zip(copies, (*inputs.tensors.values(), *inputs.cotangents), strict=True):
+        _check(case, torch.float32, backend, layout=remembered)
+    for tensor, copy in given:
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
 
 
@@ -251,4 +258,5 @@ def test_residual_layer_norm_large_mean(backend, record_property):
     ramp = 1e3 + 1e-3 * torch.arange(96.0).expand(2, 9, 96)
     inputs = inputs._replace(tensors={**inputs.tensors, "x": ramp, "residual": ramp.flip(1)})
     with _on(backend):
-        _check(case, inputs, backend)
+        results = testing.run_case(case, inputs, _name(backend))
+    _assert_passed(testing.compare_case(case, inputs, results))

@@ -61,12 +61,12 @@ def _exact_float32():
 
 
 def _assert_rule(backend, case, dtype, *, seed=0, layout=None):
-    inputs = testing.make_inputs(case, testing.DTYPES[dtype], "cuda", seed=seed, layout=layout)
     with lm2.recording() as ran:
-        results = testing.run_case(case, inputs, backend, seed=seed)
+        comparisons = testing.check_case(
+            case, testing.DTYPES[dtype], backend, "cuda", seed=seed, layout=layout
+        )
     assert {name for _, name in ran} <= {backend, f"{backend}/composite"}
-    failed = [c for c in testing.compare_case(case, inputs, results, seed=seed) if not c.passed]
-    assert not failed, failed
+    assert all(comparison.passed for comparison in comparisons), comparisons
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

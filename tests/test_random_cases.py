@@ -66,10 +66,8 @@ _layouts = st.sampled_from((None, _transposed))
 
 
 def _check(backend, case, layout, dtype):
-    inputs = testing.make_inputs(case, dtype, layout=layout)
-    results = testing.run_case(case, inputs, backend)
-    failed = [c for c in testing.compare_case(case, inputs, results) if not c.passed]
-    assert not failed, failed
+    comparisons = testing.check_case(case, dtype, backend, layout=layout)
+    assert all(comparison.passed for comparison in comparisons), comparisons
 
 
 @settings(_settings, max_examples=200)

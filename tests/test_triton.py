@@ -238,7 +238,7 @@ def test_old_gpu_is_refused(monkeypatch):
     # auto goes on to the next backend
     with lm2.recording() as ran:
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
-    assert ran == [("memory_update_forward", "eager")]
+    assert [name for _, name in ran] in (["cpp"], ["eager"])
 
 
 def test_kernel_that_does_not_fit_is_explained(monkeypatch):
@@ -254,7 +254,7 @@ def test_auto_leaves_cpu_tensors_to_the_others():
     tensor = torch.randn(1, 2, 8)
     with lm2.recording() as ran, launches.checked("sm_90") as gpu:
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
-    assert ran == [("memory_update_forward", "eager")]
+    assert [name for _, name in ran] in (["cpp"], ["eager"])
     assert not gpu.launches
 
 

@@ -317,39 +317,44 @@ void pool(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype param
 
 int main() {
 #ifdef HARNESS_CUDA
-  const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
-  const Attention cases[] = {{1, 5, 7, 1, 9, true, 1, true, false, 0},
-                             {1, 18, 35, 2, 16, true, 20, false, true, 0},
-                             {2, 3, 4, 1, 8, false, 0, false, false, 0}};
-  const bool is_cuda = true;
+  std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+  const std::vector<Attention> cases = {{1, 5, 7, 1, 9, true, 1, true, false, 0},
+                                        {1, 18, 35, 2, 16, true, 20, false, true, 0},
+                                        {2, 3, 4, 1, 8, false, 0, false, false, 0}};
 #else
-  const Dtype dtypes[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
-  const Attention cases[] = {{2, 5, 7, 1, 9, true, 1, true, false, 0},
-                             {1, 101, 67, 2, 16, true, 20, false, true, 3},
-                             {2, 100, 33, 1, 35, false, 0, true, false, 0},
-                             {1, 2, 70, 3, 17, true, 69, true, true, 5},
-                             {1, 200, 1, 1, 1, true, 0, false, false, 0}};
-  const bool is_cuda = false;
+  std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
+  const std::vector<Attention> cases = {{2, 5, 7, 1, 9, true, 1, true, false, 0},
+                                        {1, 101, 67, 2, 16, true, 20, false, true, 3},
+                                        {2, 100, 33, 1, 35, false, 0, true, false, 0},
+                                        {1, 2, 70, 3, 17, true, 69, true, true, 5},
+                                        {1, 200, 1, 1, 1, true, 0, false, false, 0}};
 #endif
-  const Layout layouts[] = {Layout::dense, Layout::unaligned, Layout::strided, Layout::broadcast};
-  int count = 0;
+  std::vector<Layout> layouts = {Layout::dense, Layout::unaligned, Layout::strided,
+                                 Layout::broadcast};
+#if defined(HARNESS_CUDA) && defined(__SANITIZE_THREAD__)
+  // slow, and races depend neither on the layout nor on which 16-bit dtype it is
+  dtypes.pop_back();
+  layouts = {Layout::strided};
+#endif
+  size_t count = 0;
   for (const Dtype dtype : dtypes) {
     const Dtype stream = dtype == Dtype::float64 ? dtype : Dtype::float32;
-    for (const Attention& c : cases) attention(c, dtype, layouts[count++ % 4]);
+    for (const Attention& c : cases) attention(c, dtype, layouts[count++ % layouts.size()]);
     for (const Layout layout : layouts) {
-      update(2, 3, 21, dtype, stream, count % 2, count % 3 == 0, layout);
+      for (const bool flag : {false, true}) {
+        update(2, 3, 21, dtype, stream, flag, ++count % 2, layout);
+        pool(2, 19, 21, dtype, stream, flag, layout);
+      }
       norm(2, 3, 21, dtype, layout == Layout::dense ? dtype : stream, layout);
-      pool(2, 19, 21, dtype, stream, count % 2, layout);
-      ++count;
     }
-    if (!is_cuda) {
-      update(1, 2, 1030, dtype, stream, true, true, Layout::strided);
-      norm(1, 70, 1030, dtype, stream, Layout::strided);
-      pool(3, 130, 517, dtype, dtype, true, Layout::strided);
-    } else {
-      norm(1, 18, 130, dtype, stream, Layout::strided);
-      pool(1, 33, 130, dtype, dtype, true, Layout::strided);
-    }
+#ifdef HARNESS_CUDA
+    norm(1, 18, 130, dtype, stream, Layout::strided);
+    pool(1, 33, 130, dtype, dtype, true, Layout::strided);
+#else
+    update(1, 2, 1030, dtype, stream, true, true, Layout::strided);
+    norm(1, 70, 1030, dtype, stream, Layout::strided);
+    pool(3, 130, 517, dtype, dtype, true, Layout::strided);
+#endif
   }
   std::puts("clean");
   return 0;
