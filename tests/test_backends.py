@@ -74,6 +74,31 @@ def _assert_passed(comparisons):
     assert not worst, "\n".join(f"{c.name}: {c.max_share:.2f}, {c.rms_share:.2f}" for c in worst)
 
 
+@pytest.mark.parametrize(
+    ("shares", "passed", "draws"),
+    (
+        ([0.5], True, 1),
+        ([1.1] + 8 * [0.8], True, 9),
+        (4 * [1.1] + 5 * [0.8], True, 9),
+        (5 * [1.1] + 4 * [0.8], False, 9),
+        # luck does not explain a factor of two
+        ([2.5], False, 1),
+        ([1.1] + 7 * [0.8] + [2.5], False, 9),
+        ([1.1] + 7 * [0.8] + [float("inf")], False, 9),
+    ),
+)
+def test_narrow_failure_is_judged_by_the_median(monkeypatch, shares, passed, draws):
+    taken = iter(shares)
+
+    def compare_case(*_, **__):
+        return [testing.Comparison("output", 0.5, next(taken))]
+
+    monkeypatch.setattr(testing, "compare_case", compare_case)
+    (comparison,) = testing.check_case(testing.SMALL_CASES[0], torch.float32, "eager")
+    assert comparison.passed == passed
+    assert len(shares) - len(list(taken)) == draws
+
+
 def _parameters():
     for backend, (dtypes, _) in BACKENDS.items():
         for index, case in enumerate(testing.CASES):

@@ -13,7 +13,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,9 @@ CUDA_SOURCES = ROOT / "csrc" / "cuda"
 NATIVE = ROOT / "tests" / "native"
 NAMESPACE = "lm2_kernels_emulated"
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020B000000000000ULL"
+
+# how long what was compiled for other sources is kept
+_KEPT_SECONDS = 3 * 24 * 3600
 
 _library: ctypes.CDLL | None = None
 
@@ -99,23 +103,34 @@ def _build(folder: Path) -> Path:
     return library
 
 
+def cached(label: str, suffix: str, build: Callable[[Path], Path]) -> Path:
+    """What ``build`` makes in a folder of its own, kept for as long as the sources stay the same.
+
+    Whichever process asks first builds; the others wait.
+    """
+    digest = hashlib.sha256(label.encode())
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.*")]):
+        digest.update(path.read_bytes())
+    cache = Path(tempfile.gettempdir(), f"lm2_kernels_tests_{os.getuid()}")
+    cache.mkdir(mode=0o700, exist_ok=True)
+    result = cache / f"{digest.hexdigest()[:20]}{suffix}"
+    with Path(f"{result}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            for old in cache.iterdir():
+                if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                build(Path(folder)).rename(result)
+    return result
+
+
 def _load() -> ctypes.CDLL:
-    """Build the library once for these sources and this torch, whoever asks first."""
     global _library
     if _library is None:
-        digest = hashlib.sha256(torch.__version__.encode())
-        for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.*")]):
-            digest.update(path.read_bytes())
-        cache = Path(tempfile.gettempdir(), f"lm2_kernels_emulated_{os.getuid()}")
-        cache.mkdir(mode=0o700, exist_ok=True)
-        library = cache / f"{digest.hexdigest()[:20]}.so"
-        with (cache / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
-                with tempfile.TemporaryDirectory(dir=cache) as folder:
-                    _build(Path(folder)).rename(library)
-        torch.ops.load_library(str(library))
-        _library = ctypes.CDLL(str(library))
+        path = str(cached(f"emulated-{torch.__version__}", ".so", _build))
+        torch.ops.load_library(path)
+        _library = ctypes.CDLL(path)
     return _library
 
 

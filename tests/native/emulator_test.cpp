@@ -1,0 +1,188 @@
+// Kernels with one bug each, and some without, for the emulator's own tests: the first argument
+// names the one to run.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "../../csrc/cuda/simt.h"
+
+namespace {
+
+constexpr int kThreads = 64;
+
+// each thread's neighbour's value
+__global__ void neighbour(const float* x, float* out, bool has_barrier) {
+  LM2_SHARED(shared, float[kThreads]);
+  shared[threadIdx.x] = x[threadIdx.x];
+  if (has_barrier) __syncthreads();
+  out[threadIdx.x] = shared[(threadIdx.x + 1) % kThreads];
+}
+
+__global__ void divergent() {
+  if (threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void exits_early() {
+  if (threadIdx.x == 3) return;
+  __syncthreads();
+}
+
+// a warp waits for a lane that waits for the block
+__global__ void never_reached() {
+  if (threadIdx.x > 32) __syncwarp();
+  __syncthreads();
+}
+
+__global__ void not_in_mask() { __shfl_xor_sync(0x0000ffffu, 1.0f, 1); }
+
+__global__ void accumulates(float* sum, bool is_atomic) {
+  if (threadIdx.x != 0) return;
+  if (is_atomic) {
+    atomicAdd(sum, 1.0f);
+  } else {
+    *sum += 1.0f;
+  }
+}
+
+__global__ void reads_past_the_end(const float* x, float* out, int size) {
+  out[threadIdx.x] = x[threadIdx.x <= static_cast<unsigned>(size) ? threadIdx.x : 0];
+}
+
+__global__ void past_shared_memory(float* out) {
+  LM2_SHARED(shared, float[kThreads]);
+  float* const start = shared;
+  start[threadIdx.x + 1] = 1.0f;
+  __syncthreads();
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void unwritten_shared_memory(float* out) {
+  LM2_SHARED(shared, float[kThreads]);
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+
+__global__ void loads_a_vector(const float* x, float* out) {
+  const float4 four = *reinterpret_cast<const float4*>(x + threadIdx.x / 16);
+  out[threadIdx.x] = four.x;
+}
+
+// every shuffle once: what each lane must find is known
+__global__ void shuffles(float* out) {
+  const float lane = static_cast<float>(threadIdx.x % 32);
+  const unsigned all = 0xffffffffu;
+  bool right = __shfl_sync(all, lane, 5) == 5.0f;
+  right = right && __shfl_xor_sync(all, lane, 3) == static_cast<float>(threadIdx.x % 32 ^ 3);
+  right = right && __shfl_down_sync(all, lane, 1) == (lane < 31.0f ? lane + 1.0f : lane);
+  right = right && __shfl_up_sync(all, lane, 1) == (lane > 0.0f ? lane - 1.0f : lane);
+  right = right && __ballot_sync(all, lane < 4.0f) == 0xfu;
+  out[threadIdx.x] = right ? 1.0f : 0.0f;
+}
+
+// C = A B with fragments loaded and stored as PTX documents them
+__global__ void product(const __half* a, const __half* b, float* c) {
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  const auto pair = [](__half low, __half high) {
+    const __half both[2] = {low, high};
+    uint32_t bits;
+    memcpy(&bits, both, 4);
+    return bits;
+  };
+  uint32_t left[4], right[2];
+  for (int i = 0; i < 4; ++i) {
+    const int row = g + i % 2 * 8, column = 2 * t + i / 2 * 8;
+    left[i] = pair(a[row * 16 + column], a[row * 16 + column + 1]);
+  }
+  for (int i = 0; i < 2; ++i) {
+    const int row = 2 * t + 8 * i;
+    right[i] = pair(b[row * 8 + g], b[(row + 1) * 8 + g]);
+  }
+  float sum[4] = {};
+  lm2_mma_m16n8k16<__half>(sum, left, right);
+  for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
+[[noreturn]] void wrong(const char* what) {
+  std::printf("wrong: %s\n", what);
+  std::exit(3);
+}
+
+void check_product() {
+  __half a_values[16 * 16], b_values[16 * 8];
+  float c_values[16 * 8];
+  __half *const a = a_values, *const b = b_values;
+  float* const c = c_values;
+  for (int i = 0; i < 256; ++i) a[i] = __float2half(static_cast<float>(i * 37 % 19 - 9));
+  for (int i = 0; i < 128; ++i) b[i] = __float2half(static_cast<float>(i * 23 % 17 - 8));
+  LM2_LAUNCH(product, dim3(1), dim3(32), 0, nullptr, a, b, c);
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) sum += float(a[row * 16 + k]) * float(b[k * 8 + column]);
+      // small whole numbers: exact
+      if (c[row * 8 + column] != sum) wrong("product");
+    }
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const char* const name = arguments[1];
+  const auto is = [name](const char* other) { return std::strcmp(name, other) == 0; };
+  const std::unique_ptr<float[]> x_values(new float[kThreads]), out_values(new float[kThreads]);
+  float *const x = x_values.get(), *const out = out_values.get();
+  for (int i = 0; i < kThreads; ++i) x[i] = static_cast<float>(i);
+  const dim3 one(1), many(8), block(kThreads);
+  try {
+    if (is("barrier") || is("missing barrier")) {
+      LM2_LAUNCH(neighbour, one, block, 0, nullptr, x, out, is("barrier"));
+      for (int i = 0; i < kThreads; ++i) {
+        if (is("barrier") && out[i] != x[(i + 1) % kThreads]) wrong("neighbour");
+      }
+    } else if (is("divergent barrier")) {
+      LM2_LAUNCH(divergent, one, block, 0, nullptr);
+    } else if (is("early exit")) {
+      LM2_LAUNCH(exits_early, one, block, 0, nullptr);
+    } else if (is("deadlock")) {
+      LM2_LAUNCH(never_reached, one, block, 0, nullptr);
+    } else if (is("not in mask")) {
+      LM2_LAUNCH(not_in_mask, one, block, 0, nullptr);
+    } else if (is("atomic sum") || is("unsynchronised sum")) {
+      out[0] = 0.0f;
+      LM2_LAUNCH(accumulates, many, block, 0, nullptr, out, is("atomic sum"));
+      if (out[0] != 8.0f) wrong("sum");
+    } else if (is("past the end")) {
+      LM2_LAUNCH(reads_past_the_end, one, dim3(kThreads + 1), 0, nullptr, x, out, kThreads);
+    } else if (is("past shared memory")) {
+      LM2_LAUNCH(past_shared_memory, one, block, 0, nullptr, out);
+    } else if (is("unwritten shared memory")) {
+      LM2_LAUNCH(unwritten_shared_memory, one, block, 0, nullptr, out);
+      for (int i = 0; i < kThreads; ++i) {
+        if (out[i] == out[i]) wrong("not NaN");
+      }
+    } else if (is("misaligned vector")) {
+      LM2_LAUNCH(loads_a_vector, one, dim3(32), 0, nullptr, x, out);
+    } else if (is("shuffles")) {
+      LM2_LAUNCH(shuffles, one, block, 0, nullptr, out);
+      for (int i = 0; i < kThreads; ++i) {
+        if (out[i] != 1.0f) wrong("shuffle");
+      }
+    } else if (is("product")) {
+      check_product();
+    } else if (is("grid too large")) {
+      LM2_LAUNCH(divergent, dim3(1, 65536), block, 0, nullptr);
+    } else {
+      wrong("no such kernel");
+    }
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 4;
+  }
+  std::puts("clean");
+  return 0;
+}
