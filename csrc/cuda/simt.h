@@ -50,7 +50,10 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
   } else {
     // and none for bfloat16: the lanes hand one another what each needs
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    // a loop: unrolled everywhere it is used it takes minutes to compile
+#pragma unroll 1
     for (int q = 0; q < 4; ++q) {
+#pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t top = __shfl_sync(0xffffffffu, a[2 * half], 4 * g + q);
         const uint32_t bottom = __shfl_sync(0xffffffffu, a[2 * half + 1], 4 * g + q);

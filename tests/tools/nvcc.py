@@ -3,7 +3,6 @@
 ``PYTHONPATH=tests python -m tools.nvcc`` prints the table.
 """
 
-import functools
 import re
 import subprocess
 import tempfile
@@ -55,7 +54,7 @@ def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
     plain = subprocess.run(
         ["c++filt"], input=mangled, capture_output=True, text=True, check=True
     ).stdout.splitlines()
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    spills = re.findall(r"stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
     registers = re.findall(r"Used (\d+) registers", text)
     kernels = []
     for name, (_, arch), spill, used in zip(plain, names, spills, registers, strict=True):
@@ -64,15 +63,19 @@ def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
     return kernels, warnings
 
 
-@functools.cache
-def compile_all() -> dict[str, tuple[list[Kernel], list[str]]]:
-    """``compile_source`` of every file, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip((s.name for s in SOURCES), pool.map(compile_source, SOURCES), strict=True))
+def ptx(source: Path, arch: int) -> str:
+    """What a file becomes before ptxas."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "out.ptx")
+        call = [str(nvcc_path()), "-ptx", str(source), "-o", str(result), *_FLAGS]
+        subprocess.run([*call, f"-arch=compute_{arch}"], capture_output=True, check=True)
+        return result.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":
-    for kernels, warnings in compile_all().values():
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(compile_source, SOURCES))
+    for kernels, warnings in compiled:
         for name in sorted({kernel.name for kernel in kernels}):
             row = {k.arch: k for k in kernels if k.name == name}
             cells = (f"{row[a].registers}/{row[a].spilled_bytes}" for a in sorted(row))

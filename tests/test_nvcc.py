@@ -1,0 +1,41 @@
+"""What nvcc makes of the CUDA kernels, on a machine without a GPU."""
+
+import pytest
+
+from tools import nvcc
+
+_REASON = None if nvcc.nvcc_path() is not None else "no CUDA toolkit"
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda source: source.name)
+def test_no_warning_and_no_spill(source):
+    kernels, warnings = nvcc.compile_source(source)
+    assert not warnings
+    assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in nvcc.ARCHS}
+    assert not [kernel for kernel in kernels if kernel.spilled_bytes]
+
+
+def test_attention_uses_tensor_cores():
+    source = next(source for source in nvcc.SOURCES if source.name == "memory_attention.cu")
+    text = nvcc.ptx(source, 80)
+    for dtype in ("bf16", "f16"):
+        assert f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32" in text
+    assert "tf32" not in text
+
+
+def test_a_spill_would_be_seen(tmp_path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        """
+__global__ void __launch_bounds__(1024, 2) spills(float* x) {
+  float values[80];
+  for (int i = 0; i < 80; ++i) values[i] = x[i * 1024 + threadIdx.x];
+  __syncthreads();
+  for (int i = 0; i < 80; ++i) x[i * 1024 + threadIdx.x] = values[79 - i] * values[(i * 7) % 80];
+}
+"""
+    )
+    kernels, warnings = nvcc.compile_source(source)
+    assert warnings
+    assert all(kernel.spilled_bytes for kernel in kernels)
