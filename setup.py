@@ -34,6 +34,7 @@ CXX_FLAGS = [
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
 ]
 CHOICES = ("auto", "none", "cpu", "cuda")
+PARTS = {"lm2_kernels._C": "cpu", "lm2_kernels._cuda": "cuda"}
 
 
 class LeftOutError(Exception):
@@ -240,8 +241,22 @@ def builder(cpp_extension, record: dict):
     class build_ext(cpp_extension.BuildExtension):  # noqa: N801 - a command's name
         def run(self):
             super().run()
-            if self.inplace:
-                write_record(Path("lm2_kernels"), record)
+            write_record(Path("." if self.inplace else self.build_lib, "lm2_kernels"), record)
+
+        def build_extension(self, ext):
+            try:
+                super().build_extension(ext)
+            except Exception as error:
+                part = PARTS[ext.name]
+                if required() in ("cuda", part):
+                    raise
+                reason = (
+                    f"they do not compile here; LM2_KERNELS_BUILD={part} pip install -v shows why"
+                )
+                say(f"{part} kernels are left out: {reason} ({error})")
+                record[part] = reason
+                # so that nobody looks for its library
+                self.extensions = [other for other in self.extensions if other is not ext]
 
     return build_ext
 

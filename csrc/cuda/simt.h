@@ -80,9 +80,16 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
 
 namespace lm2::cuda {
 
+// by name: torch's builder switches the 16-bit types' conversions off
 template <class T>
 __device__ __forceinline__ float to_float(T x) {
-  return static_cast<float>(x);
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(x);
+  } else {
+    return x;
+  }
 }
 
 template <class T>

@@ -14,7 +14,14 @@ from tools.emulated_cuda import CUDA_SOURCES, cuda_include
 
 ARCHS = (80, 90, 100, 120)
 SOURCES = tuple(sorted(CUDA_SOURCES.glob("*.cu")))
-_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall,-Wextra")
+_FLAGS = (
+    *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall,-Wextra"),
+    # torch's builder has them
+    *("-D__CUDA_NO_HALF_OPERATORS__", "-D__CUDA_NO_HALF_CONVERSIONS__"),
+    *("-D__CUDA_NO_HALF2_OPERATORS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
+)
+# of memory_attention.cu, in the order of its enum
+_PASSES = ("forward", "statistic", "dquery", "dkey", "dvalue")
 
 
 class Kernel(NamedTuple):
@@ -58,7 +65,9 @@ def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
     registers = re.findall(r"Used (\d+) registers", text)
     kernels = []
     for name, (_, arch), spill, used in zip(plain, names, spills, registers, strict=True):
-        short = re.sub(r"lm2::cuda::|\(anonymous namespace\)::|^void |\(lm2.*$", "", name)
+        short = re.sub(r"lm2::cuda::|\(anonymous namespace\)::|^void ", "", name)
+        short = re.sub(r"\(Pass\)(\d)", lambda match: _PASSES[int(match[1])], short)
+        short = re.sub(r"\(.*$", "", short)
         kernels.append(Kernel(source.name, short, arch, int(used), sum(map(int, spill))))
     return kernels, warnings
 
@@ -75,9 +84,11 @@ def ptx(source: Path, arch: int) -> str:
 if __name__ == "__main__":
     with ThreadPoolExecutor(2) as pool:
         compiled = list(pool.map(compile_source, SOURCES))
+    names = [f"sm_{arch}" for arch in ARCHS]
+    print(*(f"{name:>7}" for name in names), " registers/spilled bytes")
     for kernels, warnings in compiled:
-        for name in sorted({kernel.name for kernel in kernels}):
-            row = {k.arch: k for k in kernels if k.name == name}
-            cells = (f"{row[a].registers}/{row[a].spilled_bytes}" for a in sorted(row))
-            print(f"{' '.join(f'{cell:>7}' for cell in cells)}  {kernels[0].source} {name}")
+        used = {(k.name, k.arch): f"{k.registers}/{k.spilled_bytes}" for k in kernels}
+        for kernel in dict.fromkeys(kernel.name for kernel in kernels):
+            row = (f"{used[kernel, arch]:>7}" for arch in names)
+            print(*row, f" {kernels[0].source} {kernel}")
         print(*warnings, sep="\n", end="")
