@@ -82,8 +82,8 @@ def check_compiler() -> None:
         command = [*compiler, "-std=c++20", include, "-c", str(source), "-o", f"{source}.o"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise LeftOutError(f"no C++ compiler: {error}") from None
+        except OSError:
+            raise LeftOutError(f"no C++ compiler: '{' '.join(compiler)}' does not start") from None
     if answer.returncode:
         first = next((line for line in answer.stderr.splitlines() if "error" in line), "it failed")
         raise LeftOutError(f"'{' '.join(compiler)}' does not compile C++20: {first.strip()}")

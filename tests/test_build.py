@@ -1,0 +1,371 @@
+"""The build: what it finds, what it leaves out and says, and what a wheel and an sdist hold."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from lm2_kernels import extension
+from tools import nvcc
+from tools.emulated_cuda import ROOT
+
+BUILD_TOOLS = ("setuptools", "pybind11", "ninja")
+_MISSING = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
+needs_tools = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {_MISSING}")
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+needs_nvcc = pytest.mark.skipif(nvcc.nvcc_path() is None, reason="no CUDA toolkit")
+VARIABLES = (
+    *("LM2_KERNELS_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"),
+    *("NVCC_THREADS", "CXX", "LM2_KERNELS_TORCH_PYTHON", "PIP_BUILD_TRACKER", "CONDA_PREFIX"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def _load(path: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"_{Path(path).stem}_under_test", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup():
+    pytest.importorskip("setuptools")
+    return _load("setup.py")
+
+
+@pytest.fixture
+def backend():
+    pytest.importorskip("setuptools")
+    module = _load("build_backend/lm2_build.py")
+    before = list(sys.meta_path)
+    yield module
+    sys.meta_path[:] = before
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of what a user has: the tracked files, nothing built."""
+    ignored = shutil.ignore_patterns(
+        ".*", "build", "*.egg-info", "__pycache__", "*.so", "_build.json", "dist"
+    )
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=ignored))
+
+
+def _python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *code.split()]
+        if code.startswith("setup.py")
+        else [sys.executable, "-c", code],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _said(run: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("lm2_kernels: ")]
+
+
+def _warnings(run: subprocess.CompletedProcess[str]) -> list[str]:
+    """What the compilers warn of; setuptools has warnings of its own."""
+    lines = (run.stdout + run.stderr).splitlines()
+    return [line for line in lines if re.search(r"(csrc\S*|ptxas|nvcc) warning", line)]
+
+
+# an op forward and backward on each backend that runs here
+SMOKE = """
+import torch, lm2_kernels as lm2
+from lm2_kernels import extension
+print(lm2.__file__)
+x = torch.ones(2, 3, 4, requires_grad=True)
+with lm2.recording() as ran:
+    lm2.memory_update(x, x, x, x, x)[0].sum().backward()
+print({name for _, name in ran}, extension.cpu_reason(), extension._cuda_reason, sep="|")
+"""
+
+
+@needs_tools
+@needs_compiler
+def test_wheel(tree, tmp_path):
+    code = "import sys; sys.path.insert(0, 'build_backend'); import lm2_build; "
+    built = _python(f"{code}print(lm2_build.build_wheel({str(tmp_path)!r}))", tree)
+    assert built.returncode == 0, built.stderr
+    assert not _warnings(built)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"lm2_kernels", wheel.name.split("-cp")[0] + ".dist-info"}
+    assert sum(name.endswith(".so") for name in names) == (1 if torch.version.cuda is None else 2)
+    assert "lm2_kernels/_build.json" in names
+    assert not any("test" in name and "testing" not in name for name in names)
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    run = _python(SMOKE, tmp_path / "site")
+    assert str(tmp_path / "site") in run.stdout
+    assert "{'cpp'}|None|" in run.stdout, run.stdout + run.stderr
+
+
+@needs_tools
+def test_sdist(tree, tmp_path):
+    code = "import sys; sys.path.insert(0, 'build_backend'); import lm2_build; "
+    (tree / "lm2_kernels" / "_build.json").write_text("{}")
+    (tree / "lm2_kernels" / "_C.so").write_text("")
+    built = _python(f"{code}lm2_build.build_sdist({str(tmp_path)!r})", tree)
+    assert built.returncode == 0, built.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    for name in ("setup.py", "build_backend/lm2_build.py", "LICENSE", "lm2_kernels/data"):
+        assert name in names
+    for folder in ("csrc", "tests"):
+        for file in (tree / folder).rglob("*.*"):
+            assert str(file.relative_to(tree)) in names
+    assert not any(name.endswith((".so", "_build.json", ".pyc")) for name in names)
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    (
+        ({"CXX": "/nonexistent/c++"}, "no C++ compiler: '/nonexistent/c++' does not start"),
+        ({"CXX": "false"}, "'false' does not compile C++20"),
+        ({"LM2_KERNELS_BUILD": "none"}, "LM2_KERNELS_BUILD=none"),
+    ),
+)
+def test_without_compiler(tree, tmp_path, environment, reason):
+    built = _python(f"setup.py -q build --build-lib {tmp_path}/site", tree, **environment)
+    assert built.returncode == 0, built.stderr
+    record = json.loads((tmp_path / "site/lm2_kernels/_build.json").read_text())
+    assert record["cpu"] is not None
+    for part in ("cpu", "cuda"):
+        assert reason in record[part]
+    # one clear line, none when that is what was asked for
+    said = _said(built)
+    assert len(said) == (0 if "LM2_KERNELS_BUILD" in environment else 1)
+    assert all("The package installs and runs without" in line for line in said)
+    run = _python(SMOKE, tmp_path / "site")
+    assert f"{{'eager'}}|its C++ kernels were not built: {record['cpu']}|" in run.stdout
+
+
+@needs_tools
+@needs_compiler
+def test_what_does_not_compile_is_left_out(tree, tmp_path):
+    # passes the probe, then fails like a compiler that is too old for something
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *csrc*) exit 1;; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    command = f"setup.py -q build --build-lib {tmp_path}/site"
+    built = _python(command, tree, CXX=str(compiler), FORCE_CUDA="0")
+    assert built.returncode == 0, built.stderr
+    assert any("cpu kernels are left out: they do not compile here" in s for s in _said(built))
+    run = _python(SMOKE, tmp_path / "site")
+    assert "{'eager'}|its C++ kernels were not built: they do not compile here" in run.stdout
+    forced = _python(command, tree, CXX=str(compiler), LM2_KERNELS_BUILD="cpu")
+    assert forced.returncode != 0
+
+
+@needs_tools
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    (
+        ({"LM2_KERNELS_BUILD": "all"}, "LM2_KERNELS_BUILD must be one of"),
+        ({"LM2_KERNELS_BUILD": "cpu", "CXX": "/nonexistent"}, "C++ is required, but no C++"),
+        ({"FORCE_CUDA": "1", "CXX": "/nonexistent"}, "C++ is required, but no C++"),
+    ),
+)
+def test_what_is_asked_for_by_name_is_required(tree, environment, message):
+    built = _python("setup.py -q build", tree, **environment)
+    assert built.returncode != 0
+    assert message in built.stderr
+
+
+@needs_tools
+@needs_compiler
+@needs_nvcc
+def test_cuda_library_links_and_loads_without_a_driver(tree, tmp_path):
+    environment = {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0", "NVCC_THREADS": "2"}
+    built = _python(f"setup.py build --build-lib {tmp_path}/site", tree, **environment)
+    assert built.returncode == 0, built.stderr
+    assert not _warnings(built)
+    record = json.loads((tmp_path / "site/lm2_kernels/_build.json").read_text())
+    assert record["cpu"] is None
+    assert record["cuda"] is None
+    assert record["cuda_archs"] == ["9.0"]
+    code = SMOKE + "print(extension.build_info()['CUDA archs'])"
+    run = _python(code, tmp_path / "site")
+    assert run.returncode == 0, run.stderr
+    if torch.version.cuda is None:
+        assert "None|its CUDA kernels are built, but this torch has no CUDA" in run.stdout
+    else:
+        assert "None|None" in run.stdout
+    # nothing is left to be found but what torch and the system bring
+    code = "import torch, sys; torch.ops.load_library(sys.argv[1])"
+    (library,) = (tmp_path / "site/lm2_kernels").glob("_cuda*.so")
+    command = [sys.executable, "-c", f"import lm2_kernels; {code}", str(library)]
+    environment = os.environ | {"LD_BIND_NOW": "1"}
+    subprocess.run(command, cwd=tmp_path / "site", env=environment, check=True)
+
+
+class _Torch:
+    """A torch of some version."""
+
+    def __init__(self, version="2.11.0", cuda=None):
+        self.__version__ = version
+        self.version = types.SimpleNamespace(cuda=cuda)
+        self.cuda = types.SimpleNamespace(is_available=lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "names"),
+    (
+        ("8.0", ["arch=compute_80,code=sm_80"], ["8.0"]),
+        ("8.0;9.0a", ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a"], None),
+        ("8.0, 9.0", ["arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"], ["8.0", "9.0"]),
+        (
+            "12.0+PTX",
+            ["arch=compute_120,code=sm_120", "arch=compute_120,code=compute_120"],
+            ["12.0+PTX"],
+        ),
+        ("5.2 8.0", ["arch=compute_80,code=sm_80"], ["8.0"]),
+    ),
+)
+def test_arch_list(setup, text, flags, names):
+    known = {"compute_80", "compute_90", "compute_120"}
+    found, entries = setup.split_archs(text, known)
+    assert found == [f"-gencode={flag}" for flag in flags]
+    assert names is None or entries == names
+
+
+@pytest.mark.parametrize("text", ("ampere", "80", "8", "8.0+ptx"))
+def test_arch_list_refuses(setup, text):
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: .* is not like 8.0"):
+        setup.split_archs(text, {"compute_80"})
+
+
+def test_toolkit_must_fit_torch(setup, monkeypatch, tmp_path):
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("#!/bin/sh\necho 'release 12.8, V12.8.93'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup.cuda_toolkit(_Torch(cuda="12.6")) == str(tmp_path)
+    with pytest.raises(setup.LeftOutError, match=r"nvcc is 12.8 .* built for CUDA 13.0"):
+        setup.cuda_toolkit(_Torch(cuda="13.0"))
+    with pytest.raises(setup.LeftOutError, match="is a build without CUDA"):
+        setup.cuda_toolkit(_Torch())
+    # forced, it is compiled even so
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert setup.cuda_toolkit(_Torch()) == str(tmp_path)
+    monkeypatch.setenv("FORCE_CUDA", "0")
+    with pytest.raises(setup.LeftOutError, match="FORCE_CUDA=0"):
+        setup.cuda_toolkit(_Torch(cuda="12.6"))
+
+
+def test_no_toolkit(setup, monkeypatch):
+    monkeypatch.setattr(setup, "toolkit", lambda: None)
+    with pytest.raises(setup.LeftOutError, match="no CUDA toolkit"):
+        setup.cuda_toolkit(_Torch(cuda="12.6"))
+
+
+@needs_tools
+def test_old_torch_is_refused(setup, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    with pytest.raises(setup.LeftOutError, match=r"torch 2\.10\.1\+cu128 is older than 2\.11"):
+        setup.import_torch()
+
+
+def test_backend_finds_this_torch(backend):
+    found = backend._ask(sys.executable)
+    assert found["version"] == torch.__version__
+    assert found["python"] == list(sys.version_info[:2])
+    assert any((Path(folder) / "torch/version.py").exists() for folder in found["path"])
+    assert backend._ask("/nonexistent/python") is None
+    assert backend._ask("/bin/false") is None
+
+
+def test_backend_asks_the_target_first(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", f"{tmp_path / 'one'}{os.pathsep}{tmp_path / 'two'}")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "python").touch()
+    monkeypatch.chdir(tmp_path)
+    wanted = [sys.executable, *(str(tmp_path / name / "python") for name in ("one", "two"))]
+    assert list(backend._candidates())[:3] == wanted
+    # pip runs the build with the target's own interpreter
+    monkeypatch.setenv("PIP_BUILD_TRACKER", "x")
+    assert list(backend._candidates()) == [sys.executable]
+    monkeypatch.setenv("LM2_KERNELS_TORCH_PYTHON", "/some/python")
+    assert list(backend._candidates()) == ["/some/python"]
+
+
+def _answers(monkeypatch, backend, version, python=None):
+    answer = {"version": version, "python": list(python or sys.version_info[:2]), "path": ["/x"]}
+    monkeypatch.setattr(backend, "_ask", lambda _: version and answer)
+    # as in an isolated build
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda _: None)
+
+
+def test_backend_takes_torch_from_the_target(backend, monkeypatch, capsys):
+    _answers(monkeypatch, backend, "2.12.0+cu130")
+    assert backend._requirements(["ninja"]) == ["ninja"]
+    assert "building against torch 2.12.0+cu130" in capsys.readouterr().err
+    assert isinstance(sys.meta_path[-1], backend._Fallback)
+    # submodules come by their package's own path
+    assert sys.meta_path[-1].find_spec("a.b", ["/somewhere"]) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "python", "said"),
+    (
+        ("2.10.0", None, "torch 2.10.0 of .* is older than torch>=2.11: not used"),
+        ("2.12.0", (3, 9), "taken as a build requirement, a large download"),
+        (None, None, "taken as a build requirement, a large download"),
+    ),
+)
+def test_backend_requires_torch_where_there_is_none(
+    backend, monkeypatch, capsys, version, python, said
+):
+    _answers(monkeypatch, backend, version, python)
+    assert backend._requirements(["ninja"]) == ["ninja", "torch>=2.11"]
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch):
+    _answers(monkeypatch, backend, None)
+    monkeypatch.setenv("LM2_KERNELS_BUILD", "none")
+    assert backend._requirements(["ninja"]) == ["ninja"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    (
+        (["8.0"], (8, 0), True),
+        (["8.0"], (8, 9), True),
+        (["8.6"], (8, 0), False),
+        (["8.0"], (9, 0), False),
+        (["8.0+PTX"], (9, 0), True),
+        (["12.0+PTX"], (9, 0), False),
+        (["9.0a"], (9, 0), True),
+        (["10.0a"], (10, 3), False),
+        ([], (9, 0), False),
+    ),
+)
+def test_archs_cover_a_gpu(archs, capability, covered):
+    assert extension._covers(archs, capability) == covered
