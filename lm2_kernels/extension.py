@@ -100,7 +100,11 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
 
 def build_info() -> dict[str, str]:
     """What was built and what runs of it, for ``info``."""
-    info = {"C++ kernels": _cpu_reason or "loaded", "CUDA kernels": _cuda_reason or "loaded"}
+    reasons = {"C++ kernels": _cpu_reason, "CUDA kernels": _cuda_reason}
+    info = {
+        name: "loaded" if reason is None else reason.removeprefix(f"its {name} ")
+        for name, reason in reasons.items()
+    }
     if _C is not None:
         info |= _C.build_info()
         info["SIMD level"] = _C.simd_level()

@@ -8,7 +8,7 @@ import subprocess
 import torch
 from torch import Tensor
 
-from lm2_kernels import backends, testing
+from lm2_kernels import backends, extension, products, testing
 from lm2_kernels.version import __version__
 
 
@@ -21,6 +21,8 @@ def collect() -> dict:
             "request": backends.requested_backend(),
             "from_environment": bool(os.environ.get(backends.ENVIRONMENT_VARIABLE)),
         },
+        "compiled": extension.build_info(),
+        "float32_products": products.report(),
         # device -> backend -> op -> why not, None where it runs
         "unsupported": {
             device: {
@@ -104,10 +106,8 @@ def unsupported_reason(name: str, op: str, dtype: torch.dtype, device: str) -> s
 
 def render(report: dict) -> str:
     """The text that ``info`` prints."""
-    lines = ["versions"]
+    lines = ["versions", *_table(report["versions"]), "devices"]
     width = max(map(len, report["versions"]))
-    lines += [f"  {name:<{width}}  {text}" for name, text in report["versions"].items()]
-    lines.append("devices")
     for entry in report["devices"]:
         device, name, *rest = entry.values()
         details = [f"{key} {value}" for key, value in zip(list(entry)[2:], rest, strict=True)]
@@ -115,6 +115,9 @@ def render(report: dict) -> str:
     default = report["default_backend"]
     source = f" (from {backends.ENVIRONMENT_VARIABLE})" if default["from_environment"] else ""
     lines += ["default backend", f"  {default['request']}{source}"]
+    lines.append("compiled backend (cpp)")
+    lines += _table(report["compiled"])
+    lines += ["float32 matrix products on cpu", f"  {report['float32_products']}"]
     for device, table in report["unsupported"].items():
         reasons: list[str] = []
         rows = [["", *backends.OPS]]
@@ -129,6 +132,10 @@ def render(report: dict) -> str:
         lines += [f"  {line}" for line in columns(rows)]
         lines += [f"  [{index}] {reason}" for index, reason in enumerate(reasons, start=1)]
     return "\n".join(lines)
+
+
+def _table(entries: dict[str, str]) -> list[str]:
+    return [f"  {line}" for line in columns([list(entry) for entry in entries.items()])]
 
 
 def columns(rows: list[list[str]]) -> list[str]:

@@ -116,8 +116,9 @@ def verify(
 
     Args:
         names: backends; every one that runs here unless given.
-        dtypes: names of dtypes; unless given all of them, float64 for eager alone.
-        device: "cpu" or "cuda"; unless given the GPU if there is one, the CPU for float64.
+        dtypes: names of dtypes; unless given all of them, float64 not for triton.
+        device: "cpu" or "cuda"; unless given the GPU if there is one and the backend runs there,
+            the CPU for float64.
         seed: of the cases' inputs and dropout.
         cases: the cases; unless given all of them, the small ones under an interpreter.
         progress: called after each check with its number, how many there are, and the result.
@@ -138,15 +139,20 @@ def verify(
         subjects: list[Case | Golden] = [*chosen, *goldens]
         runs = False
         for dtype in dtypes or testing.DTYPES:
-            if dtype == "float64" and name != "eager" and not dtypes:
+            if dtype == "float64" and name == "triton" and not dtypes:
                 continue
-            where = device or ("cuda" if has_gpu and dtype != "float64" else "cpu")
-            reasons = [_unsupported_reason(name, op, dtype, where) for op in backends.OPS]
-            if None in reasons:
+            places = ["cuda", "cpu"] if has_gpu and dtype != "float64" else ["cpu"]
+            places = [device] if device else places
+            reasons = {
+                where: [_unsupported_reason(name, op, dtype, where) for op in backends.OPS]
+                for where in places
+            }
+            where = next((where for where in places if None in reasons[where]), None)
+            if where is not None:
                 runs = True
                 jobs += [(name, dtype, where, subject) for subject in subjects]
             else:
-                skips.append(Skip(name, "all", dtype, reasons[0]))
+                skips.append(Skip(name, "all", dtype, reasons[places[0]][0]))
         if name in names and not runs:
             raise UnavailableError(f"backend '{name}' cannot run: {skips[-1].reason}")
     with _steady_arithmetic():
