@@ -30,6 +30,7 @@ BACKENDS = {
     "triton": (GPU_DTYPES, None),
     "cpp-cuda": (GPU_DTYPES, emulation_reason()),
 }
+CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
 # these run in an emulator or interpreter
 SLOW_BACKENDS = ("triton", "cpp-cuda")
 
@@ -160,7 +161,7 @@ def test_op_same_bits_for_any_number_of_threads(case, record_property):
 
 
 @needs_cpp
-@pytest.mark.parametrize("level", ("base", "avx2", "avx512"))
+@pytest.mark.parametrize("level", CPU_LEVELS)
 def test_every_simd_level(level, record_property):
     """The level is chosen once a process; a processor without it runs the best it has."""
     record_property("backend", "cpp")
@@ -178,8 +179,7 @@ print(extension.build_info()["SIMD level"])
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    levels = ("base", "avx2", "avx512")
-    assert levels.index(result.stdout.strip()) <= levels.index(level)
+    assert CPU_LEVELS.index(result.stdout.strip()) <= CPU_LEVELS.index(level)
 
 
 @needs_cpp
@@ -191,7 +191,7 @@ def test_unknown_simd_level_is_refused():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "LM2_KERNELS_CPU_LEVEL must be base, avx2 or avx512, got neon" in result.stderr
+    assert "LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got neon" in result.stderr
 
 
 def _transposed(tensor):

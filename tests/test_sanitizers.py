@@ -119,7 +119,7 @@ PLANTS = (
 @pytest.mark.parametrize("sanitizer", sanitizers.SANITIZERS)
 def test_cpu_kernels(sanitizer):
     with sanitizers.harness("cpu", sanitizer) as program:
-        for level in ("base", "avx2", "avx512"):
+        for level in ("base", "avx2", "avx512", "avx512_bf16"):
             done = sanitizers.run(program, LM2_KERNELS_CPU_LEVEL=level)
             assert (done.returncode, done.stdout) == (0, "clean\n"), done.stdout + done.stderr
 

@@ -15,7 +15,7 @@
 namespace lm2::cpu {
 namespace {
 
-constexpr const char* kLevels[] = {"base", "avx2", "avx512"};
+constexpr const char* kLevels[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 int best_level() {
 #if defined(__x86_64__)
@@ -25,7 +25,8 @@ int best_level() {
   const auto has_avx512 = __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  return has_avx2 ? (has_avx512 ? 2 : 1) : 0;
+  if (!has_avx2 || !has_avx512) return has_avx2 ? 1 : 0;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -36,12 +37,13 @@ int level() {
     const int best = best_level();
     const char* const wanted = std::getenv("LM2_KERNELS_CPU_LEVEL");
     if (wanted == nullptr || *wanted == '\0') return best;
-    for (int i = 0; i < 3; ++i) {
+    for (int i = 0; i < 4; ++i) {
       // only lowered: what the processor lacks cannot be asked for
       if (std::strcmp(wanted, kLevels[i]) == 0) return std::min(i, best);
     }
-    throw std::runtime_error(std::string("LM2_KERNELS_CPU_LEVEL must be base, avx2 or avx512, ") +
-                             "got " + wanted);
+    throw std::runtime_error(
+        std::string("LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got ") +
+        wanted);
   }();
   return chosen;
 }
@@ -49,10 +51,17 @@ int level() {
 const Kernels& kernels(Dtype dtype) {
   if (dtype == Dtype::float64) return kFloat64Kernels;
 #if defined(__x86_64__)
-  if (level() == 2) return kAvx512Kernels;
+  if (level() >= 2) return kAvx512Kernels;
   if (level() == 1) return kAvx2Kernels;
 #endif
   return kBaseKernels;
+}
+
+AttentionKernels attention_kernels(Dtype dtype) {
+#if defined(__x86_64__)
+  if (level() == 3 && dtype == Dtype::bfloat16) return kAvx512Bf16Kernels;
+#endif
+  return kernels(dtype).memory_attention;
 }
 
 struct Release {
@@ -113,10 +122,10 @@ void keep_top_k(const double* scores, double* factor, int64_t count, int64_t k) 
 const char* simd_level() { return kLevels[level()]; }
 
 void memory_attention_forward(const MemoryAttentionForward& args) {
-  kernels(args.dtype).memory_attention_forward(args);
+  attention_kernels(args.dtype).forward(args);
 }
 void memory_attention_backward(const MemoryAttentionBackward& args) {
-  kernels(args.dtype).memory_attention_backward(args);
+  attention_kernels(args.dtype).backward(args);
 }
 void memory_update_forward(const MemoryUpdateForward& args) {
   kernels(args.dtype).memory_update_forward(args);

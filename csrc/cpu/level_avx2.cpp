@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #pragma GCC target("avx2,fma,f16c")
 #define LM2_AVX2

@@ -5,9 +5,13 @@
 
 namespace lm2::cpu {
 
+struct AttentionKernels {
+  void (*forward)(const MemoryAttentionForward&);
+  void (*backward)(const MemoryAttentionBackward&);
+};
+
 struct Kernels {
-  void (*memory_attention_forward)(const MemoryAttentionForward&);
-  void (*memory_attention_backward)(const MemoryAttentionBackward&);
+  AttentionKernels memory_attention;
   void (*memory_update_forward)(const MemoryUpdateForward&);
   void (*memory_update_backward)(const MemoryUpdateBackward&);
   void (*residual_layer_norm_forward)(const ResidualLayerNormForward&);
@@ -20,5 +24,6 @@ extern const Kernels kFloat64Kernels;  // of the base level's file
 extern const Kernels kBaseKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const AttentionKernels kAvx512Bf16Kernels;  // of bfloat16 tensors
 
 }  // namespace lm2::cpu

@@ -5,6 +5,10 @@
 // whole in the second cache; a hidden slot costs nothing beyond the block's edge, and nothing of
 // size T x N exists. All products are one microkernel over panels: B is packed in panels of two
 // vectors, zero-filled at the edges, A is read in place by (row stride, column stride).
+//
+// Where the processor multiplies pairs of bfloat16, a Scalar of a product's operands is a word: two
+// consecutive terms of a row of A, and of a column of B. Scores, probabilities and sums stay
+// float32; what multiplies them is rounded to bfloat16 first.
 #pragma once
 
 #include "../dropout.h"
@@ -26,7 +30,7 @@ constexpr int64_t kBackwardItems = 16;
 
 // The scratch buffers of a thread.
 enum { kKeyPanels, kValuePanels, kScores, kResult, kQueries, kMask, kFactor, kDout, kDscores,
-       kKeyRows, kQueryPanels, kDoutPanels, kDkey, kDvalue };
+       kKeyRows, kQueryPanels, kDoutPanels, kDkey, kDvalue, kPairs };
 
 template <class S>
 LM2_INLINE typename S::Scalar* scratch_of(int which, int64_t elements) {
@@ -34,8 +38,27 @@ LM2_INLINE typename S::Scalar* scratch_of(int which, int64_t elements) {
       scratch(which, elements * static_cast<int64_t>(sizeof(typename S::Scalar))));
 }
 
-// C (kRows x 2 vectors) += or = A (rows x depth) B (depth x 2 vectors).
-template <class S, int kTileRows>
+// Terms of a product that one Scalar of its operands holds.
+template <class S, class T>
+constexpr int kTerms = S::kHasPairs && std::is_same_v<T, bfloat16> ? 2 : 1;
+
+// Scalars that hold so many terms.
+template <class S, class T>
+LM2_INLINE int64_t words(int64_t terms) {
+  return (terms + kTerms<S, T> - 1) / kTerms<S, T>;
+}
+
+template <class S, class T>
+LM2_INLINE typename S::V multiply_add(typename S::V a, typename S::V b, typename S::V sum) {
+  if constexpr (kTerms<S, T> == 2) {
+    return S::fma_pairs(a, b, sum);
+  } else {
+    return S::fma(a, b, sum);
+  }
+}
+
+// C (kTileRows x 2 vectors) += or = A (rows x depth) B (depth x 2 vectors), depth in words.
+template <class S, class T, int kTileRows>
 static void tile(int64_t depth, const typename S::Scalar* a, int64_t row_stride,
                  int64_t column_stride, const typename S::Scalar* b, typename S::Scalar* c,
                  int64_t c_stride, bool adds) {
@@ -50,8 +73,8 @@ static void tile(int64_t depth, const typename S::Scalar* a, int64_t row_stride,
 #pragma GCC unroll 16
     for (int i = 0; i < kTileRows; ++i) {
       const V x = S::set(column[i * row_stride]);
-      sum[i][0] = S::fma(x, b0, sum[i][0]);
-      sum[i][1] = S::fma(x, b1, sum[i][1]);
+      sum[i][0] = multiply_add<S, T>(x, b0, sum[i][0]);
+      sum[i][1] = multiply_add<S, T>(x, b1, sum[i][1]);
     }
   }
 #pragma GCC unroll 16
@@ -67,7 +90,7 @@ static void tile(int64_t depth, const typename S::Scalar* a, int64_t row_stride,
 }
 
 // C (rows x columns) += or = A (rows x depth) B, B in panels of `panel_stride` elements.
-template <class S>
+template <class S, class T>
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const typename S::Scalar* a,
                      int64_t row_stride, int64_t column_stride, const typename S::Scalar* b,
                      int64_t panel_stride, typename S::Scalar* c, int64_t c_stride, bool adds) {
@@ -81,7 +104,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const typenam
       const auto step = [&](auto tile_rows) {
         constexpr int kTileRows = decltype(tile_rows)::value;
         for (; i + kTileRows <= rows; i += kTileRows) {
-          tile<S, kTileRows>(terms, a_part + i * row_stride, row_stride, column_stride, panel,
+          tile<S, T, kTileRows>(terms, a_part + i * row_stride, row_stride, column_stride, panel,
                              c + i * c_stride + j, c_stride, adds || k > 0);
         }
       };
@@ -104,12 +127,14 @@ struct Head {
   const Scalar* mask = nullptr;  // (N,), 1 = takes part; null: all do
   int64_t first_visible = 0;     // the first slot that takes part, N if none does
   int64_t width, padded_width, padded_slots;
+  int64_t row_words;  // of K elements
 
   Head(const MemoryAttention& given, int64_t batch_and_head)
       : args(given), b(batch_and_head / given.heads), h(batch_and_head % given.heads) {
     width = args.width;
     padded_width = round_up(width, kPanel);
     padded_slots = round_up(args.slots, kPanel);
+    row_words = words<S, T>(width);
     if (args.slot_mask == nullptr) return;
     Scalar* const row = scratch_of<S>(kMask, args.slots);
     first_visible = args.slots;
@@ -134,7 +159,7 @@ struct Head {
 
   bool takes_part(int64_t slot) const { return mask == nullptr || mask[slot] != 0; }
 
-  // Rows of a view as Scalars of a dense row: where they lie if they are that, else in a buffer.
+  // Rows of a view as words: where they lie if they are that, else in a buffer.
   const Scalar* dense(const View& view, int64_t first, int64_t count, int which,
                       int64_t* stride) const {
     const T* const source = rows(view) + first * view.row_stride;
@@ -144,53 +169,103 @@ struct Head {
     }
     Scalar* const result = scratch_of<S>(which, kBlockRows * width);
     for (int64_t i = 0; i < count; ++i) {
-      widen<S>(source + i * view.row_stride, result + i * width, width);
+      copy_words(source + i * view.row_stride, result + i * row_words, width);
     }
-    *stride = width;
+    *stride = row_words;
     return result;
   }
 
-  // Panels over slots, (slots / panel, K, panel): the right operand of Q K^T.
+  // A row's elements as words.
+  LM2_INLINE void copy_words(const T* from, Scalar* to, int64_t count) {
+    if constexpr (kTerms<S, T> == 2) {
+      if (count % 2 != 0) to[count / 2] = 0;
+      std::memcpy(to, from, count * sizeof(T));
+    } else {
+      widen<S>(from, to, count);
+    }
+  }
+
+  // Panels over slots, (slots / panel, words of K, panel): the right operand of Q K^T.
   void pack_transposed(const View& view, int64_t slots, Scalar* panels) const {
     Scalar* const part = scratch_of<S>(kResult, larger(kBlockRows, kPanel) * padded_width);
     for (int64_t j = 0; j < slots; j += kPanel) {
       for (int64_t i = 0; i < kPanel; ++i) {
-        copy_row(view, j + i, part + i * width, width);
+        copy_row(view, j + i, part + i * row_words);
       }
-      Scalar* const panel = panels + j * width;
-      for (int64_t k = 0; k < width; ++k) {
-        S::store(panel + k * kPanel, S::gather(part + k, width));
+      Scalar* const panel = panels + j * row_words;
+      for (int64_t k = 0; k < row_words; ++k) {
+        S::store(panel + k * kPanel, S::gather(part + k, row_words));
         S::store(panel + k * kPanel + S::kLanes,
-                 S::gather(part + S::kLanes * width + k, width));
+                 S::gather(part + S::kLanes * row_words + k, row_words));
       }
     }
   }
 
   // A slot's row, 0 beyond the last slot and where it is masked: 0 * NaN is NaN.
-  void copy_row(const View& view, int64_t slot, Scalar* to, int64_t columns) const {
+  void copy_row(const View& view, int64_t slot, Scalar* to) const {
     if (slot >= args.slots || !takes_part(slot)) {
-      for (int64_t k = 0; k < columns; ++k) to[k] = 0;
+      for (int64_t k = 0; k < row_words; ++k) to[k] = 0;
       return;
     }
-    widen<S>(rows(view) + slot * view.row_stride, to, columns);
+    copy_words(rows(view) + slot * view.row_stride, to, width);
   }
 
-  // Panels over columns, (K / panel, rows, panel): the right operand of P V.
+  // Panels over columns, (K / panel, words of rows, panel): the right operand of P V.
   void pack(const View& view, int64_t first, int64_t count, bool slots, Scalar* panels) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const bool is_zero = slots && !takes_part(first + i);
-      const T* const row = rows(view) + (first + i) * view.row_stride;
-      for (int64_t k = 0; k < width; k += S::kLanes) {
-        const int64_t left = width - k;
-        const auto x = is_zero               ? S::zero()
-                       : left >= S::kLanes ? S::load(row + k)
-                                           : S::load(row + k, static_cast<int>(left));
-        S::store(panels + k / kPanel * count * kPanel + i * kPanel + k % kPanel, x);
+    const int64_t depth = words<S, T>(count);
+    for (int64_t i = 0; i < depth; ++i) {
+      // the rows of a word; null where there is none
+      const T* row[kTerms<S, T>];
+      for (int term = 0; term < kTerms<S, T>; ++term) {
+        const int64_t index = kTerms<S, T> * i + term;
+        const bool is_there = index < count && !(slots && !takes_part(first + index));
+        row[term] = is_there ? rows(view) + (first + index) * view.row_stride : nullptr;
       }
-      for (int64_t k = round_up(width, S::kLanes); k < padded_width; k += S::kLanes) {
-        S::store(panels + k / kPanel * count * kPanel + i * kPanel + k % kPanel, S::zero());
+      for (int64_t k = 0; k < padded_width; k += S::kLanes) {
+        const int64_t left = smaller<int64_t>(S::kLanes, width - k);
+        const auto part = [&](const T* from) __attribute__((always_inline)) {
+          if (from == nullptr || left <= 0) return S::zero();
+          return left == S::kLanes ? S::load(from + k) : S::load(from + k, static_cast<int>(left));
+        };
+        auto x = part(row[0]);
+        if constexpr (kTerms<S, T> == 2) x = S::pairs(x, part(row[1]));
+        S::store(panels + k / kPanel * depth * kPanel + i * kPanel + k % kPanel, x);
       }
     }
+  }
+
+  // A block of probabilities, or of their gradients, as the left operand of a product over slots:
+  // words of consecutive slots of a row. In place unless words are pairs.
+  const Scalar* by_slots(const Scalar* block, int64_t count, int64_t stride, int64_t slots,
+                         int64_t* word_stride) const {
+    *word_stride = stride;
+    if constexpr (kTerms<S, T> == 2) {
+      *word_stride = stride / 2;
+      Scalar* const result = scratch_of<S>(kPairs, kBlockRows * stride);
+      for (int64_t i = 0; i < count; ++i) {
+        T* const row = reinterpret_cast<T*>(result + i * *word_stride);
+        const Scalar* const from = block + i * stride;
+        for (int64_t j = 0; j < slots; j += S::kLanes) S::store_rounded(row + j, S::load(from + j));
+      }
+      return result;
+    }
+    return block;
+  }
+
+  // The same for a product over the block's rows: words of consecutive rows of a column.
+  const Scalar* by_rows(const Scalar* block, int64_t count, int64_t stride, int64_t slots) const {
+    if constexpr (kTerms<S, T> == 2) {
+      Scalar* const result = scratch_of<S>(kPairs, kBlockRows * stride);
+      for (int64_t i = 0; i < count; i += 2) {
+        const Scalar* const from = block + i * stride;
+        for (int64_t j = 0; j < slots; j += S::kLanes) {
+          const auto next = i + 1 < count ? S::load(from + stride + j) : S::zero();
+          S::store(result + i / 2 * stride + j, S::pairs(S::load(from + j), next));
+        }
+      }
+      return result;
+    }
+    return block;
   }
 
   // Turns a row of products into probabilities, in place; 0 from `visible` up to `end`. The
@@ -315,8 +390,8 @@ static void attention_forward(const MemoryAttentionForward& args) {
       const Head<S, T> head(args, item / split.ranges);
       constexpr int64_t kPanel = Head<S, T>::kPanel;
       const int64_t seen = head.visible(args.tokens - 1);
-      Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.width);
-      Scalar* const values = scratch_of<S>(kValuePanels, seen * head.padded_width);
+      Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.row_words);
+      Scalar* const values = scratch_of<S>(kValuePanels, words<S, T>(seen) * head.padded_width);
       head.pack_transposed(args.key, seen, keys);
       head.pack(args.value, 0, seen, true, values);
       // not a power of two: rows that far apart would share one set of the first cache
@@ -327,21 +402,24 @@ static void attention_forward(const MemoryAttentionForward& args) {
       for (int64_t block = item % split.ranges; block < split.blocks; block += split.ranges) {
         const int64_t first = block * split.block_rows;
         const int64_t rows = smaller(split.block_rows, args.tokens - first);
-        const int64_t slots = head.visible(first + rows - 1);
+        const int64_t slots = head.visible(first + rows - 1), padded = round_up(slots, kPanel);
         int64_t query_stride;
         const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
-        multiply<S>(rows, round_up(slots, kPanel), head.width, query, query_stride, 1, keys,
-                    head.width * kPanel, scores, stride, false);
+        multiply<S, T>(rows, padded, head.row_words, query, query_stride, 1, keys,
+                       head.row_words * kPanel, scores, stride, false);
         for (int64_t i = 0; i < rows; ++i) {
           Scalar* const row = scores + i * stride;
           const int64_t index = (head.b * args.heads + head.h) * args.tokens + first + i;
-          const bool has_factor = head.softmax(row, first + i, slots,
-                                               static_cast<Scalar*>(args.lse) + index, factor);
+          const bool has_factor =
+              head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
+                           static_cast<Scalar*>(args.lse) + index, factor);
           const int64_t count = has_factor ? head.visible(first + i) : 0;
           for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
         }
-        multiply<S>(rows, head.padded_width, slots, scores, stride, 1, values, seen * kPanel,
-                    result, head.padded_width, false);
+        int64_t weight_stride;
+        const Scalar* weights = head.by_slots(scores, rows, stride, slots, &weight_stride);
+        multiply<S, T>(rows, head.padded_width, words<S, T>(slots), weights, weight_stride, 1,
+                       values, words<S, T>(seen) * kPanel, result, head.padded_width, false);
         for (int64_t i = 0; i < rows; ++i) {
           T* const out = static_cast<T*>(args.out) +
                          ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
@@ -363,11 +441,12 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
   const bool needs_dquery = args.dquery != nullptr, needs_bank = dkey != nullptr;
   const int64_t seen = head.visible(args.tokens - 1);
   const int64_t width = head.padded_width, stride = head.padded_slots + S::kLanes;
-  Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.width);
-  Scalar* const values = scratch_of<S>(kValuePanels, head.padded_slots * head.width);
+  Scalar* const keys = scratch_of<S>(kKeyPanels, head.padded_slots * head.row_words);
+  Scalar* const values = scratch_of<S>(kValuePanels, head.padded_slots * head.row_words);
   head.pack_transposed(args.key, seen, keys);
   head.pack_transposed(args.value, seen, values);
-  Scalar* const key_rows = needs_dquery ? scratch_of<S>(kKeyRows, seen * width) : nullptr;
+  Scalar* const key_rows =
+      needs_dquery ? scratch_of<S>(kKeyRows, words<S, T>(seen) * width) : nullptr;
   if (needs_dquery) head.pack(args.key, 0, seen, true, key_rows);
   Scalar* const scores = scratch_of<S>(kScores, split.block_rows * stride);
   Scalar* const dscores = scratch_of<S>(kDscores, split.block_rows * stride);
@@ -380,13 +459,15 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
     const int64_t rows = smaller(split.block_rows, args.tokens - first);
     const int64_t slots = head.visible(first + rows - 1);
     const int64_t padded = round_up(slots, kPanel);
+    // what the products over slots read
+    const int64_t end = kTerms<S, T> == 2 ? padded : slots;
     int64_t query_stride, dout_stride;
     const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
     const Scalar* dout = head.dense(args.dout, first, rows, kDout, &dout_stride);
-    multiply<S>(rows, padded, head.width, query, query_stride, 1, keys, head.width * kPanel,
-                scores, stride, false);
-    multiply<S>(rows, padded, head.width, dout, dout_stride, 1, values, head.width * kPanel,
-                dscores, stride, false);
+    multiply<S, T>(rows, padded, head.row_words, query, query_stride, 1, keys,
+                   head.row_words * kPanel, scores, stride, false);
+    multiply<S, T>(rows, padded, head.row_words, dout, dout_stride, 1, values,
+                   head.row_words * kPanel, dscores, stride, false);
     for (int64_t i = 0; i < rows; ++i) {
       Scalar* const p = scores + i * stride;
       Scalar* const ds = dscores + i * stride;
@@ -394,7 +475,7 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
       // the scores again, and their softmax from them: from a rounded log-sum-exp, a one-hot row
       // would not cancel exactly
       Scalar lse;
-      const bool has_factor = head.softmax(p, first + i, slots, &lse, factor);
+      const bool has_factor = head.softmax(p, first + i, end, &lse, factor);
       auto sum = S::zero();
       vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
         auto d = get<S>(ds + j, part);
@@ -408,11 +489,13 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
         put<S>(ds + j, (get<S>(ds + j, part) - delta) * x * scale, part);
         if (has_factor) put<S>(p + j, x * get<S>(factor + j, part), part);
       });
-      for (int64_t j = count; j < slots; ++j) ds[j] = 0;
+      for (int64_t j = count; j < end; ++j) ds[j] = 0;
     }
     if (needs_dquery) {
-      multiply<S>(rows, width, slots, dscores, stride, 1, key_rows, seen * kPanel, result, width,
-                  false);
+      int64_t word_stride;
+      const Scalar* const ds = head.by_slots(dscores, rows, stride, slots, &word_stride);
+      multiply<S, T>(rows, width, words<S, T>(slots), ds, word_stride, 1, key_rows,
+                     words<S, T>(seen) * kPanel, result, width, false);
       for (int64_t i = 0; i < rows; ++i) {
         T* const dquery =
             static_cast<T*>(args.dquery) +
@@ -423,10 +506,11 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
     if (needs_bank) {
       head.pack(args.query, first, rows, false, query_panels);
       head.pack(args.dout, first, rows, false, dout_panels);
-      multiply<S>(slots, width, rows, scores, 1, stride, dout_panels, rows * kPanel, dvalue,
-                  width, true);
-      multiply<S>(slots, width, rows, dscores, 1, stride, query_panels, rows * kPanel, dkey,
-                  width, true);
+      const int64_t depth = words<S, T>(rows);
+      multiply<S, T>(slots, width, depth, head.by_rows(scores, rows, stride, slots), 1, stride,
+                     dout_panels, depth * kPanel, dvalue, width, true);
+      multiply<S, T>(slots, width, depth, head.by_rows(dscores, rows, stride, slots), 1, stride,
+                     query_panels, depth * kPanel, dkey, width, true);
     }
   }
 }

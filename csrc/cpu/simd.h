@@ -2,7 +2,7 @@
 // is a template on a struct S of this file, and each level_*.cpp compiles it for its instructions.
 //
 // S has: Scalar, V (a vector of kLanes Scalars, with + - * /), kRows (rows of a register tile),
-// load and store with conversion, fma, max, exp, tanh, sigmoid, and a few selections. A load or
+// kHasPairs (whether it multiplies pairs of bfloat16, and has the operations that takes), load and store with conversion, fma, max, exp, tanh, sigmoid, and a few selections. A load or
 // store with `count` touches that many elements and no more; missing lanes are 0.
 //
 // Everything here has internal linkage or depends on S: an inline function that two level files
@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -185,6 +186,7 @@ struct Avx512 : FloatMath<Avx512, __m512> {
   using V = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kRows = 12;
+  static constexpr bool kHasPairs = false;
 
   LM2_INLINE __mmask16 first(int count) {
     return static_cast<__mmask16>((1u << count) - 1);  // count <= 16
@@ -259,12 +261,34 @@ struct Avx512 : FloatMath<Avx512, __m512> {
 };
 #endif
 
+#if defined(LM2_AVX512_BF16)
+// A word is a V's lane holding two bfloat16, the first in its low half. Denormals count as 0.
+struct Avx512Bf16 : Avx512 {
+  static constexpr bool kHasPairs = true;
+
+  // sum + a.first * b.first + a.second * b.second
+  LM2_INLINE V fma_pairs(V a, V b, V sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+  LM2_INLINE __m256i round_to_bfloat16(V x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+  LM2_INLINE V pairs(V first, V second) {
+    const __m512i low = _mm512_cvtepu16_epi32(round_to_bfloat16(first));
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bfloat16(second)), 16);
+    return _mm512_castsi512_ps(_mm512_or_si512(low, high));
+  }
+  LM2_INLINE void store_rounded(bfloat16* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(x));
+  }
+};
+#endif
+
 #if defined(LM2_AVX2)
 struct Avx2 : FloatMath<Avx2, __m256> {
   using Scalar = float;
   using V = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kRows = 6;
+  static constexpr bool kHasPairs = false;
 
   LM2_INLINE __m256i first(int count) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -370,6 +394,7 @@ struct Base : FloatMath<Base, FourFloats> {
   typedef int32_t Int __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kRows = 4;
+  static constexpr bool kHasPairs = false;
 
   LM2_INLINE V set(float x) { return V{x, x, x, x}; }
   LM2_INLINE V zero() { return V{}; }
@@ -434,6 +459,7 @@ struct Double {
   using V = double;
   static constexpr int kLanes = 1;
   static constexpr int kRows = 4;
+  static constexpr bool kHasPairs = false;
 
   LM2_INLINE V set(double x) { return x; }
   LM2_INLINE V zero() { return 0.0; }
