@@ -22,6 +22,7 @@ from setuptools.command.build_py import build_py
 # the stable ABI of torch 2.11: what is built against a newer one loads in 2.11 too
 TORCH_TARGET = "0x020B000000000000ULL"
 MINIMUM_TORCH = (2, 11)
+OLDEST_ARCH = (7, 5)
 DEFAULT_ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = [
     "-O3",
@@ -74,37 +75,55 @@ def import_torch():
 
 def check_compiler() -> None:
     """A C++20 compiler that finds Python's headers."""
-    compiler = os.environ.get("CXX", "c++").split()
+    # one program, without arguments: that is how torch's builder starts it
+    compiler = os.environ.get("CXX", "c++")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <Python.h>\n#include <concepts>\nint main() { return 0; }\n")
         include = f"-I{sysconfig.get_paths()['include']}"
-        command = [*compiler, "-std=c++20", include, "-c", str(source), "-o", f"{source}.o"]
+        command = [compiler, "-std=c++20", include, "-c", str(source), "-o", f"{source}.o"]
         try:
             answer = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError:
-            raise LeftOutError(f"no C++ compiler: '{' '.join(compiler)}' does not start") from None
+            raise LeftOutError(f"no C++ compiler: '{compiler}' does not start") from None
     if answer.returncode:
         first = next((line for line in answer.stderr.splitlines() if "error" in line), "it failed")
-        raise LeftOutError(f"'{' '.join(compiler)}' does not compile C++20: {first.strip()}")
+        raise LeftOutError(f"'{compiler}' does not compile C++20: {first.strip()}")
+
+
+def cuda_include(home: str) -> str | None:
+    """Where a toolkit has its headers; conda's are below targets/."""
+    folders = [f"{home}/include", *sorted(glob.glob(f"{home}/targets/*/include"))]
+    return next((f for f in folders if Path(f, "cuda_runtime.h").exists()), None)
 
 
 def toolkit() -> str | None:
     """The root of a CUDA toolkit that has both nvcc and its headers, or None."""
     nvcc = shutil.which("nvcc")
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc:
-        roots.insert(2, str(Path(nvcc).resolve().parent.parent))
+    chosen = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    roots = [chosen, nvcc and str(Path(nvcc).resolve().parent.parent), "/usr/local/cuda"]
     for root in filter(None, roots):
-        if Path(root, "bin/nvcc").exists() and Path(root, "include/cuda_runtime.h").exists():
+        if Path(root, "bin/nvcc").exists() and cuda_include(root):
             return root
+        if root == chosen:
+            say(f"{root} has no bin/nvcc or no cuda_runtime.h: looking elsewhere")
     return None
 
 
+def ask_nvcc(home: str, option: str) -> str:
+    try:
+        return subprocess.run(
+            [f"{home}/bin/nvcc", option], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LeftOutError(f"{home}/bin/nvcc does not run: {error}") from None
+
+
 def nvcc_version(home: str) -> str:
-    command = [f"{home}/bin/nvcc", "--version"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.search(r"release (\d+\.\d+)", answer.stdout).group(1)
+    match = re.search(r"release (\d+\.\d+)", ask_nvcc(home, "--version"))
+    if match is None:
+        raise LeftOutError(f"{home}/bin/nvcc --version names no release")
+    return match.group(1)
 
 
 def cuda_toolkit(torch) -> str:
@@ -136,10 +155,13 @@ def split_archs(text: str, known: set[str]) -> tuple[list[str], list[str]]:
     for entry in filter(None, re.split(r"[;, ]+", text)):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", entry)
         if match is None:
-            raise SystemExit(
-                f"lm2_kernels: TORCH_CUDA_ARCH_LIST: {entry!r} is not like 8.0, 9.0a or 12.0+PTX"
+            raise LeftOutError(
+                f"TORCH_CUDA_ARCH_LIST has {entry!r}, which is not like 8.0, 9.0a or 12.0+PTX"
             )
         major, minor, suffix, ptx = match.groups()
+        if (int(major), int(minor)) < OLDEST_ARCH:
+            say(f"CUDA kernels need sm_75 or newer: sm_{major}{minor} left out")
+            continue
         if f"compute_{major}{minor}" not in known:
             say(f"CUDA kernels: this nvcc does not know sm_{major}{minor}: left out")
             continue
@@ -154,14 +176,16 @@ def split_archs(text: str, known: set[str]) -> tuple[list[str], list[str]]:
 def cuda_archs(torch, home: str) -> tuple[list[str], list[str]]:
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if not wanted and torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        visible = {torch.cuda.get_device_capability(index) for index in range(count)}
+        try:
+            count = torch.cuda.device_count()
+            visible = {torch.cuda.get_device_capability(index) for index in range(count)}
+        except RuntimeError as error:
+            raise LeftOutError(f"the GPU does not answer: {error}") from None
         wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
-    command = [f"{home}/bin/nvcc", "--list-gpu-arch"]
-    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    flags, names = split_archs(wanted or DEFAULT_ARCHS, set(known))
+    known = set(ask_nvcc(home, "--list-gpu-arch").split())
+    flags, names = split_archs(wanted or DEFAULT_ARCHS, known)
     if not flags:
-        raise LeftOutError(f"nvcc knows none of the architectures {wanted or DEFAULT_ARCHS}")
+        raise LeftOutError(f"they can be built for none of {wanted or DEFAULT_ARCHS}")
     return flags, names
 
 
@@ -185,7 +209,7 @@ def cuda_extension(torch, cpp_extension, record: dict) -> Extension:
     say(f"CUDA kernels: nvcc {record['nvcc']} ({home}) for {' '.join(names)}")
     # torch's own guess is None with a CPU build, and wrong where nvcc on PATH is a wrapper script
     cpp_extension.CUDA_HOME = home
-    folders = [f"{home}/{name}" for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    folders = [f"{home}/lib64", f"{home}/lib", *glob.glob(f"{home}/targets/*/lib")]
     nvcc = [
         "-O3",
         "-std=c++20",
@@ -194,13 +218,16 @@ def cuda_extension(torch, cpp_extension, record: dict) -> Extension:
         "-fvisibility=hidden",
         *flags,
     ]
+    # torch hands nvcc CC alone
+    if os.environ.get("CXX") and not os.environ.get("CC"):
+        nvcc += ["-ccbin", os.environ["CXX"]]
     if os.environ.get("NVCC_THREADS"):
         nvcc += ["--threads", os.environ["NVCC_THREADS"]]
     return Extension(
         "lm2_kernels._cuda",
         ["csrc/cuda/bindings.cpp", *sorted(glob.glob("csrc/cuda/*.cu"))],
-        depends=glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/cuda/*.cuh"),
-        include_dirs=[*cpp_extension.include_paths()[:1], f"{home}/include"],
+        depends=glob.glob("csrc/**/*.h", recursive=True),
+        include_dirs=[*cpp_extension.include_paths()[:1], cuda_include(home)],
         library_dirs=[cpp_extension.TORCH_LIB_PATH, *filter(os.path.isdir, folders)],
         # libtorch_cuda is found at run time: the library loads in every torch
         libraries=["torch_cpu", "cudart_static", "rt", "dl", "pthread"],
@@ -243,25 +270,43 @@ def builder(cpp_extension, record: dict):
             super().run()
             write_record(Path("." if self.inplace else self.build_lib, "lm2_kernels"), record)
 
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                # torch's own checks, of what nvcc and the compiler go with: before it builds any
+                cuda = next((e for e in self.extensions if PARTS[e.name] == "cuda"), None)
+                if cuda is None:
+                    raise
+                self.leave_out(cuda, error)
+                super().build_extensions()
+
         def build_extension(self, ext):
             try:
                 super().build_extension(ext)
             except Exception as error:
-                part = PARTS[ext.name]
-                if required() in ("cuda", part):
-                    raise
-                reason = (
-                    f"they do not compile here; LM2_KERNELS_BUILD={part} pip install -v shows why"
-                )
-                say(f"{part} kernels are left out: {reason} ({error})")
-                record[part] = reason
-                # so that nobody looks for its library
-                self.extensions = [other for other in self.extensions if other is not ext]
+                self.leave_out(ext, error)
+
+        def leave_out(self, ext, error):
+            part = PARTS[ext.name]
+            if required() in ("cuda", part):
+                raise error
+            reason = f"they do not compile here; LM2_KERNELS_BUILD={part} pip install -v shows why"
+            say(f"{part} kernels are left out: {reason} ({' '.join(str(error).split())})")
+            record[part] = reason
+            # so that nobody looks for its library
+            self.extensions = [other for other in self.extensions if other is not ext]
 
     return build_ext
 
 
 def write_record(package: Path, record: dict) -> None:
+    """Say what is here, and take away what an earlier build left of a part that is not."""
+    for name, part in PARTS.items():
+        if record[part] is not None:
+            for library in package.glob(f"{name.split('.')[1]}.*"):
+                library.unlink()
+    package.mkdir(parents=True, exist_ok=True)
     (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

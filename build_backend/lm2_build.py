@@ -128,11 +128,14 @@ def _use_targets() -> bool:
     return False
 
 
+def _is_pure() -> bool:
+    """Whether nothing is to be compiled; setup.py reads these variables alike."""
+    environment = os.environ
+    return environment.get("LM2_KERNELS_BUILD") == "none" and environment.get("FORCE_CUDA") != "1"
+
+
 def _requirements(ordinary: list[str]) -> list[str]:
-    # without compiled kernels torch is not needed to build
-    if os.environ.get("LM2_KERNELS_BUILD") == "none" or _has_torch():
-        return ordinary
-    return [*ordinary, TORCH]
+    return ordinary if _is_pure() or _has_torch() else [*ordinary, TORCH]
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -144,7 +147,8 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    _has_torch()
+    if not _is_pure():
+        _has_torch()
     # an earlier build's libraries must not go into this wheel
     for folder in glob.glob("build/lib*"):
         shutil.rmtree(folder)
@@ -152,5 +156,6 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    _has_torch()
+    if not _is_pure():
+        _has_torch()
     return _meta.build_editable(wheel_directory, config_settings, metadata_directory)

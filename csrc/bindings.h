@@ -13,11 +13,13 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -75,7 +77,24 @@ inline bool go_together(Dtype a, Dtype b) {
                     b != Dtype::float64);
 }
 
-// The checks of one call: which op, on which device, and the tensors that must outlive the launch.
+// Whether a tensor's storage covers all its elements: it can have been resized under it.
+inline bool storage_covers(const Tensor& tensor) {
+  int64_t last = tensor.storage_offset(), bytes = 0;
+  for (int64_t axis = 0; axis < tensor.dim(); ++axis) {
+    int64_t span;
+    if (__builtin_mul_overflow(tensor.size(axis) - 1, tensor.stride(axis), &span)) return false;
+    if (__builtin_add_overflow(last, span, &last)) return false;
+  }
+  if (__builtin_add_overflow(last, 1, &last)) return false;
+  if (__builtin_mul_overflow(last, static_cast<int64_t>(tensor.element_size()), &bytes)) {
+    return false;
+  }
+  int64_t held = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &held));
+  return bytes <= held;
+}
+
+// The checks of one call: which op, on which device, and the copies that must outlive the launch.
 template <class Device>
 class Call {
  public:
@@ -93,10 +112,10 @@ class Call {
     return dtype;
   }
 
-  // The tensor of exactly this shape and one of these dtypes, with a dense last axis: itself, or a
-  // copy where its strides are others.
-  Tensor dense(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
-               std::initializer_list<ScalarType> dtypes) {
+  // A tensor must be of exactly this shape and one of these dtypes, and readable to its last
+  // element.
+  void require(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
+               std::initializer_list<ScalarType> dtypes) const {
     check(Device::owns(tensor) && tensor.get_device_index() == first_.get_device_index(), name,
           " must be on the same ", Device::kName, " device as the other tensors");
     bool right = tensor.dim() == static_cast<int64_t>(sizes.size());
@@ -108,25 +127,19 @@ class Call {
     bool known = false;
     for (ScalarType dtype : dtypes) known = known || tensor.scalar_type() == dtype;
     check(known, name, " has a dtype that does not go with the others'");
-    Tensor result = tensor;
-    const int64_t last = tensor.dim() - 1;
-    if (last >= 0 && tensor.size(last) > 1 && tensor.stride(last) != 1) {
-      result = torch::stable::contiguous(tensor);
-    }
-    if (result.numel() > 0) {
-      // a storage can have been freed under its tensors
-      check(result.data_ptr() != nullptr, name, " has no data (was its storage resized?)");
-      check(reinterpret_cast<uintptr_t>(result.data_ptr()) % result.element_size() == 0, name,
-            " is not aligned to its dtype");
-    }
-    kept_.push_back(result);
-    return result;
+    if (tensor.numel() == 0) return;
+    check(tensor.data_ptr() != nullptr && storage_covers(tensor), name,
+          " has no data (was its storage resized?)");
+    check(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % tensor.element_size() == 0, name,
+          " is not aligned to its dtype");
   }
 
   // (B, L, D), (B, L, H, K) or (B, D) as a View.
   View view(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
             std::initializer_list<ScalarType> dtypes) {
-    const Tensor t = dense(name, tensor, sizes, dtypes);
+    require(name, tensor, sizes, dtypes);
+    const int64_t last = tensor.dim() - 1;
+    const Tensor t = tensor.size(last) > 1 && tensor.stride(last) != 1 ? dense(tensor) : tensor;
     View view;
     view.data = t.numel() == 0 ? nullptr : t.data_ptr();
     view.dtype = dtype_of(op_, name, t);
@@ -144,18 +157,24 @@ class Call {
   // A tensor without strides to speak of, copied if it has any.
   const void* plain(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes,
                     ScalarType dtype) {
-    kept_.push_back(torch::stable::contiguous(dense(name, tensor, sizes, {dtype})));
-    return kept_.back().data_ptr();
+    require(name, tensor, sizes, {dtype});
+    return dense(tensor).data_ptr();
   }
 
   // A result. Without `needed` it is the empty tensor that stands for none.
   Tensor result(std::vector<int64_t> sizes, Dtype dtype, bool needed = true) const {
     if (!needed) sizes = {0};
-    return torch::stable::new_empty(first_, sizes, scalar_type(dtype));
+    return named([&] { return torch::stable::new_empty(first_, sizes, scalar_type(dtype)); });
   }
 
   template <class Args>
   void run(Args& args) {
+    named([&] { run_unnamed(args); });
+  }
+
+ private:
+  template <class Args>
+  void run_unnamed(Args& args) {
     if constexpr (requires { args.workspace; }) {
       const int64_t bytes = Device::workspace_bytes(args);
       args.workspace = nullptr;
@@ -170,7 +189,24 @@ class Call {
     Device::run(args, first_);
   }
 
- private:
+  // The tensor, or a copy that is kept, with no gaps between its elements.
+  const Tensor& dense(const Tensor& tensor) {
+    kept_.push_back(named([&] { return torch::stable::contiguous(tensor); }));
+    return kept_.back();
+  }
+
+  // What fails below here does not know the op.
+  template <class F>
+  auto named(const F& function) const -> decltype(function()) {
+    try {
+      return function();
+    } catch (const std::bad_alloc&) {
+      throw std::runtime_error(std::string(op_) + ": out of memory");
+    } catch (const std::exception& error) {
+      throw std::runtime_error(std::string(op_) + ": " + error.what());
+    }
+  }
+
   static int64_t stride(const Tensor& t, int64_t axis) {
     return t.size(axis) == 1 ? 0 : t.stride(axis);
   }
@@ -227,7 +263,7 @@ struct Bindings {
     args.mask_batch_stride = args.mask_slot_stride = 0;
     if (slot_mask) {
       // any strides: the kernels take both
-      call.dense("slot_mask", *slot_mask, {args.batch, args.slots}, {ScalarType::Bool});
+      call.require("slot_mask", *slot_mask, {args.batch, args.slots}, {ScalarType::Bool});
       args.slot_mask = static_cast<const uint8_t*>(slot_mask->data_ptr());
       args.mask_batch_stride = slot_mask->stride(0);
       args.mask_slot_stride = slot_mask->stride(1);
@@ -246,7 +282,7 @@ struct Bindings {
     call.check(seed.has_value() || dropout_p == 0.0, "dropout needs a seed");
     args.seed = nullptr;
     if (seed) {
-      call.dense("seed", *seed, {}, {ScalarType::Long});
+      call.require("seed", *seed, {}, {ScalarType::Long});
       args.seed = static_cast<const int64_t*>(seed->data_ptr());
     }
     const double most = std::numeric_limits<uint32_t>::max();
@@ -448,7 +484,9 @@ struct Bindings {
     args.tokens = x.size(1);
     args.width = x.size(2);
     call.check(args.tokens > 0 && args.width > 0, "tokens and width must be at least 1");
-    call.check(num_pooled >= 0, "num_pooled must be at least 0, got ", num_pooled);
+    call.check(num_pooled >= 0 && num_pooled <= std::numeric_limits<int64_t>::max() - args.tokens,
+               "num_pooled must be at least 0, and num_pooled + tokens below 2^63, got ",
+               num_pooled);
     args.dtype = call.dtype("x", x);
     args.parameter_dtype = call.dtype("weight", weight);
     call.check(go_together(args.dtype, args.parameter_dtype),

@@ -80,8 +80,8 @@ def cuda_reason(device_index: int | None = None) -> str | None:
 def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs`` ("8.0", "9.0a", "12.0+PTX") runs on a GPU.
 
-    Binaries run on the same major version from their minor on; PTX on everything newer; those with
-    a letter on exactly their own.
+    Binaries run on the same major version from their minor on, those with an "a" on exactly their
+    own (taken to hold for "f" as well); PTX on everything newer.
     """
     for arch in archs:
         number = arch.removesuffix("+PTX")

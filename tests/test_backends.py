@@ -191,7 +191,9 @@ def test_unknown_simd_level_is_refused():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got neon" in result.stderr
+    assert (
+        "LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got neon" in result.stderr
+    )
 
 
 def _transposed(tensor):
@@ -285,3 +287,38 @@ def test_residual_layer_norm_large_mean(backend, record_property):
     with _on(backend):
         results = testing.run_case(case, inputs, _name(backend))
     _assert_passed(testing.compare_case(case, inputs, results))
+
+
+@_every_backend()
+def test_scores_of_minus_infinity_are_no_hidden_slots(backend, record_property):
+    """A row that sees slots whose scores overflow is NaN, as in any softmax; one that sees no slot
+    is 0. To confuse them would hide a divergence."""
+    record_property("backend", backend)
+    query, key = torch.full((1, 2, 1, 16), 1e20), torch.full((1, 4, 1, 16), -1e20)
+    value = torch.ones(1, 4, 1, 16)
+    with _on(backend):
+        seen = lm2.memory_attention(query, key, value, causal=False, backend=_name(backend))
+        hidden = lm2.memory_attention(
+            query,
+            key,
+            value,
+            causal=False,
+            slot_mask=torch.zeros(1, 4, dtype=torch.bool),
+            backend=_name(backend),
+        )
+    assert seen.isnan().all()
+    assert not hidden.any()
+
+
+@_every_backend()
+def test_strong_dropout_does_not_overflow_float16(backend, record_property):
+    record_property("backend", backend)
+    query = torch.zeros(1, 64, 1, 16, dtype=torch.float16, requires_grad=True)
+    bank = torch.randn(1, 128, 1, 16, dtype=torch.float16)
+    with _on(backend):
+        out = lm2.memory_attention(
+            query, bank, bank, causal=False, dropout_p=0.99999, backend=_name(backend)
+        )
+        out.sum().backward()
+    assert out.isfinite().all()
+    assert query.grad.isfinite().all()

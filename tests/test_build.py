@@ -17,7 +17,7 @@ import torch
 
 from lm2_kernels import extension
 from tools import nvcc
-from tools.emulated_cuda import ROOT
+from tools.emulated_cuda import ROOT, load_setup
 
 BUILD_TOOLS = ("setuptools", "pybind11", "ninja")
 _MISSING = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]
@@ -36,23 +36,20 @@ def _plain_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def _load(path: str) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(f"_{Path(path).stem}_under_test", ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def setup():
-    pytest.importorskip("setuptools")
-    return _load("setup.py")
+    if load_setup() is None:
+        pytest.skip("not installed: setuptools")
+    return load_setup()
 
 
 @pytest.fixture
 def backend():
     pytest.importorskip("setuptools")
-    module = _load("build_backend/lm2_build.py")
+    path = ROOT / "build_backend" / "lm2_build.py"
+    spec = importlib.util.spec_from_file_location("_lm2_build_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     before = list(sys.meta_path)
     yield module
     sys.meta_path[:] = before
@@ -145,6 +142,7 @@ def test_sdist(tree, tmp_path):
     ("environment", "reason"),
     (
         ({"CXX": "/nonexistent/c++"}, "no C++ compiler: '/nonexistent/c++' does not start"),
+        ({"CXX": "ccache g++"}, "no C++ compiler: 'ccache g++' does not start"),
         ({"CXX": "false"}, "'false' does not compile C++20"),
         ({"LM2_KERNELS_BUILD": "none"}, "LM2_KERNELS_BUILD=none"),
     ),
@@ -243,11 +241,13 @@ class _Torch:
             ["arch=compute_120,code=sm_120", "arch=compute_120,code=compute_120"],
             ["12.0+PTX"],
         ),
-        ("5.2 8.0", ["arch=compute_80,code=sm_80"], ["8.0"]),
+        # not one that this nvcc knows, and one too old for the kernels
+        ("8.9 8.0", ["arch=compute_80,code=sm_80"], ["8.0"]),
+        ("7.0;8.0", ["arch=compute_80,code=sm_80"], ["8.0"]),
     ),
 )
 def test_arch_list(setup, text, flags, names):
-    known = {"compute_80", "compute_90", "compute_120"}
+    known = {"compute_70", "compute_80", "compute_90", "compute_120"}
     found, entries = setup.split_archs(text, known)
     assert found == [f"-gencode={flag}" for flag in flags]
     assert names is None or entries == names
@@ -255,7 +255,7 @@ def test_arch_list(setup, text, flags, names):
 
 @pytest.mark.parametrize("text", ("ampere", "80", "8", "8.0+ptx"))
 def test_arch_list_refuses(setup, text):
-    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST: .* is not like 8.0"):
+    with pytest.raises(setup.LeftOutError, match=r"TORCH_CUDA_ARCH_LIST has .* is not like 8.0"):
         setup.split_archs(text, {"compute_80"})
 
 
@@ -276,6 +276,63 @@ def test_toolkit_must_fit_torch(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("FORCE_CUDA", "0")
     with pytest.raises(setup.LeftOutError, match="FORCE_CUDA=0"):
         setup.cuda_toolkit(_Torch(cuda="12.6"))
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    (("exit 1", "bin/nvcc does not run"), ("echo nothing", "names no release")),
+)
+def test_broken_nvcc(setup, monkeypatch, tmp_path, script, reason):
+    for name in ("bin/nvcc", "targets/x86_64-linux/include/cuda_runtime.h"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert setup.cuda_include(str(tmp_path)) == f"{tmp_path}/targets/x86_64-linux/include"
+    with pytest.raises(setup.LeftOutError, match=reason):
+        setup.cuda_toolkit(_Torch(cuda="12.6"))
+
+
+def test_unusable_cuda_home_is_said(setup, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    setup.toolkit()
+    assert f"{tmp_path} has no bin/nvcc or no cuda_runtime.h" in capsys.readouterr().err
+
+
+def test_compiler_that_nvcc_refuses_leaves_cuda_alone_out(setup, monkeypatch, tmp_path):
+    """torch checks that before it builds anything: the C++ kernels must not go with it."""
+    built = []
+
+    class BuildExtension:
+        def __init__(self):
+            self.inplace, self.build_lib = False, str(tmp_path)
+            self.extensions = [types.SimpleNamespace(name=name) for name in setup.PARTS]
+
+        def run(self):
+            self.build_extensions()
+
+        def build_extensions(self):
+            if any(extension.name == "lm2_kernels._cuda" for extension in self.extensions):
+                raise RuntimeError("The current installed version of g++ (16.1) is greater")
+            built.extend(extension.name for extension in self.extensions)
+
+    record = {"cpu": None, "cuda": None}
+    command = setup.builder(types.SimpleNamespace(BuildExtension=BuildExtension), record)
+    command().run()
+    assert built == ["lm2_kernels._C"]
+    assert record["cpu"] is None
+    assert "do not compile here" in record["cuda"]
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    with pytest.raises(RuntimeError, match=r"16\.1"):
+        command().run()
+
+
+def test_what_an_earlier_build_left_is_taken_away(setup, tmp_path):
+    for name in ("_C.cpython-311.so", "_cuda.cpython-311.so", "ops.py"):
+        (tmp_path / name).touch()
+    setup.write_record(tmp_path, {"cpu": None, "cuda": "why not"})
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"_C.cpython-311.so", "ops.py", "_build.json"}
 
 
 def test_no_toolkit(setup, monkeypatch):
@@ -347,10 +404,14 @@ def test_backend_requires_torch_where_there_is_none(
     assert re.search(said, capsys.readouterr().err)
 
 
-def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch):
+def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch, capsys):
     _answers(monkeypatch, backend, None)
     monkeypatch.setenv("LM2_KERNELS_BUILD", "none")
     assert backend._requirements(["ninja"]) == ["ninja"]
+    assert not capsys.readouterr().err
+    # FORCE_CUDA wins, as it does in setup.py
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    assert backend._requirements(["ninja"]) == ["ninja", "torch>=2.11"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ Python checks its inputs first; ``torch.ops.lm2_kernels_cpp`` can be reached wit
 """
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,9 +140,10 @@ def _tensors(arguments):
     return {name: a for name, a in arguments.items() if isinstance(a, torch.Tensor)}
 
 
-def _freed(tensor):
-    tensor = tensor.clone()
-    tensor.untyped_storage().resize_(0)
+def _freed(tensor, share=0.0):
+    tensor = tensor.clone(memory_format=torch.preserve_format)
+    storage = tensor.untyped_storage()
+    storage.resize_(int(storage.nbytes() * share))
     return tensor
 
 
@@ -157,6 +160,9 @@ FAULTS = {
     "complex": lambda t: t.to(torch.complex64),
     "float64": lambda t: t.double(),
     "freed": _freed,
+    "cut_short": lambda t: _freed(t, 0.9),
+    # copied to be dense, but not before it is known that it can be read
+    "freed_and_strided": lambda t: _freed(t.transpose(0, -1).contiguous().transpose(0, -1), 0.9),
 }
 # Not every fault is one for every tensor: a last axis of another size in the tensor that defines
 # the size shows as a fault of the others. What the message names is checked, not which tensor.
@@ -197,6 +203,7 @@ def test_the_arguments_are_right(function):
         ("memory_update_forward", {"output": "both"}, "output"),
         ("memory_update_backward", {"doutput": None, "dnew_memory": None}, "doutput"),
         ("pooled_gate_forward", {"num_pooled": -1}, "num_pooled"),
+        ("pooled_gate_forward", {"num_pooled": 2**63 - 2}, "num_pooled"),
         ("pooled_gate_forward", {"prefix": False}, "pooled_sum"),
         ("pooled_gate_backward", {"dpooled": None, "dnew_sum": None}, "dpooled"),
     ],
@@ -215,12 +222,12 @@ def test_misaligned_memory_is_refused(function):
         size = tensor.numel() * tensor.element_size()
         if tensor.element_size() == 1:
             continue
-        wrong = torch.frombuffer(
-            bytearray(size + 1), dtype=tensor.dtype, offset=1, count=tensor.numel()
-        )
+        wrong = torch.frombuffer(bytearray(2 * size + 1), dtype=tensor.dtype, offset=1)
         tried += 1
-        with pytest.raises(RuntimeError, match=f"^{op}: .*aligned"):
-            _run(function, **ARGUMENTS[function](**{name: wrong.view(tensor.shape)}))
+        strided = wrong.view(*tensor.shape, 2)[..., 0]
+        for view in (wrong[: tensor.numel()].view(tensor.shape), strided):
+            with pytest.raises(RuntimeError, match=f"^{op}: .*aligned"):
+                _run(function, **ARGUMENTS[function](**{name: view}))
     assert tried
 
 
@@ -241,6 +248,50 @@ def test_any_strides_are_taken(function):
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
         assert a.is_contiguous()
+
+
+def test_out_of_memory_is_an_error_and_no_more():
+    """It names the op, and the next call works: no buffer is left half allocated."""
+    code = """
+import resource, torch
+from lm2_kernels import extension
+attend = torch.ops.lm2_kernels_cpp.memory_attention_forward
+query, bank = torch.ones(1, 5, 1, 64), torch.ones(1, 1, 1, 64)
+options = dict(causal=False, slot_offset=0, scale=1.0, top_k=None, dropout_p=0.0)
+before = attend(query, bank, bank, None, None, **options)[0]
+resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+huge = bank.expand(1, 2**31 - 1, 1, 64)
+try:
+    attend(query, huge, huge, None, None, **options)
+except RuntimeError as error:
+    print(error)
+assert torch.equal(attend(query, bank, bank, None, None, **options)[0], before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "memory_attention: out of memory\n"
+
+
+def test_no_long_chain_of_roundings():
+    """A sum over very many rows is as exact as torch's own."""
+    x, weight = torch.rand(2**17, 1, 4), torch.ones(4)
+    gradient = torch.rand(2**17, 1, 4)
+    _, dweight, _ = _run(
+        "pooled_gate_backward",
+        **_pool_backward(x=x, weight=weight, dpooled=gradient, dnew_sum=None, prefix=False)
+        | {"num_pooled": 0, "needs_dx": False, "needs_dpooled_sum": False},
+    )
+    exact = (x.double() * gradient.double()).sum((0, 1))
+    assert ((dweight - exact) / exact).abs().max() < 1e-6
+    # few queries and many slots
+    bank = torch.rand(1, 2**17, 1, 4)
+    options = {"slot_mask": None, "causal": False, "scale": 0.0}
+    out, _ = _run(
+        "memory_attention_forward",
+        **_attention(query=torch.rand(1, 2, 1, 4), key=bank, value=bank) | options,
+    )
+    exact = bank.double().mean(1, keepdim=True)
+    assert ((out - exact) / exact).abs().max() < 1e-5
 
 
 def test_every_operator_is_here():

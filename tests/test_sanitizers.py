@@ -155,12 +155,14 @@ def test_planted_bug_is_caught(plant):
         ("shuffles", "address", None),
         ("product", "address", None),
         ("unwritten shared memory", "address", None),
+        ("allowed shared memory", "address", None),
         # the emulator's own checks
         ("divergent barrier", "address", "divergent __syncthreads"),
         ("early exit", "address", "__syncthreads"),
         ("deadlock", "address", "deadlock"),
         ("not in mask", "address", "caller not in mask"),
         ("grid too large", "address", "invalid launch configuration"),
+        ("shared memory that nobody allowed", "address", "cudaFuncSetAttribute has not allowed"),
         # the sanitizers
         ("missing barrier", "thread", _RACE),
         ("unsynchronised sum", "thread", _RACE),

@@ -15,6 +15,8 @@
 namespace lm2::cpu {
 namespace {
 
+// A larger scratch buffer is given back after the call.
+constexpr int64_t kKeptBytes = 16 << 20;
 constexpr const char* kLevels[] = {"base", "avx2", "avx512", "avx512_bf16"};
 
 int best_level() {
@@ -49,10 +51,11 @@ int level() {
 }
 
 const Kernels& kernels(Dtype dtype) {
+  [[maybe_unused]] const int chosen = level();  // throws if it is misspelt, whatever the dtype
   if (dtype == Dtype::float64) return kFloat64Kernels;
 #if defined(__x86_64__)
-  if (level() >= 2) return kAvx512Kernels;
-  if (level() == 1) return kAvx2Kernels;
+  if (chosen >= 2) return kAvx512Kernels;
+  if (chosen == 1) return kAvx2Kernels;
 #endif
   return kBaseKernels;
 }
@@ -88,6 +91,12 @@ void keep_largest(const Scalar* scores, Scalar* factor, int64_t count, int64_t k
   }
 }
 
+struct Buffer {
+  std::unique_ptr<void, Release> memory;
+  int64_t bytes = 0;
+};
+thread_local Buffer buffers[kScratches];
+
 }  // namespace
 
 void* allocate(int64_t bytes) {
@@ -97,18 +106,20 @@ void* allocate(int64_t bytes) {
 void release(void* memory) { ::operator delete(memory, std::align_val_t(64)); }
 
 void* scratch(int which, int64_t bytes) {
-  struct Buffer {
-    std::unique_ptr<void, Release> memory;
-    int64_t bytes = 0;
-  };
-  thread_local Buffer buffers[kScratches];
   Buffer& buffer = buffers[which];
   if (buffer.bytes < bytes) {
     buffer.memory.reset();
+    buffer.bytes = 0;  // allocate can throw
     buffer.memory.reset(allocate(bytes));
     buffer.bytes = bytes;
   }
   return buffer.memory.get();
+}
+
+void trim_scratch() {
+  for (Buffer& buffer : buffers) {
+    if (buffer.bytes > kKeptBytes) buffer = Buffer();
+  }
 }
 
 void keep_top_k(const float* scores, float* factor, int64_t count, int64_t k) {

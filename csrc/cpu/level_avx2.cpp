@@ -1,6 +1,6 @@
 // The kernels for x86-64 processors with AVX2, FMA and F16C.
 #if defined(__x86_64__)
-// the standard headers first: their inline functions must not be compiled for AVX2
+// shared headers first: their inline functions must not be compiled for AVX2
 #include <immintrin.h>
 
 #include <cmath>
@@ -8,6 +8,8 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+#include "levels.h"
 
 #pragma GCC target("avx2,fma,f16c")
 #define LM2_AVX2

@@ -1,6 +1,6 @@
 // The kernels for x86-64 processors with AVX-512 F, BW, VL and DQ.
 #if defined(__x86_64__)
-// the standard headers first: their inline functions must not be compiled for AVX-512
+// shared headers first: their inline functions must not be compiled for AVX-512
 #include <immintrin.h>
 
 #include <cmath>
@@ -8,6 +8,8 @@
 #include <cstring>
 #include <limits>
 #include <type_traits>
+
+#include "levels.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #define LM2_AVX512

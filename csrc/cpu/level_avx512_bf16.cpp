@@ -1,6 +1,6 @@
 // memory_attention of bfloat16 for x86-64 processors that also have AVX-512 BF16.
 #if defined(__x86_64__)
-// the standard headers first: their inline functions must not be compiled for AVX-512
+// shared headers first: their inline functions must not be compiled for AVX-512
 #include <immintrin.h>
 
 #include <cmath>
@@ -9,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "levels.h"
+
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq")
 #pragma GCC target("avx2,fma,f16c,prefer-vector-width=512")
 #define LM2_AVX512
@@ -16,7 +18,6 @@
 // false alarms of GCC 12 in its own intrinsics
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 
-#include "levels.h"
 #include "memory_attention.h"
 
 namespace lm2::cpu {

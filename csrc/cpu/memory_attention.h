@@ -25,8 +25,7 @@ constexpr int64_t kChain = 64;
 // Up to this many query rows, packing keys and values costs more than it saves.
 constexpr int64_t kFewRows = 4;
 // Work items wanted, over batch and heads: by the shape alone, as sums are cut by them.
-constexpr int64_t kForwardItems = 16;
-constexpr int64_t kBackwardItems = 16;
+constexpr int64_t kItems = 16;
 
 // The scratch buffers of a thread.
 enum { kKeyPanels, kValuePanels, kScores, kResult, kQueries, kMask, kFactor, kDout, kDscores,
@@ -122,6 +121,7 @@ template <class S, class T>
 struct Head {
   using Scalar = typename S::Scalar;
   static constexpr int64_t kPanel = 2 * S::kLanes;
+  static_assert(kPanel <= kBlockRows);
   const MemoryAttention& args;
   int64_t b, h;
   const Scalar* mask = nullptr;  // (N,), 1 = takes part; null: all do
@@ -147,10 +147,9 @@ struct Head {
     mask = row;
   }
 
-  LM2_INLINE const T* begin(const View& view, int64_t b, int64_t h) {
+  const T* rows(const View& view) const {
     return static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
   }
-  const T* rows(const View& view) const { return begin(view, b, h); }
 
   // The slots that token t sees, before the mask.
   int64_t visible(int64_t t) const {
@@ -187,7 +186,7 @@ struct Head {
 
   // Panels over slots, (slots / panel, words of K, panel): the right operand of Q K^T.
   void pack_transposed(const View& view, int64_t slots, Scalar* panels) const {
-    Scalar* const part = scratch_of<S>(kResult, larger(kBlockRows, kPanel) * padded_width);
+    Scalar* const part = scratch_of<S>(kResult, kBlockRows * padded_width);
     for (int64_t j = 0; j < slots; j += kPanel) {
       for (int64_t i = 0; i < kPanel; ++i) {
         copy_row(view, j + i, part + i * row_words);
@@ -322,14 +321,14 @@ template <class S>
 struct Split {
   int64_t block_rows, blocks, ranges, items;
 
-  Split(const MemoryAttention& args, int64_t wanted_items) {
+  explicit Split(const MemoryAttention& args) {
     const int64_t rows = kBlockElements / round_up(args.slots, 2 * S::kLanes);
     block_rows = larger<int64_t>(S::kRows, smaller(kBlockRows, rows / S::kRows * S::kRows));
     blocks = (args.tokens + block_rows - 1) / block_rows;
     const int64_t heads = args.batch * args.heads;
     // two blocks at least: each item packs keys and values for itself
     const int64_t most = larger<int64_t>(1, blocks / 2);
-    ranges = smaller(most, (wanted_items + heads - 1) / heads);
+    ranges = smaller(most, (kItems + heads - 1) / heads);
     items = heads * ranges;
   }
 };
@@ -346,7 +345,8 @@ static void attend_rows(const MemoryAttentionForward& args) {
       Scalar* const row = scratch_of<S>(kScores, args.slots);
       Scalar* const factor = scratch_of<S>(kFactor, args.slots);
       Scalar* const query = scratch_of<S>(kQueries, head.padded_width);
-      Scalar* const out = scratch_of<S>(kResult, head.padded_width);
+      Scalar* const out = scratch_of<S>(kResult, 2 * head.padded_width);
+      Scalar* const part_of_out = out + head.padded_width;
       for (int64_t t = 0; t < args.tokens; ++t) {
         const int64_t count = head.visible(t);
         widen<S>(head.rows(args.query) + t * args.query.row_stride, query, head.width);
@@ -363,14 +363,18 @@ static void attend_rows(const MemoryAttentionForward& args) {
         const int64_t index = item * args.tokens + t;
         const bool has_factor =
             head.softmax(row, t, count, static_cast<Scalar*>(args.lse) + index, factor);
-        for (int64_t k = 0; k < head.width; ++k) out[k] = 0;
-        for (int64_t j = 0; j < count; ++j) {
-          if (!head.takes_part(j)) continue;
-          const auto p = S::set(has_factor ? row[j] * factor[j] : row[j]);
-          const T* const value = values + j * args.value.row_stride;
-          vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
-            put<S>(out + k, S::fma(p, get<S>(value + k, part), get<S>(out + k, part)), part);
-          });
+        for (int64_t start = 0; start < count; start += kChain) {
+          Scalar* const sum = start == 0 ? out : part_of_out;
+          for (int64_t k = 0; k < head.width; ++k) sum[k] = 0;
+          for (int64_t j = start; j < smaller(start + kChain, count); ++j) {
+            if (!head.takes_part(j)) continue;
+            const auto p = S::set(has_factor ? row[j] * factor[j] : row[j]);
+            const T* const value = values + j * args.value.row_stride;
+            vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+              put<S>(sum + k, S::fma(p, get<S>(value + k, part), get<S>(sum + k, part)), part);
+            });
+          }
+          if (sum != out) accumulate<S>(out, sum, head.width);
         }
         T* const result = static_cast<T*>(args.out) +
                           ((head.b * args.tokens + t) * args.heads + head.h) * head.width;
@@ -384,7 +388,7 @@ template <class S, class T>
 static void attention_forward(const MemoryAttentionForward& args) {
   using Scalar = typename S::Scalar;
   if (args.tokens <= kFewRows) return attend_rows<S, T>(args);
-  const Split<S> split(args, kForwardItems);
+  const Split<S> split(args);
   parallel(split.items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Head<S, T> head(args, item / split.ranges);
@@ -518,7 +522,7 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
 template <class S, class T>
 static void attention_backward(const MemoryAttentionBackward& args) {
   using Scalar = typename S::Scalar;
-  const Split<S> split(args, kBackwardItems);
+  const Split<S> split(args);
   const bool needs_bank = args.dkey_value != nullptr;
   const int64_t width = round_up(args.width, 2 * S::kLanes);
   const int64_t bank = args.slots * width;  // elements of dkey, or dvalue, of one head

@@ -84,7 +84,7 @@ void pooled_gate_forward(const PooledGateForward& args) {
   // each chunk's sum becomes that of everything before it
   parallel(args.batch, larger<int64_t>(1, kGrain / (chunks.count * width)),
            [&](int64_t begin, int64_t end) {
-    Scalar* const running = static_cast<Scalar*>(scratch(0, stride * sizeof(Scalar)));
+    Scalar* const running = static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
     alignas(64) Scalar buffer[kPiece];
     for (int64_t b = begin; b < end; ++b) {
       const Scalar* before = args.pooled_sum
@@ -194,7 +194,7 @@ void pooled_gate_backward(const PooledGateBackward& args) {
   // each chunk's sum becomes that of everything after it, and of what reaches all tokens
   parallel(args.batch, larger<int64_t>(1, kGrain / (chunks.count * width)),
            [&](int64_t begin, int64_t end) {
-    Scalar* const running = static_cast<Scalar*>(scratch(0, stride * sizeof(Scalar)));
+    Scalar* const running = static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
     for (int64_t b = begin; b < end; ++b) {
       const Scalar* dnew = args.dnew_sum
           ? static_cast<const Scalar*>(args.dnew_sum.data) + b * args.dnew_sum.batch_stride

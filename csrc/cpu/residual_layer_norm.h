@@ -59,7 +59,7 @@ void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
       read<S>(args.bias, args.parameter_dtype, width, place + bytes / sizeof(Scalar));
   parallel(args.batch * args.tokens, larger<int64_t>(1, kGrain / width),
            [&](int64_t begin, int64_t end) {
-    Scalar* const total = static_cast<Scalar*>(scratch(0, bytes));
+    Scalar* const total = static_cast<Scalar*>(scratch(kFirstRow, bytes));
     alignas(64) Scalar out_buffer[kPiece];
     for (int64_t row = begin; row < end; ++row) {
       add_row<S>(args, row, total);
@@ -109,8 +109,8 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
   const Scalar* weight = read<S>(args.weight, args.parameter_dtype, width, place);
   Scalar* const partials = place + stride;  // (chunks, 2, stride): dweight and dbias
   parallel(chunks, larger<int64_t>(1, kGrain / (chunk * width)), [&](int64_t begin, int64_t end) {
-    Scalar* const normed = static_cast<Scalar*>(scratch(0, bytes));
-    Scalar* const gradient = static_cast<Scalar*>(scratch(1, bytes));
+    Scalar* const normed = static_cast<Scalar*>(scratch(kFirstRow, bytes));
+    Scalar* const gradient = static_cast<Scalar*>(scratch(kSecondRow, bytes));
     alignas(64) Scalar buffer[kPiece];
     for (int64_t item = begin; item < end; ++item) {
       Scalar* const dweight = partials + 2 * item * stride;

@@ -8,6 +8,8 @@ namespace {
 
 // Elements of a row that are worked on at a time: a handful of such pieces fit in the first cache.
 constexpr int64_t kPiece = 512;
+// The scratch buffers of row-wise kernels.
+enum { kFirstRow, kSecondRow };
 // Elements that are worth waking a thread for.
 constexpr int64_t kGrain = 1 << 15;
 
@@ -136,18 +138,23 @@ LM2_INLINE void accumulate(typename S::Scalar* sum, const typename S::Scalar* mo
   });
 }
 
-// result[c] = the sum of partials[p][c] over p, in an order that depends on `parts` alone.
+// result[c] = the sum of partials[p][c] over p, by pairs and in an order that depends on `parts`
+// alone. The partials are used up.
 template <class S>
-static void sum_partials(const typename S::Scalar* partials, int64_t parts, int64_t stride,
+static void sum_partials(typename S::Scalar* partials, int64_t parts, int64_t stride,
                          int64_t width, void* result, Dtype dtype) {
   using Scalar = typename S::Scalar;
   const int64_t pieces = (width + kPiece - 1) / kPiece;
   parallel(pieces, larger<int64_t>(1, kGrain / (parts * kPiece)), [&](int64_t begin, int64_t end) {
-    alignas(64) Scalar sum[kPiece], buffer[kPiece];
+    alignas(64) Scalar buffer[kPiece];
     for (int64_t piece = begin; piece < end; ++piece) {
       const int64_t column = piece * kPiece, count = smaller(kPiece, width - column);
-      for (int64_t i = 0; i < count; ++i) sum[i] = 0;
-      for (int64_t p = 0; p < parts; ++p) accumulate<S>(sum, partials + p * stride + column, count);
+      Scalar* const sum = partials + column;
+      for (int64_t step = 1; step < parts; step *= 2) {
+        for (int64_t p = 0; p + step < parts; p += 2 * step) {
+          accumulate<S>(sum + p * stride, sum + (p + step) * stride, count);
+        }
+      }
       const auto out = Destination<S>::open(at(result, dtype, column), dtype, buffer);
       for (int64_t i = 0; i < count; ++i) out.row[i] = sum[i];
       out.finish(count);

@@ -35,13 +35,15 @@ struct float16 {
   uint16_t bits;
 };
 
-// Per-thread memory that stays allocated between calls: `which` names one of kScratches buffers.
+// Per-thread memory that stays allocated between calls unless it is large: `which` names one of
+// kScratches buffers. Throws std::bad_alloc.
 constexpr int kScratches = 16;
 void* scratch(int which, int64_t bytes);
+void trim_scratch();  // gives the calling thread's large buffers back
 void* allocate(int64_t bytes);  // 64-byte aligned; throws std::bad_alloc
 void release(void* memory);
 
-// Sets all but the k largest of scores[0, count) to 0 in `factor`, ties to the lower index.
+// factor = 1 for the k largest of scores[0, count), ties to the lower index, and 0 for the others.
 void keep_top_k(const float* scores, float* factor, int64_t count, int64_t k);
 void keep_top_k(const double* scores, double* factor, int64_t count, int64_t k);
 
@@ -67,6 +69,7 @@ LM2_INLINE void parallel(int64_t count, int64_t grain, const F& body) {
       count, grain,
       [](void* context, int64_t begin, int64_t end) {
         (*static_cast<const F*>(context))(begin, end);
+        trim_scratch();
       },
       const_cast<F*>(&body));
 }

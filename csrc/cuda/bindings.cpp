@@ -11,7 +11,6 @@
 #ifndef LM2_EMULATED_CUDA
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/headeronly/util/shim_utils.h>
 #else
 #include "../schemas.h"
 #endif
@@ -28,7 +27,7 @@ cudaStream_t current_stream(int32_t device) {
         library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
     return reinterpret_cast<Function>(symbol);
   }();
-  if (function == nullptr) throw std::runtime_error("lm2_kernels: this torch has no CUDA");
+  if (function == nullptr) throw std::runtime_error("this torch has no CUDA");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return static_cast<cudaStream_t>(stream);
@@ -50,50 +49,51 @@ struct Cuda {
   static bool owns(const Tensor& tensor) { return tensor.is_cuda(); }
 
   template <class Args>
-  static void launch(const char* op, cudaError_t (*function)(const Args&, cudaStream_t),
-                     const Args& args, const Tensor& like) {
+  static void launch(cudaError_t (*function)(const Args&, cudaStream_t), const Args& args,
+                     const Tensor& like) {
     const int32_t device = like.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    report(op, function(args, current_stream(device)));
+    report(function(args, current_stream(device)));
   }
 #else
   static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
 
   template <class Args>
-  static void launch(const char* op, cudaError_t (*function)(const Args&, cudaStream_t),
-                     const Args& args, const Tensor&) {
-    report(op, function(args, nullptr));
+  static void launch(cudaError_t (*function)(const Args&, cudaStream_t), const Args& args,
+                     const Tensor&) {
+    report(function(args, nullptr));
   }
 #endif
 
-  static void report(const char* op, cudaError_t error) {
-    check(error == cudaSuccess, op, "the kernel could not be launched: ",
-          cudaGetErrorString(error), " (", cudaGetErrorName(error), ")");
+  static void report(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    throw std::runtime_error(std::string("the kernel could not be launched: ") +
+                             cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
   }
 
   static void run(const MemoryAttentionForward& args, const Tensor& like) {
-    launch("memory_attention", cuda::memory_attention_forward, args, like);
+    launch(cuda::memory_attention_forward, args, like);
   }
   static void run(const MemoryAttentionBackward& args, const Tensor& like) {
-    launch("memory_attention", cuda::memory_attention_backward, args, like);
+    launch(cuda::memory_attention_backward, args, like);
   }
   static void run(const MemoryUpdateForward& args, const Tensor& like) {
-    launch("memory_update", cuda::memory_update_forward, args, like);
+    launch(cuda::memory_update_forward, args, like);
   }
   static void run(const MemoryUpdateBackward& args, const Tensor& like) {
-    launch("memory_update", cuda::memory_update_backward, args, like);
+    launch(cuda::memory_update_backward, args, like);
   }
   static void run(const ResidualLayerNormForward& args, const Tensor& like) {
-    launch("residual_layer_norm", cuda::residual_layer_norm_forward, args, like);
+    launch(cuda::residual_layer_norm_forward, args, like);
   }
   static void run(const ResidualLayerNormBackward& args, const Tensor& like) {
-    launch("residual_layer_norm", cuda::residual_layer_norm_backward, args, like);
+    launch(cuda::residual_layer_norm_backward, args, like);
   }
   static void run(const PooledGateForward& args, const Tensor& like) {
-    launch("pooled_gate", cuda::pooled_gate_forward, args, like);
+    launch(cuda::pooled_gate_forward, args, like);
   }
   static void run(const PooledGateBackward& args, const Tensor& like) {
-    launch("pooled_gate", cuda::pooled_gate_backward, args, like);
+    launch(cuda::pooled_gate_backward, args, like);
   }
 };
 

@@ -50,6 +50,7 @@ struct Tiles {
   // float32 hands its weights from lane to lane through memory
   static constexpr int kWeights = kIsFloat ? kOwned * (kOther + 1) : 0;
   static constexpr int kBytes = (kRows * kStride + kWeights) * static_cast<int>(sizeof(T));
+  static_assert(kBytes <= 64 * 1024);  // all that a block has on sm_75
 };
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -275,6 +276,9 @@ attention_kernel(const Job job) {
   float running[2][2] = {{kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f},
                          {kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f}};
 
+  // forward: whether a row sees any slot
+  bool seen[2] = {false, false};
+
   int64_t begin = 0, end = kOwnsSlots ? args.tokens : args.slots;
   if (args.causal) {
     if constexpr (kOwnsSlots) {
@@ -323,6 +327,7 @@ attention_kernel(const Job job) {
         const float x = visible ? s[n][i] * scale : -INFINITY;
         if constexpr (kPass == Pass::forward) {
           s[n][i] = x;
+          seen[i / 2] = seen[i / 2] || visible;
         } else {
           const Token& token = kOwnsSlots ? columns[i % 2] : tokens[i / 2];
           const float p =
@@ -333,7 +338,8 @@ attention_kernel(const Job job) {
             keep = bits >= args.drop_threshold ? keep_factor : 0.0f;
           }
           if constexpr (kPass == Pass::dvalue) {
-            s[n][i] = p * keep;
+            // keep_factor comes last: here it could exceed float16
+            s[n][i] = keep == 0.0f ? 0.0f : p;
           } else if constexpr (kPass == Pass::statistic) {
             running[i / 2][0] += p;
             if (visible) running[i / 2][1] += p * (dp[n][i] * keep);
@@ -366,8 +372,7 @@ attention_kernel(const Job job) {
             sum += x;
             if (args.seed != nullptr && own < args.tokens) {
               const uint32_t slot = static_cast<uint32_t>(tile + 8 * n + 2 * t + i);
-              const bool stays = dropout::bits(tokens[row].keys, slot) >= args.drop_threshold;
-              x = stays ? x * keep_factor : 0.0f;
+              if (dropout::bits(tokens[row].keys, slot) < args.drop_threshold) x = 0.0f;
             }
           }
         }
@@ -389,12 +394,16 @@ attention_kernel(const Job job) {
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int64_t own = first + 16 * warp + g + 8 * row;
-    float factor = 1.0f;
+    constexpr bool kDrops = kPass == Pass::forward || kPass == Pass::dvalue;
+    float factor =
+        kDrops && args.seed != nullptr ? static_cast<float>(args.keep_factor) : 1.0f;
     if constexpr (kPass == Pass::forward) {
       const float sum = quad_sum(running[row][1]);
-      factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      // a sum of 0 does not tell: scores of -inf have that too, and are NaN like any softmax
+      const bool any = quad_max(seen[row] ? 1.0f : 0.0f) != 0.0f;
+      factor = any ? factor / sum : 0.0f;
       if (t == 0 && own < args.tokens) {
-        job.lse_out[statistics + own] = sum == 0.0f ? INFINITY : running[row][0] + logf(sum);
+        job.lse_out[statistics + own] = any ? running[row][0] + logf(sum) : INFINITY;
       }
     } else if constexpr (kPass == Pass::statistic) {
       const float sum = quad_sum(running[row][0]), product = quad_sum(running[row][1]);
@@ -466,7 +475,10 @@ cudaError_t launch(const Job& job, cudaStream_t stream) {
     const cudaError_t error = cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
         Tile::kBytes);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // or a later launch would report it
+      return error;
+    }
   }
   LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kWarps * 32), Tile::kBytes,
              stream, job);

@@ -161,8 +161,15 @@ __global__ void __launch_bounds__(kColumns) combine_kernel(const PooledGateBackw
                                                            const float* sums, int64_t items) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (column >= args.width) return;
+  // in two steps: no long chain of roundings
   float sum = 0.0f;
-  for (int64_t item = 0; item < items; ++item) sum += sums[item * args.width + column];
+  for (int64_t first = 0; first < items; first += 64) {
+    float part = 0.0f;
+    for (int64_t item = first; item < items && item < first + 64; ++item) {
+      part += sums[item * args.width + column];
+    }
+    sum += part;
+  }
   store(args.dweight, args.parameter_dtype, column, sum);
 }
 

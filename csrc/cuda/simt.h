@@ -19,6 +19,37 @@ using lm2_identity = T;
 #define LM2_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
 
+#endif
+
+// lm2_mma_m16n8k16 (below) of bfloat16 where tensor cores do not know it (sm_75): the lanes hand one
+// another what each needs.
+__device__ __forceinline__ void lm2_mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2]) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  // a loop: unrolled everywhere it is used it takes minutes to compile
+#pragma unroll 1
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t top = __shfl_sync(0xffffffffu, a[2 * half], 4 * g + q);
+      const uint32_t bottom = __shfl_sync(0xffffffffu, a[2 * half + 1], 4 * g + q);
+      const uint32_t left = __shfl_sync(0xffffffffu, b[half], 8 * t + q);
+      const uint32_t right = __shfl_sync(0xffffffffu, b[half], 8 * t + 4 + q);
+      for (int i = 0; i < 2; ++i) {
+        // a bfloat16 is the upper half of a float
+        const auto value = [i](uint32_t pair) {
+          return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000u);
+        };
+        d[0] = fmaf(value(top), value(left), d[0]);
+        d[1] = fmaf(value(top), value(right), d[1]);
+        d[2] = fmaf(value(bottom), value(left), d[2]);
+        d[3] = fmaf(value(bottom), value(right), d[3]);
+      }
+    }
+  }
+}
+
+#ifndef CUEMU
 // D (16 x 8, float32) += A (16 x 16) B (16 x 8) by one warp, in the fragment layout of PTX's
 // mma.m16n8k16 (row.col). With g = lane / 4 and t = lane % 4, `a` holds rows g and g + 8 at columns
 // 2t, 2t + 1, then both at 2t + 8, 2t + 9; `b` rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; `d`
@@ -28,12 +59,12 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
                                                  const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __half>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -42,35 +73,13 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
   if constexpr (std::is_same_v<T, __half>) {
     // sm_75 has the half of it, twice
     for (int half = 0; half < 2; ++half) {
-      asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
           "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
           : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
     }
   } else {
-    // and none for bfloat16: the lanes hand one another what each needs
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    // a loop: unrolled everywhere it is used it takes minutes to compile
-#pragma unroll 1
-    for (int q = 0; q < 4; ++q) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t top = __shfl_sync(0xffffffffu, a[2 * half], 4 * g + q);
-        const uint32_t bottom = __shfl_sync(0xffffffffu, a[2 * half + 1], 4 * g + q);
-        const uint32_t left = __shfl_sync(0xffffffffu, b[half], 8 * t + q);
-        const uint32_t right = __shfl_sync(0xffffffffu, b[half], 8 * t + 4 + q);
-        for (int i = 0; i < 2; ++i) {
-          // a bfloat16 is the upper half of a float
-          const auto value = [i](uint32_t pair) {
-            return __uint_as_float(i == 0 ? pair << 16 : pair & 0xffff0000u);
-          };
-          d[0] = fmaf(value(top), value(left), d[0]);
-          d[1] = fmaf(value(top), value(right), d[1]);
-          d[2] = fmaf(value(bottom), value(left), d[2]);
-          d[3] = fmaf(value(bottom), value(right), d[3]);
-        }
-      }
-    }
+    lm2_mma_by_shuffles(d, a, b);
   }
 #endif
 }

@@ -3,7 +3,7 @@
 //   g++ -x c++ -std=c++20 -include cuemu.h kernels.cu
 //
 // Threads of a block are fibers on one OS thread. Between barriers they run in a random order, and
-// so do the blocks (the seed is cuemu::set_seed's). Wrong barriers (divergent, after an exit, never
+// so do the blocks (the seed is cuemu::seed's). Wrong barriers (divergent, after an exit, never
 // reached) are errors; uninitialised shared memory reads as NaN. With -fsanitize=address every
 // access out of bounds of global or shared memory stops with a stack trace; with -fsanitize=thread
 // a missing barrier or an unsynchronised access between blocks is reported as a data race, whatever
@@ -32,18 +32,14 @@
 #undef __shared__
 #undef __global__
 #undef __device__
-#undef __constant__
 #undef __launch_bounds__
 #undef __forceinline__
-#undef __grid_constant__
 #define __host__
 #define __shared__ static
 #define __global__
 #define __device__
-#define __constant__ static
 #define __launch_bounds__(...)
 #define __forceinline__ inline
-#define __grid_constant__
 #if defined(__SANITIZE_ADDRESS__)
 extern "C" {
 void __sanitizer_start_switch_fiber(void**, const void*, size_t);
@@ -90,11 +86,9 @@ struct error : std::runtime_error {
 };
 [[noreturn]] inline void fail(const std::string& s) { throw error("cuemu: " + s); }
 extern "C" void cuemu_switch(void** save, void* load);
-#ifndef CUEMU_NO_ASM
 asm(".text\n.globl cuemu_switch\n.weak cuemu_switch\ncuemu_switch:\n push %rbp\n push %rbx\n push "
     "%r12\n push %r13\n push %r14\n push %r15\n mov %rsp,(%rdi)\n"
     " mov %rsi,%rsp\n pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
-#endif
 constexpr size_t STACK = 256 << 10;
 struct Bar {
   int arrived = 0, expected = 0;
@@ -286,6 +280,16 @@ std::remove_reference_t<T>& shared_var() {
   static const char key = 0;
   return *(T*)shared_raw(&key, I, sizeof(T));
 }
+// dynamic shared memory that cudaFuncSetAttribute has allowed a kernel
+inline std::map<const void*, size_t>& allowed_shared() {
+  static std::map<const void*, size_t> allowed;
+  return allowed;
+}
+inline void check_shared(const void* kernel, size_t bytes) {
+  auto found = allowed_shared().find(kernel);
+  if (bytes > (found == allowed_shared().end() ? 48 << 10 : found->second))
+    fail("more than 48 KiB of dynamic shared memory, which cudaFuncSetAttribute has not allowed");
+}
 template <class F>
 void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
   CuemuQuiet quiet;
@@ -388,10 +392,7 @@ void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
 #define threadIdx (cuemu::M().cur->tid)
 #define blockIdx (cuemu::M().bid)
 #define blockDim (cuemu::M().blk)
-#define gridDim (cuemu::M().grid)
-#define warpSize 32
 #define __syncthreads() cuemu::syncthreads(CUEMU_SITE)
-#define CUEMU_MASK(a, ...) (a)
 inline void cuemu_syncwarp(const void* s, unsigned m = 0xffffffffu) { cuemu::syncwarp(m, s); }
 #define __syncwarp(...) cuemu_syncwarp(CUEMU_SITE __VA_OPT__(, ) __VA_ARGS__)
 template <class T>
@@ -441,28 +442,24 @@ T atomicAdd(T* p, T v) {  // fibers are not preempted; atomic for TSan and for O
     return o;
   }
 }
-template <class T>
-T __ldg(const T* p) {
-  return *p;
-}
 inline float __expf(float x) { return expf(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float rsqrtf(float x) { return 1.f / sqrtf(x); }
 using std::max;
 using std::min;
-inline uint32_t __float_as_uint(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return bits;
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
 }
 inline cudaError_t cuemu_last_error() { return cudaSuccess; }
 #define cudaGetLastError() cuemu_last_error()
-#define cudaFuncSetAttribute(function, attribute, value) ((void)(function), cudaSuccess)
+#define cudaFuncSetAttribute(function, attribute, value) \
+  (cuemu::allowed_shared()[function] = size_t(value), cudaSuccess)
 // what csrc/cuda/simt.h has for nvcc
 #define LM2_SHARED(name, ...) auto& name = cuemu::shared_var<__VA_ARGS__, __COUNTER__>()
 #define LM2_DYNAMIC_SHARED(T, name) T* name = (T*)cuemu::shared_raw(nullptr, 0, cuemu::M().dyn)
 #define LM2_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  cuemu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes)
+  (cuemu::check_shared((const void*)(kernel), shared_bytes), \
+   cuemu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
 template <class T>
 void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   struct A {

@@ -11,6 +11,12 @@ namespace {
 
 constexpr int kThreads = 64;
 
+__global__ void much_shared_memory(float* out) {
+  LM2_DYNAMIC_SHARED(float, shared);
+  shared[threadIdx.x] = 1.0f;
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+
 // each thread's neighbour's value
 __global__ void neighbour(const float* x, float* out, bool has_barrier) {
   LM2_SHARED(shared, float[kThreads]);
@@ -84,10 +90,11 @@ __global__ void shuffles(float* out) {
 }
 
 // C = A B with fragments loaded and stored as PTX documents them
-__global__ void product(const __half* a, const __half* b, float* c) {
+template <class T, bool kByShuffles>
+__global__ void product(const T* a, const T* b, float* c) {
   const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
-  const auto pair = [](__half low, __half high) {
-    const __half both[2] = {low, high};
+  const auto pair = [](T low, T high) {
+    const T both[2] = {low, high};
     uint32_t bits;
     memcpy(&bits, both, 4);
     return bits;
@@ -102,7 +109,11 @@ __global__ void product(const __half* a, const __half* b, float* c) {
     right[i] = pair(b[row * 8 + g], b[(row + 1) * 8 + g]);
   }
   float sum[4] = {};
-  lm2_mma_m16n8k16<__half>(sum, left, right);
+  if constexpr (kByShuffles) {
+    lm2_mma_by_shuffles(sum, left, right);
+  } else {
+    lm2_mma_m16n8k16<T>(sum, left, right);
+  }
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
@@ -111,14 +122,16 @@ __global__ void product(const __half* a, const __half* b, float* c) {
   std::exit(3);
 }
 
+template <class T, bool kByShuffles>
 void check_product() {
-  __half a_values[16 * 16], b_values[16 * 8];
+  T a_values[16 * 16], b_values[16 * 8];
   float c_values[16 * 8];
-  __half *const a = a_values, *const b = b_values;
+  T *const a = a_values, *const b = b_values;
   float* const c = c_values;
-  for (int i = 0; i < 256; ++i) a[i] = __float2half(static_cast<float>(i * 37 % 19 - 9));
-  for (int i = 0; i < 128; ++i) b[i] = __float2half(static_cast<float>(i * 23 % 17 - 8));
-  LM2_LAUNCH(product, dim3(1), dim3(32), 0, nullptr, a, b, c);
+  for (int i = 0; i < 256; ++i) a[i] = T(static_cast<float>(i * 37 % 19 - 9));
+  for (int i = 0; i < 128; ++i) b[i] = T(static_cast<float>(i * 23 % 17 - 8));
+  const auto kernel = product<T, kByShuffles>;
+  LM2_LAUNCH(kernel, dim3(1), dim3(32), 0, nullptr, a, b, c);
   for (int row = 0; row < 16; ++row) {
     for (int column = 0; column < 8; ++column) {
       float sum = 0.0f;
@@ -173,7 +186,16 @@ int main(int, char** arguments) {
         if (out[i] != 1.0f) wrong("shuffle");
       }
     } else if (is("product")) {
-      check_product();
+      check_product<__half, false>();
+      check_product<__nv_bfloat16, false>();
+      // what sm_75 does, against the definition
+      check_product<__nv_bfloat16, true>();
+    } else if (is("allowed shared memory") || is("shared memory that nobody allowed")) {
+      if (is("allowed shared memory")) {
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(much_shared_memory),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, 64 * 1024);
+      }
+      LM2_LAUNCH(much_shared_memory, one, block, 64 * 1024, nullptr, out);
     } else if (is("grid too large")) {
       LM2_LAUNCH(divergent, dim3(1, 65536), block, 0, nullptr);
     } else {

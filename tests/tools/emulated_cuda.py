@@ -7,7 +7,9 @@ another namespace, which ``emulated_cuda`` has the cpp backend use.
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch.utils.cpp_extension import TORCH_LIB_PATH, include_paths
@@ -36,17 +39,27 @@ _KEPT_SECONDS = 3 * 24 * 3600
 _library: ctypes.CDLL | None = None
 
 
-def cuda_include() -> Path | None:
-    """The folder of a CUDA toolkit's headers, or None."""
-    nvcc = shutil.which("nvcc")
-    roots = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    if nvcc:
-        roots.insert(2, str(Path(nvcc).resolve().parent.parent))
-    for root in filter(None, roots):
-        folder = Path(root, "include")
-        if (folder / "cuda_fp16.h").exists() and (folder / "cuda_runtime_api.h").exists():
-            return folder
-    return None
+@functools.cache
+def load_setup() -> ModuleType | None:
+    """setup.py as a module; None without setuptools."""
+    if importlib.util.find_spec("setuptools") is None:
+        return None
+    spec = importlib.util.spec_from_file_location("_lm2_kernels_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def cuda_home() -> str | None:
+    """The CUDA toolkit that setup.py would take, or None."""
+    setup = load_setup()
+    return None if setup is None else setup.toolkit()
+
+
+def cuda_include() -> str:
+    """Its headers."""
+    return load_setup().cuda_include(cuda_home())
 
 
 def emulation_reason() -> str | None:
@@ -55,8 +68,10 @@ def emulation_reason() -> str | None:
         return f"the emulator switches fibers on x86-64 only, this is {platform.machine()}"
     if shutil.which("g++") is None:
         return "no g++ to compile the emulator with"
-    if cuda_include() is None:
-        return "no CUDA toolkit, whose headers the kernels include"
+    if cuda_home() is None:
+        return (
+            "no CUDA toolkit, whose headers the kernels include (or no setuptools to find it with)"
+        )
     return None
 
 
@@ -103,13 +118,19 @@ def _build(folder: Path) -> Path:
     return library
 
 
+@functools.cache
+def _compiler_version() -> str:
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+
+
 def cached(label: str, suffix: str, build: Callable[[Path], Path]) -> Path:
     """What ``build`` makes in a folder of its own, kept for as long as the sources stay the same.
 
     Whichever process asks first builds; the others wait.
     """
-    digest = hashlib.sha256(label.encode())
-    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.*")]):
+    digest = hashlib.sha256(f"{label} {_compiler_version()} {cuda_home()}".encode())
+    tools = Path(__file__).parent.glob("*.py")  # they hold the flags
+    for path in sorted([*(ROOT / "csrc").rglob("*.*"), *NATIVE.glob("*.*"), *tools]):
         digest.update(path.read_bytes())
     cache = Path(tempfile.gettempdir(), f"lm2_kernels_tests_{os.getuid()}")
     cache.mkdir(mode=0o700, exist_ok=True)
@@ -122,6 +143,8 @@ def cached(label: str, suffix: str, build: Callable[[Path], Path]) -> Path:
                     shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as folder:
                 build(Path(folder)).rename(result)
+        else:
+            os.utime(result)
     return result
 
 

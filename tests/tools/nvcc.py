@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.emulated_cuda import CUDA_SOURCES, cuda_include
+from tools.emulated_cuda import CUDA_SOURCES, cuda_home
 
-ARCHS = (80, 90, 100, 120)
+ARCHS = (75, 80, 90, 100, 120)
 SOURCES = tuple(sorted(CUDA_SOURCES.glob("*.cu")))
 _FLAGS = (
     *("-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-Wall,-Wextra"),
@@ -35,10 +35,9 @@ class Kernel(NamedTuple):
 
 
 def nvcc_path() -> Path | None:
-    """The compiler of the toolkit whose headers are used, or None."""
-    include = cuda_include()
-    path = None if include is None else include.parent / "bin" / "nvcc"
-    return path if path is not None and path.exists() else None
+    """The compiler of the toolkit that setup.py would take, or None."""
+    home = cuda_home()
+    return None if home is None else Path(home, "bin", "nvcc")
 
 
 def command(source: Path, result: Path, archs: tuple[int, ...], *flags: str) -> list[str]:
