@@ -60,9 +60,9 @@ struct MemoryUpdate {
   Dtype dtype;  // of candidate, the gates and gate_bias; memory and hidden may be float32 beside it
   View candidate, memory;
   View input_gate, forget_gate;
-  View output_gate;     // absent in the release formulation
-  View gate_bias;       // (B, T or 1, 2 D), added to [input gate | forget gate]; may be absent
-  bool shows_memory;    // with an output gate: it shows memory, not candidate
+  View output_gate;   // absent in the release formulation
+  View gate_bias;     // (B, T or 1, 2 D), added to [input gate | forget gate]; may be absent
+  bool shows_memory;  // with an output gate: it shows memory, not candidate
 };
 
 struct MemoryUpdateForward : MemoryUpdate {
@@ -81,18 +81,18 @@ struct MemoryUpdateBackward : MemoryUpdate {
 
 struct ResidualLayerNorm {
   int64_t batch, tokens, width;
-  Dtype dtype;             // of x
-  Dtype parameter_dtype;   // of weight and bias
-  View x, residual;        // residual may have another dtype than x, float32 being one of the two
-  const void* weight;      // (D,) contiguous
+  Dtype dtype;            // of x
+  Dtype parameter_dtype;  // of weight and bias
+  View x, residual;       // residual may have another dtype than x, float32 being one of the two
+  const void* weight;     // (D,) contiguous
 };
 
 struct ResidualLayerNormForward : ResidualLayerNorm {
   const void* bias;  // (D,) contiguous
   double eps;
-  void* out;         // (B, T, D) contiguous, x's dtype
-  void* mean;        // (B, T) contiguous
-  void* rstd;        // (B, T) contiguous
+  void* out;   // (B, T, D) contiguous, x's dtype
+  void* mean;  // (B, T) contiguous
+  void* rstd;  // (B, T) contiguous
 };
 
 struct ResidualLayerNormBackward : ResidualLayerNorm {
@@ -124,12 +124,12 @@ struct PooledGateForward : PooledGate {
 };
 
 struct PooledGateBackward : PooledGate {
-  View dpooled;        // (B, T, D) or (B, 1, D), x's dtype; may be absent
-  View dnew_sum;       // (B, D), statistics' dtype; may be absent, not both are
-  void* dx;            // (B, T, D) contiguous, x's dtype; null: not needed
-  void* dweight;       // (D,) contiguous, parameter_dtype; null: not needed
-  void* dpooled_sum;   // (B, D) contiguous; null: not needed
-  void* workspace;     // as above
+  View dpooled;       // (B, T, D) or (B, 1, D), x's dtype; may be absent
+  View dnew_sum;      // (B, D), statistics' dtype; may be absent, not both are
+  void* dx;           // (B, T, D) contiguous, x's dtype; null: not needed
+  void* dweight;      // (D,) contiguous, parameter_dtype; null: not needed
+  void* dpooled_sum;  // (B, D) contiguous; null: not needed
+  void* workspace;    // as above
 };
 
 }  // namespace lm2

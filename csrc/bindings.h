@@ -46,11 +46,16 @@ void check(bool holds, const char* op, const Text&... text) {
 
 inline Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::Double: return Dtype::float64;
-    default: break;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      break;
   }
   check(false, op, name, " must be float32, bfloat16, float16 or float64");
   return Dtype::float32;
@@ -58,10 +63,14 @@ inline Dtype dtype_of(const char* op, const char* name, const Tensor& tensor) {
 
 inline ScalarType scalar_type(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float32: return ScalarType::Float;
-    case Dtype::bfloat16: return ScalarType::BFloat16;
-    case Dtype::float16: return ScalarType::Half;
-    case Dtype::float64: return ScalarType::Double;
+    case Dtype::float32:
+      return ScalarType::Float;
+    case Dtype::bfloat16:
+      return ScalarType::BFloat16;
+    case Dtype::float16:
+      return ScalarType::Half;
+    case Dtype::float64:
+      return ScalarType::Double;
   }
   return ScalarType::Undefined;
 }
@@ -277,8 +286,7 @@ struct Bindings {
                args.slots);
     call.check(!top_k || Device::kHasTopK, "top_k is not in the ", Device::kName, " kernels");
     args.top_k = top_k.value_or(0);
-    call.check(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ",
-               dropout_p);
+    call.check(dropout_p >= 0.0 && dropout_p < 1.0, "dropout_p must be in [0, 1), got ", dropout_p);
     call.check(seed.has_value() || dropout_p == 0.0, "dropout needs a seed");
     args.seed = nullptr;
     if (seed) {
@@ -323,8 +331,8 @@ struct Bindings {
     args.lse = call.plain("lse", lse, {args.batch, args.heads, args.tokens},
                           scalar_type(accumulation(args.dtype)));
     Tensor dquery = call.result(read, args.dtype, needs_dquery);
-    Tensor dkey_value = call.result({args.batch, args.slots, 2, args.heads, args.width},
-                                    args.dtype, needs_dkey_value);
+    Tensor dkey_value = call.result({args.batch, args.slots, 2, args.heads, args.width}, args.dtype,
+                                    needs_dkey_value);
     args.dquery = pointer(dquery, needs_dquery);
     args.dkey_value = pointer(dkey_value, needs_dkey_value);
     if (args.batch > 0 && (needs_dquery || needs_dkey_value)) call.run(args);
@@ -370,9 +378,9 @@ struct Bindings {
   }
 
   static std::tuple<Tensor, Tensor> memory_update_forward(
-      const Tensor& hidden, const Tensor& candidate, const Tensor& memory,
-      const Tensor& input_gate, const Tensor& forget_gate, const OptionalTensor& output_gate,
-      const OptionalTensor& gate_bias, std::string output) {
+      const Tensor& hidden, const Tensor& candidate, const Tensor& memory, const Tensor& input_gate,
+      const Tensor& forget_gate, const OptionalTensor& output_gate, const OptionalTensor& gate_bias,
+      std::string output) {
     Call<Device> call("memory_update", candidate);
     MemoryUpdateForward args;
     fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, output);
@@ -425,13 +433,14 @@ struct Bindings {
     const auto rows = {args.batch, args.tokens, args.width};
     args.x = call.view("x", x, rows, {scalar_type(args.dtype)});
     args.residual = call.view("residual", residual, rows, {scalar_type(residual_dtype)});
-    args.weight =
-        call.plain("weight", weight, {args.width}, scalar_type(args.parameter_dtype));
+    args.weight = call.plain("weight", weight, {args.width}, scalar_type(args.parameter_dtype));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_forward(
-      const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
-      double eps) {
+  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_forward(const Tensor& x,
+                                                                        const Tensor& residual,
+                                                                        const Tensor& weight,
+                                                                        const Tensor& bias,
+                                                                        double eps) {
     Call<Device> call("residual_layer_norm", x);
     ResidualLayerNormForward args;
     fill(call, args, x, residual, weight);
@@ -454,8 +463,8 @@ struct Bindings {
     ResidualLayerNormBackward args;
     fill(call, args, x, residual, weight);
     const ScalarType statistics = scalar_type(accumulation(args.dtype));
-    args.dout = call.view("dout", dout, {args.batch, args.tokens, args.width},
-                          {scalar_type(args.dtype)});
+    args.dout =
+        call.view("dout", dout, {args.batch, args.tokens, args.width}, {scalar_type(args.dtype)});
     args.mean = call.plain("mean", mean, {args.batch, args.tokens}, statistics);
     args.rstd = call.plain("rstd", rstd, {args.batch, args.tokens}, statistics);
     args.dx_dtype = args.residual.dtype == args.dtype ? args.dtype : Dtype::float32;
@@ -492,8 +501,7 @@ struct Bindings {
     call.check(go_together(args.dtype, args.parameter_dtype),
                "weight's dtype does not go with x's");
     args.x = call.view("x", x, {args.batch, args.tokens, args.width}, {scalar_type(args.dtype)});
-    args.weight =
-        call.plain("weight", weight, {args.width}, scalar_type(args.parameter_dtype));
+    args.weight = call.plain("weight", weight, {args.width}, scalar_type(args.parameter_dtype));
     args.prefix = prefix;
     args.num_pooled = num_pooled;
   }
@@ -525,11 +533,9 @@ struct Bindings {
     fill(call, args, x, weight, prefix, num_pooled);
     call.check(dpooled || dnew_sum, "one of dpooled and dnew_sum must be given");
     const Dtype sums = accumulation(args.dtype);
-    args.dpooled = call.view("dpooled", dpooled,
-                             {args.batch, prefix ? args.tokens : 1, args.width},
+    args.dpooled = call.view("dpooled", dpooled, {args.batch, prefix ? args.tokens : 1, args.width},
                              {scalar_type(args.dtype)});
-    args.dnew_sum =
-        call.view("dnew_sum", dnew_sum, {args.batch, args.width}, {scalar_type(sums)});
+    args.dnew_sum = call.view("dnew_sum", dnew_sum, {args.batch, args.width}, {scalar_type(sums)});
     Tensor dx = call.result({args.batch, args.tokens, args.width}, args.dtype, needs_dx);
     Tensor dweight = call.result({args.width}, args.parameter_dtype, needs_dweight);
     Tensor dpooled_sum = call.result({args.batch, args.width}, sums, needs_dpooled_sum);

@@ -1,5 +1,6 @@
 // The operators on CPU tensors.
 #include "../bindings.h"
+
 #include "cpu.h"
 
 namespace lm2 {

@@ -16,15 +16,15 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args);
 void pooled_gate_forward(const PooledGateForward& args);
 void pooled_gate_backward(const PooledGateBackward& args);
 
-// "avx512_bf16", "avx512", "avx2" or "base": the instructions in use. The best of this processor, or what the
-// environment variable LM2_KERNELS_CPU_LEVEL lowers it to.
+// "avx512_bf16", "avx512", "avx2" or "base": the instructions in use. The best of this processor,
+// or what the environment variable LM2_KERNELS_CPU_LEVEL lowers it to.
 const char* simd_level();
 
 // The loop that every kernel shares out its work with: calls body(context, begin, end) over
 // [0, count) in pieces of at least `grain`, on torch's thread pool (csrc/cpu/parallel.cpp). A
-// program without torch, such as the sanitizers' harness, links another definition. What body throws
-// is thrown again when all pieces have ended. (Not std::function: its inline members, compiled for
-// AVX-512, could be what the linker keeps for every processor.)
+// program without torch, such as the sanitizers' harness, links another definition. What body
+// throws is thrown again when all pieces have ended. (Not std::function: its inline members,
+// compiled for AVX-512, could be what the linker keeps for every processor.)
 using LoopBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t count, int64_t grain, LoopBody body, void* context);
 

@@ -24,8 +24,7 @@ int best_level() {
   __builtin_cpu_init();
   const auto has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
-  const auto has_avx512 = __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
+  const auto has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!has_avx2 || !has_avx512) return has_avx2 ? 1 : 0;
   return __builtin_cpu_supports("avx512bf16") ? 3 : 2;

@@ -13,9 +13,12 @@ namespace {
 template <class S>
 constexpr Kernels kernels_of() {
   return {{&memory_attention_forward<S>, &memory_attention_backward<S>},
-          &memory_update_forward<S>,        &memory_update_backward<S>,
-          &residual_layer_norm_forward<S>,  &residual_layer_norm_backward<S>,
-          &pooled_gate_forward<S>,          &pooled_gate_backward<S>};
+          &memory_update_forward<S>,
+          &memory_update_backward<S>,
+          &residual_layer_norm_forward<S>,
+          &residual_layer_norm_backward<S>,
+          &pooled_gate_forward<S>,
+          &pooled_gate_backward<S>};
 }
 
 }  // namespace

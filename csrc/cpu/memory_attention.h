@@ -28,8 +28,23 @@ constexpr int64_t kFewRows = 4;
 constexpr int64_t kItems = 16;
 
 // The scratch buffers of a thread.
-enum { kKeyPanels, kValuePanels, kScores, kResult, kQueries, kMask, kFactor, kDout, kDscores,
-       kKeyRows, kQueryPanels, kDoutPanels, kDkey, kDvalue, kPairs };
+enum {
+  kKeyPanels,
+  kValuePanels,
+  kScores,
+  kResult,
+  kQueries,
+  kMask,
+  kFactor,
+  kDout,
+  kDscores,
+  kKeyRows,
+  kQueryPanels,
+  kDoutPanels,
+  kDkey,
+  kDvalue,
+  kPairs
+};
 
 template <class S>
 LM2_INLINE typename S::Scalar* scratch_of(int which, int64_t elements) {
@@ -104,7 +119,7 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const typenam
         constexpr int kTileRows = decltype(tile_rows)::value;
         for (; i + kTileRows <= rows; i += kTileRows) {
           tile<S, T, kTileRows>(terms, a_part + i * row_stride, row_stride, column_stride, panel,
-                             c + i * c_stride + j, c_stride, adds || k > 0);
+                                c + i * c_stride + j, c_stride, adds || k > 0);
         }
       };
       step(Count<S::kRows>{});
@@ -139,8 +154,7 @@ struct Head {
     Scalar* const row = scratch_of<S>(kMask, args.slots);
     first_visible = args.slots;
     for (int64_t j = args.slots - 1; j >= 0; --j) {
-      const bool seen =
-          args.slot_mask[b * args.mask_batch_stride + j * args.mask_slot_stride] != 0;
+      const bool seen = args.slot_mask[b * args.mask_batch_stride + j * args.mask_slot_stride] != 0;
       row[j] = seen ? 1 : 0;
       if (seen) first_visible = j;
     }
@@ -414,9 +428,8 @@ static void attention_forward(const MemoryAttentionForward& args) {
         for (int64_t i = 0; i < rows; ++i) {
           Scalar* const row = scores + i * stride;
           const int64_t index = (head.b * args.heads + head.h) * args.tokens + first + i;
-          const bool has_factor =
-              head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
-                           static_cast<Scalar*>(args.lse) + index, factor);
+          const bool has_factor = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
+                                               static_cast<Scalar*>(args.lse) + index, factor);
           const int64_t count = has_factor ? head.visible(first + i) : 0;
           for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
         }
@@ -501,9 +514,8 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
       multiply<S, T>(rows, width, words<S, T>(slots), ds, word_stride, 1, key_rows,
                      words<S, T>(seen) * kPanel, result, width, false);
       for (int64_t i = 0; i < rows; ++i) {
-        T* const dquery =
-            static_cast<T*>(args.dquery) +
-            ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
+        T* const dquery = static_cast<T*>(args.dquery) +
+                          ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
         narrow<S>(result + i * width, dquery, head.width);
       }
     }
@@ -560,19 +572,19 @@ static void attention_backward(const MemoryAttentionBackward& args) {
   });
   if (!has_parts) return;
   const int64_t rows = args.batch * args.heads * args.slots;
-  parallel(rows, larger<int64_t>(1, kGrain / (split.ranges * width)),
-           [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t head = row / args.slots, slot = row % args.slots;
-      Scalar* const first =
-          static_cast<Scalar*>(parts.memory) + head * split.ranges * 2 * bank + slot * width;
-      for (int64_t range = 1; range < split.ranges; ++range) {
-        accumulate<S>(first, first + range * 2 * bank, width);
-        accumulate<S>(first + bank, first + bank + range * 2 * bank, width);
-      }
-      finish(head / args.heads, head % args.heads, slot, first, first + bank);
-    }
-  });
+  parallel(
+      rows, larger<int64_t>(1, kGrain / (split.ranges * width)), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const int64_t head = row / args.slots, slot = row % args.slots;
+          Scalar* const first =
+              static_cast<Scalar*>(parts.memory) + head * split.ranges * 2 * bank + slot * width;
+          for (int64_t range = 1; range < split.ranges; ++range) {
+            accumulate<S>(first, first + range * 2 * bank, width);
+            accumulate<S>(first + bank, first + bank + range * 2 * bank, width);
+          }
+          finish(head / args.heads, head % args.heads, slot, first, first + bank);
+        }
+      });
 }
 
 template <class S>

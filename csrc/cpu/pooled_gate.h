@@ -32,9 +32,8 @@ LM2_INLINE void for_each_chunk(const PooledGate& args, const Chunks& chunks, con
 
 // sum += relu(weight * x) of one row; with `pooled`, what the sum is then, over `tokens`.
 template <class S>
-static void pool_row(const PooledGate& args, int64_t b, int64_t t,
-                     const typename S::Scalar* weight, typename S::Scalar* sum, void* pooled,
-                     int64_t tokens) {
+static void pool_row(const PooledGate& args, int64_t b, int64_t t, const typename S::Scalar* weight,
+                     typename S::Scalar* sum, void* pooled, int64_t tokens) {
   using Scalar = typename S::Scalar;
   alignas(64) Scalar x_buffer[kPiece], out_buffer[kPiece];
   const auto count_of_tokens = S::set(static_cast<Scalar>(tokens));
@@ -43,14 +42,13 @@ static void pool_row(const PooledGate& args, int64_t b, int64_t t,
     const Scalar* x = read<S>(row_of(args.x, b, t, column), args.x.dtype, count, x_buffer);
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const auto product = get<S>(weight + column + i, part) * get<S>(x + i, part);
-      const auto total =
-          get<S>(sum + column + i, part) + S::unless_not_positive(product, product);
+      const auto total = get<S>(sum + column + i, part) + S::unless_not_positive(product, product);
       put<S>(sum + column + i, total, part);
     });
     if (pooled == nullptr) continue;
-    const auto out = Destination<S>::open(
-        at(pooled, args.dtype, (b * args.tokens + t) * args.width + column), args.dtype,
-        out_buffer);
+    const auto out =
+        Destination<S>::open(at(pooled, args.dtype, (b * args.tokens + t) * args.width + column),
+                             args.dtype, out_buffer);
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
       put<S>(out.row + i, get<S>(sum + column + i, part) / count_of_tokens, part);
     });
@@ -84,34 +82,36 @@ void pooled_gate_forward(const PooledGateForward& args) {
   // each chunk's sum becomes that of everything before it
   parallel(args.batch, larger<int64_t>(1, kGrain / (chunks.count * width)),
            [&](int64_t begin, int64_t end) {
-    Scalar* const running = static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
-    alignas(64) Scalar buffer[kPiece];
-    for (int64_t b = begin; b < end; ++b) {
-      const Scalar* before = args.pooled_sum
-          ? static_cast<const Scalar*>(args.pooled_sum.data) + b * args.pooled_sum.batch_stride
-          : nullptr;
-      for (int64_t i = 0; i < width; ++i) running[i] = before == nullptr ? 0 : before[i];
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        Scalar* const sum = sum_of(b, chunk);
-        for (int64_t i = 0; i < width; ++i) {
-          const Scalar own = one_pass ? 0 : sum[i];
-          sum[i] = running[i];
-          running[i] += own;
-        }
-      }
-      if (args.prefix) continue;
-      for (int64_t i = 0; i < width; ++i) new_sum[b * width + i] = running[i];
-      for (int64_t column = 0; column < width; column += kPiece) {
-        const int64_t count = smaller(kPiece, width - column);
-        const auto out = Destination<S>::open(at(args.pooled, args.dtype, b * width + column),
-                                              args.dtype, buffer);
-        for (int64_t i = 0; i < count; ++i) {
-          out.row[i] = running[column + i] / static_cast<Scalar>(args.tokens);
-        }
-        out.finish(count);
-      }
-    }
-  });
+             Scalar* const running =
+                 static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
+             alignas(64) Scalar buffer[kPiece];
+             for (int64_t b = begin; b < end; ++b) {
+               const Scalar* before = args.pooled_sum
+                                          ? static_cast<const Scalar*>(args.pooled_sum.data) +
+                                                b * args.pooled_sum.batch_stride
+                                          : nullptr;
+               for (int64_t i = 0; i < width; ++i) running[i] = before == nullptr ? 0 : before[i];
+               for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+                 Scalar* const sum = sum_of(b, chunk);
+                 for (int64_t i = 0; i < width; ++i) {
+                   const Scalar own = one_pass ? 0 : sum[i];
+                   sum[i] = running[i];
+                   running[i] += own;
+                 }
+               }
+               if (args.prefix) continue;
+               for (int64_t i = 0; i < width; ++i) new_sum[b * width + i] = running[i];
+               for (int64_t column = 0; column < width; column += kPiece) {
+                 const int64_t count = smaller(kPiece, width - column);
+                 const auto out = Destination<S>::open(
+                     at(args.pooled, args.dtype, b * width + column), args.dtype, buffer);
+                 for (int64_t i = 0; i < count; ++i) {
+                   out.row[i] = running[column + i] / static_cast<Scalar>(args.tokens);
+                 }
+                 out.finish(count);
+               }
+             }
+           });
   if (!args.prefix) return;
   for_each_chunk(args, chunks, [&](int64_t b, int64_t chunk, int64_t first, int64_t end) {
     Scalar* const sum = sum_of(b, chunk);
@@ -146,17 +146,17 @@ static void add_share(const PooledGateBackward& args, int64_t b, int64_t t,
 // dx of one row and its part of dweight, from the gradient of relu(weight * x).
 template <class S>
 static void pool_row_backward(const PooledGateBackward& args, int64_t b, int64_t t,
-                              const typename S::Scalar* weight,
-                              const typename S::Scalar* dactive, typename S::Scalar* dweight) {
+                              const typename S::Scalar* weight, const typename S::Scalar* dactive,
+                              typename S::Scalar* dweight) {
   using Scalar = typename S::Scalar;
   alignas(64) Scalar x_buffer[kPiece], dx_buffer[kPiece];
   for (int64_t column = 0; column < args.width; column += kPiece) {
     const int64_t count = smaller(kPiece, args.width - column);
     const Scalar* x = read<S>(row_of(args.x, b, t, column), args.x.dtype, count, x_buffer);
     const int64_t index = (b * args.tokens + t) * args.width + column;
-    const auto dx = args.dx == nullptr
-        ? Destination<S>{dx_buffer, nullptr, Dtype::float32}
-        : Destination<S>::open(at(args.dx, args.dtype, index), args.dtype, dx_buffer);
+    const auto dx = args.dx == nullptr ? Destination<S>{dx_buffer, nullptr, Dtype::float32}
+                                       : Destination<S>::open(at(args.dx, args.dtype, index),
+                                                              args.dtype, dx_buffer);
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const int64_t c = column + i;
       const auto w = get<S>(weight + c, part), v = get<S>(x + i, part);
@@ -181,7 +181,7 @@ void pooled_gate_backward(const PooledGateBackward& args) {
   const Shared shared((1 + items * (needs_dweight ? 2 : 1)) * stride * sizeof(Scalar));
   Scalar* const place = static_cast<Scalar*>(shared.memory);
   const Scalar* weight = read<S>(args.weight, args.parameter_dtype, width, place);
-  Scalar* const sums = place + stride;           // (B, chunks, stride): of dpooled / count
+  Scalar* const sums = place + stride;             // (B, chunks, stride): of dpooled / count
   Scalar* const dweights = sums + items * stride;  // (B, chunks, stride)
   const bool scans = args.prefix && args.dpooled;
   if (scans) {
@@ -194,27 +194,28 @@ void pooled_gate_backward(const PooledGateBackward& args) {
   // each chunk's sum becomes that of everything after it, and of what reaches all tokens
   parallel(args.batch, larger<int64_t>(1, kGrain / (chunks.count * width)),
            [&](int64_t begin, int64_t end) {
-    Scalar* const running = static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
-    for (int64_t b = begin; b < end; ++b) {
-      const Scalar* dnew = args.dnew_sum
-          ? static_cast<const Scalar*>(args.dnew_sum.data) + b * args.dnew_sum.batch_stride
-          : nullptr;
-      for (int64_t i = 0; i < width; ++i) running[i] = dnew == nullptr ? 0 : dnew[i];
-      if (!args.prefix && args.dpooled) add_share<S>(args, b, 0, running);
-      for (int64_t chunk = chunks.count - 1; chunk >= 0; --chunk) {
-        Scalar* const sum = sums + (b * chunks.count + chunk) * stride;
-        for (int64_t i = 0; i < width; ++i) {
-          const Scalar own = scans ? sum[i] : 0;
-          sum[i] = running[i];
-          running[i] += own;
-        }
-      }
-      if (args.dpooled_sum != nullptr) {
-        Scalar* const dsum = static_cast<Scalar*>(args.dpooled_sum) + b * width;
-        for (int64_t i = 0; i < width; ++i) dsum[i] = running[i];
-      }
-    }
-  });
+             Scalar* const running =
+                 static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
+             for (int64_t b = begin; b < end; ++b) {
+               const Scalar* dnew = args.dnew_sum ? static_cast<const Scalar*>(args.dnew_sum.data) +
+                                                        b * args.dnew_sum.batch_stride
+                                                  : nullptr;
+               for (int64_t i = 0; i < width; ++i) running[i] = dnew == nullptr ? 0 : dnew[i];
+               if (!args.prefix && args.dpooled) add_share<S>(args, b, 0, running);
+               for (int64_t chunk = chunks.count - 1; chunk >= 0; --chunk) {
+                 Scalar* const sum = sums + (b * chunks.count + chunk) * stride;
+                 for (int64_t i = 0; i < width; ++i) {
+                   const Scalar own = scans ? sum[i] : 0;
+                   sum[i] = running[i];
+                   running[i] += own;
+                 }
+               }
+               if (args.dpooled_sum != nullptr) {
+                 Scalar* const dsum = static_cast<Scalar*>(args.dpooled_sum) + b * width;
+                 for (int64_t i = 0; i < width; ++i) dsum[i] = running[i];
+               }
+             }
+           });
   if (args.dx == nullptr && !needs_dweight) return;
   for_each_chunk(args, chunks, [&](int64_t b, int64_t chunk, int64_t first, int64_t end) {
     const int64_t item = b * chunks.count + chunk;

@@ -18,8 +18,8 @@ static void add_row(const ResidualLayerNorm& args, int64_t row, typename S::Scal
   for (int64_t column = 0; column < args.width; column += kPiece) {
     const int64_t count = smaller(kPiece, args.width - column);
     const Scalar* x = read<S>(row_of(args.x, b, t, column), args.x.dtype, count, x_buffer);
-    const Scalar* residual = read<S>(row_of(args.residual, b, t, column), args.residual.dtype,
-                                     count, residual_buffer);
+    const Scalar* residual =
+        read<S>(row_of(args.residual, b, t, column), args.residual.dtype, count, residual_buffer);
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
       put<S>(total + column + i, get<S>(x + i, part) + get<S>(residual + i, part), part);
     });
@@ -59,38 +59,38 @@ void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
       read<S>(args.bias, args.parameter_dtype, width, place + bytes / sizeof(Scalar));
   parallel(args.batch * args.tokens, larger<int64_t>(1, kGrain / width),
            [&](int64_t begin, int64_t end) {
-    Scalar* const total = static_cast<Scalar*>(scratch(kFirstRow, bytes));
-    alignas(64) Scalar out_buffer[kPiece];
-    for (int64_t row = begin; row < end; ++row) {
-      add_row<S>(args, row, total);
-      const auto term = [&](int64_t i, auto part) __attribute__((always_inline)) {
-        return get<S>(total + i, part);
-      };
-      const Scalar mean = row_sum<S>(width, term) / static_cast<Scalar>(width);
-      const auto m = S::set(mean);
-      const auto square = [&](int64_t i, auto part) __attribute__((always_inline)) {
-        const auto centred = get<S>(total + i, part) - m;
-        return centred * centred;
-      };
-      const Scalar variance = row_sum<S>(width, square) / static_cast<Scalar>(width);
-      const Scalar rstd = 1 / std::sqrt(variance + static_cast<Scalar>(args.eps));
-      static_cast<Scalar*>(args.mean)[row] = mean;
-      static_cast<Scalar*>(args.rstd)[row] = rstd;
-      for (int64_t column = 0; column < width; column += kPiece) {
-        const int64_t count = smaller(kPiece, width - column);
-        const auto out = Destination<S>::open(at(args.out, args.dtype, row * width + column),
-                                              args.dtype, out_buffer);
-        vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-          const auto normed = (get<S>(total + column + i, part) - m) * S::set(rstd);
-          put<S>(out.row + i,
-                 S::fma(normed, get<S>(weight + column + i, part),
-                        get<S>(bias + column + i, part)),
-                 part);
-        });
-        out.finish(count);
-      }
-    }
-  });
+             Scalar* const total = static_cast<Scalar*>(scratch(kFirstRow, bytes));
+             alignas(64) Scalar out_buffer[kPiece];
+             for (int64_t row = begin; row < end; ++row) {
+               add_row<S>(args, row, total);
+               const auto term = [&](int64_t i, auto part) __attribute__((always_inline)) {
+                 return get<S>(total + i, part);
+               };
+               const Scalar mean = row_sum<S>(width, term) / static_cast<Scalar>(width);
+               const auto m = S::set(mean);
+               const auto square = [&](int64_t i, auto part) __attribute__((always_inline)) {
+                 const auto centred = get<S>(total + i, part) - m;
+                 return centred * centred;
+               };
+               const Scalar variance = row_sum<S>(width, square) / static_cast<Scalar>(width);
+               const Scalar rstd = 1 / std::sqrt(variance + static_cast<Scalar>(args.eps));
+               static_cast<Scalar*>(args.mean)[row] = mean;
+               static_cast<Scalar*>(args.rstd)[row] = rstd;
+               for (int64_t column = 0; column < width; column += kPiece) {
+                 const int64_t count = smaller(kPiece, width - column);
+                 const auto out = Destination<S>::open(
+                     at(args.out, args.dtype, row * width + column), args.dtype, out_buffer);
+                 vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+                   const auto normed = (get<S>(total + column + i, part) - m) * S::set(rstd);
+                   put<S>(out.row + i,
+                          S::fma(normed, get<S>(weight + column + i, part),
+                                 get<S>(bias + column + i, part)),
+                          part);
+                 });
+                 out.finish(count);
+               }
+             }
+           });
 }
 
 template <class S>
@@ -130,9 +130,9 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
         const auto left = S::set(row_sum<S>(width, centred) / size);
         for (int64_t column = 0; column < width; column += kPiece) {
           const int64_t count = smaller(kPiece, width - column);
-          const Scalar* dout = read<S>(
-              row_of(args.dout, row / args.tokens, row % args.tokens, column), args.dout.dtype,
-              count, buffer);
+          const Scalar* dout =
+              read<S>(row_of(args.dout, row / args.tokens, row % args.tokens, column),
+                      args.dout.dtype, count, buffer);
           vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
             const int64_t c = column + i;
             const auto n = ((get<S>(normed + c, part) - m) - left) * r;
@@ -146,9 +146,8 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
           });
         }
         if (args.dx == nullptr) continue;
-        const auto g = [&](int64_t i, auto part) __attribute__((always_inline)) {
-          return get<S>(gradient + i, part);
-        };
+        const auto g = [&](int64_t i, auto part)
+                           __attribute__((always_inline)) { return get<S>(gradient + i, part); };
         const auto gn = [&](int64_t i, auto part) __attribute__((always_inline)) {
           return get<S>(gradient + i, part) * get<S>(normed + i, part);
         };
@@ -160,8 +159,7 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
                                                args.dx_dtype, buffer);
           vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
             const int64_t c = column + i;
-            const auto d = get<S>(gradient + c, part) - mean_g -
-                           get<S>(normed + c, part) * mean_gn;
+            const auto d = get<S>(gradient + c, part) - mean_g - get<S>(normed + c, part) * mean_gn;
             put<S>(dx.row + i, d * r, part);
           });
           dx.finish(count);
@@ -171,8 +169,7 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
   });
   if (needs_parameters) {
     sum_partials<S>(partials, chunks, 2 * stride, width, args.dweight, args.parameter_dtype);
-    sum_partials<S>(partials + stride, chunks, 2 * stride, width, args.dbias,
-                    args.parameter_dtype);
+    sum_partials<S>(partials + stride, chunks, 2 * stride, width, args.dbias, args.parameter_dtype);
   }
 }
 

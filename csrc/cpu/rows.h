@@ -131,8 +131,7 @@ LM2_INLINE const void* row_of(const View& view, int64_t b, int64_t t, int64_t co
 
 // sum[i] += more[i]
 template <class S>
-LM2_INLINE void accumulate(typename S::Scalar* sum, const typename S::Scalar* more,
-                           int64_t count) {
+LM2_INLINE void accumulate(typename S::Scalar* sum, const typename S::Scalar* more, int64_t count) {
   vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
     put<S>(sum + i, get<S>(sum + i, part) + get<S>(more + i, part), part);
   });
@@ -141,8 +140,8 @@ LM2_INLINE void accumulate(typename S::Scalar* sum, const typename S::Scalar* mo
 // result[c] = the sum of partials[p][c] over p, by pairs and in an order that depends on `parts`
 // alone. The partials are used up.
 template <class S>
-static void sum_partials(typename S::Scalar* partials, int64_t parts, int64_t stride,
-                         int64_t width, void* result, Dtype dtype) {
+static void sum_partials(typename S::Scalar* partials, int64_t parts, int64_t stride, int64_t width,
+                         void* result, Dtype dtype) {
   using Scalar = typename S::Scalar;
   const int64_t pieces = (width + kPiece - 1) / kPiece;
   parallel(pieces, larger<int64_t>(1, kGrain / (parts * kPiece)), [&](int64_t begin, int64_t end) {

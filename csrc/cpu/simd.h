@@ -2,8 +2,9 @@
 // is a template on a struct S of this file, and each level_*.cpp compiles it for its instructions.
 //
 // S has: Scalar, V (a vector of kLanes Scalars, with + - * /), kRows (rows of a register tile),
-// kHasPairs (whether it multiplies pairs of bfloat16, and has the operations that takes), load and store with conversion, fma, max, exp, tanh, sigmoid, and a few selections. A load or
-// store with `count` touches that many elements and no more; missing lanes are 0.
+// kHasPairs (whether it multiplies pairs of bfloat16, and has the operations that takes), load and
+// store with conversion, fma, max, exp, tanh, sigmoid, and a few selections. A load or store with
+// `count` touches that many elements and no more; missing lanes are 0.
 //
 // Everything here has internal linkage or depends on S: an inline function that two level files
 // share would be compiled for AVX-512 in one and kept by the linker for every processor.
@@ -39,7 +40,7 @@ struct float16 {
 // kScratches buffers. Throws std::bad_alloc.
 constexpr int kScratches = 16;
 void* scratch(int which, int64_t bytes);
-void trim_scratch();  // gives the calling thread's large buffers back
+void trim_scratch();            // gives the calling thread's large buffers back
 void* allocate(int64_t bytes);  // 64-byte aligned; throws std::bad_alloc
 void release(void* memory);
 
@@ -160,9 +161,7 @@ struct FloatMath {
     return S::scale(S::set(1.0f) + expm1_reduced(r), n);
   }
 
-  LM2_INLINE V sigmoid(V x) {
-    return S::set(1.0f) / (S::set(1.0f) + exp(S::zero() - x));
-  }
+  LM2_INLINE V sigmoid(V x) { return S::set(1.0f) / (S::set(1.0f) + exp(S::zero() - x)); }
 
   // -(e^y - 1) / (e^y + 1) with y = -2 |x|: no digits are lost near 0. *slope is the derivative
   // 4 e^y / (e^y + 1)^2, which 1 - tanh^2 is too, but for what cancels where it is small.
@@ -256,8 +255,7 @@ struct Avx512 : FloatMath<Avx512, __m512> {
   // a in the first lanes, b in the others
   LM2_INLINE V first_lanes(int count, V a, V b) { return _mm512_mask_blend_ps(first(count), b, a); }
   LM2_INLINE V gather(const float* p, int64_t stride) {
-    const __m512i lane =
-        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
     return _mm512_i32gather_ps(index, p, 4);
   }
@@ -359,8 +357,7 @@ struct Avx2 : FloatMath<Avx2, __m256> {
     return x * power(half) * power(_mm256_sub_epi32(whole, half));
   }
   LM2_INLINE V power(__m256i n) {
-    return _mm256_castsi256_ps(
-        _mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
   LM2_INLINE float sum(V x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -443,9 +440,7 @@ struct Base : FloatMath<Base, FourFloats> {
   }
   LM2_INLINE V power(Int n) { return reinterpret_cast<V>((n + 127) << 23); }
   LM2_INLINE float sum(V x) { return (x[0] + x[2]) + (x[1] + x[3]); }
-  LM2_INLINE float maximum(V x) {
-    return larger(larger(x[0], x[2]), larger(x[1], x[3]));
-  }
+  LM2_INLINE float maximum(V x) { return larger(larger(x[0], x[2]), larger(x[1], x[3])); }
   LM2_INLINE V unless_not_positive(V x, V value) { return select(x <= zero(), zero(), value); }
   LM2_INLINE V if_nonzero(V x, V a, V b) { return select(x != zero(), a, b); }
   LM2_INLINE V first_lanes(int count, V a, V b) {

@@ -3,9 +3,10 @@
 // Links libtorch_cpu alone: the one function of libtorch_cuda it needs is found at run time, so the
 // library links and loads wherever torch does. Compiled with LM2_EMULATED_CUDA the same operators
 // take CPU tensors and run the kernels in the tests' emulator.
+#include "../bindings.h"
+
 #include <cuda_runtime_api.h>
 
-#include "../bindings.h"
 #include "cuda.h"
 
 #ifndef LM2_EMULATED_CUDA
@@ -23,8 +24,7 @@ cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    void* symbol =
-        library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
+    void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
     return reinterpret_cast<Function>(symbol);
   }();
   if (function == nullptr) throw std::runtime_error("this torch has no CUDA");
@@ -104,7 +104,5 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CUDA, m) { lm2::Bindings<lm2::Cuda>::implement(m); }
 #else
 STABLE_TORCH_LIBRARY(lm2_kernels_emulated, m) { lm2::define_schemas(m); }
-STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_emulated, CPU, m) {
-  lm2::Bindings<lm2::Cuda>::implement(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_emulated, CPU, m) { lm2::Bindings<lm2::Cuda>::implement(m); }
 #endif

@@ -35,7 +35,7 @@ struct Job {
   float* delta;       // (B, H, T)
   void* result;       // out, dquery or dkey_value
   float* lse_out;
-  bool vectors;       // rows start at multiples of 16 bytes and are whole ones
+  bool vectors;  // rows start at multiples of 16 bytes and are whole ones
 };
 
 template <class T, int kWidth>
@@ -66,8 +66,9 @@ __device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& v
   const int64_t limit = are_slots ? args.slots : args.tokens;
   const T* const source =
       static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
-  const uint8_t* const mask =
-      are_slots && args.slot_mask != nullptr ? args.slot_mask + b * args.mask_batch_stride : nullptr;
+  const uint8_t* const mask = are_slots && args.slot_mask != nullptr
+                                  ? args.slot_mask + b * args.mask_batch_stride
+                                  : nullptr;
   const int width = static_cast<int>(args.width);
   for (int i = threadIdx.x; i < kRows * (kWidth / kVector); i += kThreads) {
     const int row = i / (kWidth / kVector), column = i % (kWidth / kVector) * kVector;
@@ -147,9 +148,9 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther 
 
 // result (16 x kWidth) += weights (16 x kOther) times other rows.
 template <class T, int kWidth>
-__device__ __forceinline__ void add_weighted(float (&result)[kWidth / 8][4],
-                                             const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
-                                             const T* other, float* shared_weights) {
+__device__ __forceinline__ void add_weighted(
+    float (&result)[kWidth / 8][4], const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
+    const T* other, float* shared_weights) {
   constexpr int kStride = Tiles<T, kWidth>::kStride, kOther = Tiles<T, kWidth>::kOther;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (Tiles<T, kWidth>::kIsFloat) {
@@ -222,7 +223,7 @@ struct Token {
 template <class T, int kWidth, Pass kPass>
 // one block is enough: registers are worth more than occupancy
 __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
-attention_kernel(const Job job) {
+    attention_kernel(const Job job) {
   using Tile = Tiles<T, kWidth>;
   constexpr int kThreads = Tile::kWarps * 32, kOwned = Tile::kOwned, kOther = Tile::kOther;
   constexpr int kStride = Tile::kStride;
@@ -293,8 +294,8 @@ attention_kernel(const Job job) {
     if constexpr (kPass == Pass::dvalue) {
       load_tile<T, kOther, kWidth, kThreads>(other2, job, job.dout, b, h, tile, false);
     } else if constexpr (kNeedsDp || kPass == Pass::forward) {
-      load_tile<T, kOther, kWidth, kThreads>(other2, job, kOwnsSlots ? job.dout : args.value, b,
-                                             h, tile, !kOwnsSlots);
+      load_tile<T, kOther, kWidth, kThreads>(other2, job, kOwnsSlots ? job.dout : args.value, b, h,
+                                             tile, !kOwnsSlots);
     }
     load_tile<T, kOther, kWidth, kThreads>(other1, job, kOwnsSlots ? args.query : args.key, b, h,
                                            tile, !kOwnsSlots);
@@ -330,8 +331,7 @@ attention_kernel(const Job job) {
           seen[i / 2] = seen[i / 2] || visible;
         } else {
           const Token& token = kOwnsSlots ? columns[i % 2] : tokens[i / 2];
-          const float p =
-              visible ? exponential<T>(x - token.lse) * token.correction : 0.0f;
+          const float p = visible ? exponential<T>(x - token.lse) * token.correction : 0.0f;
           float keep = 1.0f;
           if (args.seed != nullptr) {
             const uint32_t bits = dropout::bits(token.keys, static_cast<uint32_t>(slot));
@@ -395,8 +395,7 @@ attention_kernel(const Job job) {
   for (int row = 0; row < 2; ++row) {
     const int64_t own = first + 16 * warp + g + 8 * row;
     constexpr bool kDrops = kPass == Pass::forward || kPass == Pass::dvalue;
-    float factor =
-        kDrops && args.seed != nullptr ? static_cast<float>(args.keep_factor) : 1.0f;
+    float factor = kDrops && args.seed != nullptr ? static_cast<float>(args.keep_factor) : 1.0f;
     if constexpr (kPass == Pass::forward) {
       const float sum = quad_sum(running[row][1]);
       // a sum of 0 does not tell: scores of -inf have that too, and are NaN like any softmax
@@ -431,8 +430,8 @@ attention_kernel(const Job job) {
 
 // delta[row] = rowsum(dO * O): a warp a row.
 template <class T>
-__global__ void __launch_bounds__(128) delta_kernel(const MemoryAttentionBackward args,
-                                                    float* delta) {
+__global__ void __launch_bounds__(128)
+    delta_kernel(const MemoryAttentionBackward args, float* delta) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const bool is_there = row < args.batch * args.heads * args.tokens;
@@ -441,8 +440,8 @@ __global__ void __launch_bounds__(128) delta_kernel(const MemoryAttentionBackwar
     const int64_t token = row % args.tokens, head_index = row / args.tokens;
     const int64_t b = head_index / args.heads, h = head_index % args.heads;
     const auto start = [&](const View& view) {
-      return static_cast<const T*>(view.data) + b * view.batch_stride +
-             token * view.row_stride + h * view.head_stride;
+      return static_cast<const T*>(view.data) + b * view.batch_stride + token * view.row_stride +
+             h * view.head_stride;
     };
     const T* const dout = start(args.dout);
     const T* const out = start(args.out);
@@ -472,9 +471,9 @@ cudaError_t launch(const Job& job, cudaStream_t stream) {
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   const auto kernel = attention_kernel<T, kWidth, kPass>;
   if constexpr (Tile::kBytes > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-        Tile::kBytes);
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // or a later launch would report it
       return error;
@@ -533,10 +532,14 @@ cudaError_t dispatch(const MemoryAttention& args, const Run& run) {
     return run.template operator()<T, 256>();
   };
   switch (args.dtype) {
-    case Dtype::float32: return by_width(float());
-    case Dtype::float16: return by_width(__half());
-    case Dtype::bfloat16: return by_width(__nv_bfloat16());
-    case Dtype::float64: break;
+    case Dtype::float32:
+      return by_width(float());
+    case Dtype::float16:
+      return by_width(__half());
+    case Dtype::bfloat16:
+      return by_width(__nv_bfloat16());
+    case Dtype::float64:
+      break;
   }
   return cudaErrorInvalidValue;
 }
@@ -547,17 +550,15 @@ cudaError_t memory_attention_forward(const MemoryAttentionForward& args, cudaStr
   Job job = job_of(args, View{});
   job.result = args.out;
   job.lse_out = static_cast<float*>(args.lse);
-  return dispatch(args, [&]<class T, int kWidth>() {
-    return launch<T, kWidth, Pass::forward>(job, stream);
-  });
+  return dispatch(
+      args, [&]<class T, int kWidth>() { return launch<T, kWidth, Pass::forward>(job, stream); });
 }
 
 cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaStream_t stream) {
   Job job = job_of(args, args.dout);
   job.lse = static_cast<const float*>(args.lse);
-  return dispatch(args, [&]<class T, int kWidth>() {
-    return backward<T, kWidth>(job, args, stream);
-  });
+  return dispatch(args,
+                  [&]<class T, int kWidth>() { return backward<T, kWidth>(job, args, stream); });
 }
 
 int64_t workspace_bytes(const MemoryAttentionBackward& args) {

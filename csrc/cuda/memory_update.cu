@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
   if (!e.find(args)) return;
   e.read(args);
   const bool has_gate = static_cast<bool>(args.output_gate);
-  const bool has_dout = static_cast<bool>(args.doutput), has_dnew = static_cast<bool>(args.dnew_memory);
+  const bool has_dout = static_cast<bool>(args.doutput),
+             has_dnew = static_cast<bool>(args.dnew_memory);
   const float dout = has_dout ? load(args.doutput, e.b, e.t, e.column) : 0.0f;
   float dcandidate = 0.0f, dmemory = 0.0f, dinput = 0.0f, dforget = 0.0f, doutgate = 0.0f;
   // a gradient that never arrived is not 0 times something: that is NaN for an infinity

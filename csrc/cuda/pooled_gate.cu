@@ -43,8 +43,8 @@ __device__ __forceinline__ float active(const PooledGate& args, float weight, in
   return product <= 0.0f ? 0.0f : product;
 }
 
-__global__ void __launch_bounds__(kColumns) sum_kernel(const PooledGateForward args, float* sums,
-                                                       int64_t chunk_size, int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    sum_kernel(const PooledGateForward args, float* sums, int64_t chunk_size, int64_t chunks) {
   Place place;
   if (!place.find(args, chunk_size, chunks)) return;
   const float weight = load(args.weight, args.parameter_dtype, place.column);
@@ -56,8 +56,8 @@ __global__ void __launch_bounds__(kColumns) sum_kernel(const PooledGateForward a
 }
 
 // Each chunk's sum becomes that of everything before it. One "chunk" per batch row here.
-__global__ void __launch_bounds__(kColumns) scan_kernel(const PooledGateForward args, float* sums,
-                                                        int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    scan_kernel(const PooledGateForward args, float* sums, int64_t chunks) {
   Place place;
   if (!place.find(args, args.tokens, 1)) return;
   float running = 0.0f;
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(kColumns) scan_kernel(const PooledGateForward 
   }
 }
 
-__global__ void __launch_bounds__(kColumns) prefix_kernel(const PooledGateForward args,
-                                                          const float* sums, int64_t chunk_size,
-                                                          int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    prefix_kernel(const PooledGateForward args, const float* sums, int64_t chunk_size,
+                  int64_t chunks) {
   Place place;
   if (!place.find(args, chunk_size, chunks)) return;
   const float weight = load(args.weight, args.parameter_dtype, place.column);
@@ -100,9 +100,8 @@ __device__ __forceinline__ float share(const PooledGateBackward& args, int64_t b
   return load(args.dpooled, b, t, column) / static_cast<float>(count);
 }
 
-__global__ void __launch_bounds__(kColumns) share_kernel(const PooledGateBackward args,
-                                                         float* sums, int64_t chunk_size,
-                                                         int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    share_kernel(const PooledGateBackward args, float* sums, int64_t chunk_size, int64_t chunks) {
   Place place;
   if (!place.find(args, chunk_size, chunks)) return;
   float sum = 0.0f;
@@ -113,8 +112,8 @@ __global__ void __launch_bounds__(kColumns) share_kernel(const PooledGateBackwar
 }
 
 // Each chunk's sum becomes that of everything after it, and of what reaches every token.
-__global__ void __launch_bounds__(kColumns) suffix_kernel(const PooledGateBackward args,
-                                                          float* sums, int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    suffix_kernel(const PooledGateBackward args, float* sums, int64_t chunks) {
   Place place;
   if (!place.find(args, args.tokens, 1)) return;
   const bool scans = args.prefix && args.dpooled;
@@ -136,9 +135,9 @@ __global__ void __launch_bounds__(kColumns) suffix_kernel(const PooledGateBackwa
 }
 
 // dx, and each chunk's part of dweight in the place of its sum.
-__global__ void __launch_bounds__(kColumns) backward_kernel(const PooledGateBackward args,
-                                                            float* sums, int64_t chunk_size,
-                                                            int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    backward_kernel(const PooledGateBackward args, float* sums, int64_t chunk_size,
+                    int64_t chunks) {
   Place place;
   if (!place.find(args, chunk_size, chunks)) return;
   const bool scans = args.prefix && args.dpooled;
@@ -157,8 +156,8 @@ __global__ void __launch_bounds__(kColumns) backward_kernel(const PooledGateBack
   sums[place.item * args.width + place.column] = dweight;
 }
 
-__global__ void __launch_bounds__(kColumns) combine_kernel(const PooledGateBackward args,
-                                                           const float* sums, int64_t items) {
+__global__ void __launch_bounds__(kColumns)
+    combine_kernel(const PooledGateBackward args, const float* sums, int64_t items) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (column >= args.width) return;
   // in two steps: no long chain of roundings

@@ -57,8 +57,8 @@ __device__ __forceinline__ float normalised(const ResidualLayerNormBackward& arg
 }
 
 // Writes dx, and each row's `left`.
-__global__ void __launch_bounds__(kThreads) row_kernel(const ResidualLayerNormBackward args,
-                                                       float* left_of) {
+__global__ void __launch_bounds__(kThreads)
+    row_kernel(const ResidualLayerNormBackward args, float* left_of) {
   const int64_t row = blockIdx.x, b = row / args.tokens, t = row % args.tokens;
   const float size = static_cast<float>(args.width);
   const float mean = static_cast<const float*>(args.mean)[row];
@@ -71,9 +71,7 @@ __global__ void __launch_bounds__(kThreads) row_kernel(const ResidualLayerNormBa
   const auto g = [&](int64_t column) {
     return load(args.dout, b, t, column) * load(args.weight, args.parameter_dtype, column);
   };
-  const auto gn = [&](int64_t column) {
-    return g(column) * normalised(args, row, column, left);
-  };
+  const auto gn = [&](int64_t column) { return g(column) * normalised(args, row, column, left); };
   const float mean_g = row_sum(args.width, g) / size;
   const float mean_gn = row_sum(args.width, gn) / size;
   const float rstd = static_cast<const float*>(args.rstd)[row];
@@ -94,9 +92,9 @@ int64_t chunk_count(const ResidualLayerNormBackward& args) {
 }
 
 // partials (chunks, 2, D): dweight and dbias of one chunk of rows.
-__global__ void __launch_bounds__(kColumns) chunk_kernel(const ResidualLayerNormBackward args,
-                                                         const float* left_of, float* partials,
-                                                         int64_t chunk) {
+__global__ void __launch_bounds__(kColumns)
+    chunk_kernel(const ResidualLayerNormBackward args, const float* left_of, float* partials,
+                 int64_t chunk) {
   const int64_t pieces = (args.width + kColumns - 1) / kColumns;
   const int64_t column = blockIdx.x % pieces * kColumns + threadIdx.x;
   if (column >= args.width) return;
@@ -111,9 +109,8 @@ __global__ void __launch_bounds__(kColumns) chunk_kernel(const ResidualLayerNorm
   partials[(2 * item + 1) * args.width + column] = dbias;
 }
 
-__global__ void __launch_bounds__(kColumns) combine_kernel(const ResidualLayerNormBackward args,
-                                                           const float* partials,
-                                                           int64_t chunks) {
+__global__ void __launch_bounds__(kColumns)
+    combine_kernel(const ResidualLayerNormBackward args, const float* partials, int64_t chunks) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (column >= args.width) return;
   float dweight = 0.0f, dbias = 0.0f;
@@ -127,8 +124,7 @@ __global__ void __launch_bounds__(kColumns) combine_kernel(const ResidualLayerNo
 
 }  // namespace
 
-cudaError_t residual_layer_norm_forward(const ResidualLayerNormForward& args,
-                                        cudaStream_t stream) {
+cudaError_t residual_layer_norm_forward(const ResidualLayerNormForward& args, cudaStream_t stream) {
   const int64_t rows = args.batch * args.tokens;
   if (args.dtype == Dtype::float64) return cudaErrorInvalidValue;
   if (!fits_grid(rows)) return cudaErrorInvalidConfiguration;

@@ -1,5 +1,6 @@
 // What the kernels use in place of CUDA's own syntax, so that the same .cu files compile with nvcc
-// and, in the tests' emulator (tests/native/cuemu.h, which then defines these), with a C++ compiler.
+// and, in the tests' emulator (tests/native/cuemu.h, which then defines these), with a C++
+// compiler.
 #pragma once
 
 #ifndef CUEMU
@@ -13,7 +14,7 @@
 template <class T>
 using lm2_identity = T;
 #define LM2_SHARED(name, ...) __shared__ lm2_identity<__VA_ARGS__> name
-#define LM2_DYNAMIC_SHARED(T, name)                                  \
+#define LM2_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char lm2_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(lm2_dynamic_shared)
 #define LM2_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
@@ -21,8 +22,8 @@ using lm2_identity = T;
 
 #endif
 
-// lm2_mma_m16n8k16 (below) of bfloat16 where tensor cores do not know it (sm_75): the lanes hand one
-// another what each needs.
+// lm2_mma_m16n8k16 (below) of bfloat16 where tensor cores do not know it (sm_75): the lanes hand
+// one another what each needs.
 __device__ __forceinline__ void lm2_mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
                                                     const uint32_t (&b)[2]) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -59,12 +60,14 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
                                                  const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -73,7 +76,8 @@ __device__ __forceinline__ void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (
   if constexpr (std::is_same_v<T, __half>) {
     // sm_75 has the half of it, twice
     for (int half = 0; half < 2; ++half) {
-      asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
+      asm volatile(
+          "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 "
           "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
           : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
           : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));

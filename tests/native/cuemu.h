@@ -458,7 +458,7 @@ inline cudaError_t cuemu_last_error() { return cudaSuccess; }
 #define LM2_SHARED(name, ...) auto& name = cuemu::shared_var<__VA_ARGS__, __COUNTER__>()
 #define LM2_DYNAMIC_SHARED(T, name) T* name = (T*)cuemu::shared_raw(nullptr, 0, cuemu::M().dyn)
 #define LM2_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
-  (cuemu::check_shared((const void*)(kernel), shared_bytes), \
+  (cuemu::check_shared((const void*)(kernel), shared_bytes),       \
    cuemu::launch([=] { kernel(__VA_ARGS__); }, grid, block, shared_bytes))
 template <class T>
 void lm2_mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {

@@ -1,8 +1,10 @@
 // Runs every kernel over small cases, for the sanitizers: buffers of exactly the right size, starts
-// off any alignment, strided and broadcast inputs, results that must be written to the last element.
+// off any alignment, strided and broadcast inputs, results that must be written to the last
+// element.
 //
-// Compiled with csrc/cpu/*.cpp (but for what needs torch), or with -DHARNESS_CUDA and the emulator's
-// -include cuemu.h together with csrc/cuda/*.cu. Numbers are checked elsewhere, against the oracle.
+// Compiled with csrc/cpu/*.cpp (but for what needs torch), or with -DHARNESS_CUDA and the
+// emulator's -include cuemu.h together with csrc/cuda/*.cu. Numbers are checked elsewhere, against
+// the oracle.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -201,8 +203,7 @@ void attention(const Attention& c, Dtype dtype, Layout layout) {
     backward.out = {forward.out, dtype, c.tokens * c.heads * c.width, c.heads * c.width, c.width};
     if (needs & 1) backward.dquery = result("dquery", read, dtype);
     if (needs & 2) {
-      backward.dkey_value =
-          result("dkey_value", 2 * c.batch * c.slots * c.heads * c.width, dtype);
+      backward.dkey_value = result("dkey_value", 2 * c.batch * c.slots * c.heads * c.width, dtype);
     }
     run("memory_attention_backward", backward, device::memory_attention_backward);
   }
