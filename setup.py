@@ -9,6 +9,7 @@ import glob
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -302,6 +303,8 @@ def builder(cpp_extension, record: dict):
 
 def write_record(package: Path, record: dict) -> None:
     """Say what is here, and take away what an earlier build left of a part that is not."""
+    digest = runpy.run_path("lm2_kernels/version.py")["sources_digest"](Path("csrc"))
+    record = record | {"sources": digest}
     for name, part in PARTS.items():
         if record[part] is not None:
             for library in package.glob(f"{name.split('.')[1]}.*"):

@@ -3,42 +3,75 @@
 Importing this module never fails. What was built, and why not, the build left in ``_build.json``.
 """
 
-import importlib
 import importlib.machinery
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
+from lm2_kernels.version import sources_digest
+
 CPU_LEVEL_VARIABLE = "LM2_KERNELS_CPU_LEVEL"
 _PACKAGE = Path(__file__).parent
+_RECORD = "_build.json"
 
 
-def _read_record() -> dict:
+def _find_build() -> tuple[Path, dict]:
+    """The folder of the libraries, and what the build said of them.
+
+    In a source tree that was never built (`python -m lm2_kernels` imports what lies in the current
+    folder) they are the installed copy's, if that was built from the same sources.
+    """
+    if (_PACKAGE / _RECORD).exists():
+        return _PACKAGE, _read_record(_PACKAGE)
+    reason = "this copy of the package was never built; run `pip install .`"
+    sources = _PACKAGE.parent / "csrc"
+    for entry in sys.path:
+        folder = Path(entry, "lm2_kernels")
+        if sources.is_dir() and folder != _PACKAGE and (folder / _RECORD).exists():
+            record = _read_record(folder)
+            if record.get("sources") == sources_digest(sources):
+                return folder, record
+            reason = (
+                "this source tree was never built, and the copy installed in "
+                f"{folder} is of other sources; run `pip install .`"
+            )
+    return _PACKAGE, {"cpu": reason, "cuda": reason}
+
+
+def _read_record(folder: Path) -> dict:
     try:
-        return json.loads((_PACKAGE / "_build.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        reason = "this copy of the package was never built; run `pip install .`"
+        return json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = f"{folder / _RECORD} cannot be read: {error}"
         return {"cpu": reason, "cuda": reason}
 
 
+def _library(name: str) -> Path | None:
+    paths = (_folder / f"{name}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
 def _load_cpu() -> tuple[ModuleType | None, str | None]:
+    path = _library("_C")
+    if path is None:
+        return None, f"its C++ kernels were not built: {_record.get('cpu') or 'unknown'}"
     try:
-        return importlib.import_module("lm2_kernels._C"), None
-    except ModuleNotFoundError as error:
-        if error.name == "lm2_kernels._C":
-            return None, f"its C++ kernels were not built: {_record.get('cpu') or 'unknown'}"
-        return None, f"its C++ kernels do not load: {error}"
+        spec = importlib.util.spec_from_file_location("lm2_kernels._C", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except Exception as error:  # whatever a broken library does, the package has to import
         return None, f"its C++ kernels do not load: {error}"
+    return module, None
 
 
 def _load_cuda() -> str | None:
     if _cpu_reason is not None:
         return _cpu_reason
-    names = (f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
-    path = next((p for p in map(_PACKAGE.joinpath, names) if p.exists()), None)
+    path = _library("_cuda")
     if path is None:
         return f"its CUDA kernels were not built: {_record.get('cuda') or 'unknown'}"
     try:
@@ -50,7 +83,7 @@ def _load_cuda() -> str | None:
     return None
 
 
-_record = _read_record()
+_folder, _record = _find_build()
 _C, _cpu_reason = _load_cpu()
 _cuda_reason = _load_cuda()
 
@@ -107,6 +140,7 @@ def build_info() -> dict[str, str]:
     }
     if _C is not None:
         info |= _C.build_info()
+        info["libraries"] = str(_folder)
         info["SIMD level"] = _C.simd_level()
     if _record.get("cuda_archs"):
         info["nvcc"] = _record["nvcc"]

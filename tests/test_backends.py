@@ -7,10 +7,7 @@ takes blocks and threads in random order.
 """
 
 import contextlib
-import os
 import statistics
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ import lm2_kernels as lm2
 from lm2_kernels import testing
 from tools import launches
 from tools.emulated_cuda import emulated_cuda, emulation_reason
+from tools.interpreter import run_python
 from tools.native import cpp_reason, needs_cpp
 
 CPU_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -174,10 +172,7 @@ for case in testing.SMALL_CASES:
         assert not worst, (case.id, dtype, worst)
 print(extension.build_info()["SIMD level"])
 """
-    environment = os.environ | {"LM2_KERNELS_CPU_LEVEL": level, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    result = run_python(code, LM2_KERNELS_CPU_LEVEL=level)
     assert result.returncode == 0, result.stderr
     assert CPU_LEVELS.index(result.stdout.strip()) <= CPU_LEVELS.index(level)
 
@@ -186,10 +181,7 @@ print(extension.build_info()["SIMD level"])
 def test_unknown_simd_level_is_refused():
     code = "import torch, lm2_kernels as lm2; x = torch.ones(1, 1, 4); "
     code += "lm2.memory_update(x, x, x, x, x, backend='cpp')"
-    environment = os.environ | {"LM2_KERNELS_CPU_LEVEL": "neon"}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
+    result = run_python(code, LM2_KERNELS_CPU_LEVEL="neon")
     assert result.returncode == 1
     assert (
         "LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got neon" in result.stderr

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from lm2_kernels import extension
+from lm2_kernels.version import sources_digest
 from tools import nvcc
 from tools.emulated_cuda import ROOT, load_setup
 
@@ -91,6 +92,7 @@ def _warnings(run: subprocess.CompletedProcess[str]) -> list[str]:
 SMOKE = """
 import torch, lm2_kernels as lm2
 from lm2_kernels import extension
+from lm2_kernels.version import sources_digest
 print(lm2.__file__)
 x = torch.ones(2, 3, 4, requires_grad=True)
 with lm2.recording() as ran:
@@ -219,6 +221,29 @@ def test_cuda_library_links_and_loads_without_a_driver(tree, tmp_path):
     command = [sys.executable, "-c", f"import lm2_kernels; {code}", str(library)]
     environment = os.environ | {"LD_BIND_NOW": "1"}
     subprocess.run(command, cwd=tmp_path / "site", env=environment, check=True)
+
+
+def test_a_source_tree_takes_the_installed_libraries_of_the_same_sources(tree, tmp_path):
+    """README's commands run in the source tree, where `python -m` imports what is not built."""
+    code = "from lm2_kernels import extension; print(extension.cpu_reason(), extension._folder)"
+
+    def run() -> str:
+        found = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, cwd=tree, env=found, capture_output=True, text=True, check=True
+        ).stdout
+
+    shutil.copytree(Path(extension.__file__).parent, tmp_path / "site" / "lm2_kernels")
+    record = tmp_path / "site" / "lm2_kernels" / "_build.json"
+    digest = sources_digest(ROOT / "csrc")
+    record.write_text(json.dumps({"cpu": None, "cuda": "no", "sources": digest}))
+    assert str(tmp_path / "site" / "lm2_kernels") in run()
+    (tree / "csrc" / "ops.cpp").write_text("changed")
+    assert "is of other sources; run `pip install .`" in run()
+    record.unlink()
+    # an installed torch's site-packages may hold a copy of its own
+    assert "None" not in run()
 
 
 class _Torch:

@@ -4,13 +4,12 @@ Python checks its inputs first; ``torch.ops.lm2_kernels_cpp`` can be reached wit
 """
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from lm2_kernels import backends
+from tools.interpreter import run_python
 from tools.native import needs_cpp
 
 pytestmark = needs_cpp
@@ -267,7 +266,7 @@ except RuntimeError as error:
     print(error)
 assert torch.equal(attend(query, bank, bank, None, None, **options)[0], before)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = run_python(code)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "memory_attention: out of memory\n"
 

@@ -1,12 +1,9 @@
 """Which backend runs: who decides, what the refusals say, and what importing the package needs."""
 
 import os
-import subprocess
-import sys
 import threading
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +11,8 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import backends, extension, functional
 from lm2_kernels.backends import eager
+from tools.interpreter import run_python
 from tools.native import cpp_reason
-
-ROOT = Path(__file__).parent.parent
 
 # what "auto" takes for CPU tensors here
 DEFAULT = "cpp" if cpp_reason() is None else "eager"
@@ -260,25 +256,15 @@ def refused(error, *parts, **options):
 )
 
 
-def run_python(code: str, **environment: str | None) -> None:
-    """Run code in a new interpreter; None removes a variable."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
-    for name in ("LM2_KERNELS_BACKEND", "TRITON_INTERPRET"):
-        if name not in environment:
-            variables.pop(name, None)
-    result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:lm2_kernels", "-c", code],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def run(code: str, **environment: str | None) -> None:
+    """Run code in a new interpreter, where it must not fail."""
+    unset = dict.fromkeys(("LM2_KERNELS_BACKEND", "TRITON_INTERPRET"))
+    result = run_python(code, "-W", "error::UserWarning:lm2_kernels", **unset | environment)
     assert result.returncode == 0, result.stderr
 
 
 def test_environment_beats_auto_and_yields_to_the_others():
-    run_python(
+    run(
         USE
         + """
 refused(RuntimeError, "memory_update", "'triton'")
@@ -294,7 +280,7 @@ refused(RuntimeError, "'triton'")
 
 
 def test_environment_with_an_unknown_name_is_refused_at_first_use():
-    run_python(
+    run(
         USE
         + """
 refused(ValueError, "LM2_KERNELS_BACKEND must be one of", "'eager'", "got 'cudnn'")
@@ -306,7 +292,7 @@ assert use(backend="eager") == ["eager", "eager"]
 
 def test_only_torch_is_needed():
     """Without triton, safetensors and numpy the package imports, runs, and says what is missing."""
-    run_python(
+    run(
         """
 import sys
 for name in ("triton", "safetensors", "numpy", "pytest", "transformers"):
@@ -325,7 +311,7 @@ layer(torch.ones(1, 2, 4), lm2.initial_memory(1, 4))
 def test_triton_on_a_cpu_tensor_is_refused_with_the_reason():
     pytest.importorskip("triton")
     # and an empty variable is as good as none
-    run_python(
+    run(
         USE
         + """
 refused(RuntimeError, "memory_update", "'triton'", "cpu", backend="triton")
@@ -336,7 +322,7 @@ assert use() == DEFAULT
 
 
 def test_import_imports_neither_dynamo_nor_triton():
-    run_python(
+    run(
         """
 import sys
 import lm2_kernels
@@ -347,7 +333,7 @@ assert not {"triton", "torch._dynamo", "safetensors"} & set(sys.modules)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_cpu_use_starts_no_driver_and_survives_a_fork():
-    run_python(
+    run(
         USE
         + """
 import os, sys
@@ -367,7 +353,7 @@ assert use() == DEFAULT
 
 
 def test_import_and_use_in_a_thread():
-    run_python(
+    run(
         """
 import threading
 results = []

@@ -266,6 +266,7 @@ def test_layers_compile_and_train(name):
         backend: getattr(lm2, name)(24, 3, backend=backend) for backend in ("eager", "triton")
     }
     layers["triton"].load_state_dict(layers["eager"].state_dict())
+    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layers["triton"], fullgraph=True, backend=counter)
     with lm2.recording() as ran, launches.checked("sm_90"):
