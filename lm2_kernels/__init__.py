@@ -4,10 +4,16 @@ from lm2_kernels import ops as _ops  # noqa: F401 - registers the operators for 
 from lm2_kernels import reference
 from lm2_kernels.backends import recording, use_backend
 from lm2_kernels.functional import initial_memory, memory_attention, memory_update
+from lm2_kernels.model import LM2Config, LM2ForCausalLM, LM2Output, release_state_dict
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.state import MemoryState
 from lm2_kernels.version import __version__
 
 __all__ = [
+    "LM2Config",
+    "LM2ForCausalLM",
+    "LM2Output",
+    "MemoryState",
     "PaperMemory",
     "ReleaseMemory",
     "__version__",
@@ -16,5 +22,6 @@ __all__ = [
     "memory_update",
     "recording",
     "reference",
+    "release_state_dict",
     "use_backend",
 ]

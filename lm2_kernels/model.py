@@ -1,0 +1,488 @@
+"""The reference language model: a Llama-3 style decoder whose blocks read and rewrite a memory.
+
+Each block computes ``h = x + memory(self_attention(norm(x)))`` and ``h + mlp(norm(h))``: the memory
+layer sits on the self-attention output, before the residual add. Input longer than the memory has
+slots is taken in segments. A segment is its own self-attention window, its tokens at positions 0,
+1, ...; what crosses from one segment to the next is the memory, which goes in and comes out as a
+:class:`MemoryState`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm2_kernels.functional import check_int, initial_memory
+from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.state import MemoryState
+
+__all__ = ["LM2Config", "LM2ForCausalLM", "LM2Output", "release_state_dict"]
+
+# rows of logits that are in memory at once while the loss is computed
+_LOSS_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class LM2Config:
+    """The sizes and options of :class:`LM2ForCausalLM`.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width D.
+        intermediate_size: width of the MLP.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: heads of the self-attention.
+        num_key_value_heads: its key and value heads, which groups of query heads share;
+            ``num_attention_heads`` unless given.
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary position embedding.
+        tie_word_embeddings: whether the output projection is the token embedding.
+        memory_slots: slots N of a bank, and the most tokens of a segment.
+        memory_heads: heads of the memory attention.
+        memory_layers: which blocks have a memory layer; None is all, () none.
+        formulation: "paper" (:class:`PaperMemory`) or "release" (:class:`ReleaseMemory`).
+        flow: "depth": one bank runs through the blocks, and the last one's starts the next segment
+            (released). "time": every block has a bank of its own, carried from segment to segment.
+        pooled_gate: of the release formulation, "prefix" (causal) or "segment" (released).
+        memory_init: what a bank starts from: "identity", "zeros" (release formulation alone) or
+            "learned" (initially the identity).
+        memory_dropout: on the memory attention's probabilities, while training.
+        zero_init: initialise the memory layers so that the model computes what it computes without
+            them: the paper formulation's values start at 0; the release formulation's second
+            LayerNorm does, and ``memory_init`` must be "zeros".
+        initializer_range: standard deviation of the initial weights.
+        backend: of the memory layers; None takes the default (``use_backend``).
+
+    Raises:
+        TypeError, ValueError: a size or option does not fit.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    tie_word_embeddings: bool = False
+    memory_slots: int = 2048
+    memory_heads: int = 8
+    memory_layers: tuple[int, ...] | None = None
+    formulation: str = "paper"
+    flow: str = "depth"
+    pooled_gate: str = "prefix"
+    memory_init: str = "identity"
+    memory_dropout: float = 0.0
+    zero_init: bool = False
+    initializer_range: float = 0.02
+    backend: str | None = None
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+        for name in (*sizes, "num_attention_heads", "memory_slots", "memory_heads"):
+            check_int("LM2Config", name, getattr(self, name), 1)
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1)
+        if self.memory_layers is None:
+            object.__setattr__(self, "memory_layers", tuple(range(self.num_hidden_layers)))
+        object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
+        for whole, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("hidden_size", "memory_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"LM2Config: {part} ({getattr(self, part)}) must divide {whole} "
+                    f"({getattr(self, whole)})"
+                )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"LM2Config: hidden_size / num_attention_heads must be even for rotary "
+                f"embeddings, got {self.head_dim}"
+            )
+        for layer in self.memory_layers:
+            check_int("LM2Config", "memory_layers", layer, 0)
+            if layer >= self.num_hidden_layers:
+                raise ValueError(
+                    f"LM2Config: memory_layers has {layer}, but the blocks are 0 to "
+                    f"{self.num_hidden_layers - 1}"
+                )
+        if list(self.memory_layers) != sorted(set(self.memory_layers)):
+            raise ValueError(
+                f"LM2Config: memory_layers must ascend without repeats, got {self.memory_layers}"
+            )
+        for name, choices in (
+            ("formulation", ("paper", "release")),
+            ("flow", ("depth", "time")),
+            ("pooled_gate", ("prefix", "segment")),
+            ("memory_init", ("identity", "zeros", "learned")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"LM2Config: {name} must be one of {choices}, got {getattr(self, name)!r}"
+                )
+        if self.formulation == "paper" and self.memory_init == "zeros":
+            raise ValueError(
+                "LM2Config: memory_init='zeros' is for the release formulation: the paper's has no "
+                "biases, so what is read from zeros and written back is zeros for ever"
+            )
+        if self.zero_init and self.formulation == "release" and self.memory_init != "zeros":
+            raise ValueError(
+                "LM2Config: zero_init of the release formulation needs memory_init='zeros': its "
+                "output is x plus the new memory, to which the old one contributes"
+            )
+
+    @classmethod
+    def published(cls, **changes: object) -> "LM2Config":
+        """The paper's model: Llama-3.2-1B with 2048 memory slots in each of its 16 blocks."""
+        sizes = {
+            "vocab_size": 128256,
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "tie_word_embeddings": True,
+            "memory_slots": 2048,
+            "memory_heads": 32,
+        }
+        return cls(**{**sizes, **changes})
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_banks(self) -> int:
+        """How many banks a state has."""
+        return min(1, len(self.memory_layers)) if self.flow == "depth" else len(self.memory_layers)
+
+
+@dataclasses.dataclass
+class LM2Output:
+    """What :class:`LM2ForCausalLM` returns."""
+
+    logits: Tensor | None  # (B, L, V); None where a loss was asked for and logits were not
+    loss: Tensor | None  # mean over the labels that are not -100
+    memory: MemoryState | None  # None for a model without memory layers
+
+
+def _rotary(length: int, dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions 0 .. length - 1, (length, dim) each, in like's dtype."""
+    # float64: an angle of a late position has lost digits in float32
+    exponents = torch.arange(0, dim, 2, device=like.device, dtype=torch.float64) / dim
+    positions = torch.arange(length, device=like.device, dtype=torch.float64)
+    angles = (positions[:, None] * theta**-exponents).repeat(1, 2)
+    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + dim / 2) of (B, H, L, dim) by their positions' angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with rotary positions and grouped key and value heads."""
+
+    def __init__(self, config: LM2Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+        read = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.o_proj(read.transpose(1, 2).flatten(-2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LM2Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Self-attention with or without a memory layer, and the MLP."""
+
+    def __init__(self, config: LM2Config, has_memory: bool):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.memory = _memory_layer(config) if has_memory else None
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, bank: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        attended = self.self_attn(self.input_layernorm(x), cos, sin)
+        if self.memory is not None:
+            attended, bank = self.memory(attended, bank)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), bank
+
+
+def _memory_layer(config: LM2Config) -> nn.Module:
+    options = {"dropout": config.memory_dropout, "backend": config.backend}
+    if config.formulation == "paper":
+        return PaperMemory(config.hidden_size, config.memory_heads, **options)
+    return ReleaseMemory(
+        config.hidden_size, config.memory_heads, pooled_gate=config.pooled_gate, **options
+    )
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and the last norm; its parameters have the names of a Llama checkpoint."""
+
+    def __init__(self, config: LM2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, index in config.memory_layers)
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+
+class LM2ForCausalLM(nn.Module):
+    """The language model of the LM2 paper (arXiv 2502.06049), over either memory formulation.
+
+    State dict: a Llama checkpoint's keys, and ``model.layers.<i>.memory.<parameter>``
+    (:func:`release_state_dict` converts the released model's).
+    """
+
+    def __init__(self, config: LM2Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.initial_memory = None
+        if config.memory_init == "learned":
+            shape = (config.num_banks, config.memory_slots, config.hidden_size)
+            self.initial_memory = nn.Parameter(torch.empty(shape))
+        self.reset_parameters()
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def reset_parameters(self) -> None:
+        """Normal weights of ``initializer_range``, zero biases, norms 1; then ``zero_init``."""
+        for module in self.modules():
+            if isinstance(module, PaperMemory | ReleaseMemory | nn.RMSNorm):
+                module.reset_parameters()
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if self.initial_memory is not None:
+            config = self.config
+            bank = initial_memory(config.num_banks, config.memory_slots, config.hidden_size)
+            with torch.no_grad():
+                self.initial_memory.copy_(bank)
+        if not self.config.zero_init:
+            return
+        for layer in self.memory_layers():
+            if isinstance(layer, PaperMemory):
+                nn.init.zeros_(layer.value_proj.weight)
+            else:
+                nn.init.zeros_(layer.attended_memory_layernorm2.weight)
+
+    def memory_layers(self) -> list[nn.Module]:
+        """The memory layers, first block first."""
+        return [block.memory for block in self.model.layers if block.memory is not None]
+
+    def initial_state(self, batch: int) -> MemoryState:
+        """The state before the first segment, in the parameters' dtype and on their device.
+
+        Args:
+            batch: B.
+
+        Returns:
+            Banks (B, N, D): one for ``flow="depth"``, one a memory layer for ``flow="time"``.
+        """
+        config, like = self.config, self.lm_head.weight
+        if config.num_banks == 0:
+            raise ValueError("LM2ForCausalLM: the model has no memory layer, so no state")
+        if self.initial_memory is not None:
+            check_int("initial_state", "batch", batch, 0)
+            return MemoryState([bank.expand(batch, -1, -1) for bank in self.initial_memory])
+        return MemoryState(
+            [
+                initial_memory(
+                    batch,
+                    config.memory_slots,
+                    config.hidden_size,
+                    config.memory_init,
+                    device=like.device,
+                    dtype=like.dtype,
+                )
+                for _ in range(config.num_banks)
+            ]
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, L)
+        labels: Tensor | None = None,  # (B, L)
+        memory: MemoryState | None = None,
+        *,
+        bptt_segments: int | None = None,
+        return_logits: bool | None = None,
+    ) -> LM2Output:
+        """Run any number of tokens, a segment of at most ``memory_slots`` at a time.
+
+        Args:
+            input_ids: (B, L) int64, L >= 1.
+            labels: (B, L) int64, unshifted as in transformers: ``labels[:, t]`` is predicted at
+                ``t - 1``, and -100 is not predicted at all.
+            memory: the state that the call before returned; None starts afresh.
+            bptt_segments: gradients flow through the memory of so many segments of this call;
+                None is all. What ``memory`` brings in is the caller's to detach.
+            return_logits: whether to; by default unless there are labels. The loss alone never
+                holds more than some rows of logits.
+
+        Returns:
+            logits (B, L, V), the loss, and the state that starts the next segment.
+
+        Raises:
+            TypeError, ValueError: an input does not fit; the text names it.
+        """
+        self._check(input_ids, labels, memory, bptt_segments)
+        if memory is None and self.config.num_banks > 0:
+            memory = self.initial_state(input_ids.shape[0])
+        banks, hidden = [] if memory is None else list(memory.banks), []
+        for index, ids in enumerate(input_ids.split(self.config.memory_slots, dim=1)):
+            if bptt_segments is not None and index > 0 and index % bptt_segments == 0:
+                banks = [bank.detach() for bank in banks]
+            segment, banks = self._segment(ids, banks)
+            hidden.append(segment)
+        hidden = torch.cat(hidden, dim=1)
+        return LM2Output(
+            logits=self.lm_head(hidden) if _wants_logits(return_logits, labels) else None,
+            loss=None if labels is None else self._loss(hidden, labels),
+            memory=MemoryState(banks) if banks else None,
+        )
+
+    def _segment(self, ids: Tensor, banks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states of one segment (B, T, D), and the banks that it leaves."""
+        x = self.model.embed_tokens(ids)
+        cos, sin = _rotary(ids.shape[1], self.config.head_dim, self.config.rope_theta, x)
+        banks, number = list(banks), 0
+        for block in self.model.layers:
+            if block.memory is None:
+                x, _ = block(x, None, cos, sin)
+                continue
+            bank = 0 if self.config.flow == "depth" else number
+            x, banks[bank] = block(x, banks[bank], cos, sin)
+            number += 1
+        return self.model.norm(x), banks
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token, some rows at a time."""
+        # imports torch._dynamo, which importing the package does not wait for
+        from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
+
+        rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        count = (targets != -100).sum()
+
+        def part(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum")
+
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for some, wanted in zip(rows.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
+            total = total + checkpoint(part, some, wanted, use_reentrant=False)
+        return total / count
+
+    def _check(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None,
+        memory: MemoryState | None,
+        bptt_segments: int | None,
+    ) -> None:
+        config = self.config
+        for name, ids in (("input_ids", input_ids), ("labels", labels)):
+            if ids is None:
+                continue
+            if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
+                what = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+                raise TypeError(f"LM2ForCausalLM: {name} must be an int64 tensor, got {what}")
+            if ids.dim() != 2 or ids.shape[1] == 0 or ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"LM2ForCausalLM: input_ids must be (B, L) with L >= 1, and labels the same, "
+                    f"got {name} {tuple(ids.shape)}"
+                )
+            ignored = ids == -100 if name == "labels" else ids != ids
+            wrong = ((ids < 0) | (ids >= config.vocab_size)) & ~ignored
+            if not torch.compiler.is_compiling() and wrong.any():
+                raise ValueError(
+                    f"LM2ForCausalLM: {name} must be below vocab_size = {config.vocab_size} and "
+                    f"not negative, got {ids[wrong][0].item()}"
+                )
+        if bptt_segments is not None:
+            check_int("LM2ForCausalLM", "bptt_segments", bptt_segments, 1)
+        if memory is None:
+            return
+        if not isinstance(memory, MemoryState):
+            raise TypeError(
+                f"LM2ForCausalLM: memory must be a MemoryState, got {type(memory).__name__}"
+            )
+        memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
+
+
+def _wants_logits(request: bool | None, labels: Tensor | None) -> bool:
+    return labels is None if request is None else request
+
+
+def release_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released model's checkpoint under the names of :class:`LM2ForCausalLM`.
+
+    Its memory modules become ``memory``; its second names of the self-attention's weights and the
+    stored ``memory_bank`` (state, not a parameter) are left out. The model is
+    ``LM2Config(..., formulation="release", flow="depth", pooled_gate="segment")``.
+
+    Args:
+        state_dict: of the released ``model``, its tensors as they are.
+
+    Returns:
+        A new dict of the same tensors.
+
+    Raises:
+        ValueError: a weight has two values under its two names, or there is no memory module.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if name.split(".")[-1] in ("memory_bank", "inv_freq"):
+            continue
+        new = name.replace(".mem_attn.memory_module.", ".memory.")
+        new = new.replace(".mem_attn.self_attn.", ".self_attn.")
+        if new in converted and not torch.equal(converted[new], tensor):
+            raise ValueError(
+                f"release_state_dict: {name} differs from the same weight under its other name"
+            )
+        converted[new] = tensor
+    if not any(".memory." in name for name in converted):
+        raise ValueError(
+            "release_state_dict: no key has '.mem_attn.memory_module.': this is no checkpoint of "
+            "the released model"
+        )
+    return converted
