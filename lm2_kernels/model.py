@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm2_kernels.functional import check_int, initial_memory
+from lm2_kernels.backends import check_choice
+from lm2_kernels.functional import (
+    check_bool,
+    check_dropout,
+    check_eps,
+    check_int,
+    check_scale,
+    initial_memory,
+)
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
 from lm2_kernels.state import MemoryState
 
@@ -51,7 +59,8 @@ class LM2Config:
         memory_dropout: on the memory attention's probabilities, while training.
         zero_init: initialise the memory layers so that the model computes what it computes without
             them: the paper formulation's values start at 0; the release formulation's second
-            LayerNorm does, and ``memory_init`` must be "zeros".
+            LayerNorm does, and ``memory_init`` must be "zeros": it then learns from sequences of
+            several segments, its bias first.
         initializer_range: standard deviation of the initial weights.
         backend: of the memory layers; None takes the default (``use_backend``).
 
@@ -87,14 +96,26 @@ class LM2Config:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1)
+        check_bool("LM2Config", "tie_word_embeddings", self.tie_word_embeddings)
+        check_bool("LM2Config", "zero_init", self.zero_init)
+        check_eps("LM2Config", self.rms_norm_eps)
+        check_dropout("LM2Config", self.memory_dropout)
+        if self.backend is not None:
+            check_choice(self.backend)
+        for name in ("rope_theta", "initializer_range"):
+            check_scale("LM2Config", getattr(self, name))
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"LM2Config: {name} must be above 0, got {getattr(self, name)!r}")
         if self.memory_layers is None:
             object.__setattr__(self, "memory_layers", tuple(range(self.num_hidden_layers)))
         object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
-        for whole, part in (
+        divisors = [
             ("hidden_size", "num_attention_heads"),
-            ("hidden_size", "memory_heads"),
             ("num_attention_heads", "num_key_value_heads"),
-        ):
+        ]
+        if self.memory_layers:
+            divisors.append(("hidden_size", "memory_heads"))
+        for whole, part in divisors:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"LM2Config: {part} ({getattr(self, part)}) must divide {whole} "
@@ -139,7 +160,10 @@ class LM2Config:
 
     @classmethod
     def published(cls, **changes: object) -> "LM2Config":
-        """The paper's model: Llama-3.2-1B with 2048 memory slots in each of its 16 blocks."""
+        """The sizes of the paper's model: Llama-3.2-1B's, a memory layer in each of 16 blocks.
+
+        Not for Llama-3.2's weights: those want scaled rotary frequencies, which are not here.
+        """
         sizes = {
             "vocab_size": 128256,
             "hidden_size": 2048,
@@ -168,7 +192,9 @@ class LM2Output:
     """What :class:`LM2ForCausalLM` returns."""
 
     logits: Tensor | None  # (B, L, V); None where a loss was asked for and logits were not
-    loss: Tensor | None  # mean over the labels that are not -100
+    loss: (
+        Tensor | None
+    )  # mean over labels[:, 1:] that are not -100, 0 without any; float32 at least
     memory: MemoryState | None  # None for a model without memory layers
 
 
@@ -269,24 +295,27 @@ class LM2ForCausalLM(nn.Module):
     """The language model of the LM2 paper (arXiv 2502.06049), over either memory formulation.
 
     State dict: a Llama checkpoint's keys, and ``model.layers.<i>.memory.<parameter>``
-    (:func:`release_state_dict` converts the released model's).
+    (:func:`release_state_dict` converts the released model's). With tied embeddings there is no
+    ``lm_head.weight``; a checkpoint's must equal its embedding.
     """
 
     def __init__(self, config: LM2Config):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None
+        if config.tie_word_embeddings:
+            self.register_load_state_dict_pre_hook(_drop_tied_head)
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.initial_memory = None
-        if config.memory_init == "learned":
+        if config.memory_init == "learned" and config.num_banks > 0:
             shape = (config.num_banks, config.memory_slots, config.hidden_size)
             self.initial_memory = nn.Parameter(torch.empty(shape))
         self.reset_parameters()
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
 
     def reset_parameters(self) -> None:
-        """Normal weights of ``initializer_range``, zero biases, norms 1; then ``zero_init``."""
+        """Normal weights of ``initializer_range``; all else as the layers start; ``zero_init``."""
         for module in self.modules():
             if isinstance(module, PaperMemory | ReleaseMemory | nn.RMSNorm):
                 module.reset_parameters()
@@ -319,7 +348,7 @@ class LM2ForCausalLM(nn.Module):
         Returns:
             Banks (B, N, D): one for ``flow="depth"``, one a memory layer for ``flow="time"``.
         """
-        config, like = self.config, self.lm_head.weight
+        config, like = self.config, self.model.embed_tokens.weight
         if config.num_banks == 0:
             raise ValueError("LM2ForCausalLM: the model has no memory layer, so no state")
         if self.initial_memory is not None:
@@ -350,13 +379,17 @@ class LM2ForCausalLM(nn.Module):
     ) -> LM2Output:
         """Run any number of tokens, a segment of at most ``memory_slots`` at a time.
 
+        A call starts a new segment. So calls equal one call where it is cut between segments, but
+        for the loss, which does not predict a call's first token.
+
         Args:
             input_ids: (B, L) int64, L >= 1.
             labels: (B, L) int64, unshifted as in transformers: ``labels[:, t]`` is predicted at
                 ``t - 1``, and -100 is not predicted at all.
             memory: the state that the call before returned; None starts afresh.
-            bptt_segments: gradients flow through the memory of so many segments of this call;
-                None is all. What ``memory`` brings in is the caller's to detach.
+            bptt_segments: detach the memory before every ``bptt_segments``-th segment of this call,
+                so that gradients reach back over at most that many; None never does. What
+                ``memory`` brings in is the caller's to detach.
             return_logits: whether to; by default unless there are labels. The loss alone never
                 holds more than some rows of logits.
 
@@ -377,7 +410,7 @@ class LM2ForCausalLM(nn.Module):
             hidden.append(segment)
         hidden = torch.cat(hidden, dim=1)
         return LM2Output(
-            logits=self.lm_head(hidden) if _wants_logits(return_logits, labels) else None,
+            logits=self._head(hidden) if _wants_logits(return_logits, labels) else None,
             loss=None if labels is None else self._loss(hidden, labels),
             memory=MemoryState(banks) if banks else None,
         )
@@ -396,6 +429,10 @@ class LM2ForCausalLM(nn.Module):
             number += 1
         return self.model.norm(x), banks
 
+    def _head(self, hidden: Tensor) -> Tensor:
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(hidden, head.weight)
+
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, some rows at a time."""
         # imports torch._dynamo, which importing the package does not wait for
@@ -404,13 +441,17 @@ class LM2ForCausalLM(nn.Module):
         rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         count = (targets != -100).sum()
 
-        def part(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.lm_head(rows).float(), targets, reduction="sum")
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
 
-        total = hidden.new_zeros((), dtype=torch.float32)
+        def part(rows: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self._head(rows).to(dtype), targets, reduction="sum")
+
+        total = hidden.new_zeros((), dtype=dtype)
         for some, wanted in zip(rows.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
-            total = total + checkpoint(part, some, wanted, use_reentrant=False)
-        return total / count
+            total = total + checkpoint(
+                part, some, wanted, use_reentrant=False, preserve_rng_state=False
+            )
+        return total / count.clamp(min=1)
 
     def _check(
         self,
@@ -431,8 +472,9 @@ class LM2ForCausalLM(nn.Module):
                     f"LM2ForCausalLM: input_ids must be (B, L) with L >= 1, and labels the same, "
                     f"got {name} {tuple(ids.shape)}"
                 )
-            ignored = ids == -100 if name == "labels" else ids != ids
-            wrong = ((ids < 0) | (ids >= config.vocab_size)) & ~ignored
+            wrong = (ids < 0) | (ids >= config.vocab_size)
+            if name == "labels":
+                wrong &= ids != -100
             if not torch.compiler.is_compiling() and wrong.any():
                 raise ValueError(
                     f"LM2ForCausalLM: {name} must be below vocab_size = {config.vocab_size} and "
@@ -447,6 +489,19 @@ class LM2ForCausalLM(nn.Module):
                 f"LM2ForCausalLM: memory must be a MemoryState, got {type(memory).__name__}"
             )
         memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
+
+
+def _drop_tied_head(module: LM2ForCausalLM, state_dict: dict, prefix: str, *_: object) -> None:
+    """Accept checkpoints that hold the tied embedding under both its names."""
+    head = state_dict.pop(f"{prefix}lm_head.weight", None)
+    embedding = state_dict.get(f"{prefix}model.embed_tokens.weight")
+    if head is None or embedding is None or head is embedding:
+        return
+    if not torch.equal(head, embedding):
+        raise ValueError(
+            "LM2ForCausalLM: lm_head.weight differs from model.embed_tokens.weight, but the "
+            "configuration ties them (tie_word_embeddings)"
+        )
 
 
 def _wants_logits(request: bool | None, labels: Tensor | None) -> bool:
@@ -475,11 +530,11 @@ def release_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         new = name.replace(".mem_attn.memory_module.", ".memory.")
         new = new.replace(".mem_attn.self_attn.", ".self_attn.")
-        if new in converted and not torch.equal(converted[new], tensor):
+        first = converted.setdefault(new, tensor)
+        if first is not tensor and not torch.allclose(first, tensor, 0, 0, equal_nan=True):
             raise ValueError(
                 f"release_state_dict: {name} differs from the same weight under its other name"
             )
-        converted[new] = tensor
     if not any(".memory." in name for name in converted):
         raise ValueError(
             "release_state_dict: no key has '.mem_attn.memory_module.': this is no checkpoint of "

@@ -90,6 +90,8 @@ class MemoryState:
             rows: indices, or a bool tensor (B,).
             initial: what to reset to, of batch 1: ``model.initial_state(1)``.
         """
+        if initial.batch != 1:
+            raise ValueError(f"MemoryState.reset: initial must be of batch 1, got {initial.batch}")
         initial.check(len(self.banks), 1, *self.banks[0].shape[1:])
         mask = torch.zeros(self.batch, dtype=torch.bool, device=self.banks[0].device)
         mask[self._index(rows)] = True
@@ -121,12 +123,14 @@ class MemoryState:
         from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
 
         tensors = {
-            f"bank.{index}": bank.detach().contiguous() for index, bank in enumerate(self.banks)
+            # one copy each: banks may share their memory
+            f"bank.{index}": bank.detach().clone(memory_format=torch.contiguous_format)
+            for index, bank in enumerate(self.banks)
         }
         save_file(tensors, path, metadata={"format": _FORMAT})
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "MemoryState":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryState":
         """Read what :meth:`save` wrote.
 
         Raises:
@@ -135,7 +139,7 @@ class MemoryState:
         from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
 
         try:
-            with safe_open(path, "pt", device=device) as file:
+            with safe_open(path, "pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 found = (file.metadata() or {}).get("format")
         except SafetensorError as error:

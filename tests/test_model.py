@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
+from tools.native import needs_cpp
 
 GOLDEN = Path(__file__).parent / "data" / "release_model_s32_l3.safetensors"
 SMALL = {
@@ -101,6 +102,7 @@ def test_release_state_dict(golden):
     attention = {k: v for k, v in weights.items() if ".self_attn." in k}
     doubled = {k.replace(".self_attn.", ".mem_attn.self_attn."): v for k, v in attention.items()}
     stored = {"model.memory_bank": torch.zeros(7, 32, 32)}
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
     want = lm2.release_state_dict(weights)
     got = lm2.release_state_dict({**weights, **doubled, **stored})
     assert set(got) == set(want)
@@ -204,7 +206,7 @@ def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
     labels = ids.clone()
     labels[0, :9] = -100
     output = model(ids, labels, return_logits=True)
-    want = F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+    want = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
     torch.testing.assert_close(output.loss, want)
     got = torch.autograd.grad(output.loss, list(model.parameters()), retain_graph=True)
     for a, b in zip(got, torch.autograd.grad(want, list(model.parameters())), strict=True):
@@ -214,7 +216,7 @@ def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
 
 @every_kind
 def test_truncated_backpropagation(formulation, flow):
-    """A loss on the last segment has a gradient through as many segments as it may."""
+    """The last of four segments reaches back to the last cut."""
     model = _model(formulation=formulation, flow=flow)
     ids = _ids(1, 24)
     for segments, reached in ((1, 3), (2, 2), (3, 3), (4, 0), (None, 0)):
@@ -275,18 +277,87 @@ def test_learned_memory_learns():
     assert model.initial_memory.grad.abs().amax((1, 2)).min() > 0
 
 
+@needs_cpp
 @every_kind
 def test_backends_agree(formulation, flow):
     """The model is blind to its backend: what differs is rounding."""
     ids = _ids(2, 15)
     results = []
-    for backend in ("eager", "auto"):
+    for backend in ("eager", "cpp"):
         model = _model(torch.float64, formulation=formulation, flow=flow, backend=backend)
-        output = model(ids, ids, return_logits=True)
-        output.loss.backward()
+        with lm2.recording() as ran:
+            output = model(ids, ids, return_logits=True)
+            output.loss.backward()
+        assert {name for _, name in ran} == {backend}
         results.append([output.logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_loss_without_labels_is_zero():
+    model, ids = _model(), _ids(2, 6)
+    assert model(ids, torch.full_like(ids, -100)).loss == 0.0
+    assert model(ids[:, :1], ids[:, :1]).loss == 0.0
+
+
+def test_loss_holds_some_rows_of_logits_at_once(monkeypatch):
+    from lm2_kernels import model as module
+
+    monkeypatch.setattr(module, "_LOSS_ROWS", 8)
+    model, ids = _model(vocab_size=61), _ids(2, 30)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        model(ids, ids)
+    # the weight has a vocabulary's rows; nothing has its columns
+    assert saved
+    assert all(shape[-1] != 61 for shape in saved if len(shape) > 1)
+
+
+def test_options_reach_the_layers():
+    model = _model(memory_dropout=0.5, backend="eager", initializer_range=0.5)
+    assert {layer.dropout for layer in model.memory_layers()} == {0.5}
+    assert {layer.backend for layer in model.memory_layers()} == {"eager"}
+    ids = _ids(1, 6)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    for parameter in (model.lm_head.weight, model.memory_layers()[0].key_proj.weight):
+        assert parameter.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_tied_embeddings():
+    model = _model(tie_word_embeddings=True)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" not in weights
+    ids = _ids(1, 4)
+    want = model(ids).logits
+    other = _model(seed=5, tie_word_embeddings=True)
+    embedding = weights["model.embed_tokens.weight"]
+    for head in ({}, {"lm_head.weight": embedding.clone()}):
+        for assign in (False, True):
+            other.load_state_dict({**weights, **head}, assign=assign)
+            assert torch.equal(other(ids).logits, want)
+    with pytest.raises(ValueError, match=r"differs from model\.embed_tokens"):
+        other.load_state_dict({**weights, "lm_head.weight": embedding + 1.0})
+    assert len(list(model.parameters())) + 1 == len(list(_model().parameters()))
+
+
+@every_kind
+def test_autocast_and_bfloat16_train(formulation, flow):
+    ids = _ids(2, 15)
+    want = _model(torch.float32, formulation=formulation, flow=flow)(ids, ids).loss
+    for dtype in (torch.float32, torch.bfloat16):
+        model = _model(dtype, formulation=formulation, flow=flow)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            output = model(ids, ids)
+        output.loss.backward()
+        assert output.loss.dtype == torch.float32
+        # logits near 0: the loss is log(61) to some digits
+        torch.testing.assert_close(output.loss, want, rtol=1e-2, atol=0)
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert output.memory.banks[0].dtype == dtype
 
 
 def test_memory_in_some_blocks():
@@ -381,6 +452,10 @@ def test_wrong_input_is_refused(arguments, error, message):
         ({"zero_init": True, "formulation": "release"}, "needs memory_init='zeros'"),
         ({"memory_init": "zeros"}, "zeros for ever"),
         ({"memory_slots": 0}, "memory_slots"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 0"),
+        ({"initializer_range": -1.0}, "initializer_range must be above 0"),
+        ({"memory_dropout": 2.0}, "dropout"),
+        ({"backend": "nope"}, "nope"),
     ),
 )
 def test_wrong_config_is_refused(options, message):
