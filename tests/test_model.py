@@ -14,7 +14,7 @@ import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
 from tools.native import needs_cpp
 
-GOLDEN = Path(__file__).parent / "data" / "release_model_s32_l3.safetensors"
+GOLDEN = Path(__file__).parent / "data" / "models" / "release_model_s32_l3.safetensors"
 SMALL = {
     "vocab_size": 61,
     "hidden_size": 24,
