@@ -134,8 +134,13 @@ def _is_pure() -> bool:
     return environment.get("LM2_KERNELS_BUILD") == "none" and environment.get("FORCE_CUDA") != "1"
 
 
+def _is_ready() -> bool:
+    """Whether the build has the torch it needs, after looking for one."""
+    return _is_pure() or _has_torch()
+
+
 def _requirements(ordinary: list[str]) -> list[str]:
-    return ordinary if _is_pure() or _has_torch() else [*ordinary, TORCH]
+    return ordinary if _is_ready() else [*ordinary, TORCH]
 
 
 def get_requires_for_build_wheel(config_settings=None):
@@ -147,8 +152,7 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    if not _is_pure():
-        _has_torch()
+    _is_ready()
     # an earlier build's libraries must not go into this wheel
     for folder in glob.glob("build/lib*"):
         shutil.rmtree(folder)
@@ -156,6 +160,5 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 
 
 def build_editable(wheel_directory, config_settings=None, metadata_directory=None):
-    if not _is_pure():
-        _has_torch()
+    _is_ready()
     return _meta.build_editable(wheel_directory, config_settings, metadata_directory)

@@ -14,7 +14,6 @@ import torch
 
 from lm2_kernels.version import sources_digest
 
-CPU_LEVEL_VARIABLE = "LM2_KERNELS_CPU_LEVEL"
 _PACKAGE = Path(__file__).parent
 _RECORD = "_build.json"
 

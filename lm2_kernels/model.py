@@ -402,23 +402,31 @@ class LM2ForCausalLM(nn.Module):
         self._check(input_ids, labels, memory, bptt_segments)
         if memory is None and self.config.num_banks > 0:
             memory = self.initial_state(input_ids.shape[0])
+        if return_logits is None:
+            return_logits = labels is None
         banks, hidden = [] if memory is None else list(memory.banks), []
+        longest = min(input_ids.shape[1], self.config.memory_slots)
+        rotary = _rotary(
+            longest, self.config.head_dim, self.config.rope_theta, self.model.embed_tokens.weight
+        )
         for index, ids in enumerate(input_ids.split(self.config.memory_slots, dim=1)):
             if bptt_segments is not None and index > 0 and index % bptt_segments == 0:
                 banks = [bank.detach() for bank in banks]
-            segment, banks = self._segment(ids, banks)
+            segment, banks = self._segment(ids, banks, *rotary)
             hidden.append(segment)
         hidden = torch.cat(hidden, dim=1)
         return LM2Output(
-            logits=self._head(hidden) if _wants_logits(return_logits, labels) else None,
+            logits=self._head(hidden) if return_logits else None,
             loss=None if labels is None else self._loss(hidden, labels),
             memory=MemoryState(banks) if banks else None,
         )
 
-    def _segment(self, ids: Tensor, banks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def _segment(
+        self, ids: Tensor, banks: Sequence[Tensor], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
         """The hidden states of one segment (B, T, D), and the banks that it leaves."""
         x = self.model.embed_tokens(ids)
-        cos, sin = _rotary(ids.shape[1], self.config.head_dim, self.config.rope_theta, x)
+        cos, sin = cos[: ids.shape[1]], sin[: ids.shape[1]]
         banks, number = list(banks), 0
         for block in self.model.layers:
             if block.memory is None:
@@ -502,10 +510,6 @@ def _drop_tied_head(module: LM2ForCausalLM, state_dict: dict, prefix: str, *_: o
             "LM2ForCausalLM: lm_head.weight differs from model.embed_tokens.weight, but the "
             "configuration ties them (tie_word_embeddings)"
         )
-
-
-def _wants_logits(request: bool | None, labels: Tensor | None) -> bool:
-    return labels is None if request is None else request
 
 
 def release_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -44,16 +44,16 @@ class MemoryState:
 
     def check(self, num_banks: int, batch: int, slots: int, dim: int) -> None:
         """Raise ValueError unless the state is of these sizes; a batch of 1 is not expanded."""
-        wanted, bank = (batch, slots, dim), self.banks[0]
+        wanted, got = (slots, dim), tuple(self.banks[0].shape[1:])
         if len(self.banks) != num_banks:
             raise ValueError(
                 f"MemoryState: the model has {num_banks} memory banks, the state "
                 f"{len(self.banks)}: it is of another configuration"
             )
-        if tuple(bank.shape[1:]) != wanted[1:]:
+        if got != wanted:
             raise ValueError(
-                f"MemoryState: the model's banks are (slots, width) = {wanted[1:]}, the state's "
-                f"{tuple(bank.shape[1:])}: it is of another configuration"
+                f"MemoryState: the model's banks are (slots, width) = {wanted}, the state's "
+                f"{got}: it is of another configuration"
             )
         if self.batch != batch:
             raise ValueError(

@@ -39,6 +39,13 @@ def _ids(batch, length, seed=1):
     return torch.randint(SMALL["vocab_size"], (batch, length), generator=generator)
 
 
+def _changed(model, length, position):
+    """How much the logits of each token change with the token at a position. (length,)"""
+    ids, other = _ids(1, length), _ids(1, length)
+    other[:, position] = (other[:, position] + 1) % SMALL["vocab_size"]
+    return (model(ids).logits - model(other).logits).abs().amax(-1)[0]
+
+
 every_kind = pytest.mark.parametrize(
     ("formulation", "flow"), [(a, b) for a in FORMULATIONS for b in FLOWS]
 )
@@ -165,34 +172,28 @@ def test_a_long_input_is_its_segments(formulation, flow):
 @every_kind
 def test_memory_reaches_later_segments(formulation, flow):
     model = _model(formulation=formulation, flow=flow)
-    ids, other = _ids(1, 12), _ids(1, 12)
-    other[:, 2] = (other[:, 2] + 1) % SMALL["vocab_size"]
-    changed = (model(ids).logits - model(other).logits).abs().amax(-1)[0]
+    changed = _changed(model, 12, 2)
     # token t of a segment sees the slots up to t: the change was at slot 2
     assert not changed[6:8].any()
     assert (changed[8:] > 0).all()
     without = _model(memory_layers=())
-    changed = (without(ids).logits - without(other).logits).abs().amax(-1)[0]
+    changed = _changed(without, 12, 2)
     assert (changed[2:6] > 0).all()
     assert not changed[6:].any()
-    assert without(ids).memory is None
+    assert without(_ids(1, 12)).memory is None
 
 
 @every_kind
 def test_model_is_causal(formulation, flow):
     model = _model(formulation=formulation, flow=flow)
-    ids, other = _ids(1, 12), _ids(1, 12)
-    other[:, 9] = (other[:, 9] + 1) % SMALL["vocab_size"]
-    changed = (model(ids).logits - model(other).logits).abs().amax(-1)[0]
+    changed = _changed(model, 12, 9)
     assert not changed[:9].any()
     assert (changed[9:] > 0).all()
 
 
 def test_released_gate_is_not_causal():
     model = _model(formulation="release", pooled_gate="segment")
-    ids, other = _ids(1, 6), _ids(1, 6)
-    other[:, 5] = (other[:, 5] + 1) % SMALL["vocab_size"]
-    assert (model(ids).logits - model(other).logits)[:, :5].abs().max() > 0
+    assert _changed(model, 6, 5)[:5].max() > 0
 
 
 @every_kind
