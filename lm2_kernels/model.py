@@ -8,12 +8,14 @@ slots is taken in segments. A segment is its own self-attention window, its toke
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm2_kernels import checkpoint
 from lm2_kernels.backends import check_choice
 from lm2_kernels.functional import (
     check_bool,
@@ -23,8 +25,10 @@ from lm2_kernels.functional import (
     check_scale,
     initial_memory,
 )
+from lm2_kernels.generation import Generated, generate
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
-from lm2_kernels.state import MemoryState
+from lm2_kernels.state import MemoryState, SegmentCache
+from lm2_kernels.streaming import compress, gather, run_segments, spread
 
 __all__ = ["LM2Config", "LM2ForCausalLM", "LM2Output", "release_state_dict"]
 
@@ -177,6 +181,21 @@ class LM2Config:
         }
         return cls(**{**sizes, **changes})
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> "LM2Config":
+        """A configuration from ``dataclasses.asdict``'s dict, or the same by way of JSON.
+
+        Raises:
+            ValueError: a name is unknown or missing; TypeError, ValueError: a value does not fit.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
+        missing = sorted(required - set(values))
+        if unknown or missing:
+            raise ValueError(f"LM2Config: unknown options {unknown}, missing options {missing}")
+        return cls(**values)
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
@@ -198,17 +217,17 @@ class LM2Output:
     memory: MemoryState | None  # None for a model without memory layers
 
 
-def _rotary(length: int, dim: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions 0 .. length - 1, (length, dim) each, in like's dtype."""
+def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions (T,) or (B, T), each (..., T, 1, dim): one axis for heads."""
     # float64: an angle of a late position has lost digits in float32
-    exponents = torch.arange(0, dim, 2, device=like.device, dtype=torch.float64) / dim
-    positions = torch.arange(length, device=like.device, dtype=torch.float64)
-    angles = (positions[:, None] * theta**-exponents).repeat(1, 2)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    angles = positions[..., None, None] * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + dim / 2) of (B, H, L, dim) by their positions' angles."""
+    """Rotate the pairs (i, i + dim / 2) of (B, T, H, dim) by their positions' angles."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
@@ -225,14 +244,30 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: SegmentCache) -> Tensor:
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            projection(x).unflatten(-1, (-1, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
-        read = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        key, value = cache.extend("key", key), cache.extend("value", value)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        read = F.scaled_dot_product_attention(
+            query, key, value, **_visibility(cache, x.device), enable_gqa=True
+        )
         return self.o_proj(read.transpose(1, 2).flatten(-2))
+
+
+def _visibility(cache: SegmentCache, device: torch.device) -> dict[str, object]:
+    """What a piece's tokens see of the segment so far, as scaled_dot_product_attention takes it."""
+    if cache.start is None:
+        return {"attn_mask": cache.visible(device)[:, None, None]}
+    if cache.start == 0:
+        return {"is_causal": True}
+    if cache.num_tokens == 1:
+        return {}
+    shape = (cache.num_tokens, cache.size)
+    return {"attn_mask": torch.ones(shape, dtype=torch.bool, device=device).tril(cache.start)}
 
 
 class MLP(nn.Module):
@@ -260,13 +295,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, bank: Tensor | None, cos: Tensor, sin: Tensor
+        self, x: Tensor, rows: Tensor | None, cos: Tensor, sin: Tensor, cache: SegmentCache
     ) -> tuple[Tensor, Tensor | None]:
-        attended = self.self_attn(self.input_layernorm(x), cos, sin)
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, cache.scope("self_attn"))
         if self.memory is not None:
-            attended, bank = self.memory(attended, bank)
+            attended, rows = self.memory.stream(attended, rows, cache.scope("memory"))
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), bank
+        return x + self.mlp(self.post_attention_layernorm(x)), rows
 
 
 def _memory_layer(config: LM2Config) -> nn.Module:
@@ -346,13 +381,14 @@ class LM2ForCausalLM(nn.Module):
             batch: B.
 
         Returns:
-            Banks (B, N, D): one for ``flow="depth"``, one a memory layer for ``flow="time"``.
+            Banks (B, N, D): one for ``flow="depth"``, one a memory layer for ``flow="time"``, none
+            without memory layers.
         """
         config, like = self.config, self.model.embed_tokens.weight
+        check_int("initial_state", "batch", batch, 0)
         if config.num_banks == 0:
-            raise ValueError("LM2ForCausalLM: the model has no memory layer, so no state")
+            return MemoryState.without_banks(batch)
         if self.initial_memory is not None:
-            check_int("initial_state", "batch", batch, 0)
             return MemoryState([bank.expand(batch, -1, -1) for bank in self.initial_memory])
         return MemoryState(
             [
@@ -374,19 +410,27 @@ class LM2ForCausalLM(nn.Module):
         labels: Tensor | None = None,  # (B, L)
         memory: MemoryState | None = None,
         *,
+        attention_mask: Tensor | None = None,  # (B, L)
+        use_cache: bool = False,
         bptt_segments: int | None = None,
         return_logits: bool | None = None,
     ) -> LM2Output:
         """Run any number of tokens, a segment of at most ``memory_slots`` at a time.
 
-        A call starts a new segment. So calls equal one call where it is cut between segments, but
-        for the loss, which does not predict a call's first token.
+        A call goes on where ``memory`` stands: between two segments, or within one if it comes from
+        a call with ``use_cache``. Calls equal one call, but for the loss, which does not predict a
+        call's first token.
 
         Args:
             input_ids: (B, L) int64, L >= 1.
             labels: (B, L) int64, unshifted as in transformers: ``labels[:, t]`` is predicted at
                 ``t - 1``, and -100 is not predicted at all.
             memory: the state that the call before returned; None starts afresh.
+            attention_mask: (B, L), nonzero where a token is real. The other tokens are padding, on
+                either side or between: each row computes what its real tokens alone would.
+            use_cache: whether the returned state stands where the tokens end, with the keys and
+                values of its segment, so that the next call goes on within the segment. Otherwise
+                the next call starts a new segment.
             bptt_segments: detach the memory before every ``bptt_segments``-th segment of this call,
                 so that gradients reach back over at most that many; None never does. What
                 ``memory`` brings in is the caller's to detach.
@@ -394,57 +438,156 @@ class LM2ForCausalLM(nn.Module):
                 holds more than some rows of logits.
 
         Returns:
-            logits (B, L, V), the loss, and the state that starts the next segment.
+            logits (B, L, V), 0 at the padding, the loss, and the state after the tokens.
 
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
         """
-        self._check(input_ids, labels, memory, bptt_segments)
-        if memory is None and self.config.num_banks > 0:
-            memory = self.initial_state(input_ids.shape[0])
+        self.check_inputs(input_ids, labels, memory, attention_mask)
+        if bptt_segments is not None:
+            check_int("LM2ForCausalLM", "bptt_segments", bptt_segments, 1)
+        if use_cache:
+            self.check_streaming()
         if return_logits is None:
             return_logits = labels is None
-        banks, hidden = [] if memory is None else list(memory.banks), []
-        longest = min(input_ids.shape[1], self.config.memory_slots)
-        rotary = _rotary(
-            longest, self.config.head_dim, self.config.rope_theta, self.model.embed_tokens.weight
+        order = lengths = None
+        if attention_mask is not None:
+            order, lengths = compress(attention_mask)
+            input_ids = gather(input_ids, order)
+        hidden, state = self.read(
+            input_ids, memory, lengths, keep=use_cache, bptt_segments=bptt_segments
         )
-        for index, ids in enumerate(input_ids.split(self.config.memory_slots, dim=1)):
-            if bptt_segments is not None and index > 0 and index % bptt_segments == 0:
-                banks = [bank.detach() for bank in banks]
-            segment, banks = self._segment(ids, banks, *rotary)
-            hidden.append(segment)
-        hidden = torch.cat(hidden, dim=1)
+        loss = None
+        if labels is not None:
+            if order is not None:
+                real = gather(attention_mask, order).bool()
+                labels = gather(labels, order).masked_fill(~real, -100)
+            loss = self._loss(hidden, labels)
+        if return_logits and order is not None:
+            hidden = spread(hidden, order, lengths)
         return LM2Output(
-            logits=self._head(hidden) if return_logits else None,
-            loss=None if labels is None else self._loss(hidden, labels),
-            memory=MemoryState(banks) if banks else None,
+            logits=self.logits(hidden) if return_logits else None,
+            loss=loss,
+            memory=state if use_cache or self.config.num_banks > 0 else None,
         )
 
-    def _segment(
-        self, ids: Tensor, banks: Sequence[Tensor], cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of one segment (B, T, D), and the banks that it leaves."""
-        x = self.model.embed_tokens(ids)
-        cos, sin = cos[: ids.shape[1]], sin[: ids.shape[1]]
-        banks, number = list(banks), 0
-        for block in self.model.layers:
-            if block.memory is None:
-                x, _ = block(x, None, cos, sin)
-                continue
-            bank = 0 if self.config.flow == "depth" else number
-            x, banks[bank] = block(x, banks[bank], cos, sin)
-            number += 1
-        return self.model.norm(x), banks
+    def read(
+        self,
+        input_ids: Tensor,  # (B, L)
+        memory: MemoryState | None = None,
+        lengths: Sequence[int] | None = None,
+        *,
+        keep: bool = True,
+        bptt_segments: int | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """The hidden states of tokens (B, L, D), and the state after them; nothing is checked.
 
-    def _head(self, hidden: Tensor) -> Tensor:
+        ``lengths``: how many tokens of each row are real, the first ones; None is all. ``keep`` is
+        ``forward``'s ``use_cache``.
+        """
+        if memory is None:
+            memory = self.initial_state(input_ids.shape[0])
+        return run_segments(
+            self._read_piece,
+            input_ids,
+            memory,
+            self.config.memory_slots,
+            lengths,
+            keep=keep,
+            bptt_segments=bptt_segments,
+        )
+
+    def _read_piece(
+        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states of one piece (B, T, D), and the rows that it writes."""
+        config, rows, number = self.config, list(rows), 0
+        x = self.model.embed_tokens(ids)
+        positions = cache.positions(ids.device)
+        cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
+        for index, block in enumerate(self.model.layers):
+            bank = 0 if config.flow == "depth" else number
+            own = rows[bank] if block.memory is not None else None
+            x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
+            if block.memory is not None:
+                rows[bank] = own
+                number += 1
+        return self.model.norm(x), rows
+
+    def check_streaming(self) -> None:
+        """Raise ValueError if the model cannot go on within a segment."""
+        config = self.config
+        is_pooled = config.formulation == "release" and config.pooled_gate == "segment"
+        if is_pooled and config.num_banks > 0:
+            raise ValueError(
+                "LM2ForCausalLM: pooled_gate='segment' cannot stream: the released gate is a mean "
+                "over the whole segment, so what a token computes depends on later tokens. Use "
+                "pooled_gate='prefix' (same parameters, causal), or read whole segments with "
+                "use_cache=False"
+            )
+
+    def _cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What a state within a segment keeps of each token: (B, entries, *shape)."""
+        config, shapes = self.config, {}
+        heads = (config.num_key_value_heads, config.head_dim)
+        for index, block in enumerate(self.model.layers):
+            kept = {"self_attn.key": heads, "self_attn.value": heads}
+            if block.memory is not None:
+                kept |= {f"memory.{k}": v for k, v in block.memory.cache_shapes().items()}
+            shapes |= {f"layers.{index}.{name}": shape for name, shape in kept.items()}
+        return shapes
+
+    def generate(self, input_ids: Tensor, **options) -> Generated:
+        """Go on with prompts: :func:`lm2_kernels.generation.generate` of this model."""
+        return generate(self, input_ids, **options)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be."""
+        config = {**dataclasses.asdict(self.config), "backend": None}
+        checkpoint.save(folder, config, self.state_dict())
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> "LM2ForCausalLM":
+        """The model that :meth:`save` wrote.
+
+        Args:
+            folder: where to.
+            device: of the parameters; torch's default unless given.
+            dtype: of the parameters; as saved unless given.
+            backend: as of :class:`LM2Config`.
+
+        Raises:
+            OSError: there is no such folder or file.
+            ValueError: a file is damaged, or the weights are not the configuration's (the text
+                lists all keys that are missing or too many).
+        """
+        values, tensors = checkpoint.load(folder, device)
+        config = LM2Config.from_dict({**values, "backend": backend})
+        with torch.device("meta"):
+            model = cls(config)
+        checkpoint.check_keys(tensors, model.state_dict(), Path(folder) / checkpoint.WEIGHTS)
+        # copies: in the file they lie at any address, and matrix products want aligned ones
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        model.load_state_dict(copies, assign=True)
+        # moving the model, even to where it is, packs its projections
+        return model.to(model.model.embed_tokens.weight.device, dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (..., V) of hidden states (..., D)."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         return F.linear(hidden, head.weight)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, some rows at a time."""
         # imports torch._dynamo, which importing the package does not wait for
-        from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
+        from torch.utils.checkpoint import checkpoint as recomputed  # noqa: PLC0415
 
         rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         count = (targets != -100).sum()
@@ -452,22 +595,23 @@ class LM2ForCausalLM(nn.Module):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
 
         def part(rows: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self._head(rows).to(dtype), targets, reduction="sum")
+            return F.cross_entropy(self.logits(rows).to(dtype), targets, reduction="sum")
 
         total = hidden.new_zeros((), dtype=dtype)
         for some, wanted in zip(rows.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
-            total = total + checkpoint(
+            total = total + recomputed(
                 part, some, wanted, use_reentrant=False, preserve_rng_state=False
             )
         return total / count.clamp(min=1)
 
-    def _check(
+    def check_inputs(
         self,
         input_ids: Tensor,
         labels: Tensor | None,
         memory: MemoryState | None,
-        bptt_segments: int | None,
+        attention_mask: Tensor | None,
     ) -> None:
+        """Raise TypeError or ValueError unless these go together and fit the model."""
         config = self.config
         for name, ids in (("input_ids", input_ids), ("labels", labels)):
             if ids is None:
@@ -488,8 +632,12 @@ class LM2ForCausalLM(nn.Module):
                     f"LM2ForCausalLM: {name} must be below vocab_size = {config.vocab_size} and "
                     f"not negative, got {ids[wrong][0].item()}"
                 )
-        if bptt_segments is not None:
-            check_int("LM2ForCausalLM", "bptt_segments", bptt_segments, 1)
+        shape = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        if attention_mask is not None and shape != input_ids.shape:
+            raise ValueError(
+                f"LM2ForCausalLM: attention_mask must be a tensor of input_ids' shape "
+                f"{tuple(input_ids.shape)}, nonzero where a token is real, got {shape}"
+            )
         if memory is None:
             return
         if not isinstance(memory, MemoryState):
@@ -497,6 +645,7 @@ class LM2ForCausalLM(nn.Module):
                 f"LM2ForCausalLM: memory must be a MemoryState, got {type(memory).__name__}"
             )
         memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
+        memory.check_cache(self._cache_shapes())
 
 
 def _drop_tied_head(module: LM2ForCausalLM, state_dict: dict, prefix: str, *_: object) -> None:

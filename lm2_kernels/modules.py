@@ -2,6 +2,9 @@
 their own. State goes in and comes out; nothing is hidden in a buffer, and nothing is detached.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,8 +23,13 @@ from lm2_kernels.functional import (
     check_tensors,
 )
 from lm2_kernels.projections import pack, project, split_columns
+from lm2_kernels.state import SegmentCache, write_rows
 
 __all__ = ["PaperMemory", "ReleaseMemory"]
+
+
+# (queries (B, T, D), rows (B, T, D), number of the block) -> what the queries read (B, T, D)
+_Read = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class _MemoryLayer(nn.Module):
@@ -99,12 +107,7 @@ class _MemoryLayer(nn.Module):
 
     def _check(self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None) -> None:
         op = type(self).__name__
-        # any parameter will do: a projection may have been replaced by a module without weights
-        weight = next(self.parameters())
-        check_tensors(op, x=x, memory=memory, parameters=weight)
-        check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
-        check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
-        check_nonempty(op, "x", x, {"tokens T": 1})
+        self._check_tensors(x, memory)
         check_nonempty(op, "memory", memory, {"slots N": 1})
         num_tokens, num_slots = x.shape[1], memory.shape[1]
         check_int(op, "slot_offset", slot_offset, 0)
@@ -118,6 +121,26 @@ class _MemoryLayer(nn.Module):
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_mask is not None:
             check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
+
+    def _check_stream(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> None:
+        op = type(self).__name__
+        self._check_tensors(x, rows)
+        check_shape(op, "rows", rows, "(B, T, D)", tuple(x.shape))
+        if x.shape[1] != cache.num_tokens:
+            raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
+        if not self.causal:
+            raise ValueError(
+                f"{op}: causal=False cannot stream: its tokens read slots that are not bound yet"
+            )
+
+    def _check_tensors(self, x: Tensor, memory: Tensor) -> None:
+        op = type(self).__name__
+        # any parameter will do: a projection may have been replaced by a module without weights
+        weight = next(self.parameters())
+        check_tensors(op, x=x, memory=memory, parameters=weight)
+        check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
+        check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
+        check_nonempty(op, "x", x, {"tokens T": 1})
         for name in self.OPS:
             select(name, (x,), self.backend)
         autocast = autocast_dtype(x.device.type)
@@ -152,46 +175,68 @@ class _MemoryLayer(nn.Module):
     def _heads(self, tensor: Tensor) -> Tensor:
         return tensor.unflatten(-1, (self.num_heads, self.dim // self.num_heads))
 
-    def _read(
+    def _read_bank(
         self,
         query: Tensor,  # (B, T, D)
+        rows: Tensor,  # (B, T, D)
+        block: int,
+        *,
         bank: Tensor,  # (B, N, D)
         slot_offset: int,
         slot_mask: Tensor | None,
     ) -> Tensor:
-        """Memory attention of projected queries over a bank. (B, T, D)"""
-        num_tokens, top_k = query.shape[1], self.top_k
+        """Read a whole bank, with the rows that the ``block`` blocks before have made. (B, T, D)"""
+        if block > 0:
+            bank = write_rows(bank, rows, slot_offset)
         if self.causal:
             # later slots are hidden from every token: no need to project them
-            end = slot_offset + num_tokens
+            end = slot_offset + query.shape[1]
             bank = bank[:, :end]
             slot_mask = None if slot_mask is None else slot_mask[:, :end]
-            top_k = None if top_k is None or top_k >= end else top_k
         if slot_mask is not None:
             # 0 * NaN is NaN in the gradients of the projections too
             bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
         key, value = project(bank, self.key_proj, self.value_proj)
+        return self._attention(
+            query, self._heads(key), self._heads(value), self.causal, slot_offset, slot_mask
+        )
+
+    def _read_cache(
+        self, query: Tensor, rows: Tensor, block: int, *, cache: SegmentCache
+    ) -> Tensor:
+        """Read the piece's rows, and the earlier ones by their cached keys and values. (B, T, D)"""
+        key, value = project(self._operand(rows, query), self.key_proj, self.value_proj)
+        key = cache.extend(f"key{block}", self._heads(key))
+        value = cache.extend(f"value{block}", self._heads(value))
+        if cache.start is None:
+            return self._attention(query, key, value, False, 0, cache.visible(query.device))
+        return self._attention(query, key, value, True, cache.start, None)
+
+    def _attention(
+        self,
+        query: Tensor,  # (B, T, D)
+        key: Tensor,  # (B, N, H, K)
+        value: Tensor,  # (B, N, H, K)
+        causal: bool,
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> Tensor:
+        """Memory attention of projected queries. (B, T, D)"""
+        num_slots = key.shape[1]
         read = functional.memory_attention(
             self._heads(query),
-            self._heads(key),
-            self._heads(value),
-            causal=self.causal,
+            key,
+            value,
+            causal=causal,
             slot_offset=slot_offset,
             slot_mask=slot_mask,
             scale=self.scale,
-            top_k=top_k,
+            # of fewer slots all are kept
+            top_k=None if self.top_k is None or self.top_k >= num_slots else self.top_k,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
         return read.flatten(-2)
-
-
-def _write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
-    """The bank with the segment's rows replaced."""
-    end = slot_offset + rows.shape[1]
-    if slot_offset == 0 and end == memory.shape[1]:
-        return rows
-    return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
 
 
 class PaperMemory(_MemoryLayer):
@@ -309,20 +354,60 @@ class PaperMemory(_MemoryLayer):
             TypeError, ValueError: an input does not fit; the text names it.
         """
         self._check(x, memory, slot_offset, slot_mask)
+        read = functools.partial(
+            self._read_bank,
+            bank=self._operand(memory, x),
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+        )
+        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+        output, new_rows = self._rewrite(x, rows, read)
+        return output, write_rows(memory, new_rows, slot_offset)
+
+    def stream(
+        self,
+        x: Tensor,  # (B, T, D)
+        rows: Tensor,  # (B, T, D)
+        cache: SegmentCache,
+    ) -> tuple[Tensor, Tensor]:
+        """One piece of a segment whose earlier tokens' keys and values are in a cache.
+
+        Pieces one after the other give what :meth:`forward` gives for the segment from slot 0 on.
+
+        Args:
+            x: (B, T, D), the segment's next tokens.
+            rows: (B, T, D), the rows of the memory that they are bound to, as the segment found
+                them.
+            cache: the piece's; it is extended. See :meth:`lm2_kernels.MemoryState.piece`.
+
+        Returns:
+            output (B, T, D) in ``x``'s dtype, new rows (B, T, D) in ``rows``' dtype.
+
+        Raises:
+            TypeError, ValueError: an input does not fit, or the layer cannot stream.
+        """
+        self._check_stream(x, rows, cache)
+        return self._rewrite(x, rows, functools.partial(self._read_cache, cache=cache))
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What :meth:`stream` keeps of a token in the cache: name -> shape."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        return {"key0": heads, "value0": heads}
+
+    def _rewrite(self, x: Tensor, rows: Tensor, read: _Read) -> tuple[Tensor, Tensor]:
         query, input_gate = project(x, self.query_proj, self.input_gate_proj)
-        read = self._read(query, self._operand(memory, x), slot_offset, slot_mask)
-        forget_gate, output_gate = project(read, self.forget_gate_proj, self.output_gate_proj)
-        output, rows = functional.memory_update(
+        candidate = read(query, rows, 0)
+        forget_gate, output_gate = project(candidate, self.forget_gate_proj, self.output_gate_proj)
+        return functional.memory_update(
             x,
-            read,
-            memory[:, slot_offset : slot_offset + x.shape[1]],
+            candidate,
+            rows,
             input_gate,
             forget_gate,
             output_gate,
             output=self.output,
             backend=self.backend,
         )
-        return output, _write_rows(memory, rows, slot_offset)
 
 
 class _GateProjector(nn.Module):
@@ -480,14 +565,83 @@ class ReleaseMemory(_MemoryLayer):
                 "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole segment "
                 "cannot be continued in pieces"
             )
-        end = slot_offset + x.shape[1]
-        rows = memory[:, slot_offset:end]
         # first, as it checks pooled_sum: attention must not run on inputs that are refused
-        gate_bias, new_sum = self._pooled_gate(x, pooled_sum, slot_offset)
-        candidate = self._attend(x, memory, slot_offset, slot_mask)
+        pooled, new_sum = functional.pooled_gate(
+            x,
+            self.input_gate_projector.w,
+            prefix=self.pooled_gate == "prefix",
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else slot_offset,
+            backend=self.backend,
+        )
+        read = functools.partial(
+            self._read_bank,
+            bank=self._operand(memory, x),
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+        )
+        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+        output, new_rows = self._rewrite(x, rows, pooled, read)
+        new_memory = write_rows(memory, new_rows, slot_offset)
+        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    def stream(
+        self,
+        x: Tensor,  # (B, T, D)
+        rows: Tensor,  # (B, T, D)
+        cache: SegmentCache,
+    ) -> tuple[Tensor, Tensor]:
+        """One piece of a segment, as :meth:`PaperMemory.stream`.
+
+        Exact for ``pooled_gate="prefix"``, any ``num_blocks``. The "segment" gate needs all tokens:
+        it takes whole segments in one piece, and refuses a second piece.
+        """
+        self._check_stream(x, rows, cache)
+        if self.pooled_gate == "segment" and cache.start != 0:
+            raise ValueError(
+                "ReleaseMemory: pooled_gate='segment' cannot stream: its gate is a mean over the "
+                "whole segment, later tokens included; use pooled_gate='prefix', which has the "
+                "same parameters"
+            )
+        pooled = self._stream_pooled(x, cache)
+        return self._rewrite(x, rows, pooled, functools.partial(self._read_cache, cache=cache))
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What :meth:`stream` keeps in the cache, as of :class:`PaperMemory`."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
+        return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
+
+    def _stream_pooled(self, x: Tensor, cache: SegmentCache) -> Tensor:
+        """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
+        real, is_prefix = cache.real(x.device), self.pooled_gate == "prefix"
+        if real is not None:
+            # relu(w * 0) adds nothing to the sum
+            x = torch.where(real, x, 0.0)
+        pooled_sum = cache.running_sum("pooled")
+        pooled, new_sum = functional.pooled_gate(
+            x,
+            self.input_gate_projector.w,
+            prefix=is_prefix,
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else cache.start or 0,
+            backend=self.backend,
+        )
+        cache.set_running_sum("pooled", new_sum)
+        if cache.start is None or (real is not None and not is_prefix):
+            # rows have pooled different numbers of tokens
+            counts = torch.tensor(cache.ends(x.shape[0]), device=x.device).clamp(min=1)
+            pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
+        return pooled
+
+    def _rewrite(
+        self, x: Tensor, rows: Tensor, pooled: Tensor, read: _Read
+    ) -> tuple[Tensor, Tensor]:
+        gate_bias = self._gate_bias(pooled)
+        candidate = self._attend(x, rows, read)
         (gates,) = project(torch.tanh(self._operand(rows, x)), self.memory_gate_projector.linear)
         input_gate, forget_gate = split_columns(gates, 2)
-        output, new_rows = functional.memory_update(
+        return functional.memory_update(
             x,
             candidate,
             rows,
@@ -496,20 +650,14 @@ class ReleaseMemory(_MemoryLayer):
             gate_bias=gate_bias,
             backend=self.backend,
         )
-        new_memory = _write_rows(memory, new_rows, slot_offset)
-        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
 
-    def _attend(
-        self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None
-    ) -> Tensor:
+    def _attend(self, x: Tensor, rows: Tensor, read: _Read) -> Tensor:
         """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
         (query,) = project(x, self.query_proj)
-        bank, rows = self._operand(memory, x), memory[:, slot_offset : slot_offset + x.shape[1]]
         for block in range(self.num_blocks):
-            if block > 0:
-                bank = _write_rows(bank, rows, slot_offset)
-            read = self._read(query, bank, slot_offset, slot_mask)
-            attended = self._normalise(read, rows, self.attended_memory_layernorm)
+            attended = self._normalise(
+                read(query, rows, block), rows, self.attended_memory_layernorm
+            )
             mixed = attended
             for layer in self.attention_mlp:
                 (mixed,) = project(mixed, layer)
@@ -522,19 +670,8 @@ class ReleaseMemory(_MemoryLayer):
             x, residual, norm.weight, norm.bias, norm.eps, backend=self.backend
         )
 
-    def _pooled_gate(
-        self, x: Tensor, pooled_sum: Tensor | None, slot_offset: int
-    ) -> tuple[Tensor, Tensor]:
-        """The pooled part of the gates with all biases (B, 1 or T, 2 D), and the running sum."""
-        projector = self.input_gate_projector
-        pooled, new_sum = functional.pooled_gate(
-            x,
-            projector.w,
-            prefix=self.pooled_gate == "prefix",
-            pooled_sum=pooled_sum,
-            num_pooled=0 if pooled_sum is None else slot_offset,
-            backend=self.backend,
-        )
-        gates = projector.linear(pooled)
+    def _gate_bias(self, pooled: Tensor) -> Tensor:
+        """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
+        gates = self.input_gate_projector.linear(pooled)
         biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
-        return gates + biases.to(gates.dtype), new_sum
+        return gates + biases.to(gates.dtype)

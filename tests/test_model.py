@@ -12,43 +12,20 @@ from safetensors.torch import save_file
 
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
+from tools.models import KINDS, SMALL, random_ids, small_model
 from tools.native import needs_cpp
 
 GOLDEN = Path(__file__).parent / "data" / "models" / "release_model_s32_l3.safetensors"
-SMALL = {
-    "vocab_size": 61,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "memory_slots": 6,
-    "memory_heads": 3,
-}
-FORMULATIONS = ("paper", "release")
-FLOWS = ("depth", "time")
-
-
-def _model(dtype=torch.float64, seed=0, **options) -> LM2ForCausalLM:
-    torch.manual_seed(seed)
-    return LM2ForCausalLM(LM2Config(**{**SMALL, **options})).to(dtype)
-
-
-def _ids(batch, length, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(SMALL["vocab_size"], (batch, length), generator=generator)
 
 
 def _changed(model, length, position):
     """How much the logits of each token change with the token at a position. (length,)"""
-    ids, other = _ids(1, length), _ids(1, length)
+    ids, other = random_ids(1, length), random_ids(1, length)
     other[:, position] = (other[:, position] + 1) % SMALL["vocab_size"]
     return (model(ids).logits - model(other).logits).abs().amax(-1)[0]
 
 
-every_kind = pytest.mark.parametrize(
-    ("formulation", "flow"), [(a, b) for a in FORMULATIONS for b in FLOWS]
-)
+every_kind = pytest.mark.parametrize(("formulation", "flow"), KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +133,7 @@ def test_published_sizes(options, billions):
 @every_kind
 def test_a_long_input_is_its_segments(formulation, flow):
     """One call over three segments, the last one short, is three calls with the state between."""
-    model, ids = _model(formulation=formulation, flow=flow), _ids(2, 15)
+    model, ids = small_model(formulation=formulation, flow=flow), random_ids(2, 15)
     whole = model(ids)
     state, logits = None, []
     for piece in ids.split(SMALL["memory_slots"], dim=1):
@@ -171,28 +148,28 @@ def test_a_long_input_is_its_segments(formulation, flow):
 
 @every_kind
 def test_memory_reaches_later_segments(formulation, flow):
-    model = _model(formulation=formulation, flow=flow)
+    model = small_model(formulation=formulation, flow=flow)
     changed = _changed(model, 12, 2)
     # token t of a segment sees the slots up to t: the change was at slot 2
     assert not changed[6:8].any()
     assert (changed[8:] > 0).all()
-    without = _model(memory_layers=())
+    without = small_model(memory_layers=())
     changed = _changed(without, 12, 2)
     assert (changed[2:6] > 0).all()
     assert not changed[6:].any()
-    assert without(_ids(1, 12)).memory is None
+    assert without(random_ids(1, 12)).memory is None
 
 
 @every_kind
 def test_model_is_causal(formulation, flow):
-    model = _model(formulation=formulation, flow=flow)
+    model = small_model(formulation=formulation, flow=flow)
     changed = _changed(model, 12, 9)
     assert not changed[:9].any()
     assert (changed[9:] > 0).all()
 
 
 def test_released_gate_is_not_causal():
-    model = _model(formulation="release", pooled_gate="segment")
+    model = small_model(formulation="release", pooled_gate="segment")
     assert _changed(model, 6, 5)[:5].max() > 0
 
 
@@ -202,8 +179,8 @@ def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
     from lm2_kernels import model as module
 
     monkeypatch.setattr(module, "_LOSS_ROWS", 7)
-    model = _model(formulation=formulation, flow=flow, tie_word_embeddings=tied)
-    ids = _ids(2, 14)
+    model = small_model(formulation=formulation, flow=flow, tie_word_embeddings=tied)
+    ids = random_ids(2, 14)
     labels = ids.clone()
     labels[0, :9] = -100
     output = model(ids, labels, return_logits=True)
@@ -218,8 +195,8 @@ def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
 @every_kind
 def test_truncated_backpropagation(formulation, flow):
     """The last of four segments reaches back to the last cut."""
-    model = _model(formulation=formulation, flow=flow)
-    ids = _ids(1, 24)
+    model = small_model(formulation=formulation, flow=flow)
+    ids = random_ids(1, 24)
     for segments, reached in ((1, 3), (2, 2), (3, 3), (4, 0), (None, 0)):
         embedded = []
 
@@ -239,10 +216,10 @@ def test_zero_init_changes_nothing(formulation, flow):
     """A fresh memory is an exact no-op, and yet it learns."""
     start = "zeros" if formulation == "release" else "identity"
     options = {"formulation": formulation, "flow": flow, "memory_init": start}
-    model = _model(torch.float32, zero_init=True, **options)
-    plain = _model(torch.float32, memory_layers=())
+    model = small_model(torch.float32, zero_init=True, **options)
+    plain = small_model(torch.float32, memory_layers=())
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".memory." not in k})
-    ids = _ids(2, 15)
+    ids = random_ids(2, 15)
     output = model(ids, ids, return_logits=True)
     assert torch.equal(output.logits, plain(ids).logits)
     output.loss.backward()
@@ -253,7 +230,7 @@ def test_zero_init_changes_nothing(formulation, flow):
 @every_kind
 def test_batch_rows_are_alone(formulation, flow):
     """No row sees another, nor what a reset row saw before, even where that is NaN."""
-    model, ids = _model(formulation=formulation, flow=flow), _ids(3, 18)
+    model, ids = small_model(formulation=formulation, flow=flow), random_ids(3, 18)
     first, second = ids[:, :12], ids[:, 12:]
     state = model(first).memory
     for row in range(3):
@@ -268,9 +245,9 @@ def test_batch_rows_are_alone(formulation, flow):
 
 
 def test_learned_memory_learns():
-    model = _model(memory_init="learned", flow="time")
+    model = small_model(memory_init="learned", flow="time")
     assert model.initial_memory.shape == (3, 6, 24)
-    ids = _ids(2, 12)
+    ids = random_ids(2, 12)
     model(ids, ids).loss.backward()
     # the identity at first
     identity = lm2.initial_memory(1, 6, 24, dtype=torch.float64)[0]
@@ -282,10 +259,10 @@ def test_learned_memory_learns():
 @every_kind
 def test_backends_agree(formulation, flow):
     """The model is blind to its backend: what differs is rounding."""
-    ids = _ids(2, 15)
+    ids = random_ids(2, 15)
     results = []
     for backend in ("eager", "cpp"):
-        model = _model(torch.float64, formulation=formulation, flow=flow, backend=backend)
+        model = small_model(torch.float64, formulation=formulation, flow=flow, backend=backend)
         with lm2.recording() as ran:
             output = model(ids, ids, return_logits=True)
             output.loss.backward()
@@ -296,7 +273,7 @@ def test_backends_agree(formulation, flow):
 
 
 def test_loss_without_labels_is_zero():
-    model, ids = _model(), _ids(2, 6)
+    model, ids = small_model(), random_ids(2, 6)
     assert model(ids, torch.full_like(ids, -100)).loss == 0.0
     assert model(ids[:, :1], ids[:, :1]).loss == 0.0
 
@@ -305,7 +282,7 @@ def test_loss_holds_some_rows_of_logits_at_once(monkeypatch):
     from lm2_kernels import model as module
 
     monkeypatch.setattr(module, "_LOSS_ROWS", 8)
-    model, ids = _model(vocab_size=61), _ids(2, 30)
+    model, ids = small_model(vocab_size=61), random_ids(2, 30)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: saved.append(t.shape) or t, lambda t: t
@@ -317,10 +294,10 @@ def test_loss_holds_some_rows_of_logits_at_once(monkeypatch):
 
 
 def test_options_reach_the_layers():
-    model = _model(memory_dropout=0.5, backend="eager", initializer_range=0.5)
+    model = small_model(memory_dropout=0.5, backend="eager", initializer_range=0.5)
     assert {layer.dropout for layer in model.memory_layers()} == {0.5}
     assert {layer.backend for layer in model.memory_layers()} == {"eager"}
-    ids = _ids(1, 6)
+    ids = random_ids(1, 6)
     assert not torch.equal(model(ids).logits, model(ids).logits)
     model.eval()
     assert torch.equal(model(ids).logits, model(ids).logits)
@@ -329,12 +306,12 @@ def test_options_reach_the_layers():
 
 
 def test_tied_embeddings():
-    model = _model(tie_word_embeddings=True)
+    model = small_model(tie_word_embeddings=True)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert "lm_head.weight" not in weights
-    ids = _ids(1, 4)
+    ids = random_ids(1, 4)
     want = model(ids).logits
-    other = _model(seed=5, tie_word_embeddings=True)
+    other = small_model(seed=5, tie_word_embeddings=True)
     embedding = weights["model.embed_tokens.weight"]
     for head in ({}, {"lm_head.weight": embedding.clone()}):
         for assign in (False, True):
@@ -342,15 +319,15 @@ def test_tied_embeddings():
             assert torch.equal(other(ids).logits, want)
     with pytest.raises(ValueError, match=r"differs from model\.embed_tokens"):
         other.load_state_dict({**weights, "lm_head.weight": embedding + 1.0})
-    assert len(list(model.parameters())) + 1 == len(list(_model().parameters()))
+    assert len(list(model.parameters())) + 1 == len(list(small_model().parameters()))
 
 
 @every_kind
 def test_autocast_and_bfloat16_train(formulation, flow):
-    ids = _ids(2, 15)
-    want = _model(torch.float32, formulation=formulation, flow=flow)(ids, ids).loss
+    ids = random_ids(2, 15)
+    want = small_model(torch.float32, formulation=formulation, flow=flow)(ids, ids).loss
     for dtype in (torch.float32, torch.bfloat16):
-        model = _model(dtype, formulation=formulation, flow=flow)
+        model = small_model(dtype, formulation=formulation, flow=flow)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
             output = model(ids, ids)
         output.loss.backward()
@@ -362,9 +339,9 @@ def test_autocast_and_bfloat16_train(formulation, flow):
 
 
 def test_memory_in_some_blocks():
-    model = _model(memory_layers=(1,), flow="time")
+    model = small_model(memory_layers=(1,), flow="time")
     assert [block.memory is not None for block in model.model.layers] == [False, True, False]
-    assert len(model(_ids(1, 3)).memory.banks) == 1
+    assert len(model(random_ids(1, 3)).memory.banks) == 1
 
 
 def test_state_rows():
@@ -386,8 +363,8 @@ def test_state_rows():
 
 
 def test_state_file(tmp_path):
-    model = _model(flow="time")
-    state = model(_ids(2, 6)).memory
+    model = small_model(flow="time")
+    state = model(random_ids(2, 6)).memory
     path = tmp_path / "state.safetensors"
     state.save(path)
     again = MemoryState.load(path)
@@ -412,10 +389,10 @@ def test_state_file(tmp_path):
     ),
 )
 def test_wrong_state_is_refused(change, message):
-    model = _model(flow="time")
+    model = small_model(flow="time")
     state = model.initial_state(2)
     with pytest.raises(ValueError, match=message):
-        model(_ids(2, 6), memory=change(state))
+        model(random_ids(2, 6), memory=change(state))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +412,7 @@ def test_wrong_state_is_refused(change, message):
 )
 def test_wrong_input_is_refused(arguments, error, message):
     with pytest.raises(error, match=message):
-        _model()(**{"input_ids": _ids(2, 6), **arguments})
+        small_model()(**{"input_ids": random_ids(2, 6), **arguments})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,214 @@
+"""Generation: what it gives is what forward over the whole text gives, token by token."""
+
+import pytest
+import torch
+
+import lm2_kernels as lm2
+from lm2_kernels.testing import compare
+from tools.models import KINDS, SMALL, random_ids, small_model
+
+every_kind = pytest.mark.parametrize(("formulation", "flow"), KINDS)
+LEFT = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
+
+
+def _model(formulation="paper", flow="depth", **options):
+    return small_model(formulation=formulation, flow=flow, initializer_range=0.2, **options)
+
+
+@torch.no_grad()
+def _greedy(model, ids, count):
+    """What generation should give, by whole forwards. (B, L + count)"""
+    for _ in range(count):
+        # every step anew
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@every_kind
+def test_greedy_is_the_argmax_of_forward(formulation, flow):
+    """Twenty tokens, over several borders of segments, from prompts short and long."""
+    model = _model(formulation, flow)
+    for length in (1, 5, 6, 14):
+        ids = random_ids(2, length)
+        got = model.generate(ids, max_new_tokens=20)
+        assert torch.equal(got.sequences, _greedy(model, ids, 20))
+        want = model(got.sequences, use_cache=True).memory
+        assert got.memory.position.tolist() == want.position.tolist()
+        for a, b in zip(got.memory.banks, want.banks, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@every_kind
+def test_left_padded_prompts_are_alone(formulation, flow):
+    model, ids = _model(formulation, flow), random_ids(3, 5)
+    got = model.generate(ids, attention_mask=LEFT, max_new_tokens=15).sequences
+    assert torch.equal(got[:, :5], ids)
+    for row in range(3):
+        prompt = ids[row : row + 1, LEFT[row].bool()]
+        alone = model.generate(prompt, max_new_tokens=15).sequences
+        assert torch.equal(got[row, 5:], alone[0, prompt.shape[1] :])
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_step_logits_keep_the_rule(formulation, flow, dtype):
+    """Logits of single steps are as near the float64 model as those of one forward."""
+    exact = _model(formulation, flow)
+    model = _model(formulation, flow).to(dtype)
+    exact.load_state_dict(model.state_dict())
+    ids = random_ids(4, 16)
+    state, steps = None, []
+    with torch.no_grad():
+        oracle, whole = exact(ids).logits, model(ids).logits
+        for piece in ids.split((3, *[1] * 13), dim=1):
+            output = model(piece, memory=state, use_cache=True)
+            state = output.memory
+            steps.append(output.logits)
+    comparison = compare("logits", torch.cat(steps, dim=1), oracle, whole)
+    assert comparison.passed, comparison
+
+
+@every_kind
+def test_generation_goes_on(formulation, flow):
+    """Two calls with the state between are one conversation."""
+    model, first, second = _model(formulation, flow), random_ids(2, 4), random_ids(2, 3, seed=5)
+    start = model.generate(first, max_new_tokens=4)
+    then = model.generate(second, memory=start.memory, max_new_tokens=9)
+    whole = torch.cat([start.sequences, second], dim=1)
+    assert torch.equal(torch.cat([start.sequences, then.sequences], 1), _greedy(model, whole, 9))
+
+
+def test_rows_end():
+    """A row stops at an end token, is padded, and its state holds what it read and no more."""
+    model, ids = _model(), random_ids(3, 4)
+    free = model.generate(ids, max_new_tokens=10).sequences
+    end = free[0, 6].item()
+    first = [(row[4:] == end).nonzero() for row in free]
+    ends = [int(places[0]) + 1 if len(places) else 10 for places in first]
+    assert min(ends) < 10
+    got = model.generate(ids, max_new_tokens=10, eos_token_id=[end, end], pad_token_id=60)
+    for row in range(3):
+        stop = 4 + ends[row]
+        assert torch.equal(got.sequences[row, :stop], free[row, :stop])
+        assert (got.sequences[row, stop:] == 60).all()
+        alone = model(free[row : row + 1, :stop], use_cache=True).memory
+        mine = got.memory.select([row])
+        assert mine.position.tolist() == alone.position.tolist()
+        torch.testing.assert_close(mine.banks[0], alone.banks[0], rtol=0, atol=1e-11)
+    alone = model.generate(ids[:1], max_new_tokens=10, eos_token_id=end)
+    assert torch.equal(alone.sequences[0], free[0, : 4 + ends[0]])
+
+
+def test_tokens_are_shown_as_they_come():
+    model, ids = _model(), random_ids(2, 3)
+    shown = []
+    got = model.generate(ids, max_new_tokens=5, on_token=shown.append).sequences
+    assert torch.equal(torch.stack(shown, dim=1), got[:, 3:])
+    stopped = model.generate(ids, max_new_tokens=5, on_token=lambda tokens: True).sequences
+    assert torch.equal(stopped, got[:, :4])
+
+
+def _frequencies(model, ids, count=4000, **options):
+    generator = torch.Generator().manual_seed(3)
+    many = ids.expand(count, -1)
+    drawn = model.generate(
+        many, max_new_tokens=1, do_sample=True, generator=generator, **options
+    ).sequences[:, -1]
+    return torch.bincount(drawn, minlength=SMALL["vocab_size"]) / count
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 2.0))
+@pytest.mark.parametrize("cut", ({}, {"top_k": 4}, {"top_p": 0.5}, {"top_k": 9, "top_p": 0.6}))
+def test_sampling_follows_the_distribution(temperature, cut):
+    model, ids = _model(), random_ids(1, 3)
+    want = (model(ids).logits[0, -1] / temperature).softmax(-1)
+    kept = torch.ones_like(want, dtype=torch.bool)
+    order = want.argsort(descending=True)
+    if "top_k" in cut:
+        kept[order[cut["top_k"] :]] = False
+    if "top_p" in cut:
+        share = torch.where(kept, want, 0.0)
+        share = share / share.sum()
+        total = 0.0
+        for token in order:
+            if total >= cut["top_p"]:
+                kept[token] = False
+            total += share[token]
+    want = torch.where(kept, want, 0.0)
+    want = want / want.sum()
+    got = _frequencies(model, ids, temperature=temperature, **cut)
+    assert not got[~kept].any()
+    # five standard deviations
+    assert ((got - want).abs() <= 5 * (want / 4000).sqrt() + 1e-9).all()
+
+
+def test_sampling_is_repeatable():
+    model, ids = _model(), random_ids(2, 3)
+
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        options = {"do_sample": True, "generator": generator, "max_new_tokens": 12}
+        return model.generate(ids, **options).sequences
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    one = model.generate(ids, do_sample=True, top_k=1, max_new_tokens=9).sequences
+    assert torch.equal(one, model.generate(ids, max_new_tokens=9).sequences)
+
+
+def test_bfloat16_and_autocast_generate():
+    ids = random_ids(2, 9)
+    for dtype in (torch.bfloat16, torch.float32):
+        model = _model("release", "time").to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            got = model.generate(ids, attention_mask=ids > 5, max_new_tokens=9)
+        assert got.sequences.shape == (2, 18)
+        assert all(bank.isfinite().all() for bank in got.memory.banks)
+
+
+def test_generation_without_memory_layers():
+    model, ids = _model(memory_layers=()), random_ids(2, 4)
+    assert torch.equal(model.generate(ids, max_new_tokens=9).sequences, _greedy(model, ids, 9))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    (
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens"),
+        ({"temperature": 0.5}, ValueError, "give do_sample=True"),
+        ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be above 0"),
+        ({"do_sample": True, "top_k": 0}, ValueError, "top_k"),
+        ({"do_sample": True, "top_p": 0.0}, ValueError, "top_p must be in"),
+        ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p must be in"),
+        ({"eos_token_id": 61}, ValueError, "eos_token_id must be between 0 and 60"),
+        ({"pad_token_id": -1}, ValueError, "pad_token_id"),
+        ({"eos_token_id": "x"}, TypeError, "eos_token_id"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, ValueError, "pad prompts on the left"),
+        ({"input_ids": torch.tensor([[99]])}, ValueError, "below vocab_size"),
+    ),
+)
+def test_wrong_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        _model().generate(**{"input_ids": random_ids(1, 3), **options})
+
+
+def test_beam_search_over_states():
+    """What a user writes: the best of all continuations, by expand() and select()."""
+    model, ids, width = _model(), random_ids(1, 4), 5
+    with torch.no_grad():
+        output = model(ids, use_cache=True)
+        state, scores = output.memory, torch.zeros(1)
+        logits, texts = output.logits[:, -1], torch.zeros(1, 0, dtype=torch.int64)
+        for _ in range(4):
+            total = scores[:, None] + logits.log_softmax(-1).float()
+            scores, best = total.flatten().topk(width)
+            parents, tokens = best // 61, best % 61
+            state = state.select(parents)
+            texts = torch.cat([texts[parents], tokens[:, None]], dim=1)
+            output = model(tokens[:, None], memory=state, use_cache=True)
+            state, logits = output.memory, output.logits[:, -1]
+        whole = torch.cat([ids.expand(width, -1), texts], dim=1)
+        log_probabilities = model(whole).logits.log_softmax(-1)[:, 3:-1]
+    want = log_probabilities.gather(2, texts[:, :, None]).sum((1, 2)).float()
+    torch.testing.assert_close(scores, want)
+    assert isinstance(state, lm2.MemoryState)
