@@ -299,7 +299,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, cache.scope("self_attn"))
         if self.memory is not None:
-            attended, rows = self.memory.stream(attended, rows, cache.scope("memory"))
+            attended, rows = self.memory(attended, rows, cache=cache.scope("memory"))
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), rows
 

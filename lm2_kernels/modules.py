@@ -122,12 +122,21 @@ class _MemoryLayer(nn.Module):
         if slot_mask is not None:
             check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
 
-    def _check_stream(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> None:
+    def _check_piece(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        cache: SegmentCache,
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> None:
         op = type(self).__name__
         self._check_tensors(x, rows)
-        check_shape(op, "rows", rows, "(B, T, D)", tuple(x.shape))
+        check_shape(op, "memory (with a cache, the rows)", rows, "(B, T, D)", tuple(x.shape))
         if x.shape[1] != cache.num_tokens:
             raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
+        if slot_offset != 0 or slot_mask is not None:
+            raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
         if not self.causal:
             raise ValueError(
                 f"{op}: causal=False cannot stream: its tokens read slots that are not bound yet"
@@ -338,21 +347,32 @@ class PaperMemory(_MemoryLayer):
         *,
         slot_offset: int = 0,
         slot_mask: Tensor | None = None,  # (B, N)
+        cache: SegmentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read and rewrite the memory.
+
+        With ``cache``, which has the keys and values of the segment's earlier tokens, x is the
+        segment's next piece and ``memory`` only the rows (B, T, D) that it is bound to, as the
+        segment found them. Pieces one after the other give what one call gives for the segment from
+        slot 0 on (:meth:`lm2_kernels.MemoryState.piece`).
 
         Args:
             x: (B, T, D).
             memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
-            slot_offset: the slot that row 0 is bound to.
-            slot_mask: (B, N) bool, True = takes part in reading.
+            slot_offset: the slot that row 0 is bound to; the cache knows its own.
+            slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
+            cache: the piece's; it is extended.
 
         Returns:
-            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype.
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
+            ``cache`` the new rows).
 
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
         """
+        if cache is not None:
+            self._check_piece(x, memory, cache, slot_offset, slot_mask)
+            return self._rewrite(x, memory, functools.partial(self._read_cache, cache=cache))
         self._check(x, memory, slot_offset, slot_mask)
         read = functools.partial(
             self._read_bank,
@@ -364,33 +384,8 @@ class PaperMemory(_MemoryLayer):
         output, new_rows = self._rewrite(x, rows, read)
         return output, write_rows(memory, new_rows, slot_offset)
 
-    def stream(
-        self,
-        x: Tensor,  # (B, T, D)
-        rows: Tensor,  # (B, T, D)
-        cache: SegmentCache,
-    ) -> tuple[Tensor, Tensor]:
-        """One piece of a segment whose earlier tokens' keys and values are in a cache.
-
-        Pieces one after the other give what :meth:`forward` gives for the segment from slot 0 on.
-
-        Args:
-            x: (B, T, D), the segment's next tokens.
-            rows: (B, T, D), the rows of the memory that they are bound to, as the segment found
-                them.
-            cache: the piece's; it is extended. See :meth:`lm2_kernels.MemoryState.piece`.
-
-        Returns:
-            output (B, T, D) in ``x``'s dtype, new rows (B, T, D) in ``rows``' dtype.
-
-        Raises:
-            TypeError, ValueError: an input does not fit, or the layer cannot stream.
-        """
-        self._check_stream(x, rows, cache)
-        return self._rewrite(x, rows, functools.partial(self._read_cache, cache=cache))
-
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What :meth:`stream` keeps of a token in the cache: name -> shape."""
+        """What the layer keeps of a token in a cache: name -> shape."""
         heads = (self.num_heads, self.dim // self.num_heads)
         return {"key0": heads, "value0": heads}
 
@@ -538,27 +533,39 @@ class ReleaseMemory(_MemoryLayer):
         *,
         slot_offset: int = 0,
         slot_mask: Tensor | None = None,  # (B, N)
+        cache: SegmentCache | None = None,
         pooled_sum: Tensor | None = None,  # (B, D)
         return_pooled_sum: bool = False,
     ) -> tuple[Tensor, ...]:
         """Read and rewrite the memory.
 
+        With ``cache`` as :meth:`PaperMemory.forward`: exact for ``pooled_gate="prefix"``, any
+        ``num_blocks``. The "segment" gate takes a whole segment in one piece, and no second one.
+
         Args:
             x: (B, T, D).
             memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
             slot_offset: the slot that row 0 is bound to.
-            slot_mask: (B, N) bool, True = takes part in reading.
+            slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
+            cache: the piece's; it is extended, and holds the pooled sum too.
             pooled_sum: (B, D) float32 (float64 for float64), for a later piece of a segment that
                 began at slot 0: what the piece before returned. Needs ``pooled_gate="prefix"``.
             return_pooled_sum: also return the sum for the next piece.
 
         Returns:
-            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype, and with
-            ``return_pooled_sum`` the pooled sum (B, D).
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
+            ``cache`` the new rows), and with ``return_pooled_sum`` the pooled sum (B, D).
 
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
         """
+        if cache is not None:
+            if pooled_sum is not None or return_pooled_sum:
+                raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
+            self._check_piece(x, memory, cache, slot_offset, slot_mask)
+            pooled = self._pool_piece(x, cache)
+            read = functools.partial(self._read_cache, cache=cache)
+            return self._rewrite(x, memory, pooled, read)
         self._check(x, memory, slot_offset, slot_mask)
         if pooled_sum is not None and self.pooled_gate != "prefix":
             raise ValueError(
@@ -585,35 +592,20 @@ class ReleaseMemory(_MemoryLayer):
         new_memory = write_rows(memory, new_rows, slot_offset)
         return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
 
-    def stream(
-        self,
-        x: Tensor,  # (B, T, D)
-        rows: Tensor,  # (B, T, D)
-        cache: SegmentCache,
-    ) -> tuple[Tensor, Tensor]:
-        """One piece of a segment, as :meth:`PaperMemory.stream`.
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the layer keeps of a token in a cache: name -> shape."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
+        return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
 
-        Exact for ``pooled_gate="prefix"``, any ``num_blocks``. The "segment" gate needs all tokens:
-        it takes whole segments in one piece, and refuses a second piece.
-        """
-        self._check_stream(x, rows, cache)
+    def _pool_piece(self, x: Tensor, cache: SegmentCache) -> Tensor:
+        """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
         if self.pooled_gate == "segment" and cache.start != 0:
             raise ValueError(
                 "ReleaseMemory: pooled_gate='segment' cannot stream: its gate is a mean over the "
                 "whole segment, later tokens included; use pooled_gate='prefix', which has the "
                 "same parameters"
             )
-        pooled = self._stream_pooled(x, cache)
-        return self._rewrite(x, rows, pooled, functools.partial(self._read_cache, cache=cache))
-
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What :meth:`stream` keeps in the cache, as of :class:`PaperMemory`."""
-        heads = (self.num_heads, self.dim // self.num_heads)
-        names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
-        return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
-
-    def _stream_pooled(self, x: Tensor, cache: SegmentCache) -> Tensor:
-        """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
         real, is_prefix = cache.real(x.device), self.pooled_gate == "prefix"
         if real is not None:
             # relu(w * 0) adds nothing to the sum

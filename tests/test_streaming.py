@@ -217,7 +217,7 @@ def test_model_without_memory_streams():
 @pytest.mark.parametrize("num_blocks", (1, 2))
 @pytest.mark.parametrize("layer", ("paper", "release"))
 def test_layer_streams(layer, num_blocks):
-    """forward over a segment, and stream over its pieces. Two blocks too: their keys are kept."""
+    """One call for a segment, and one for each of its pieces. Two blocks too: their keys are kept."""
     if layer == "paper":
         if num_blocks > 1:
             return
@@ -230,7 +230,7 @@ def test_layer_streams(layer, num_blocks):
     state, outputs = MemoryState([memory]), []
     for piece in x.split((2, 1, 5, 1), dim=1):
         (rows,), cache = state.piece(piece.shape[1], 9, keep=True)
-        output, new_rows = layer.stream(piece, rows, cache)
+        output, new_rows = layer(piece, rows, cache=cache)
         state = state.after(cache, [new_rows])
         outputs.append(output)
     _close(torch.cat(outputs, dim=1), want)
@@ -243,17 +243,21 @@ def test_what_cannot_stream():
     released = lm2.ReleaseMemory(24, 3)
     state = MemoryState([torch.randn(1, 4, 24)])
     (rows,), cache = state.piece(2, 4, keep=True)
-    _, new_rows = released.stream(x, rows, cache)
+    _, new_rows = released(x, rows, cache=cache)
     state = state.after(cache, [new_rows])
     (rows,), cache = state.piece(2, 4, keep=True)
     with pytest.raises(ValueError, match="pooled_gate='segment' cannot stream"):
-        released.stream(x, rows, cache)
+        released(x, rows, cache=cache)
     with pytest.raises(ValueError, match="causal=False cannot stream"):
-        lm2.PaperMemory(24, 3, causal=False).stream(x, rows, cache)
+        lm2.PaperMemory(24, 3, causal=False)(x, rows, cache=cache)
     with pytest.raises(ValueError, match="cache is for 2 tokens"):
-        lm2.PaperMemory(24, 3).stream(x[:, :1], rows[:, :1], cache)
-    with pytest.raises(ValueError, match="rows must be"):
-        lm2.PaperMemory(24, 3).stream(x, rows[:, :1], cache)
+        lm2.PaperMemory(24, 3)(x[:, :1], rows[:, :1], cache=cache)
+    with pytest.raises(ValueError, match=r"the rows\) must be"):
+        lm2.PaperMemory(24, 3)(x, rows[:, :1], cache=cache)
+    with pytest.raises(ValueError, match="takes no slot_offset"):
+        lm2.PaperMemory(24, 3)(x, rows, cache=cache, slot_offset=2)
+    with pytest.raises(ValueError, match="the pooled sum is in the cache"):
+        released(x, rows, cache=cache, return_pooled_sum=True)
     with pytest.raises(ValueError, match="at most 4 tokens"):
         state.piece(3, 4, keep=True)
     model = small_model(formulation="release", pooled_gate="segment")
