@@ -2,7 +2,8 @@
 
 import torch
 
-from lm2_kernels import LM2Config, LM2ForCausalLM
+import lm2_kernels as lm2
+from lm2_kernels import LM2Config, LM2ForCausalLM, reference
 
 SMALL = {
     "vocab_size": 61,
@@ -26,3 +27,33 @@ def small_model(dtype=torch.float64, seed=0, **options) -> LM2ForCausalLM:
 def random_ids(batch, length, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(SMALL["vocab_size"], (batch, length), generator=generator)
+
+
+class OracleLayer(torch.nn.Module):
+    """A memory layer of a model, computed by the oracle. For whole segments."""
+
+    def __init__(self, layer: lm2.PaperMemory | lm2.ReleaseMemory):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, rows, *, cache):
+        assert not cache.is_open
+        # shared parameters too, each under all its names
+        parameters = dict(self.layer.named_parameters(remove_duplicate=False))
+        options = {"num_heads": self.layer.num_heads}
+        if isinstance(self.layer, lm2.PaperMemory):
+            output, new_rows = reference.paper_memory(x, rows, parameters, **options)
+        else:
+            prefix = self.layer.pooled_gate == "prefix"
+            output, new_rows, _ = reference.release_memory(
+                x, rows, parameters, prefix=prefix, **options
+            )
+        return output.to(x.dtype), new_rows.to(rows.dtype)
+
+
+def use_oracle(model: LM2ForCausalLM) -> LM2ForCausalLM:
+    """The model with its memory layers computed by the oracle."""
+    for block in model.model.layers:
+        if block.memory is not None:
+            block.memory = OracleLayer(block.memory)
+    return model
