@@ -1,9 +1,11 @@
-"""``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right.
+"""``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, and
+``train`` and ``generate`` are for models of your own.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lm2_kernels import backends, info, testing, verify
+from lm2_kernels import backends, commands, info, testing, verify
+from lm2_kernels.terminal import Progress
 from lm2_kernels.version import __version__
 
 PROGRAM = "python -m lm2_kernels"
@@ -29,15 +32,21 @@ def main(
         report = info.collect()
         print(info.render(report))
         return _write_json(options.json, report)
-    return _verify(options, arguments, cases)
+    if options.command == "verify":
+        return _verify(options, arguments, cases)
+    try:
+        return options.run(options)
+    except (OSError, TypeError, ValueError) as error:
+        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="LM2 memory layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lm2_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    described = commands.add_parser("info", help="versions, devices, and which backend runs what")
-    checked = commands.add_parser(
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    described = subparsers.add_parser("info", help="versions, devices, and which backend runs what")
+    checked = subparsers.add_parser(
         "verify", help="check every backend on this machine against the float64 oracle"
     )
     checked.add_argument(
@@ -53,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     for command in (described, checked):
         command.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    commands.add_train(subparsers)
+    commands.add_generate(subparsers)
     return parser
 
 
@@ -64,7 +75,7 @@ def _verify(options: argparse.Namespace, arguments: list[str], cases) -> int:
         print("verify: on the CPU the Triton kernels run in Triton's interpreter", flush=True)
         environment = {**os.environ, "TRITON_INTERPRET": "1"}
         return subprocess.call([sys.executable, "-m", "lm2_kernels", *arguments], env=environment)
-    progress = _Progress()
+    progress = Progress()
     try:
         report = verify.verify(
             names,
@@ -72,7 +83,7 @@ def _verify(options: argparse.Namespace, arguments: list[str], cases) -> int:
             options.device,
             seed=options.seed,
             cases=cases,
-            progress=progress,
+            progress=functools.partial(_show, progress),
         )
     except verify.UnavailableError as error:
         print(f"{PROGRAM} verify: error: {error}", file=sys.stderr)
@@ -83,27 +94,10 @@ def _verify(options: argparse.Namespace, arguments: list[str], cases) -> int:
     return _write_json(options.json, verify.to_json(report)) or int(not report.passed)
 
 
-class _Progress:
-    """One line that changes on a terminal; elsewhere one line for each backend and dtype."""
-
-    def __init__(self):
-        self._is_terminal = sys.stderr.isatty()
-        self._last = None
-
-    def __call__(self, done: int, total: int, result: verify.Check | verify.Skip) -> None:
-        if isinstance(result, verify.Skip):
-            return
+def _show(progress: Progress, done: int, total: int, result: verify.Check | verify.Skip) -> None:
+    if isinstance(result, verify.Check):
         what = f"{result.backend} {result.dtype} on {result.device}"
-        if self._is_terminal:
-            text = f"[{done}/{total}] {what}: {result.case}"
-            print(f"\r\033[K{text[:79]}", end="", file=sys.stderr, flush=True)
-        elif what != self._last:
-            print(f"verify: [{done}/{total}] {what}", file=sys.stderr, flush=True)
-        self._last = what
-
-    def close(self) -> None:
-        if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        progress.update(f"verify: [{done}/{total}] {what}: {result.case}", what)
 
 
 def _write_json(path: Path | None, content: dict) -> int:

@@ -18,15 +18,20 @@ def save(folder: str | Path, config: Mapping[str, object], tensors: Mapping[str,
     from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": _FORMAT, **config}, indent=1) + "\n"
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    save_config(folder, config)
     # parameters may share a buffer, and one may have two names: each gets a place of its own
     own = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
     _replace(folder / WEIGHTS, lambda path: save_file(own, path, metadata={"format": "pt"}))
+
+
+def save_config(folder: Path, config: Mapping[str, object]) -> None:
+    """Write the configuration alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": _FORMAT, **config}, indent=1) + "\n"
+    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write) -> None:
@@ -46,13 +51,18 @@ def load(
         ValueError: a file is damaged or of another kind.
     """
     folder = Path(folder)
+    return load_config(folder), load_tensors(folder / WEIGHTS, device)
+
+
+def load_config(folder: Path) -> dict[str, object]:
+    """The configuration alone, as :func:`load`."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
     if not isinstance(config, dict) or config.pop("format", None) != _FORMAT:
         raise ValueError(f"{folder / CONFIG} is not the configuration of an lm2_kernels model")
-    return config, load_tensors(folder / WEIGHTS, device)
+    return config
 
 
 def load_tensors(path: str | Path, device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,232 @@
+"""``train`` and ``generate``: own data, one process and two, runs that go on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lm2_kernels import LM2ForCausalLM, corpus
+from lm2_kernels import __main__ as cli
+
+TEXT = "the memory reads what it wrote, and writes what it read. " * 40
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "memory_slots": 8,
+    "memory_heads": 2,
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    return path
+
+
+def _arguments(text, out, *more):
+    config = text.with_name("config.json")
+    options = ["--steps", "6", "--batch", "4", "--lr", "0.01", "--length", "20", *more]
+    data = [str(text), *(option for option in more if option.endswith(".npy"))]
+    options = [option for option in options if option not in data]
+    return ["train", *data, "--config", str(config), "--out", str(out), *options]
+
+
+def _run(arguments, processes=1):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, "lm2_kernels", *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def _weights(folder):
+    return LM2ForCausalLM.load(folder).state_dict()
+
+
+def _same(got, want):
+    for name, tensor in _weights(want).items():
+        # sums of gradients in another order
+        torch.testing.assert_close(_weights(got)[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_text_trains_and_generates(text, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert cli.main(_arguments(text, out, "--steps", "60")) == 0
+    printed = capsys.readouterr()
+    assert "bits a token" in printed.out
+    assert "60/60" in printed.err
+    loss = float(printed.out.split("validation loss ")[1].split()[0])
+    assert loss < 4.0 < np.log(256)
+    for more in (["--temperature", "0"], ["--top-k", "5", "--top-p", "0.9"]):
+        prompt = ["generate", str(out), "--prompt", "the mémo", "--tokens", "12", *more]
+        assert cli.main(prompt) == 0
+        assert capsys.readouterr().out.startswith("the mémo")
+    model = LM2ForCausalLM.load(out)
+    assert model.config.vocab_size == 256
+
+
+def test_token_arrays_train_and_generate(tmp_path, capsys):
+    for number, dtype in enumerate((np.uint16, np.int64)):
+        np.save(tmp_path / f"{number}.npy", np.tile(np.arange(11, dtype=dtype), 30))
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    more = [str(tmp_path / "1.npy"), "--dtype", "bfloat16"]
+    arguments = _arguments(tmp_path / "0.npy", tmp_path / "model", *more)
+    options = ["--formulation", "release", "--flow", "time", "--slots", "5"]
+    assert cli.main([*arguments, *options]) == 0
+    config = LM2ForCausalLM.load(tmp_path / "model").config
+    assert (config.vocab_size, config.formulation, config.memory_slots) == (11, "release", 5)
+    capsys.readouterr()
+    assert (
+        cli.main(["generate", str(tmp_path / "model"), "--prompt", "1, 2 3", "--tokens", "4"]) == 0
+    )
+    assert len(capsys.readouterr().out.split()) == 7
+    assert cli.main([*arguments, "--no-memory"]) == 0
+    assert LM2ForCausalLM.load(tmp_path / "model").config.memory_layers == ()
+
+
+@pytest.mark.parametrize("kind", ("ddp", "fsdp"))
+def test_two_processes_are_one(text, tmp_path, kind):
+    """Two processes with half of each batch give the weights of one process."""
+    _run(_arguments(text, tmp_path / "two", "--parallel", kind), processes=2)
+    _run(_arguments(text, tmp_path / "one"))
+    _same(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_run_goes_on(text, tmp_path, monkeypatch):
+    """Cut short and gone on with, also with another number of processes, it is the whole run."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(_arguments(text, whole)) == 0
+    from lm2_kernels import training
+
+    real = training.train
+
+    def killed(*args, progress, **options):
+        def stop(done, total, loss):
+            progress(done, total, loss)
+            if done == 5:
+                raise KeyboardInterrupt
+
+        return real(*args, progress=stop, **options)
+
+    monkeypatch.setattr(training, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(_arguments(text, cut, "--save-every", "2"))
+    monkeypatch.undo()
+    assert [path.name for path in (cut / "progress").iterdir()] == ["step-4"]
+    assert not (cut / "model.safetensors").exists()
+    resumed = _arguments(text, cut, "--resume")
+    assert cli.main(resumed) == 0
+    _same(cut, whole)
+    # once more, from the same place, by two
+    (cut / "model.safetensors").unlink()
+    _run([*resumed, "--parallel", "fsdp"], processes=2)
+    _same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--config", "absent.json"], "No such file"),
+        (["--batch", "0"], "batch"),
+        (["--length", "3000"], "windows of 3000 tokens"),
+        (["--vocab-size", "9"], "text has 256 tokens"),
+        (["--resume"], "No such file"),
+        (["--steps", "0"], "steps"),
+        (["more.npy"], "not both"),
+        (["--flow", "time", "--bptt-segments", "0"], "bptt_segments"),
+    ),
+)
+def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):
+    assert cli.main(_arguments(text, tmp_path / "out", *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m lm2_kernels train: error:")
+    assert message in error
+
+
+def test_wrong_data_is_refused(tmp_path):
+    path = tmp_path / "x.npy"
+    for array, message in (
+        (np.zeros((2, 3), np.int64), "one axis"),
+        (np.zeros(3), "array of token ids"),
+        (np.array([1, -1]), "negative"),
+        (np.zeros(0, np.int64), "array of token ids"),
+    ):
+        np.save(path, array)
+        with pytest.raises(ValueError, match=message):
+            corpus.Corpus.open([path])
+    np.save(path, np.arange(9))
+    with pytest.raises(ValueError, match="token id 8, but vocab_size is 8"):
+        corpus.Corpus.open([path], 8)
+    path.write_bytes(b"no array")
+    with pytest.raises(ValueError, match=r"is no \.npy array"):
+        corpus.Corpus.open([path])
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        corpus.Corpus.open([tmp_path / "empty.txt"])
+
+
+def test_windows(tmp_path):
+    """All places of all files come, windows are whole, and ranks share a batch."""
+    for number, length in enumerate((10, 4, 25)):
+        np.save(tmp_path / f"{number}.npy", np.arange(length) + 100 * number)
+    data = corpus.Corpus.open([tmp_path / f"{number}.npy" for number in range(3)])
+    assert data.vocab_size == 225
+    batches = data.batches(8, 4, seed=1)
+    seen = set()
+    for _, batch in zip(range(100), batches, strict=False):
+        ids = batch["input_ids"]
+        assert torch.equal(ids, ids[:, :1] + torch.arange(4))
+        assert torch.equal(ids, batch["labels"])
+        seen |= set(ids[:, 0].tolist())
+    assert seen == {*range(7), 100, *range(200, 222)}
+    whole = next(data.batches(8, 4, seed=1, first=5))["input_ids"]
+    parts = [next(data.batches(8, 4, seed=1, first=5, rank=r, world=2)) for r in (0, 1)]
+    assert torch.equal(whole[0::2], parts[0]["input_ids"])
+    assert torch.equal(whole[1::2], parts[1]["input_ids"])
+    first, last = data.split(0.2, 4)
+    assert [len(file) for file in first.files] == [6, 20]
+    assert [file[0] for file in last.files] == [6, 220]
+    with pytest.raises(ValueError, match="no file is long enough"):
+        data.split(0.2, 13)
+
+
+def test_tokenizers(tmp_path):
+    for tokenizer, text in (
+        (corpus.Bytes(), "naïve"),
+        (corpus.Words(["a", "b"]), "b a b"),
+        (corpus.Ids(), "4 17"),
+    ):
+        corpus.save_tokenizer(tmp_path, tokenizer)
+        again = corpus.load_tokenizer(tmp_path)
+        assert type(again) is type(tokenizer)
+        assert again.decode(again.encode(text)) == text
+    with pytest.raises(ValueError, match="'c' is not one of the words"):
+        corpus.Words(["a", "b"]).encode("a c")
+    with pytest.raises(ValueError, match="takes token ids"):
+        corpus.Ids().encode("hello")
+    with pytest.raises(ValueError, match="twice"):
+        corpus.Words(["a", "a"])
+    path = tmp_path / "tokenizer.json"
+    for text in ("{", "[]", '{"kind": "other"}', '{"kind": "words"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="names no tokenizer"):
+            corpus.load_tokenizer(tmp_path)
+    path.unlink()
+    assert isinstance(corpus.load_tokenizer(tmp_path), corpus.Ids)
