@@ -97,7 +97,7 @@ def _verify(options: argparse.Namespace, arguments: list[str], cases) -> int:
 def _show(progress: Progress, done: int, total: int, result: verify.Check | verify.Skip) -> None:
     if isinstance(result, verify.Check):
         what = f"{result.backend} {result.dtype} on {result.device}"
-        progress.update(f"verify: [{done}/{total}] {what}: {result.case}", what)
+        progress.update(f"[{done}/{total}] {what}: {result.case}", what)
 
 
 def _write_json(path: Path | None, content: dict) -> int:
