@@ -36,7 +36,7 @@ def main(
         return _verify(options, arguments, cases)
     try:
         return options.run(options)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, ArithmeticError) as error:
         print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
         return 2
 

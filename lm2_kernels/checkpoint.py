@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,18 +24,19 @@ def save(folder: str | Path, config: Mapping[str, object], tensors: Mapping[str,
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    _replace(folder / WEIGHTS, lambda path: save_file(own, path, metadata={"format": "pt"}))
+    replace_file(folder / WEIGHTS, lambda path: save_file(own, path, metadata={"format": "pt"}))
 
 
 def save_config(folder: Path, config: Mapping[str, object]) -> None:
     """Write the configuration alone."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": _FORMAT, **config}, indent=1) + "\n"
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _replace(path: Path, write) -> None:
+def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path`` and move it there: whoever reads sees the old or the new one."""
+    path = Path(path)
     part = path.with_name(f"{path.name}.part")
     write(part)
     os.replace(part, path)
@@ -93,7 +94,7 @@ def load_tensors(path: str | Path, device: torch.device | str | None = None) -> 
 
 
 def check_keys(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
-    """Raise ValueError with every key that is missing, unexpected or of another shape."""
+    """Raise ValueError with every key that is missing, unexpected, or of another shape or kind."""
     wrong = {
         "missing": sorted(set(wanted) - set(got)),
         "unexpected": sorted(set(got) - set(wanted)),
@@ -102,6 +103,7 @@ def check_keys(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
             for name, tensor in wanted.items()
             if name in got and got[name].shape != tensor.shape
         ],
+        "not floating-point": [n for n, tensor in got.items() if not tensor.is_floating_point()],
     }
     if any(wrong.values()):
         lines = [f"  {what}: {', '.join(names)}" for what, names in wrong.items() if names]

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -75,9 +76,10 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 def run_train(options: argparse.Namespace) -> int:
     """Train, and write the model into ``--out``."""
     with parallel.process_group() as (rank, world, device):
+        _check(options)
         data = corpus.Corpus.open(options.data, options.vocab_size)
-        config = _configuration(options, data.vocab_size)
-        length = options.length or 4 * config.memory_slots
+        config = _configuration(options, data)
+        length = _or(options.length, 4 * config.memory_slots)
         seen, kept = data.split(options.validation, length)
         if options.batch < 1 or options.batch % world:
             raise ValueError(
@@ -94,6 +96,11 @@ def run_train(options: argparse.Namespace) -> int:
         if options.resume:
             first = parallel.load_progress(options.out / _PROGRESS, wrapped, optimizer)
         if rank == 0:
+            left_out = len(data.files) - len(seen.files)
+            if left_out:
+                print(f"{left_out} files are too short for windows of {length} tokens: left out")
+            if not options.resume:
+                _remove_run(options.out)
             # a run that is cut short can be gone on with by this
             checkpoint.save_config(options.out, dataclasses.asdict(config))
             corpus.save_tokenizer(options.out, data.tokenizer)
@@ -138,7 +145,7 @@ def run_train(options: argparse.Namespace) -> int:
         loss = parallel.mean(loss, device)
         weights = parallel.full_state_dict(wrapped)
         if rank == 0:
-            checkpoint.save(options.out, dataclasses.asdict(config), weights)
+            model.save(options.out, weights)
             print(
                 f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
                 f"{math.exp(loss):.2f}); the model is in {options.out}"
@@ -154,6 +161,10 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt is empty")
+    if not options.temperature >= 0.0:
+        raise ValueError(f"--temperature must be 0 or more, got {options.temperature}")
+    if options.temperature == 0.0 and (options.top_k, options.top_p) != (None, None):
+        raise ValueError("--top-k and --top-p are for a --temperature above 0")
     sampling = {}
     if options.temperature > 0.0:
         sampling = {
@@ -163,9 +174,7 @@ def run_generate(options: argparse.Namespace) -> int:
             "top_p": options.top_p,
             "generator": torch.Generator(device).manual_seed(options.seed),
         }
-    written = tokenizer.decode(prompt)
-    print(written, end="", flush=True)
-    tokens = list(prompt)
+    written, tokens = "", list(prompt)
 
     def show(token: Tensor) -> None:
         nonlocal written
@@ -186,11 +195,32 @@ def run_generate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that nothing later would refuse."""
+    for name, low in (("length", 2), ("save_every", 1), ("warmup", 0), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
+    if not options.weight_decay >= 0.0:
+        raise ValueError(f"--weight-decay must be at least 0, got {options.weight_decay}")
+    model_options = ("config", "formulation", "flow", "slots", "no_memory")
+    given = [name for name in model_options if getattr(options, name) not in (None, False)]
+    if options.resume and given:
+        raise ValueError(f"--resume goes on with the model as it is: --{given[0]} does not fit")
+
+
+def _remove_run(folder: Path) -> None:
+    """Remove an earlier run's weights, which would lie beside this one's configuration."""
+    shutil.rmtree(folder / _PROGRESS, ignore_errors=True)
+    (folder / checkpoint.WEIGHTS).unlink(missing_ok=True)
+
+
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def _configuration(options: argparse.Namespace, vocab_size: int) -> LM2Config:
+def _configuration(options: argparse.Namespace, data: corpus.Corpus) -> LM2Config:
+    vocab_size, is_text = data.vocab_size, isinstance(data.tokenizer, corpus.Bytes)
     if options.resume:
         return LM2Config.from_dict(checkpoint.load_config(options.out))
     if options.config is not None:
@@ -198,6 +228,8 @@ def _configuration(options: argparse.Namespace, vocab_size: int) -> LM2Config:
             values = json.loads(options.config.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{options.config} is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{options.config} must hold an object of LM2Config's options")
     else:
         values = {**_SIZES[options.size], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
@@ -214,4 +246,6 @@ def _configuration(options: argparse.Namespace, vocab_size: int) -> LM2Config:
     config = LM2Config.from_dict(values)
     if config.vocab_size < vocab_size:
         raise ValueError(f"the data has {vocab_size} tokens, the configuration {config.vocab_size}")
+    if is_text and config.vocab_size != vocab_size:
+        raise ValueError(f"text has {vocab_size} tokens, the configuration {config.vocab_size}")
     return config

@@ -28,7 +28,7 @@ class Bytes:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The bytes' text; bytes that are no UTF-8 show as U+FFFD."""
+        """The bytes' text; what is no UTF-8 shows as U+FFFD."""
         return bytes(tokens).decode(errors="replace")
 
 
@@ -153,9 +153,13 @@ class Corpus:
     def split(self, share: float, length: int) -> tuple["Corpus", "Corpus"]:
         """The files without their last part, and those parts, of at least ``length`` tokens each.
 
+        Files too short for that are left out.
+
         Raises:
-            ValueError: nothing would be left to train on.
+            ValueError: the share is not from 0 to 1, or nothing would be left to train on.
         """
+        if not 0.0 <= share < 1.0:
+            raise ValueError(f"the validation share must be from 0 to 1, got {share}")
         cuts = [len(file) - max(int(len(file) * share), length) for file in self.files]
         kept = [(file, cut) for file, cut in zip(self.files, cuts, strict=True) if cut >= length]
         if not kept:
@@ -212,6 +216,8 @@ def _map_array(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is no .npy array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} is no .npy array: it holds several")
     if array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         raise ValueError(
             f"{path} must be an array of token ids with one axis, got {array.dtype} {array.shape}"

@@ -134,12 +134,16 @@ def _check_options(
         raise ValueError(
             "generate: temperature, top_k and top_p are for sampling; give do_sample=True too"
         )
-    if not (math.isfinite(temperature) and temperature > 0.0):
-        raise ValueError(f"generate: temperature must be above 0, got {temperature}")
+    for name, value, high in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
+        if value is None and name == "top_p":
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"generate: {name} must be a float, got {type(value).__name__}")
+        if not 0.0 < value <= high or math.isinf(value):
+            wanted = "above 0" if high > 1.0 else "in (0, 1]"
+            raise ValueError(f"generate: {name} must be {wanted}, got {value}")
     if top_k is not None:
         check_int("generate", "top_k", top_k, 1)
-    if top_p is not None and not 0.0 < top_p <= 1.0:
-        raise ValueError(f"generate: top_p must be in (0, 1], got {top_p}")
     return ends
 
 
@@ -154,7 +158,11 @@ def _choose(
     """The next token of each row. (B,)"""
     if not do_sample:
         return logits.argmax(dim=-1)
-    probabilities, tokens = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    # the largest is 0, however small the temperature
+    scores = (logits.float() - logits.amax(-1, keepdim=True).float()) / temperature
+    if top_k is None and top_p is None:
+        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    probabilities, tokens = scores.softmax(-1).sort(-1, descending=True)
     if top_k is not None:
         probabilities[:, top_k:] = 0.0
     if top_p is not None:

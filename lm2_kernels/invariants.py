@@ -42,8 +42,8 @@ def check_causality(
 
     Args:
         function: (B, L, ...) -> (B, L, ...).
-        inputs: (B, L) token ids or (B, L, D) hidden states. The later tokens are replaced by one
-            another's reversal, and hidden states also change sign.
+        inputs: (B, L) token ids, of at least two kinds, or (B, L, D) hidden states. The later
+            tokens are replaced by others among them.
         positions: the t to try, from 1 to L - 1; unless given, about eight over the whole length.
         tolerance: see the module.
 
@@ -51,12 +51,17 @@ def check_causality(
         InvariantError: an output changed.
     """
     length = inputs.shape[1]
+    positions = _spaced(length) if positions is None else list(positions)
+    if not positions:
+        raise ValueError("check_causality: no position to try; give two tokens or more")
     want = function(inputs)
-    for position in _spaced(length) if positions is None else positions:
+    for position in positions:
         if not 0 < position < length:
             raise ValueError(f"check_causality: positions must be from 1 to {length - 1}")
         changed = inputs.clone()
-        changed[:, position:] = _other(inputs[:, position:])
+        changed[:, position:] = _other(inputs)[:, position:]
+        if (changed == inputs)[:, position:].all():
+            raise ValueError("check_causality: all tokens are alike, so none can be exchanged")
         got = function(changed)[:, :position]
         _compare(
             got,
@@ -183,9 +188,9 @@ def _spaced(length: int) -> list[int]:
 
 
 def _other(tokens: Tensor) -> Tensor:
-    """Other tokens of the same kind."""
+    """At every place another token."""
     if tokens.is_floating_point():
-        return -tokens.flip(1)
+        return 1.0 - tokens.flip(1)
     other = tokens.flip(1)
     # a reversal may leave tokens as they are: those take the smallest or largest id there is
     low, high = tokens.min(), tokens.max()
@@ -201,6 +206,8 @@ def _compare(got: Tensor, want: Tensor, promise: str, tolerance: float | None) -
         tolerance = _ULPS * torch.finfo(want.dtype).eps
     error = (got.double() - want.double()).abs()
     scale = want.double().abs().max()
+    if not scale.isfinite():
+        raise InvariantError(f"{promise}: what was expected is not finite")
     worst = int(error.nan_to_num(torch.inf).argmax())
     largest, bound = error.flatten()[worst].item(), tolerance * scale.item()
     # a NaN is not <= anything

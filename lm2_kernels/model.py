@@ -211,10 +211,10 @@ class LM2Output:
     """What :class:`LM2ForCausalLM` returns."""
 
     logits: Tensor | None  # (B, L, V); None where a loss was asked for and logits were not
-    loss: (
-        Tensor | None
-    )  # mean over labels[:, 1:] that are not -100, 0 without any; float32 at least
-    memory: MemoryState | None  # None for a model without memory layers
+    # mean over labels[:, 1:] that are not -100, 0 without any; float32 at least
+    loss: Tensor | None
+    # None for a model without memory layers, unless use_cache was given
+    memory: MemoryState | None
 
 
 def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -229,7 +229,8 @@ def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tu
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (i, i + dim / 2) of (B, T, H, dim) by their positions' angles."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    # under autocast the angles are float32, and the cache should not be
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -417,6 +418,9 @@ class LM2ForCausalLM(nn.Module):
     ) -> LM2Output:
         """Run any number of tokens, a segment of at most ``memory_slots`` at a time.
 
+        ``torch.compile`` takes the model whole, as long as there is no ``attention_mask`` and no
+        ``use_cache``: these depend on numbers that a graph does not see.
+
         A call goes on where ``memory`` stands: between two segments, or within one if it comes from
         a call with ``use_cache``. Calls equal one call, but for the loss, which does not predict a
         call's first token.
@@ -541,10 +545,13 @@ class LM2ForCausalLM(nn.Module):
         """Go on with prompts: :func:`lm2_kernels.generation.generate` of this model."""
         return generate(self, input_ids, **options)
 
-    def save(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be."""
+    def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be.
+
+        ``state_dict`` is the model's own unless given (where the model is in parts).
+        """
         config = {**dataclasses.asdict(self.config), "backend": None}
-        checkpoint.save(folder, config, self.state_dict())
+        checkpoint.save(folder, config, self.state_dict() if state_dict is None else state_dict)
 
     @classmethod
     def load(
@@ -568,16 +575,18 @@ class LM2ForCausalLM(nn.Module):
             ValueError: a file is damaged, or the weights are not the configuration's (the text
                 lists all keys that are missing or too many).
         """
-        values, tensors = checkpoint.load(folder, device)
+        values, tensors = checkpoint.load(folder, "cpu")
         config = LM2Config.from_dict({**values, "backend": backend})
         with torch.device("meta"):
             model = cls(config)
+        if config.tie_word_embeddings:
+            _drop_tied_head(model, tensors, "")
         checkpoint.check_keys(tensors, model.state_dict(), Path(folder) / checkpoint.WEIGHTS)
         # copies: in the file they lie at any address, and matrix products want aligned ones
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         model.load_state_dict(copies, assign=True)
         # moving the model, even to where it is, packs its projections
-        return model.to(model.model.embed_tokens.weight.device, dtype)
+        return model.to(device or torch.get_default_device(), dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., D)."""
@@ -624,6 +633,7 @@ class LM2ForCausalLM(nn.Module):
                     f"LM2ForCausalLM: input_ids must be (B, L) with L >= 1, and labels the same, "
                     f"got {name} {tuple(ids.shape)}"
                 )
+            _check_device(name, ids, self.model.embed_tokens.weight.device)
             wrong = (ids < 0) | (ids >= config.vocab_size)
             if name == "labels":
                 wrong &= ids != -100
@@ -638,6 +648,8 @@ class LM2ForCausalLM(nn.Module):
                 f"LM2ForCausalLM: attention_mask must be a tensor of input_ids' shape "
                 f"{tuple(input_ids.shape)}, nonzero where a token is real, got {shape}"
             )
+        if attention_mask is not None:
+            _check_device("attention_mask", attention_mask, input_ids.device)
         if memory is None:
             return
         if not isinstance(memory, MemoryState):
@@ -646,6 +658,13 @@ class LM2ForCausalLM(nn.Module):
             )
         memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
         memory.check_cache(self._cache_shapes())
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"LM2ForCausalLM: {name} is on {tensor.device}, but must be on {device}; move it"
+        )
 
 
 def _drop_tied_head(module: LM2ForCausalLM, state_dict: dict, prefix: str, *_: object) -> None:

@@ -135,6 +135,10 @@ class _MemoryLayer(nn.Module):
         check_shape(op, "memory (with a cache, the rows)", rows, "(B, T, D)", tuple(x.shape))
         if x.shape[1] != cache.num_tokens:
             raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
+        if self.top_k is not None and self.top_k > cache.slots:
+            raise ValueError(
+                f"{op}: top_k must be between 1 and N = {cache.slots}, got {self.top_k}"
+            )
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
         if not self.causal:
@@ -429,8 +433,9 @@ class ReleaseMemory(_MemoryLayer):
     At T = N = D this is the released module exactly, and ``load_state_dict`` takes its state dict
     key for key (the shared Linear under both its names). **The released gate pools over the whole
     segment, so early tokens see later ones**; ``pooled_gate="prefix"`` is the causal repair with
-    the same parameters, and the one to stream with (at ``num_blocks=1``: a second block reads rows
-    that the first one rewrote, which later pieces of a segment lack).
+    the same parameters, and the one to stream with (with a cache; without one at ``num_blocks=1``,
+    as a second block reads rows that the first one rewrote, which later pieces of a segment
+    lack).
 
     Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
     a token that sees no slot reads 0 (released: NaN).
@@ -622,7 +627,7 @@ class ReleaseMemory(_MemoryLayer):
         cache.set_running_sum("pooled", new_sum)
         if cache.start is None or (real is not None and not is_prefix):
             # rows have pooled different numbers of tokens
-            counts = torch.tensor(cache.ends(x.shape[0]), device=x.device).clamp(min=1)
+            counts = cache.counts(x.shape[0], x.device)
             pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
         return pooled
 

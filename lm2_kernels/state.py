@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lm2_kernels.checkpoint import replace_file
+
 __all__ = ["MemoryState", "SegmentCache"]
 
 _FORMAT = "lm2_kernels.MemoryState"
@@ -80,6 +82,8 @@ class SegmentCache:
         self.is_open = keep or self.start != 0
         self.in_place = in_place
         self._prefix = ""
+        # what all layers ask for: made once a piece, as each is a copy to the device
+        self._made: dict[tuple[str, torch.device], object] = {}
 
     def scope(self, prefix: str) -> "SegmentCache":
         """The same cache, in which every name begins with ``prefix``."""
@@ -87,22 +91,54 @@ class SegmentCache:
         scoped._prefix = f"{self._prefix}{prefix}."
         return scoped
 
+    def _once(self, name: str, device: torch.device, make: Callable[[], object]) -> object:
+        if (name, device) not in self._made:
+            self._made[name, device] = make()
+        return self._made[name, device]
+
     def positions(self, device: torch.device) -> Tensor:
         """The slots of the piece's tokens: (T,), or (B, 1) where rows differ."""
-        if self.start is not None:
-            return torch.arange(self.start, self.start + self.num_tokens, device=device)
-        return torch.tensor(self.starts, device=device)[:, None]
+
+        def make() -> Tensor:
+            if self.start is not None:
+                return torch.arange(self.start, self.start + self.num_tokens, device=device)
+            return torch.tensor(self.starts, device=device)[:, None]
+
+        return self._once("positions", device, make)
 
     def visible(self, device: torch.device) -> Tensor:
         """For rows that differ: which entries the piece's one token sees, (B, entries) bool."""
-        return torch.arange(self.size, device=device) <= self.positions(device)
+
+        def make() -> Tensor:
+            return torch.arange(self.size, device=device) <= self.positions(device)
+
+        return self._once("visible", device, make)
+
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For rows that differ: the row and the slot of each one's token."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            position = self.positions(device)[:, 0]
+            return torch.arange(len(position), device=device), position
+
+        return self._once("index", device, make)
 
     def real(self, device: torch.device) -> Tensor | None:
         """Which tokens are real, (B, T, 1) bool; None if all are."""
         if self.lengths is None:
             return None
-        lengths = torch.tensor(self.lengths, device=device)[:, None, None]
-        return torch.arange(self.num_tokens, device=device)[:, None] < lengths
+
+        def make() -> Tensor:
+            lengths = torch.tensor(self.lengths, device=device)[:, None, None]
+            return torch.arange(self.num_tokens, device=device)[:, None] < lengths
+
+        return self._once("real", device, make)
+
+    def counts(self, batch: int, device: torch.device) -> Tensor:
+        """How many tokens of its segment each row has read with the piece, at least 1. (B,)"""
+        return self._once(
+            "counts", device, lambda: torch.tensor(self.ends(batch), device=device).clamp(min=1)
+        )
 
     def ends(self, batch: int) -> list[int]:
         """Each row's position after the piece."""
@@ -141,7 +177,7 @@ class SegmentCache:
         kept = kept[:, 0]
         if self.start is not None:
             return kept
-        begun = torch.tensor([start > 0 for start in self.starts], device=kept.device)
+        begun = self.positions(kept.device) > 0
         return torch.where(begun.view(-1, *[1] * (kept.dim() - 1)), kept, 0.0)
 
     def set_running_sum(self, name: str, value: Tensor) -> None:
@@ -170,11 +206,6 @@ class SegmentCache:
                     f"MemoryState.end_segment()"
                 )
         return old
-
-    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For rows that differ: the row and the slot of each one's token."""
-        position = self.positions(device)[:, 0]
-        return torch.arange(len(position), device=device), position
 
     def _joined(self, old: Tensor | None, new: Tensor) -> Tensor:
         """Old and new entries as a tensor of its own, through which gradients flow."""
@@ -224,9 +255,11 @@ class MemoryState:
         for bank in banks:
             if not isinstance(bank, Tensor) or not bank.is_floating_point():
                 raise TypeError("MemoryState: banks must be floating-point tensors")
-            if bank.dim() != 3 or bank.shape != banks[0].shape:
-                shapes = [tuple(bank.shape) for bank in banks]
-                raise ValueError(f"MemoryState: banks must all be of one (B, N, D), got {shapes}")
+            if bank.dim() != 3 or bank.shape != banks[0].shape or bank.dtype != banks[0].dtype:
+                shapes = [(tuple(bank.shape), bank.dtype) for bank in banks]
+                raise ValueError(
+                    f"MemoryState: banks must all be of one (B, N, D) and dtype, got {shapes}"
+                )
         if not banks:
             raise ValueError("MemoryState: no bank")
         self._set(banks, None, {}, banks[0].shape[0], None)
@@ -320,6 +353,11 @@ class MemoryState:
                 f"MemoryState: the model's banks are (slots, width) = {wanted}, the state's "
                 f"{got}: it is of another configuration"
             )
+        if max(self._starts or [0]) >= slots:
+            raise ValueError(
+                f"MemoryState: the state stands at {max(self._starts)}, but the model's segments "
+                f"have {slots} tokens: it is of another configuration"
+            )
         if self.batch != batch:
             raise ValueError(
                 f"MemoryState: the input has {batch} rows, the state {self.batch}; give each row "
@@ -352,10 +390,15 @@ class MemoryState:
         return self._map(torch.Tensor.detach, self.batch)
 
     def to(self, *args, **kwargs) -> "MemoryState":
-        """On another device or in another dtype, as ``Tensor.to``; running sums keep theirs."""
+        """On another device or in another dtype, as ``Tensor.to``.
+
+        The dtype is the memory's. Keys, values and sums of a segment that has begun stay as the
+        model computed them.
+        """
         moved = self._map(lambda tensor: tensor.to(*args, **kwargs), self.batch)
+        own = {_rows_name(index) for index in range(len(self._incoming))}
         for name, tensor in self._cache.items():
-            if name.endswith(f".{_SUM}"):
+            if name not in own:
                 moved._cache[name] = tensor.to(moved._cache[name].device)
         return moved
 
@@ -393,7 +436,7 @@ class MemoryState:
         """
         if initial.batch != 1:
             raise ValueError(f"MemoryState.reset: initial must be of batch 1, got {initial.batch}")
-        sizes = self._incoming[0].shape[1:] if self._incoming else (0, 0)
+        sizes = self._incoming[0].shape[1:] if self._incoming else (1, 0)
         initial.check(len(self._incoming), 1, *sizes)
         chosen = set(self._index(rows).tolist())
         starts = [
@@ -406,7 +449,13 @@ class MemoryState:
             torch.where(mask.to(old.device)[:, None, None], new.to(old), old)
             for old, new in zip(self._incoming, initial.banks, strict=True)
         ]
-        return self._make(banks, starts, self._cache, self.batch)
+        cache = {
+            name: tensor.masked_fill(
+                mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
+            )
+            for name, tensor in self._cache.items()
+        }
+        return self._make(banks, starts, cache, self.batch, _Stream())
 
     @classmethod
     def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
@@ -414,8 +463,10 @@ class MemoryState:
         states = list(states)
         if not states:
             raise ValueError("MemoryState.cat: no state")
-        shapes = {tuple(bank.shape[1:]) for state in states for bank in state._incoming}
-        if len({len(state._incoming) for state in states}) > 1 or len(shapes) > 1:
+        kinds = {(tuple(b.shape[1:]), b.dtype, b.device) for s in states for b in s._incoming}
+        numbers = {len(state._incoming) for state in states}
+        kept = {frozenset(state._cache) for state in states if state._starts is not None}
+        if max(len(kinds), len(numbers), len(kept)) > 1:
             raise ValueError(f"MemoryState.cat: states of several configurations: {states}")
         incoming = [torch.cat(banks) for banks in zip(*(s._incoming for s in states), strict=True)]
         starts = [start for state in states for start in state._starts or [0] * state.batch]
@@ -485,6 +536,11 @@ class MemoryState:
             return self._make(banks, None, {}, self.batch)
         for index, rows in enumerate(new_rows):
             cache.extend(_rows_name(index), rows)
+        stream = None
+        if not torch.is_grad_enabled():
+            # from here on this state's own cache is another's to write to
+            stream = self._stream if cache.in_place else _Stream()
+            stream.last += 1
         starts = cache.ends(self.batch)
         if not cache.keep:
             return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
@@ -499,10 +555,6 @@ class MemoryState:
             # the rows that begin anew will write over entries that earlier states still read
             starts = [start % cache.slots for start in starts]
             return self._make(banks, starts, cache.tensors, self.batch)
-        stream = None
-        if not torch.is_grad_enabled():
-            stream = self._stream if cache.in_place else _Stream()
-            stream.last += 1
         return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
 
     def save(self, path: str | Path) -> None:
@@ -520,7 +572,7 @@ class MemoryState:
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        save_file(copies, path, metadata={"format": _FORMAT})
+        replace_file(path, lambda part: save_file(copies, part, metadata={"format": _FORMAT}))
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryState":
@@ -544,10 +596,40 @@ class MemoryState:
             kind, _, rest = name.partition(".")
             groups.get(kind, {})[rest] = tensor
         banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
-        if found != _FORMAT or "" not in groups["position"] or any(bank is None for bank in banks):
+        position = groups["position"].get("")
+        if found != _FORMAT or not _fits(banks, position, groups["cache"]):
             raise ValueError(f"MemoryState.load: {path} holds no memory state")
-        starts = groups["position"][""].tolist()
+        starts = position.tolist()
         return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+
+
+def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, Tensor]) -> bool:
+    """Whether tensors of a file go together as a state."""
+    if position is None or position.dtype != torch.int64 or position.dim() != 1:
+        return False
+    starts = position.tolist()
+    most, batch = max(starts, default=0), len(starts)
+    return (
+        min(starts, default=0) >= 0
+        and all(
+            bank is not None
+            and bank.is_floating_point()
+            and bank.dim() == 3
+            and bank.shape == banks[0].shape
+            and bank.dtype == banks[0].dtype
+            and bank.shape[0] == batch
+            and most < bank.shape[1]
+            for bank in banks
+        )
+        and all(
+            tensor.is_floating_point()
+            and tensor.dim() >= 3
+            and tensor.shape[0] == batch
+            and tensor.shape[1] >= (1 if name.endswith(f".{_SUM}") else most)
+            for name, tensor in cache.items()
+        )
+        and (most == 0 or all(_rows_name(index) in cache for index in range(len(banks))))
+    )
 
 
 def _rows_name(index: int) -> str:

@@ -49,6 +49,19 @@ def test_all_wrong_keys_are_listed(tmp_path):
         "of another shape: model.embed_tokens.weight (3, 4) for (61, 24)",
     ):
         assert text in str(raised.value)
+    small_model().save(tmp_path)
+    weights = load_file(path)
+    save_file({**weights, "model.norm.weight": torch.ones(24, dtype=torch.int64)}, path)
+    with pytest.raises(ValueError, match=r"not floating-point: model\.norm\.weight"):
+        LM2ForCausalLM.load(tmp_path)
+
+
+def test_a_tied_head_may_be_saved_too(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    weights = model.state_dict()
+    model.save(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
+    ids = random_ids(1, 4)
+    assert torch.equal(LM2ForCausalLM.load(tmp_path)(ids).logits, model(ids).logits)
 
 
 def test_damaged_files_are_refused(tmp_path):

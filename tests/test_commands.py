@@ -132,6 +132,8 @@ def test_a_run_goes_on(text, tmp_path, monkeypatch):
     assert [path.name for path in (cut / "progress").iterdir()] == ["step-4"]
     assert not (cut / "model.safetensors").exists()
     resumed = _arguments(text, cut, "--resume")
+    # the model is as it was
+    del resumed[resumed.index("--config") : resumed.index("--out")]
     assert cli.main(resumed) == 0
     _same(cut, whole)
     # once more, from the same place, by two
@@ -147,8 +149,13 @@ def test_a_run_goes_on(text, tmp_path, monkeypatch):
         (["--batch", "0"], "batch"),
         (["--length", "3000"], "windows of 3000 tokens"),
         (["--vocab-size", "9"], "text has 256 tokens"),
-        (["--resume"], "No such file"),
         (["--steps", "0"], "steps"),
+        (["--length", "1"], "--length must be at least 2"),
+        (["--save-every", "0"], "--save-every must be"),
+        (["--weight-decay", "-1"], "--weight-decay must be"),
+        (["--validation", "nan"], "validation share"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--lr", "1e30"], "the loss of step"),
         (["more.npy"], "not both"),
         (["--flow", "time", "--bptt-segments", "0"], "bptt_segments"),
     ),
@@ -158,6 +165,39 @@ def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m lm2_kernels train: error:")
     assert message in error
+
+
+def test_wrong_runs_are_refused(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    resumed = ["train", str(text), "--out", str(out), "--resume"]
+    config = text.with_name("config.json")
+    for content, arguments, message in (
+        (SIZES, resumed, "No such file"),
+        (SIZES, [*resumed, "--slots", "9"], "--slots does not fit"),
+        ([1], _arguments(text, out), "must hold an object"),
+        ({**SIZES, "vocab_size": 300}, _arguments(text, out), "text has 256 tokens"),
+        ({**SIZES, "vocab_size": 200}, _arguments(text, out), "the data has 256 tokens"),
+    ):
+        config.write_text(json.dumps(content))
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    # a new run leaves nothing of an earlier one
+    config.write_text(json.dumps(SIZES))
+    assert cli.main(_arguments(text, out, "--save-every", "2")) == 0
+    assert cli.main(_arguments(text, out)) == 0
+    assert cli.main(resumed) == 2
+    assert "holds no saved run" in capsys.readouterr().err
+    for options, message in (
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--temperature", "nan"], "--temperature must be"),
+        (["--temperature", "0", "--top-k", "3"], "above 0"),
+        (["--tokens", "0"], "max_new_tokens"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["generate", str(out), "--prompt", "the", *options]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err
 
 
 def test_wrong_data_is_refused(tmp_path):

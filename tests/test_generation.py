@@ -152,18 +152,24 @@ def test_sampling_is_repeatable():
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
-    one = model.generate(ids, do_sample=True, top_k=1, max_new_tokens=9).sequences
-    assert torch.equal(one, model.generate(ids, max_new_tokens=9).sequences)
+    greedy = model.generate(ids, max_new_tokens=9).sequences
+    for options in ({"top_k": 1}, {"temperature": 1e-40}):
+        one = model.generate(ids, do_sample=True, max_new_tokens=9, **options).sequences
+        assert torch.equal(one, greedy)
 
 
-def test_bfloat16_and_autocast_generate():
-    ids = random_ids(2, 9)
-    for dtype in (torch.bfloat16, torch.float32):
-        model = _model("release", "time").to(dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            got = model.generate(ids, attention_mask=ids > 5, max_new_tokens=9)
-        assert got.sequences.shape == (2, 18)
-        assert all(bank.isfinite().all() for bank in got.memory.banks)
+@every_kind
+def test_autocast_generates(formulation, flow):
+    """Under autocast the steps' logits are those of one forward, to bfloat16's rounding."""
+    model, ids = _model(formulation, flow).to(torch.float32), random_ids(2, 9)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = model.generate(ids, max_new_tokens=8)
+        assert got.memory._cache["layers.0.self_attn.key"].dtype == torch.bfloat16
+        first = model(got.sequences[:, :7], use_cache=True)
+        rest = model(got.sequences[:, 7:], memory=first.memory)
+        whole = model(got.sequences).logits
+    together = torch.cat([first.logits, rest.logits], dim=1)
+    torch.testing.assert_close(together, whole, rtol=2**-6, atol=2**-6)
 
 
 def test_generation_without_memory_layers():
@@ -180,6 +186,9 @@ def test_generation_without_memory_layers():
         ({"do_sample": True, "top_k": 0}, ValueError, "top_k"),
         ({"do_sample": True, "top_p": 0.0}, ValueError, "top_p must be in"),
         ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p must be in"),
+        ({"do_sample": True, "top_p": "x"}, TypeError, "top_p must be a float"),
+        ({"do_sample": True, "temperature": None}, TypeError, "temperature must be a float"),
+        ({"do_sample": True, "temperature": float("nan")}, ValueError, "temperature must be"),
         ({"eos_token_id": 61}, ValueError, "eos_token_id must be between 0 and 60"),
         ({"pad_token_id": -1}, ValueError, "pad_token_id"),
         ({"eos_token_id": "x"}, TypeError, "eos_token_id"),

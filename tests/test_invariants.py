@@ -79,6 +79,18 @@ def test_causality_is_found_broken_at_one_token():
     invariants.check_causality(peeks, x, positions=(3, 8))
     with pytest.raises(InvariantError):
         invariants.check_causality(peeks, x)
+    with pytest.raises(InvariantError, match="before token 1 "):
+        # from the last token to the one before
+        invariants.check_causality(
+            lambda ids: (ids + ids.roll(-1, 1)).double(), torch.tensor([[4, 7]])
+        )
+    with pytest.raises(ValueError, match="all tokens are alike"):
+        invariants.check_causality(lambda ids: ids.double(), torch.full((1, 9), 3))
+    for arguments in ((torch.randn(1, 1, 2),), (x, ())):
+        with pytest.raises(ValueError, match="no position to try"):
+            invariants.check_causality(lambda x: x, *arguments)
+    with pytest.raises(InvariantError, match="is not finite"):
+        invariants.check_causality(lambda x: x / 0.0, x)
     with pytest.raises(ValueError, match="from 1 to 19"):
         invariants.check_causality(peeks, x, positions=(20,))
 

@@ -1,8 +1,11 @@
 """Reading in pieces: layers and models give what one pass gives, wherever each row stands."""
 
+import copy
+import pickle
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import lm2_kernels as lm2
 from lm2_kernels import MemoryState, streaming
@@ -135,6 +138,45 @@ def test_an_earlier_state_stays_what_it_was(formulation, flow):
         assert torch.equal(got, bank)
 
 
+@every_kind
+@pytest.mark.parametrize("apart", (False, True))
+def test_a_full_segment_stays_what_it_was(formulation, flow, apart):
+    """Two continuations of a state, the first of which fills a row's segment."""
+    model, ids = _model(formulation, flow), random_ids(2, 30)
+    mask = torch.ones(2, SLOTS - 1)
+    if apart:
+        mask[1, :2] = 0
+    with torch.no_grad():
+        state = model(ids[:, : SLOTS - 2], attention_mask=mask[:, :-1], use_cache=True).memory
+        state = model(ids[:, SLOTS - 2 : SLOTS - 1], memory=state, use_cache=True).memory
+        first = model(ids[:, 6:7], memory=state, use_cache=True).memory
+        assert first.position.tolist() == ([0, SLOTS - 2] if apart else [0, 0])
+        before = [bank.clone() for bank in first.banks]
+        want = model(ids[:, 7:8], memory=first, use_cache=True).logits
+        model(ids[:, 20:21], memory=state, use_cache=True)
+        got = model(ids[:, 7:8], memory=first, use_cache=True).logits
+    assert torch.equal(got, want)
+    for bank, was in zip(first.banks, before, strict=True):
+        assert torch.equal(bank, was)
+
+
+@every_kind
+@pytest.mark.parametrize("grad", (False, True))
+def test_reset_forgets_nan(formulation, flow, grad):
+    model, ids = _model(formulation, flow), random_ids(2, 6)
+    with torch.no_grad():
+        state = model(ids[:, :3], use_cache=True).memory
+        for tensor in (*state._incoming, *state._cache.values()):
+            tensor[0] = torch.nan
+    with torch.set_grad_enabled(grad):
+        fresh = state.reset([0], model.initial_state(1))
+        got = model(ids[:, 3:4], memory=fresh, use_cache=True)
+        want = model(ids[:1, 3:4], use_cache=True)
+    _close(got.logits[:1], want.logits)
+    assert got.logits.isfinite().all()
+    _same_state(got.memory.select([0]), want.memory)
+
+
 def test_steps_write_in_place():
     """A step of one token copies no buffer."""
     model, ids = _model(memory_slots=64), random_ids(2, 9)
@@ -186,19 +228,107 @@ def test_state_file_within_a_segment(formulation, flow, tmp_path):
             got = model(ids[:, 5:], memory=again, use_cache=True)
         _close(got.logits, want.logits)
         _same_state(got.memory, want.memory)
-    for tensors in ({"bank.0": torch.zeros(1, 2, 3)}, {"bank.1": torch.zeros(1, 2, 3)}):
+    state.save(path)
+    whole = load_file(path)
+    assert whole["position"].tolist() == [5, 2]
+    key = next(name for name in whole if name.endswith("self_attn.key"))
+    for change in (
+        {"position": torch.tensor([6, 2])},
+        {"position": torch.tensor([-1, 2])},
+        {"position": torch.tensor([5])},
+        {"position": torch.tensor([5, 2, 1])},
+        {"position": torch.tensor([5.0, 2.0])},
+        {"position": torch.tensor(5)},
+        {"bank.0": torch.zeros(2, SLOTS, 24, dtype=torch.int64)},
+        {"bank.0": torch.zeros(2, SLOTS)},
+        {"bank.7": torch.zeros(2, SLOTS, 24)},
+        {key: whole[key][:, :3].clone()},
+        {key: whole[key][:1].clone()},
+        {"cache.bank0": None},
+        {"position": None},
+    ):
+        tensors = {k: v for k, v in {**whole, **change}.items() if v is not None}
         save_file(tensors, path, metadata={"format": "lm2_kernels.MemoryState"})
         with pytest.raises(ValueError, match="holds no memory state"):
             MemoryState.load(path)
 
 
-def test_state_moves_and_keeps_its_sums():
-    model, ids = _model("release").to(torch.float32), random_ids(2, 8)
-    state = model(ids[:, :4], use_cache=True).memory.to(torch.bfloat16)
-    for name, tensor in state._cache.items():
-        assert tensor.dtype == (torch.float32 if name.endswith(".sum") else torch.bfloat16)
-    output = model.to(torch.bfloat16)(ids[:, 4:], memory=state, use_cache=True)
-    assert output.logits.isfinite().all()
+@every_kind
+def test_float32_memory_beside_a_16_bit_model(formulation, flow):
+    """Pieces equal one pass, and the state's dtype is the memory's, within a segment too."""
+    model, ids = _model(formulation, flow).to(torch.bfloat16), random_ids(2, 10)
+    start = model.initial_state(2).to(torch.float32)
+    whole = model(ids, memory=start, use_cache=True)
+    assert whole.memory.banks[0].dtype == torch.float32
+    with torch.no_grad():
+        first = model(ids[:, :4], memory=start, use_cache=True)
+        rest = model(ids[:, 4:], memory=first.memory, use_cache=True)
+    together = torch.cat([first.logits, rest.logits], dim=1)
+    # one unit in the last place of bfloat16: products of other shapes
+    torch.testing.assert_close(together, whole.logits, rtol=2**-6, atol=2**-6)
+    moved = first.memory.to(torch.bfloat16)
+    assert moved.banks[0].dtype == torch.bfloat16
+    assert model(ids[:, 4:], memory=moved).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("grad", (False, True))
+def test_copied_and_pickled_states_are_their_own(grad):
+    model, ids = _model(), random_ids(2, 9)
+    with torch.no_grad():
+        state = model(ids[:, :4], use_cache=True).memory
+        copies = [copy.deepcopy(state), pickle.loads(pickle.dumps(state))]
+        want = model(ids[:, 4:5], memory=state, use_cache=True).logits
+        model(ids[:, 5:6], memory=state, use_cache=True)
+        for other in copies:
+            assert torch.equal(model(ids[:, 4:5], memory=other).logits, want)
+
+
+def test_modes_mix():
+    """A state may be made without gradients, in inference mode and with them, in any order."""
+    model, ids = _model(), random_ids(2, 9)
+    want = model(ids).logits
+    contexts = (torch.no_grad, torch.inference_mode, torch.no_grad, torch.inference_mode)
+    state, logits = None, []
+    for context, piece in zip(contexts, ids.split((2, 1, 3, 3), dim=1), strict=True):
+        with context():
+            output = model(piece, memory=state, use_cache=True)
+        state = output.memory
+        logits.append(output.logits)
+    _close(torch.cat(logits, dim=1), want.detach())
+
+
+def test_empty_batch():
+    model, ids = _model(), random_ids(2, 9)[:0]
+    output = model(ids, ids, use_cache=True, return_logits=True)
+    assert output.logits.shape == (0, 9, 61)
+    assert output.memory.batch == 0
+    assert model.generate(ids, max_new_tokens=3).sequences.shape == (0, 12)
+
+
+def test_a_failed_step_leaves_the_state():
+    model, ids = _model(), random_ids(2, 9)
+    with torch.no_grad():
+        state = model(ids[:, :4], use_cache=True).memory
+        want = copy.deepcopy(state)
+        handle = model.model.layers[2].mlp.register_forward_hook(_raise)
+        with pytest.raises(RuntimeError, match="on purpose"):
+            model(ids[:, 4:5], memory=state, use_cache=True)
+        handle.remove()
+        got = model(ids[:, 5:6], memory=state, use_cache=True).logits
+        _close(got, model(ids[:, 5:6], memory=want, use_cache=True).logits)
+
+
+def _raise(*_):
+    raise RuntimeError("on purpose")
+
+
+@every_kind
+def test_model_compiles_whole(formulation, flow):
+    model, ids = _model(formulation, flow, num_hidden_layers=1), random_ids(2, 9)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, want = compiled(ids, ids, return_logits=True), model(ids, ids, return_logits=True)
+    _close(got.logits, want.logits)
+    _close(got.loss, want.loss)
 
 
 def test_model_without_memory_streams():
@@ -217,7 +347,7 @@ def test_model_without_memory_streams():
 @pytest.mark.parametrize("num_blocks", (1, 2))
 @pytest.mark.parametrize("layer", ("paper", "release"))
 def test_layer_streams(layer, num_blocks):
-    """One call for a segment, and one for each of its pieces. Two blocks too: their keys are kept."""
+    """One call for a segment, one for each of its pieces. Two blocks too: their keys are kept."""
     if layer == "paper":
         if num_blocks > 1:
             return
@@ -318,6 +448,20 @@ def test_wrong_state_within_a_segment_is_refused():
         _model()(ids, attention_mask=torch.zeros(2, 3))
     with pytest.raises(ValueError, match="several configurations"):
         MemoryState.cat([state, _model(flow="time").initial_state(1)])
+    other = _model("release")(ids, use_cache=True).memory
+    for states in ([state, other], [state, state.to(torch.float32)]):
+        with pytest.raises(ValueError, match="several configurations"):
+            MemoryState.cat(states)
+    plain = _model(memory_layers=(), memory_slots=4)
+    for length in (4, 5):
+        longer = _model(memory_layers=())(random_ids(2, length), use_cache=True).memory
+        with pytest.raises(ValueError, match=f"stands at {length}"):
+            plain(ids, memory=longer)
+    with pytest.raises(ValueError, match="top_k must be between 1 and N = 6"):
+        piece, cache = _model().initial_state(2).piece(3, SLOTS, keep=True)
+        lm2.PaperMemory(24, 3, top_k=7).double()(
+            torch.randn(2, 3, 24).double(), *piece, cache=cache
+        )
     with pytest.raises(ValueError, match="no state"):
         MemoryState.cat([])
 
