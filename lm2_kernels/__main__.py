@@ -1,5 +1,5 @@
-"""``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, and
-``train`` and ``generate`` are for models of your own.
+"""``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, ``demo``
+what a memory is good for, and ``train`` and ``generate`` are for models of your own.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done.
 """
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     checked.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     for command in (described, checked):
         command.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    commands.add_demo(subparsers)
     commands.add_train(subparsers)
     commands.add_generate(subparsers)
     return parser

@@ -1,4 +1,4 @@
-"""``python -m lm2_kernels train`` and ``generate``: models of your own from the command line."""
+"""``python -m lm2_kernels demo``, ``train`` and ``generate``."""
 
 import argparse
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lm2_kernels import checkpoint, corpus, parallel, training
+from lm2_kernels import checkpoint, corpus, demo, parallel, training
 from lm2_kernels.model import LM2Config, LM2ForCausalLM
 from lm2_kernels.terminal import StepBar
 
@@ -71,6 +71,24 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=run_generate)
+
+
+def add_demo(commands: argparse._SubParsersAction) -> None:
+    """The ``demo`` command's arguments."""
+    parser = commands.add_parser("demo", help="train a small LM2 to remember, in two minutes")
+    parser.add_argument("--out", type=Path, default=Path("lm2_demo"), help="a folder (lm2_demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and stories (0)")
+    parser.add_argument("--steps", type=int, default=demo.STEPS, help=f"({demo.STEPS})")
+    parser.set_defaults(run=run_demo)
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """Train with and without memory, and compare the layer with the released way."""
+    report = demo.run(options.out, seed=options.seed, steps=options.steps, progress=StepBar)
+    print(demo.render(report))
+    print()
+    print(demo.render_comparison(demo.compare_with_released()))
+    return 0
 
 
 def run_train(options: argparse.Namespace) -> int:

@@ -1,0 +1,501 @@
+"""The demo: a small LM2 learns from nothing to answer questions that only its memory can answer.
+
+:func:`run` trains two models on the same batches, one with memory layers and one without, and says
+how many questions about stories that neither has seen they answer. :func:`compare_with_released`
+then times the released way to compute the memory layer beside this package's.
+"""
+
+import collections
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lm2_kernels.corpus import save_tokenizer
+from lm2_kernels.functional import check_int, initial_memory
+from lm2_kernels.model import LM2Config, LM2ForCausalLM
+from lm2_kernels.patching import swap_memory
+from lm2_kernels.tasks import Example, QATask
+from lm2_kernels.terminal import StepBar
+from lm2_kernels.training import Accuracy, train
+
+__all__ = [
+    "Comparison",
+    "Outcome",
+    "ReleasedStyleMemory",
+    "Report",
+    "compare_with_released",
+    "render",
+    "render_comparison",
+    "run",
+]
+
+TASK = QATask()
+STEPS = 900
+BATCH = 32
+QUESTIONS = 4
+LEARNING_RATE = 3e-3
+VALIDATION = 500  # stories of each hop
+_VALIDATION_SEED = 1_000_003
+_ROPE_THETA = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one model's training."""
+
+    name: str
+    parameters: int
+    losses: list[float]
+    seconds: float
+    accuracy: dict[int, Accuracy]  # by hops
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A question to the trained model."""
+
+    story: str
+    question: str
+    answer: str
+    truth: str
+    prompt: str  # what the model reads, padding and all
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What :func:`run` returns."""
+
+    outcomes: tuple[Outcome, Outcome]  # with memory, without
+    baselines: dict[str, dict[int, Accuracy]]  # by name and hops: answers without a model
+    answers: list[Answer]
+    model: Path  # the checkpoint's folder
+    plot: Path | None  # of the losses
+    notes: list[str]
+
+
+def run(
+    out_dir: str | Path,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    validation: int = VALIDATION,
+    progress: Callable[[str], StepBar] | None = None,
+) -> Report:
+    """Train with and without memory on equal data, and compare on stories kept for validation.
+
+    Writes into ``out_dir``: the trained model, ``losses.png`` if there is matplotlib, and
+    ``report.json``.
+
+    Args:
+        out_dir: a folder, made if need be.
+        seed: of the weights and of the training stories; validation is the same for all seeds.
+        steps: of training, each model's.
+        validation: stories asked after, of each hop.
+        progress: makes the progress bar of a model's training from its name
+            (:class:`lm2_kernels.terminal.StepBar`); None shows nothing.
+    """
+    check_int("demo", "steps", steps, 1)
+    check_int("demo", "validation", validation, 1)
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    questions = {
+        hops: list(
+            itertools.islice(
+                TASK.examples(_VALIDATION_SEED, hops=hops, validation=True), validation
+            )
+        )
+        for hops in (1, 2)
+    }
+    source = TASK.batches(BATCH, seed, questions=QUESTIONS)
+    batches = list(itertools.islice(source, steps))  # the same for both models
+    outcomes = []
+    model, plain = _models(seed)
+    for name, trained in (("with memory", model), ("without", plain)):
+        outcomes.append(_train(name, trained, batches, questions, progress))
+    model.save(out_dir / "model")
+    save_tokenizer(out_dir / "model", TASK.vocabulary)
+    answers = _answer(out_dir / "model", [questions[1][0], questions[2][0]])
+    plot, notes = out_dir / "losses.png", []
+    try:
+        _plot(outcomes, plot)
+    except ModuleNotFoundError as error:
+        plot = None
+        notes.append(f'no plot of the losses: {error}; pip install "lm2_kernels[demo]"')
+    report = Report(tuple(outcomes), _baselines(questions), answers, out_dir / "model", plot, notes)
+    _write_json(out_dir / "report.json", report, seed)
+    return report
+
+
+def render(report: Report) -> str:
+    """The text that the command prints."""
+    rows = [["", "parameters", "1 hop", "2 hops", "last loss", "trained in"]]
+    for outcome in report.outcomes:
+        last = statistics.fmean(outcome.losses[-20:])
+        rows.append(
+            [
+                outcome.name,
+                f"{outcome.parameters:,}",
+                *_shares(outcome.accuracy),
+                f"{last:.3f}",
+                f"{outcome.seconds:.0f} s",
+            ]
+        )
+    rows += [[name, "", *_shares(by_hops)] for name, by_hops in report.baselines.items()]
+    total = report.outcomes[0].accuracy[1].total
+    lines = [f"right answers about {total} stories for each hop that were not trained on"]
+    lines += [f"  {line}" for line in _columns(rows)]
+    for asked in report.answers:
+        lines += [
+            "",
+            f"  {asked.story}",
+            f"  {asked.question} {asked.answer}  (true: {asked.truth})",
+        ]
+    last = report.answers[-1]
+    lines += [
+        "",
+        f"the model with memory is in {report.model}; ask it yourself:",
+        f"  python -m lm2_kernels generate {report.model} --temperature 0 "
+        f"--tokens {len(last.truth.split())} --prompt '{last.prompt}'",
+    ]
+    if report.plot is not None:
+        lines.append(f"the losses are in {report.plot}")
+    return "\n".join(lines + report.notes)
+
+
+def _models(seed: int) -> tuple[LM2ForCausalLM, LM2ForCausalLM]:
+    """The model with memory layers and the one without, which starts from the same weights."""
+    config = LM2Config(
+        vocab_size=TASK.vocabulary.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rope_theta=_ROPE_THETA,
+        memory_slots=TASK.slots,
+        memory_heads=4,
+        formulation="paper",
+        flow="time",
+        memory_init="learned",
+        initializer_range=0.125,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LM2ForCausalLM(config)
+        _open_memory(model)
+    plain = LM2ForCausalLM(dataclasses.replace(config, memory_layers=()))
+    weights = model.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    return model, plain
+
+
+@torch.no_grad()
+def _open_memory(model: LM2ForCausalLM) -> None:
+    """Let words write into the memory, and tell what they find there, from the start.
+
+    What is read from slots that are nearly alike is nearly the same everywhere and large, so that
+    the input gate alone shapes what each word writes.
+    """
+    bank = model.initial_memory
+    bank.copy_(torch.randn_like(bank[:, :1]) + 0.1 * torch.randn_like(bank))
+    for layer in model.memory_layers():
+        layer.query_proj.weight.mul_(2.0)
+        layer.value_proj.weight.mul_(4.0)
+        layer.input_gate_proj.weight.mul_(4.0)
+
+
+def _train(
+    name: str,
+    model: LM2ForCausalLM,
+    batches: Sequence[dict[str, Tensor]],
+    questions: dict[int, list[Example]],
+    progress: Callable[[str], StepBar] | None,
+) -> Outcome:
+    bar = None if progress is None else progress(name)
+    start = time.monotonic()
+    try:
+        losses = train(
+            model,
+            batches,
+            steps=len(batches),
+            lr=LEARNING_RATE,
+            warmup=min(30, len(batches)),
+            progress=bar,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    seconds = time.monotonic() - start
+    accuracy = {hops: _accuracy(model, asked) for hops, asked in questions.items()}
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return Outcome(name, count, losses, seconds, accuracy)
+
+
+@torch.no_grad()
+def _accuracy(model: LM2ForCausalLM, examples: Sequence[Example]) -> Accuracy:
+    """How often the place is right, after the first words of the answer as the model gave them.
+
+    The examples have one question each, all of the same number of hops.
+    """
+    batch = TASK.collate(examples)
+    ids, places = batch["input_ids"], batch["labels"][:, -1]
+    for word in range(-examples[0].questions[0].hops, 0):
+        # by forward, which the model without memory has too
+        ids[:, word] = model(ids).logits[:, word - 1].argmax(-1)
+    return Accuracy(int((ids[:, -1] == places).sum()), len(examples))
+
+
+def _baselines(questions: dict[int, list[Example]]) -> dict[str, dict[int, Accuracy]]:
+    """Answers that need no model: the commonest one, and the place that the story names last."""
+    commonest, last = {}, {}
+    for hops, examples in questions.items():
+        answers = [example.questions[0].answer[-1] for example in examples]
+        # counted on the validation stories themselves, which favours the baseline
+        commonest[hops] = Accuracy(max(collections.Counter(answers).values()), len(answers))
+        named = (
+            next(words[2] for words in reversed(example.sentences) if words[1] == "entered")
+            for example in examples
+        )
+        last[hops] = Accuracy(sum(map(str.__eq__, named, answers)), len(answers))
+    return {"commonest answer": commonest, "place named last": last}
+
+
+def _answer(folder: Path, examples: Sequence[Example]) -> list[Answer]:
+    """Ask the model that was written."""
+    model, vocabulary, answers = LM2ForCausalLM.load(folder).eval(), TASK.vocabulary, []
+    for example in examples:
+        (question,) = example.questions
+        # the rest is for the answer
+        prompt = TASK.collate([example])["input_ids"][:, : -question.hops]
+        generated = model.generate(prompt, max_new_tokens=question.hops).sequences
+        answers.append(
+            Answer(
+                ", ".join(" ".join(sentence) for sentence in example.sentences),
+                f"where is {question.subject}?",
+                vocabulary.decode(generated[0, -question.hops :].tolist()),
+                " ".join(question.answer),
+                vocabulary.decode(prompt[0].tolist()),
+            )
+        )
+    return answers
+
+
+def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> None:
+    # not pyplot: nothing here asks for a display
+    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for outcome in outcomes:
+        means = [
+            statistics.fmean(outcome.losses[max(0, end - window) : end])
+            for end in range(1, len(outcome.losses) + 1)
+        ]
+        axes.plot(range(1, len(means) + 1), means, label=outcome.name)
+    chance = math.log(TASK.places)
+    axes.axhline(
+        chance, color="gray", linestyle=":", label=f"one of {TASK.places} places by chance"
+    )
+    axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(0.0, chance * 1.6))
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _write_json(path: Path, report: Report, seed: int) -> None:
+    def shares(by_hops: dict[int, Accuracy]) -> dict[str, float]:
+        return {f"{hops} hops": accuracy.share for hops, accuracy in by_hops.items()}
+
+    content = {
+        "seed": seed,
+        "task": dataclasses.asdict(TASK),
+        "models": [
+            {**dataclasses.asdict(outcome), "accuracy": shares(outcome.accuracy)}
+            for outcome in report.outcomes
+        ],
+        "baselines": {name: shares(by_hops) for name, by_hops in report.baselines.items()},
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _shares(by_hops: dict[int, Accuracy]) -> list[str]:
+    return [f"{100 * by_hops[hops].share:.1f} %" for hops in (1, 2)]
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    width = max(map(len, rows))
+    full = [[*row, *[""] * (width - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in full
+    ]
+
+
+class ReleasedStyleMemory(nn.Module):
+    """The released memory layer, computed the way the released code does: the demo's comparison.
+
+    Separate projections, all (B, H, T, N) scores in memory, a float32 softmax, one operator after
+    the other. Written from the mathematics (see :class:`lm2_kernels.ReleaseMemory`, whose state
+    dict it has); tokens = slots.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8):
+        super().__init__()
+        # the released module's names, which swap_memory reads
+        self.n_heads, self.num_blocks, self.use_topk, self.topk = num_heads, 1, False, 0
+        self.attn_drop = nn.Dropout(0.0)
+        self.query_proj = nn.Linear(dim, dim)
+        self.key_proj = nn.Linear(dim, dim)
+        self.value_proj = nn.Linear(dim, dim)
+        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim)] * 2)
+        self.attended_memory_layernorm = nn.LayerNorm(dim)
+        self.attended_memory_layernorm2 = nn.LayerNorm(dim)
+        self.input_gate_projector = nn.Module()
+        self.input_gate_projector.w = nn.Parameter(torch.ones(dim))
+        self.input_gate_projector.linear = nn.Linear(dim, 2 * dim)
+        self.memory_gate_projector = nn.Module()
+        self.memory_gate_projector.linear = nn.Linear(dim, 2 * dim)
+        self.input_bias = nn.Parameter(torch.tensor(0.0))
+        self.forget_bias = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """X and memory (B, T, D) -> output and new memory (B, T, D)."""
+        attended = self.attended_memory_layernorm(memory + self._read(x, memory))
+        mixed = attended
+        for layer in self.attention_mlp:
+            mixed = torch.relu(layer(mixed))
+        candidate = self.attended_memory_layernorm2(attended + mixed)
+        pooled = torch.relu(self.input_gate_projector.w * x).mean(dim=1, keepdim=True)
+        gates = self.input_gate_projector.linear(pooled)
+        gates = gates + self.memory_gate_projector.linear(torch.tanh(memory))
+        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        input_gate = torch.sigmoid(input_gate + self.input_bias)
+        forget_gate = torch.sigmoid(forget_gate + self.forget_bias)
+        new_memory = input_gate * torch.tanh(candidate) + forget_gate * memory
+        return x + new_memory, new_memory
+
+    def _read(self, x: Tensor, memory: Tensor) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+        query, key = heads(self.query_proj(x)), heads(self.key_proj(memory))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(x.dtype)
+        return (probabilities @ heads(self.value_proj(memory))).transpose(1, 2).flatten(-2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The released way and this package's on the same weights, inputs and machine."""
+
+    size: int  # T = N = D
+    difference: float  # largest, of outputs, new memory and gradients, in float64
+    forward: float  # how many times as fast this package's is: median of paired rounds
+    training: float  # forward and backward, likewise
+
+
+def compare_with_released(
+    sizes: Sequence[int] = (256, 512),
+    *,
+    batch: int = 1,
+    num_heads: int = 8,
+    rounds: int = 9,
+    device: torch.device | str | None = None,
+) -> list[Comparison]:
+    """Swap our layer into a model of the released style: are the results equal, which is faster?
+
+    Args:
+        sizes: of T = N = D, where the released code runs.
+        batch: B.
+        num_heads: H.
+        rounds: of timing. Each times both, in turns first, and their ratio's median counts.
+        device: where; a GPU if there is one.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for size in sizes:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(size)
+            released = nn.ModuleDict({"memory_module": ReleasedStyleMemory(size, num_heads)})
+            x = torch.randn(batch, size, size, device=device)
+        released.to(device)
+        swapped = copy.deepcopy(released)
+        swap_memory(swapped)
+        layers = (swapped["memory_module"], released["memory_module"])
+        inputs = (x, initial_memory(batch, size, size, device=device))
+        forward, training = (_speed_ratio(layers, inputs, rounds, grad) for grad in (False, True))
+        # last, as it makes them float64
+        difference = _difference(layers, inputs)
+        rows.append(Comparison(size, difference, forward, training))
+    return rows
+
+
+def render_comparison(rows: Sequence[Comparison]) -> str:
+    """The text that the command prints."""
+    table = [["tokens = slots = width", "largest difference", "forward", "with backward"]]
+    for row in rows:
+        speeds = (f"{ratio:.2f} x as fast" for ratio in (row.forward, row.training))
+        table.append([str(row.size), f"{row.difference:.0e}", *speeds])
+    lines = ["a memory layer computed the released way, and after lm2.swap_memory:"]
+    lines += [f"  {line}" for line in _columns(table)]
+    lines.append("(differences in float64, of results and gradients; times in float32)")
+    return "\n".join(lines)
+
+
+def _difference(layers: tuple[nn.Module, nn.Module], inputs: tuple[Tensor, Tensor]) -> float:
+    results = []
+    for layer in layers:
+        x, memory = (tensor.double().requires_grad_() for tensor in inputs)
+        output, new_memory = layer.double()(x, memory)
+        parameters = dict(layer.named_parameters())
+        loss = output.sin().sum() + new_memory.cos().sum()
+        gradients = torch.autograd.grad(loss, [x, memory, *parameters.values()])
+        named = dict(zip(("x", "memory", *parameters), gradients, strict=True))
+        results.append({"output": output, "new_memory": new_memory, **named})
+    ours, theirs = results
+    return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
+
+
+def _speed_ratio(
+    layers: tuple[nn.Module, nn.Module], inputs: tuple[Tensor, Tensor], rounds: int, grad: bool
+) -> float:
+    """The second layer's time by the first's: the median over rounds."""
+
+    def seconds(layer: nn.Module) -> float:
+        x, memory = (tensor.detach().requires_grad_(grad) for tensor in inputs)
+        _synchronise(x)
+        start = time.perf_counter()
+        with torch.set_grad_enabled(grad):
+            output, new_memory = layer(x, memory)
+            if grad:
+                torch.autograd.backward([output, new_memory], [output, new_memory])
+        _synchronise(x)
+        spent = time.perf_counter() - start
+        layer.zero_grad()
+        return spent
+
+    for layer in layers * 2:
+        seconds(layer)
+    ratios = []
+    for index in range(rounds):
+        order = layers if index % 2 == 0 else layers[::-1]
+        times = {id(layer): seconds(layer) for layer in order}
+        ours, theirs = (times[id(layer)] for layer in layers)
+        ratios.append(theirs / ours)
+    return statistics.median(ratios)
+
+
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
