@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lm2_kernels.corpus import save_tokenizer
 from lm2_kernels.functional import check_int, initial_memory
+from lm2_kernels.info import columns
 from lm2_kernels.model import LM2Config, LM2ForCausalLM
 from lm2_kernels.patching import swap_memory
 from lm2_kernels.tasks import Example, QATask
@@ -88,6 +89,7 @@ def run(
     seed: int = 0,
     steps: int = STEPS,
     validation: int = VALIDATION,
+    device: torch.device | str | None = None,
     progress: Callable[[str], StepBar] | None = None,
 ) -> Report:
     """Train with and without memory on equal data, and compare on stories kept for validation.
@@ -100,6 +102,7 @@ def run(
         seed: of the weights and of the training stories; validation is the same for all seeds.
         steps: of training, each model's.
         validation: stories asked after, of each hop.
+        device: where; a GPU if there is one.
         progress: makes the progress bar of a model's training from its name
             (:class:`lm2_kernels.terminal.StepBar`); None shows nothing.
     """
@@ -118,7 +121,7 @@ def run(
     source = TASK.batches(BATCH, seed, questions=QUESTIONS)
     batches = list(itertools.islice(source, steps))  # the same for both models
     outcomes = []
-    model, plain = _models(seed)
+    model, plain = (model.to(device or _best_device()) for model in _models(seed))
     for name, trained in (("with memory", model), ("without", plain)):
         outcomes.append(_train(name, trained, batches, questions, progress))
     model.save(out_dir / "model")
@@ -152,7 +155,7 @@ def render(report: Report) -> str:
     rows += [[name, "", *_shares(by_hops)] for name, by_hops in report.baselines.items()]
     total = report.outcomes[0].accuracy[1].total
     lines = [f"right answers about {total} stories for each hop that were not trained on"]
-    lines += [f"  {line}" for line in _columns(rows)]
+    lines += [f"  {line}" for line in columns(_filled(rows))]
     for asked in report.answers:
         lines += [
             "",
@@ -245,8 +248,8 @@ def _accuracy(model: LM2ForCausalLM, examples: Sequence[Example]) -> Accuracy:
 
     The examples have one question each, all of the same number of hops.
     """
-    batch = TASK.collate(examples)
-    ids, places = batch["input_ids"], batch["labels"][:, -1]
+    batch, device = TASK.collate(examples), next(model.parameters()).device
+    ids, places = batch["input_ids"].to(device), batch["labels"][:, -1].to(device)
     for word in range(-examples[0].questions[0].hops, 0):
         # by forward, which the model without memory has too
         ids[:, word] = model(ids).logits[:, word - 1].argmax(-1)
@@ -329,14 +332,10 @@ def _shares(by_hops: dict[int, Accuracy]) -> list[str]:
     return [f"{100 * by_hops[hops].share:.1f} %" for hops in (1, 2)]
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """All rows as long as the longest."""
     width = max(map(len, rows))
-    full = [[*row, *[""] * (width - len(row))] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
-    return [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in full
-    ]
+    return [[*row, *[""] * (width - len(row))] for row in rows]
 
 
 class ReleasedStyleMemory(nn.Module):
@@ -395,6 +394,10 @@ class ReleasedStyleMemory(nn.Module):
         return (probabilities @ heads(self.value_proj(memory))).transpose(1, 2).flatten(-2)
 
 
+def _best_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The released way and this package's on the same weights, inputs and machine."""
@@ -422,7 +425,7 @@ def compare_with_released(
         rounds: of timing. Each times both, in turns first, and their ratio's median counts.
         device: where; a GPU if there is one.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or _best_device()
     rows = []
     for size in sizes:
         with torch.random.fork_rng(devices=[]):
@@ -448,7 +451,7 @@ def render_comparison(rows: Sequence[Comparison]) -> str:
         speeds = (f"{ratio:.2f} x as fast" for ratio in (row.forward, row.training))
         table.append([str(row.size), f"{row.difference:.0e}", *speeds])
     lines = ["a memory layer computed the released way, and after lm2.swap_memory:"]
-    lines += [f"  {line}" for line in _columns(table)]
+    lines += [f"  {line}" for line in columns(table)]
     lines.append("(differences in float64, of results and gradients; times in float32)")
     return "\n".join(lines)
 

@@ -76,6 +76,7 @@ def test_accuracy_follows_the_models_own_first_word():
         def __init__(self, hops, wrong):
             super().__init__()
             self.hops, self.wrong = hops, wrong
+            self.unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, ids):
             logits = torch.zeros(*ids.shape, demo.TASK.vocabulary.vocab_size)
