@@ -43,7 +43,7 @@ TASK = QATask()
 STEPS = 900
 BATCH = 32
 QUESTIONS = 4
-LEARNING_RATE = 3e-3
+LEARNING_RATE, FLOOR = 2e-3, 0.3
 VALIDATION = 500  # stories of each hop
 _VALIDATION_SEED = 1_000_003
 _ROPE_THETA = 10.0
@@ -230,6 +230,7 @@ def _train(
             batches,
             steps=len(batches),
             lr=LEARNING_RATE,
+            floor=FLOOR,
             warmup=min(30, len(batches)),
             progress=bar,
         )
