@@ -187,6 +187,8 @@ class AddedMemory:
     For documents longer than the host's window, and for truncated backpropagation, set ``carry``: a
     call that would start from the initial memory then starts a new segment with the memory that the
     last call left. It is kept with its history: call :meth:`detach` where gradients are to stop.
+    Not with ``generate(use_cache=False)``, whose every step reads the prompt again, as a new call;
+    and after a beam search what is carried belongs to the beams: call :meth:`reset`.
     """
 
     def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], options: dict):
@@ -224,6 +226,8 @@ class AddedMemory:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
+        # a copy has weights of its own: caches that the original filled are not its
+        self._owner = next(_owners)
         self._begin_anew()
 
     def __repr__(self) -> str:
@@ -267,7 +271,7 @@ class AddedMemory:
         if self._carried is not None:
             self._carried = {index: state.detach() for index, state in self._carried.items()}
 
-    def remove(self) -> None:
+    def _remove(self) -> None:
         """Take the layers and hooks out; what was frozen is trainable again."""
         for handle in self._handles:
             handle.remove()
@@ -771,7 +775,7 @@ def remove_memory(model: nn.Module) -> Report:
         )
     before = _report("removed", model, _names(model, [*layers, *swapped]))
     for module in added:
-        getattr(module, _MEMORY).remove()
+        getattr(module, _MEMORY)._remove()
         delattr(module, _MEMORY)
     if added and hasattr(getattr(model, "config", None), _OPTIONS):
         delattr(model.config, _OPTIONS)
@@ -904,8 +908,10 @@ def _swapped(name: str, module: nn.Module, backend: str | None) -> _SwappedMemor
         raise refuse("has two values of epsilon in its layer norms")
     if module.use_topk and module.attn_drop.p > 0.0:
         raise refuse("drops out before top-k (set attn_drop.p to 0)")
-    if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
-        raise refuse("has hooks")
+    for part in module.modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks)
+        if any((*hooks, part._backward_hooks, part._backward_pre_hooks)):
+            raise refuse("has hooks")
     swapped = _SwappedMemory(
         module.query_proj.in_features,
         module.n_heads,

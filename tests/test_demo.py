@@ -20,7 +20,9 @@ def test_run(tmp_path, monkeypatch, capsys):
     real = demo.train
 
     def watch(model, batches, **options):
-        seen.append((model, list(batches), options["lr"]))
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        options.pop("progress")
+        seen.append((model, start, list(batches), options))
         return real(model, batches, **options)
 
     monkeypatch.setattr(demo, "train", watch)
@@ -29,16 +31,16 @@ def test_run(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for text in ("with memory", "without", "commonest answer", "place named last", "losses.png"):
         assert text in printed
-    (ours, data, lr), (plain, same, same_lr) = seen
-    assert lr == same_lr
+    assert "about 20 stories" in printed
+    (ours, start, data, options), (plain, same_start, same, same_options) = seen
+    assert options == same_options
     for a, b in zip(data, same, strict=True):
-        assert torch.equal(a["input_ids"], b["input_ids"])
+        assert all(torch.equal(a[name], b[name]) for name in ("input_ids", "labels"))
     assert ours.memory_layers()
     assert not plain.memory_layers()
     # all that is not memory starts alike
-    fresh = [model.state_dict() for model in demo._models(0)]
-    for name, tensor in fresh[1].items():
-        assert torch.equal(tensor, fresh[0][name]), name
+    for name, tensor in same_start.items():
+        assert torch.equal(tensor, start[name]), name
     report = json.loads((tmp_path / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == ["with memory", "without"]
     assert len(report["models"][0]["losses"]) == 3
