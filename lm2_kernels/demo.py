@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import math
 import shlex
 import statistics
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.corpus import save_tokenizer
 from lm2_kernels.functional import check_int, initial_memory
 from lm2_kernels.info import columns
@@ -32,7 +32,6 @@ from lm2_kernels.training import Accuracy, train
 __all__ = [
     "Comparison",
     "Outcome",
-    "ReleasedStyleMemory",
     "Report",
     "compare_with_released",
     "render",
@@ -344,62 +343,6 @@ def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     """All rows as long as the longest."""
     width = max(map(len, rows))
     return [[*row, *[""] * (width - len(row))] for row in rows]
-
-
-class ReleasedStyleMemory(nn.Module):
-    """The released memory layer, computed the way the released code does: the demo's comparison.
-
-    Separate projections, all (B, H, T, N) scores in memory, a float32 softmax, one operator after
-    the other. Written from the mathematics (see :class:`lm2_kernels.ReleaseMemory`, whose state
-    dict it has); tokens = slots.
-    """
-
-    def __init__(self, dim: int, num_heads: int = 8):
-        super().__init__()
-        # the released module's names, which swap_memory reads
-        self.n_heads, self.num_blocks, self.use_topk, self.topk = num_heads, 1, False, 0
-        self.attn_drop = nn.Dropout(0.0)
-        self.query_proj = nn.Linear(dim, dim)
-        self.key_proj = nn.Linear(dim, dim)
-        self.value_proj = nn.Linear(dim, dim)
-        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim)] * 2)
-        self.attended_memory_layernorm = nn.LayerNorm(dim)
-        self.attended_memory_layernorm2 = nn.LayerNorm(dim)
-        self.input_gate_projector = nn.Module()
-        self.input_gate_projector.w = nn.Parameter(torch.ones(dim))
-        self.input_gate_projector.linear = nn.Linear(dim, 2 * dim)
-        self.memory_gate_projector = nn.Module()
-        self.memory_gate_projector.linear = nn.Linear(dim, 2 * dim)
-        self.input_bias = nn.Parameter(torch.tensor(0.0))
-        self.forget_bias = nn.Parameter(torch.tensor(1.0))
-
-    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """X and memory (B, T, D) -> output and new memory (B, T, D)."""
-        attended = self.attended_memory_layernorm(memory + self._read(x, memory))
-        mixed = attended
-        for layer in self.attention_mlp:
-            mixed = torch.relu(layer(mixed))
-        candidate = self.attended_memory_layernorm2(attended + mixed)
-        pooled = torch.relu(self.input_gate_projector.w * x).mean(dim=1, keepdim=True)
-        gates = self.input_gate_projector.linear(pooled)
-        gates = gates + self.memory_gate_projector.linear(torch.tanh(memory))
-        input_gate, forget_gate = gates.chunk(2, dim=-1)
-        input_gate = torch.sigmoid(input_gate + self.input_bias)
-        forget_gate = torch.sigmoid(forget_gate + self.forget_bias)
-        new_memory = input_gate * torch.tanh(candidate) + forget_gate * memory
-        return x + new_memory, new_memory
-
-    def _read(self, x: Tensor, memory: Tensor) -> Tensor:
-        def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-
-        query, key = heads(self.query_proj(x)), heads(self.key_proj(memory))
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
-        scores = scores.masked_fill(later, -math.inf)
-        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-        probabilities = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(x.dtype)
-        return (probabilities @ heads(self.value_proj(memory))).transpose(1, 2).flatten(-2)
 
 
 def _best_device() -> str:

@@ -136,6 +136,45 @@ LARGE_CASES = (
 CASES = SMALL_CASES + LARGE_CASES
 
 
+class Shape(NamedTuple):
+    """A memory layer at work, as the benchmarks measure it and the tests check it."""
+
+    name: str
+    batch: int
+    tokens: int
+    slots: int
+    heads: int
+    dim: int  # D, of all heads together
+    source: str  # where the numbers come from
+
+    @property
+    def slot_offset(self) -> int:
+        """Pieces of a segment are its last tokens."""
+        return self.slots - self.tokens if self.tokens < self.slots else 0
+
+    def cases(self) -> list[Case]:
+        """Each op as the layers at this shape call it."""
+        offset = {"slot_offset": self.slot_offset} if self.slot_offset else {}
+        rows = (self.batch, self.tokens, self.dim)
+        head_width = self.dim // self.heads
+        attention = _attention(
+            self.batch, self.tokens, self.slots, self.heads, head_width, **offset
+        )
+        update = _update(*rows, output_gate=True)
+        return [attention, update, _norm(*rows), _pool(*rows)]
+
+
+SHAPES = (
+    Shape("256", 4, 256, 256, 8, 256, "a small model; batches give all sizes like work"),
+    Shape("512", 2, 512, 512, 8, 512, "a small model"),
+    Shape("1024", 1, 1024, 1024, 8, 1024, "a middling model"),
+    Shape("2048", 1, 2048, 2048, 8, 2048, "the released model: slots and width, default heads"),
+    Shape("few slots", 1, 2048, 256, 8, 1024, "N much smaller than T: a read without a write"),
+    Shape("decode", 1, 1, 2048, 8, 2048, "one token of the released model's segment"),
+    Shape("odd", 2, 300, 333, 3, 195, "no size is a multiple of anything"),
+)
+
+
 class Inputs(NamedTuple):
     """A case's tensors: ``tensors`` take gradients, ``constants`` do not."""
 

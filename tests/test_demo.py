@@ -108,7 +108,7 @@ def test_swapped_layer_is_equal(size):
     text = demo.render_comparison([row])
     assert f"{size}" in text
     # the comparison's own layer is the released formulation
-    theirs, ours = demo.ReleasedStyleMemory(size, 2).double(), ReleaseMemory(size, 2).double()
+    theirs, ours = ReleasedStyleMemory(size, 2).double(), ReleaseMemory(size, 2).double()
     theirs.load_state_dict(ours.state_dict())
     x, memory = torch.randn(2, 2, size, size).double()
     for got, want in zip(theirs(x, memory), ours(x, memory), strict=True):

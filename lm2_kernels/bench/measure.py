@@ -1,0 +1,262 @@
+"""Times, rates and memory: rows in turns, so that what else the machine does hits all of them."""
+
+import ctypes
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lm2_kernels import products, testing
+from lm2_kernels.bench.works import Outputs, Row, Work, dtype_name
+
+# what a single timing must last on a CPU: shorter work is repeated within it
+_MIN_SECONDS = 2e-3
+_MAX_ROUNDS = 31
+_MIN_ROUNDS = 5
+# larger than any cache of a GPU
+_FLUSH_BYTES = 256 * 2**20
+# A peer rounds in places of its own: only gross errors are not its kind of rounding.
+_PEER_FACTOR = 8.0
+
+
+class DisagreementError(AssertionError):
+    """A row does not compute what the oracle does."""
+
+
+def run(row: Row, pass_name: str, cotangents: Outputs) -> Callable[[], object]:
+    """What is timed of a row, after untimed work is done: call the result to do it once."""
+    if pass_name == "forward":
+
+        def forward() -> object:
+            with torch.no_grad():
+                return row.forward()
+
+        return forward
+
+    def backward(outputs: Outputs) -> object:
+        if row.backward is not None:
+            return row.backward(outputs)
+        return torch.autograd.grad(outputs, row.leaves, cotangents)
+
+    if pass_name == "both":
+        return lambda: backward(row.forward())
+    outputs = row.forward()
+    return lambda: backward(outputs)
+
+
+def seconds(row: Row, pass_name: str, cotangents: Outputs, repeats: int, device: str) -> float:
+    """One timing of a row: a call's mean over ``repeats``."""
+    total = 0.0
+    for index in range(repeats if pass_name == "backward" else 1):
+        # a graph is good for one backward, so each has its own, made outside the time
+        work = run(row, pass_name, cotangents)
+        times = 1 if pass_name == "backward" else repeats
+        total += _event_seconds(work, times) if device == "cuda" else _clock_seconds(work, times)
+        del index, work
+    return total / repeats
+
+
+def _clock_seconds(work: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        result = work()
+    spent = time.perf_counter() - start
+    del result  # freeing it is not part of the work
+    return spent
+
+
+def _event_seconds(work: Callable[[], object], times: int) -> float:
+    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(
+    rows: dict[str, Row], pass_name: str, cotangents: Outputs, device: str, budget: float
+) -> dict[str, list[float]]:
+    """Interleaved timings of all rows: the n-th of each belong together.
+
+    Args:
+        rows: by name.
+        pass_name: "forward", "backward" or "both".
+        cotangents: of the outputs.
+        device: "cpu" or "cuda".
+        budget: seconds to spend, about; at least some rounds are run.
+    """
+    for row in rows.values():
+        seconds(row, pass_name, cotangents, 1, device)
+    first = {name: seconds(row, pass_name, cotangents, 1, device) for name, row in rows.items()}
+    repeats = {name: max(1, math.ceil(_MIN_SECONDS / spent)) for name, spent in first.items()}
+    a_round = sum(first[name] * repeats[name] for name in rows)
+    count = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(budget / a_round)))
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    names = list(rows)
+    for index in range(count):
+        turn = index % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(seconds(rows[name], pass_name, cotangents, repeats[name], device))
+    return times
+
+
+def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
+    """How many times as fast ours is: the median over rounds."""
+    return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
+
+
+def check(work: Work, rows: dict[str, Row]) -> dict[str, float]:
+    """Hold every row to the numerics rule of :mod:`lm2_kernels.testing`, gradients included.
+
+    Returns:
+        Each row's largest share of the allowed error. Plain PyTorch in the same dtype is the
+        yardstick; ours may reach :data:`lm2_kernels.testing.NARROW` in this one draw.
+
+    Raises:
+        DisagreementError: a row exceeds it.
+    """
+    checked = {name: row for name, row in rows.items() if row.is_checked}
+    if not checked:
+        return {}
+    oracle = _results(work.oracle(), work)
+    plain = _results(next(row for name, row in _yardsticks(work, rows)), work)
+    shares = {}
+    for name, row in checked.items():
+        results = _results(row, work)
+        comparisons = [
+            testing.compare(label, results[label], oracle[label], plain[label]) for label in oracle
+        ]
+        worst = max(comparisons, key=lambda comparison: comparison.share)
+        limit = testing.NARROW if row.is_ours else _PEER_FACTOR
+        if not worst.share <= limit:
+            raise DisagreementError(
+                f"{work.id}: row '{name}' is wrong: {worst.name} has {worst.share:.2g} times the "
+                f"allowed error"
+            )
+        shares[name] = worst.share
+    return shares
+
+
+def _yardsticks(work: Work, rows: dict[str, Row]):
+    for name in ("released way", "oracle", "no cache"):
+        if name in rows:
+            yield name, rows[name]
+        elif name in work.rows:
+            yield name, work.rows[name]()
+
+
+def _results(row: Row, work: Work) -> dict[str, Tensor]:
+    if work.passes == ("forward",):
+        with torch.no_grad():
+            outputs = row.forward()
+        return {f"output {index}": tensor for index, tensor in enumerate(outputs)}
+    outputs = row.forward()
+    cotangents = [c.to(o.dtype) for c, o in zip(work.cotangents, outputs, strict=True)]
+    # parameters' gradients are sums over all rows, whose error is judged where each op is tested
+    leaves = row.leaves[: len(row.leaves) if work.name in testing_ops() else 2]
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    named = {f"output {index}": tensor.detach() for index, tensor in enumerate(outputs)}
+    return named | {f"d{index}": gradient for index, gradient in enumerate(gradients)}
+
+
+def testing_ops() -> tuple[str, ...]:
+    """The works that are single ops."""
+    return tuple(sorted({case.op for case in testing.CASES}))
+
+
+# --- ceilings ----------------------------------------------------------------------------------
+
+
+def ceilings(dtypes: Sequence[torch.dtype], device: str) -> dict[str, float]:
+    """The machine's limits in this run: bytes a second of a large copy, FLOPs of a large product.
+
+    The product is the best of the libraries that :mod:`lm2_kernels.products` chooses from.
+    """
+    elements = (2**26 if device == "cpu" else 2**28) // 4
+    source = torch.ones(elements, device=device)
+    target = torch.zeros_like(source)
+    found = {"copy": 2.0 * _nbytes(source) / _best(lambda: target.copy_(source), device)}
+    size = 2048 if device == "cpu" else 8192
+    for dtype in dtypes:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        with torch.no_grad():
+            spent = _best(lambda a=a, b=b: products.product(a, b.t()), device)
+        found[dtype_name(dtype)] = 2.0 * size**3 / spent
+    return found
+
+
+def _best(work: Callable[[], object], device: str, rounds: int = 5) -> float:
+    clock = _event_seconds if device == "cuda" else _clock_seconds
+    clock(work, 1)
+    return min(clock(work, 1) for _ in range(rounds))
+
+
+def light_share(
+    flops: float, moved: float, spent: float, dtype: torch.dtype, ceiling: dict[str, float]
+) -> float:
+    """The share of the speed of light: the least time that both ceilings allow, by the time."""
+    return max(flops / ceiling[dtype_name(dtype)], moved / ceiling["copy"]) / spent
+
+
+# --- memory ------------------------------------------------------------------------------------
+
+
+def saved_bytes(row: Row) -> int:
+    """What autograd keeps of a forward pass for backward, beside inputs and parameters."""
+    own = {leaf.untyped_storage().data_ptr() for leaf in row.leaves}
+    storages: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = row.forward()
+    del outputs
+    return sum(storages.values())
+
+
+def peak_bytes(work: Callable[[], object], device: str) -> int | None:
+    """The most memory that ``work`` takes beyond what there was; None where that is unknown.
+
+    On Linux CPUs from the process's resident set, whose high mark can be reset.
+    """
+    work()
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        # memory that was freed but not returned would hide what is used of it
+        ctypes.CDLL(None).malloc_trim(0)
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        work()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, AttributeError, StopIteration):
+        return None
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

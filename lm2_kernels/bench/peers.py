@@ -1,0 +1,120 @@
+"""What users could pick instead of this package's layers: the benchmarks' other rows.
+
+Written from the mathematics, with the parameters and state dicts of the package's own layers.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lm2_kernels import reference
+
+
+class ReleasedStyleMemory(nn.Module):
+    """The released memory layer, computed the way the released code does.
+
+    Separate projections, all (B, H, T, N) scores in memory, a float32 softmax, one operator after
+    the other. Has the state dict of :class:`lm2_kernels.ReleaseMemory`; tokens = slots.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8):
+        super().__init__()
+        # the released module's names, which swap_memory reads
+        self.n_heads, self.num_blocks, self.use_topk, self.topk = num_heads, 1, False, 0
+        self.attn_drop = nn.Dropout(0.0)
+        self.query_proj = nn.Linear(dim, dim)
+        self.key_proj = nn.Linear(dim, dim)
+        self.value_proj = nn.Linear(dim, dim)
+        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim)] * 2)
+        self.attended_memory_layernorm = nn.LayerNorm(dim)
+        self.attended_memory_layernorm2 = nn.LayerNorm(dim)
+        self.input_gate_projector = nn.Module()
+        self.input_gate_projector.w = nn.Parameter(torch.ones(dim))
+        self.input_gate_projector.linear = nn.Linear(dim, 2 * dim)
+        self.memory_gate_projector = nn.Module()
+        self.memory_gate_projector.linear = nn.Linear(dim, 2 * dim)
+        self.input_bias = nn.Parameter(torch.tensor(0.0))
+        self.forget_bias = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        """X and memory (B, T, D) -> output and new memory (B, T, D)."""
+        attended = self.attended_memory_layernorm(memory + self._read(x, memory))
+        mixed = attended
+        for layer in self.attention_mlp:
+            mixed = torch.relu(layer(mixed))
+        candidate = self.attended_memory_layernorm2(attended + mixed)
+        pooled = torch.relu(self.input_gate_projector.w * x).mean(dim=1, keepdim=True)
+        gates = self.input_gate_projector.linear(pooled)
+        gates = gates + self.memory_gate_projector.linear(torch.tanh(memory))
+        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        input_gate = torch.sigmoid(input_gate + self.input_bias)
+        forget_gate = torch.sigmoid(forget_gate + self.forget_bias)
+        new_memory = input_gate * torch.tanh(candidate) + forget_gate * memory
+        return x + new_memory, new_memory
+
+    def _read(self, x: Tensor, memory: Tensor) -> Tensor:
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+        query, key = heads(self.query_proj(x)), heads(self.key_proj(memory))
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(scores.dtype)
+        return (probabilities @ heads(self.value_proj(memory))).transpose(1, 2).flatten(-2)
+
+
+class SdpaPaperMemory(nn.Module):
+    """The paper's layer in plain PyTorch over ``scaled_dot_product_attention``.
+
+    What somebody who knows PyTorch would write. Has the state dict of
+    :class:`lm2_kernels.PaperMemory`.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8):
+        super().__init__()
+        self.num_heads = num_heads
+        for name in ("query", "key", "value", "output_gate", "input_gate", "forget_gate"):
+            self.add_module(f"{name}_proj", nn.Linear(dim, dim, bias=False))
+
+    def forward(
+        self, x: Tensor, memory: Tensor, *, slot_offset: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """X (B, T, D) and memory (B, N, D) -> output and new memory."""
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.num_heads, -1))
+
+        read = sdpa(
+            heads(self.query_proj(x)),
+            heads(self.key_proj(memory)),
+            heads(self.value_proj(memory)),
+            slot_offset=slot_offset,
+        ).flatten(-2)
+        end = slot_offset + x.shape[1]
+        new_rows = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
+        forget_gate = torch.sigmoid(self.forget_gate_proj(read))
+        new_rows = new_rows + forget_gate * memory[:, slot_offset:end]
+        output = x + torch.sigmoid(self.output_gate_proj(read)) * read
+        if new_rows.shape != memory.shape:
+            new_rows = torch.cat([memory[:, :slot_offset], new_rows, memory[:, end:]], dim=1)
+        return output, new_rows
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, *, slot_offset: int = 0) -> Tensor:
+    """Causal memory attention (B, T, H, K) by ``scaled_dot_product_attention``."""
+    num_tokens, num_slots = query.shape[1], key.shape[1]
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    if slot_offset == 0 and num_tokens == num_slots:
+        read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    else:
+        mask = reference.visible_slots(
+            num_tokens, num_slots, slot_offset=slot_offset, device=query.device
+        )
+        # all slots seen, as in decoding: no mask is faster
+        mask = None if slot_offset >= num_slots - 1 else mask
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return read.transpose(1, 2)

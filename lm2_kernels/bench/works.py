@@ -1,0 +1,430 @@
+"""The works that are benchmarked, and for each the rows: everything that can do it.
+
+A work is a piece of computation at one shape in one dtype. Its rows share inputs and weights, and
+each must agree with the float64 oracle before it is timed.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lm2_kernels import backends, functional, products, reference, testing
+from lm2_kernels.bench.peers import ReleasedStyleMemory, SdpaPaperMemory, sdpa
+from lm2_kernels.functional import initial_memory
+from lm2_kernels.model import LM2Config, LM2ForCausalLM
+from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.testing import Shape
+
+PASSES = ("forward", "backward", "both")
+ORACLE = "oracle"
+COMPILED = "oracle, compiled"
+AUTOTUNED = "oracle, max-autotune"
+RELEASED = "released way"
+RELEASED_COMPILED = "released way, compiled"
+SDPA = "eager + SDPA"
+# the matrix products by the best library and our attention, alone: what a layer cannot go below
+LIMIT = "limit"
+
+Outputs = tuple[Tensor, ...]
+
+
+class Row(NamedTuple):
+    """One way to do a work."""
+
+    forward: Callable[[], Outputs]
+    leaves: Sequence[Tensor]  # whose gradients are taken, x and memory first
+    is_ours: bool = False
+    # a limit computes no result to compare
+    is_checked: bool = True
+    # of the limit, which is no differentiable function: the products and attention of backward
+    backward: Callable[[], object] | None = None
+
+
+@dataclasses.dataclass
+class Work:
+    """One computation with all its rows."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    device: str
+    rows: dict[str, Callable[[], Row]]  # made when asked for: compiling takes long
+    passes: tuple[str, ...]
+    flops: dict[str, float]  # causal ones counted half
+    bytes: dict[str, float]  # that must move: inputs and outputs once
+    oracle: Callable[[], Row] | None = None  # in float64
+    cotangents: Outputs = ()
+
+    @property
+    def id(self) -> str:
+        return f"{self.name} {self.shape.name} {dtype_name(self.dtype)}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def our_backends(device: str) -> tuple[str, ...]:
+    """The backends that can run float32 tensors on this device, best first."""
+    x = torch.empty(1, 1, 1, 16, device=device)
+    found = []
+    for name in backends.NAMES:
+        if name == "triton" and device == "cpu":
+            continue  # an interpreter is for tests
+        if backends.unsupported_reason(name, "memory_attention", x, x, x) is None:
+            found.append(name)
+    return tuple(found)
+
+
+# --- ops ---------------------------------------------------------------------------------------
+
+
+def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
+    """An op through the public function, as the layers call it."""
+    case = next(case for case in shape.cases() if case.op == op)
+    inputs = testing.make_inputs(case, dtype, device)
+
+    def row(function: Callable, inputs=inputs, **options) -> Row:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
+
+        def forward() -> Outputs:
+            named = dict(zip(inputs.tensors, leaves, strict=True))
+            outputs = function(**named, **inputs.constants, **options)
+            return outputs if isinstance(outputs, tuple) else (outputs,)
+
+        return Row(forward, leaves, is_ours=bool(options))
+
+    def oracle() -> Row:
+        tensors = {name: tensor.double() for name, tensor in inputs.tensors.items()}
+        return row(getattr(reference, op), inputs._replace(tensors=tensors))
+
+    rows = {
+        name: functools.partial(row, getattr(functional, op), backend=name)
+        for name in our_backends(device)
+    }
+    rows[ORACLE] = functools.partial(row, getattr(reference, op))
+    rows |= _compiled(lambda wrap: row(wrap(getattr(reference, op))), device)
+    if op == "memory_attention":
+        rows |= _sdpa_rows(row, device)
+    elif op == "residual_layer_norm":
+
+        def torch_norm(x, residual, weight, bias):
+            return F.layer_norm(x + residual, weight.shape, weight, bias)
+
+        rows["torch layer_norm"] = functools.partial(row, torch_norm)
+    flops = _attention_flops(shape) if op == "memory_attention" else dict.fromkeys(PASSES, 0.0)
+    cotangents = inputs.cotangents
+    moved = sum(map(_nbytes, (*inputs.tensors.values(), *cotangents)))
+    # backward reads what forward does and the cotangents, and writes a gradient of each input
+    read = sum(map(_nbytes, inputs.tensors.values()))
+    traffic = {"forward": moved, "backward": moved + read, "both": 2 * moved + read}
+    return Work(op, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
+
+
+def _sdpa_rows(row: Callable[..., Row], device: str) -> dict[str, Callable[[], Row]]:
+    kernels = {"SDPA": None, "SDPA math": SDPBackend.MATH, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+    if device == "cuda":
+        kernels["SDPA efficient"] = SDPBackend.EFFICIENT_ATTENTION
+        kernels["SDPA cudnn"] = SDPBackend.CUDNN_ATTENTION
+
+    def forced(kernel: SDPBackend | None) -> Row:
+        def function(query, key, value, slot_offset=0):
+            if kernel is None:
+                return sdpa(query, key, value, slot_offset=slot_offset)
+            with sdpa_kernel(kernel):
+                return sdpa(query, key, value, slot_offset=slot_offset)
+
+        return row(function)
+
+    return {name: functools.partial(forced, kernel) for name, kernel in kernels.items()}
+
+
+def _compiled(make: Callable[[Callable], Row], device: str) -> dict[str, Callable[[], Row]]:
+    """Rows of torch.compile; ``make`` gets what wraps the function."""
+    modes = {COMPILED: None}
+    if device == "cuda":
+        modes[AUTOTUNED] = "max-autotune"
+
+    def row(mode: str | None) -> Row:
+        # of its own for each work: recompiling for a second shape would make sizes dynamic
+        torch._dynamo.reset()
+        return make(functools.partial(torch.compile, mode=mode, dynamic=False))
+
+    return {name: functools.partial(row, mode) for name, mode in modes.items()}
+
+
+# --- layers ------------------------------------------------------------------------------------
+
+
+def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
+    """A whole memory layer; below float32 as users run it, under autocast from float32 weights."""
+    is_paper = formulation == "paper"
+    ours = PaperMemory if is_paper else ReleaseMemory
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(shape.dim)
+        state = ours(shape.dim, shape.heads).state_dict()
+        x = torch.randn(shape.batch, shape.tokens, shape.dim).to(device, dtype)
+        memory = 0.3 * torch.randn(shape.batch, shape.slots, shape.dim)
+        cotangents = tuple(torch.randn_like(tensor.float()) for tensor in (x.cpu(), memory))
+    memory = (memory + initial_memory(shape.batch, shape.slots, shape.dim)).to(device, dtype)
+    cotangents = tuple(tensor.to(device, dtype) for tensor in cotangents)
+    autocast = functools.partial(torch.autocast, device, dtype=torch.bfloat16)
+    offset = shape.slot_offset
+
+    def row(layer: nn.Module, function: Callable | None = None, *, ours=False, wide=False) -> Row:
+        layer.load_state_dict(state)
+        layer.to(device, torch.float64 if wide else None)
+        inputs = [t.detach().to(torch.float64 if wide else t.dtype) for t in (x, memory)]
+        leaves = [tensor.requires_grad_() for tensor in inputs]
+        function = layer if function is None else function
+
+        def forward() -> Outputs:
+            # whole segments alone are what the released way can do
+            options = {"slot_offset": offset} if offset else {}
+            if wide or dtype == torch.float32:
+                return function(*leaves, **options)
+            with autocast():
+                return function(*leaves, **options)
+
+        named = dict(layer.named_parameters())
+        return Row(forward, [*leaves, *(named[key] for key in _in_order(named))], is_ours=ours)
+
+    def oracle_row(wrap: Callable = lambda function: function, wide: bool = False) -> Row:
+        layer = ours(shape.dim, shape.heads)
+        # shared weights too, each under all its names
+        parameters = dict(layer.named_parameters(remove_duplicate=False))
+        call = reference.paper_memory if is_paper else reference.release_memory
+
+        def function(x: Tensor, memory: Tensor, slot_offset: int = 0) -> Outputs:
+            return call(x, memory, parameters, num_heads=shape.heads, slot_offset=slot_offset)[:2]
+
+        made = row(layer, wrap(function), wide=wide)
+        # moving a layer may replace its parameters
+        parameters.update(layer.named_parameters(remove_duplicate=False))
+        return made
+
+    rows = {
+        name: functools.partial(
+            lambda name: row(ours(shape.dim, shape.heads, backend=name), ours=True), name
+        )
+        for name in our_backends(device)
+    }
+    rows[ORACLE] = oracle_row
+    rows |= _compiled(oracle_row, device)
+    if is_paper:
+        rows[SDPA] = lambda: row(SdpaPaperMemory(shape.dim, shape.heads))
+    elif shape.tokens == shape.slots:
+        rows[RELEASED] = lambda: row(ReleasedStyleMemory(shape.dim, shape.heads))
+
+        def compiled_row(wrap: Callable) -> Row:
+            layer = ReleasedStyleMemory(shape.dim, shape.heads)
+            return row(layer, wrap(layer))
+
+        compiled = _compiled(compiled_row, device)
+        rows[RELEASED_COMPILED] = compiled[COMPILED]
+    products_of = _paper_products if is_paper else _release_products
+    rows[LIMIT] = lambda: _limit(products_of(shape), shape, dtype, device)
+    flops = _attention_flops(shape)
+    matmul = sum(2.0 * math.prod(sizes) for sizes in products_of(shape))
+    for name, times in (("forward", 1), ("backward", 2), ("both", 3)):
+        flops[name] += times * matmul
+    weights = sum(map(_nbytes, state.values()))
+    activations = sum(map(_nbytes, (x, memory)))
+    traffic = {"forward": weights + 2 * activations, "backward": 2 * weights + 3 * activations}
+    traffic["both"] = traffic["forward"] + traffic["backward"]
+    name = f"{formulation} layer"
+    oracle = functools.partial(oracle_row, wide=True)
+    return Work(name, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
+
+
+def _in_order(parameters: dict[str, Tensor]) -> list[str]:
+    # modules define their parameters in orders of their own
+    return sorted(parameters)
+
+
+def _paper_products(shape: Shape) -> list[tuple[int, int, int]]:
+    """(rows, inner, columns) of each matrix product of the forward pass."""
+    tokens, seen = shape.batch * shape.tokens, shape.batch * (shape.slot_offset + shape.tokens)
+    dim = shape.dim
+    return [(tokens, dim, 2 * dim), (seen, dim, 2 * dim), (tokens, dim, 2 * dim)]
+
+
+def _release_products(shape: Shape) -> list[tuple[int, int, int]]:
+    tokens, seen = shape.batch * shape.tokens, shape.batch * (shape.slot_offset + shape.tokens)
+    dim = shape.dim
+    square, wide = (tokens, dim, dim), (tokens, dim, 2 * dim)
+    return [square, (seen, dim, 2 * dim), square, square, wide]
+
+
+def _limit(
+    sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: str
+) -> Row:
+    """The layer's matrix products by the best library, and its attention, one after the other."""
+    operands = []
+    for rows, inner, columns in sizes:
+        x = torch.randn(rows, inner, device=device, dtype=dtype)
+        weight = torch.randn(columns, inner, device=device, dtype=dtype)
+        operands.append((x, weight, torch.randn(rows, columns, device=device, dtype=dtype)))
+    attention = _op("memory_attention", shape, dtype, device)
+    best = attention.rows[our_backends(device)[0]]()
+
+    @torch.no_grad()
+    def multiply(backward: bool) -> None:
+        for x, weight, dy in operands:
+            if not backward:
+                products.product(x, weight.t())
+                continue
+            products.product(dy, weight)
+            products.product(dy.t(), x)
+
+    def forward() -> Outputs:
+        multiply(backward=False)
+        return best.forward()
+
+    def backward(outputs: Outputs) -> None:
+        multiply(backward=True)
+        torch.autograd.grad(outputs, best.leaves, attention.cotangents)
+
+    return Row(forward, best.leaves, is_checked=False, backward=backward)
+
+
+# --- the model ---------------------------------------------------------------------------------
+
+MODEL = {"vocab_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+def _model(shape: Shape, dtype: torch.dtype, device: str, **options: object) -> LM2ForCausalLM:
+    config = LM2Config(
+        hidden_size=shape.dim,
+        intermediate_size=4 * shape.dim,
+        memory_slots=shape.slots,
+        memory_heads=shape.heads,
+        **MODEL,
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LM2ForCausalLM(config)
+    return model.to(device, torch.float32 if dtype == torch.bfloat16 else dtype)
+
+
+def _released_model(shape: Shape, dtype: torch.dtype, device: str, **options) -> LM2ForCausalLM:
+    model = _model(shape, dtype, device, **options)
+    for block in model.model.layers:
+        layer = ReleasedStyleMemory(shape.dim, shape.heads)
+        layer.load_state_dict(block.memory.state_dict())
+        block.memory = layer.to(device)
+    return model
+
+
+def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
+    """The reference model with four blocks: a training step (loss, backward) or a prefill."""
+    options = {"formulation": "release", "pooled_gate": "segment"}
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(MODEL["vocab_size"], (shape.batch, shape.tokens), generator=generator)
+    ids = ids.to(device)
+    is_training = name == "training step"
+
+    def row(make: Callable[[], LM2ForCausalLM], *, ours=False, wide=False) -> Row:
+        model = make()
+        model = model.double() if wide else model
+
+        def forward() -> Outputs:
+            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+                output = model(ids, labels=ids if is_training else None)
+            return (output.loss,) if is_training else (output.logits[:, -1],)
+
+        named = dict(model.named_parameters())
+        return Row(forward, [named[key] for key in sorted(named)], is_ours=ours)
+
+    def ours_by(backend: str | None) -> Callable[[], LM2ForCausalLM]:
+        return functools.partial(_model, shape, dtype, device, backend=backend, **options)
+
+    rows = {
+        backend: functools.partial(row, ours_by(backend), ours=True)
+        for backend in our_backends(device)
+    }
+    released = functools.partial(_released_model, shape, dtype, device, **options)
+    rows[RELEASED] = functools.partial(row, released)
+    oracle = functools.partial(row, released, wide=True)
+    passes = ("both",) if is_training else ("forward",)
+    none = dict.fromkeys(PASSES, 0.0)
+    one = (torch.ones((), device=device),) if is_training else ()
+    return Work(name, shape, dtype, device, rows, passes, none, none, oracle, one)
+
+
+def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
+    """The next token in the middle of a segment: by the caches, or reading the segment again."""
+    past = shape.slots // 2
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(MODEL["vocab_size"], (shape.batch, past + 1), generator=generator)
+    ids = ids.to(device)
+    cast = functools.partial(torch.autocast, device, torch.bfloat16)
+
+    def row(backend: str | None, *, cached: bool, wide: bool = False) -> Row:
+        model = _model(shape, dtype, device, backend=backend).eval()
+        model = model.double() if wide else model
+        enabled = dtype == torch.bfloat16 and not wide
+        with torch.no_grad(), cast(enabled=enabled):
+            states = [model(ids[:, :-1], use_cache=True).memory] if cached else []
+
+        def forward() -> Outputs:
+            with cast(enabled=enabled):
+                if not cached:
+                    return (model(ids).logits[:, -1],)
+                output = model(ids[:, -1:], memory=states[-1], use_cache=True)
+            # the next call goes on: a second one from one state would copy the caches. At the
+            # segment's end back to its middle, which is one copy in many steps
+            states[1:] = [output.memory] if output.memory.position[0] < shape.slots - 1 else []
+            return (output.logits[:, -1],)
+
+        return Row(forward, (), is_ours=cached)
+
+    names = our_backends(device)
+    rows = {name: functools.partial(row, name, cached=True) for name in names}
+    rows["no cache"] = functools.partial(row, "eager", cached=False)
+    oracle = functools.partial(row, "eager", cached=False, wide=True)
+    none = dict.fromkeys(PASSES, 0.0)
+    return Work("decode step", shape, dtype, device, rows, ("forward",), none, none, oracle)
+
+
+# --- all ---------------------------------------------------------------------------------------
+
+WORKS: dict[str, Callable[[Shape, torch.dtype, str], Work]] = {
+    **{op: functools.partial(_op, op) for op in backends.OPS if op != "pooled_gate"},
+    "paper layer": functools.partial(_layer, "paper"),
+    "release layer": functools.partial(_layer, "release"),
+    "training step": functools.partial(_model_work, "training step"),
+    "prefill": functools.partial(_model_work, "prefill"),
+    "decode step": _decode_step,
+}
+
+
+def fits(name: str, shape: Shape) -> bool:
+    """Whether a work makes sense at a shape."""
+    if name in backends.OPS:
+        return True
+    if name in ("training step", "prefill", "decode step"):
+        return shape.tokens == shape.slots
+    # a layer writes a slot for every token
+    return shape.tokens <= shape.slots
+
+
+def _attention_flops(shape: Shape) -> dict[str, float]:
+    """Two products forward, five backward, over the pairs that causality leaves."""
+    first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
+    pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
+    product = 2.0 * shape.batch * shape.dim * pairs
+    return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
