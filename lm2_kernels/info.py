@@ -22,7 +22,7 @@ def collect() -> dict:
             "from_environment": bool(os.environ.get(backends.ENVIRONMENT_VARIABLE)),
         },
         "compiled": extension.build_info(),
-        "float32_products": products.report(),
+        "cpu_products": products.report(),
         # device -> backend -> op -> why not, None where it runs
         "unsupported": {
             device: {
@@ -117,7 +117,7 @@ def render(report: dict) -> str:
     lines += ["default backend", f"  {default['request']}{source}"]
     lines.append("compiled backend (cpp)")
     lines += _table(report["compiled"])
-    lines += ["float32 matrix products on cpu", f"  {report['float32_products']}"]
+    lines += ["matrix products on cpu", *_table(report["cpu_products"])]
     for device, table in report["unsupported"].items():
         reasons: list[str] = []
         rows = [["", *backends.OPS]]

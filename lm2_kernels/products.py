@@ -1,10 +1,16 @@
-"""Matrix products of float32 CPU tensors, by the faster of two exact libraries.
+"""Matrix products of CPU tensors, by the faster of two exact ways.
 
-PyTorch's own ``mm`` calls MKL, which on some processors (AMD's with AVX-512) reaches half of what
-oneDNN does, and on others as much or more. Both are exact float32. So the first large product of
-each layout is timed both ways, a few milliseconds once a process, and the faster library kept.
-``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) decides without a measurement, for results
-that are bit-equal from one process to the next.
+float32: PyTorch's own ``mm`` calls MKL, which on some processors (AMD's with AVX-512) reaches half
+of what oneDNN does, and on others as much or more. Both are exact float32.
+
+16-bit: on a processor without instructions for it, PyTorch's own product takes 8 to 100 times what
+float32 does. There the operands are widened, multiplied in float32 and the result rounded, which is
+what a 16-bit product with float32 sums is.
+
+So the first large product of each dtype and layout is timed both ways, some milliseconds once a
+process, and the faster one kept. ``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) and
+``LM2_KERNELS_16BIT_PRODUCTS=torch`` (or ``float32``) decide without a measurement, for results that
+are bit-equal from one process to the next.
 """
 
 import os
@@ -15,17 +21,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ENVIRONMENT_VARIABLE = "LM2_KERNELS_FLOAT32_PRODUCTS"
-_CHOICES = ("auto", "torch", "onednn")
-# multiplications from which on oneDNN's overhead, some 20 us a call, cannot matter
-_MIN_MULTIPLICATIONS = 1 << 24
-_MEASURED_SIZE = 512
+_16_BIT = (torch.bfloat16, torch.float16)
+# the names of the way that is not torch's own, and the variables that choose
+FLOAT32_VARIABLE = "LM2_KERNELS_FLOAT32_PRODUCTS"
+_16_BIT_VARIABLE = "LM2_KERNELS_16BIT_PRODUCTS"
+_ALTERNATIVE = {FLOAT32_VARIABLE: "onednn", _16_BIT_VARIABLE: "float32"}
+# multiplications from which on the overhead of the other way, some 20 us a call, cannot matter
+_MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 20, torch.float16: 1 << 20}
+# fewer rows are a walk through the weight, which widening it would only make longer
+_MIN_ROWS = 8
+_MEASURED_SIZE = {torch.float32: 512, torch.bfloat16: 256, torch.float16: 256}
 _ROUNDS = 5
-# a library has to be this much faster to be taken in place of torch's own
+# the other way has to be this much faster to be taken in place of torch's own
 _MARGIN = 1.1
+# and is taken after one round if it is so much faster
+_CLEAR = 4.0
 
-# (rows of a are contiguous, rows of b are contiguous) -> how many times faster oneDNN is
-_ratios: dict[tuple[bool, bool], float] = {}
+# (dtype, rows of a are contiguous, rows of b are contiguous) -> how many times faster it is
+_ratios: dict[tuple[torch.dtype, bool, bool], float] = {}
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -33,67 +46,87 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
+def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    # autocast would narrow them again
+    with torch.autocast("cpu", enabled=False):
+        return product(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
+
+
 def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(a, b.t(), bias)
 
 
-def applies(*tensors: Tensor) -> bool:
-    """Whether there is a choice for products of these tensors."""
-    is_float32 = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return is_float32 and not torch.compiler.is_compiling()
+def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    return _widened if dtype in _16_BIT else _onednn
+
+
+def applies(x: Tensor) -> bool:
+    """Whether there is a choice for products of this tensor."""
+    is_choice = x.device.type == "cpu" and x.dtype in _MIN_MULTIPLICATIONS
+    return is_choice and not torch.compiler.is_compiling()
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b + bias``.
+    """``a @ b + bias``, all of one dtype.
 
     Args:
         a: (..., J).
         b: (J, L), a transposed weight as a rule.
         bias: (L,) or None.
     """
-    is_large = a.shape[:-1].numel() * b.numel() >= _MIN_MULTIPLICATIONS
-    # oneDNN's operator has no derivative: a backward under create_graph takes torch's
-    if is_large and applies(a, b) and not torch.is_grad_enabled():
-        rows = a if a.dim() == 2 else a.flatten(0, -2)
-        if _ratio(rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-            return _onednn(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
+    # neither way has a derivative: a backward under create_graph takes torch's
+    if applies(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
+        num_rows = a.shape[:-1].numel()
+        is_large = num_rows * b.numel() >= _MIN_MULTIPLICATIONS[a.dtype]
+        if is_large and num_rows >= _MIN_ROWS:
+            rows = a if a.dim() == 2 else a.flatten(0, -2)
+            if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
+                return _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
     return _torch(a, b, bias)
 
 
-def _ratio(dense_a: bool, dense_b: bool) -> float:
-    """How many times faster oneDNN is than torch's own product for operands of this layout."""
-    request = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-    if request not in _CHOICES:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {_CHOICES}, got {request!r}")
+def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
+    """How many times faster the other way is than torch's own for operands of this layout."""
+    variable = _16_BIT_VARIABLE if dtype in _16_BIT else FLOAT32_VARIABLE
+    request = os.environ.get(variable) or "auto"
+    choices = ("auto", "torch", _ALTERNATIVE[variable])
+    if request not in choices:
+        raise ValueError(f"{variable} must be one of {choices}, got {request!r}")
     if request != "auto":
         return 0.0 if request == "torch" else float("inf")
-    layout = (dense_a, dense_b)
+    layout = (dtype, dense_a, dense_b)
     if layout not in _ratios:
-        _ratios[layout] = _measure(dense_a, dense_b)
+        _ratios[layout] = _measure(*layout)
     return _ratios[layout]
 
 
-def _measure(dense_a: bool, dense_b: bool) -> float:
-    size = _MEASURED_SIZE
+def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
+    size = _MEASURED_SIZE[dtype]
     # small whole numbers: every order of summation gives the same bits
     count = torch.arange(size * size, dtype=torch.float32, device="cpu").view(size, size)
-    a, b = count % 7 - 3.0, count % 5 - 2.0
+    a, b = (count % 7 - 3.0).to(dtype), (count % 5 - 2.0).to(dtype)
     a, b = a if dense_a else a.t(), b if dense_b else b.t()
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
         return _ratio_of(a, b)
 
 
 def _ratio_of(a: Tensor, b: Tensor) -> float:
+    other = _other(a.dtype)
     try:
-        is_right = torch.equal(_onednn(a, b, None), _torch(a, b, None))
+        is_right = torch.equal(other(a, b, None), _torch(a, b, None))
     except (AttributeError, RuntimeError):
         # this PyTorch has no such operator, or no oneDNN
         return 0.0
     if not is_right:
         return 0.0
-    # in turns, and the best of each: what else the machine does hits both
-    times = [(_seconds(_torch, a, b), _seconds(_onednn, a, b)) for _ in range(_ROUNDS)]
-    return min(t for t, _ in times) / min(o for _, o in times)
+    times: list[tuple[float, float]] = []
+    while len(times) < _ROUNDS:
+        # in turns, and the best of each: what else the machine does hits both
+        times.append((_seconds(_torch, a, b), _seconds(other, a, b)))
+        ratio = min(t for t, _ in times) / min(o for _, o in times)
+        if ratio > _CLEAR:
+            break
+    return ratio
 
 
 def _seconds(function: Callable, a: Tensor, b: Tensor) -> float:
@@ -102,13 +135,17 @@ def _seconds(function: Callable, a: Tensor, b: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def report() -> str:
-    """One line for ``info``: which library computes products, and what was measured."""
+def report() -> dict[str, str]:
+    """For ``info``: how products are computed, and what was measured."""
     names = {(True, False): "x W^T", (True, True): "dy W", (False, True): "dy^T x"}
-    parts = []
-    for (dense_a, dense_b), name in names.items():
-        ratio = _ratio(dense_a, dense_b)
-        library = "oneDNN" if ratio > _MARGIN else "torch's own"
-        measured = f" ({ratio:.2f}x)" if 0.0 < ratio < float("inf") else ""
-        parts.append(f"{name} {library}{measured}")
-    return ", ".join(parts)
+    titles = {torch.float32: "oneDNN", torch.bfloat16: "float32", torch.float16: "float32"}
+    lines = {}
+    for dtype, title in titles.items():
+        parts = []
+        for layout, name in names.items():
+            ratio = _ratio(dtype, *layout)
+            way = title if ratio > _MARGIN else "torch's own"
+            measured = f" ({ratio:.2f}x)" if 0.0 < ratio < float("inf") else ""
+            parts.append(f"{name} {way}{measured}")
+        lines[str(dtype).removeprefix("torch.")] = ", ".join(parts)
+    return lines

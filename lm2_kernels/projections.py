@@ -9,7 +9,7 @@ buffer (:func:`pack`), and :func:`project` takes the buffer when it finds them s
 something moved them apart, replaced or hooked one of them, and under torch.compile, which cannot
 see where parameters lie, each layer is called by itself: slower at small sizes, and just as right.
 
-On a CPU the products of float32 tensors go to the faster library (:mod:`lm2_kernels.products`).
+On a CPU the products go the faster of two ways (:mod:`lm2_kernels.products`).
 """
 
 import torch
@@ -56,8 +56,10 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, num_layers: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
-        bias = _stacked(biases, 0) if biases else None
-        return products.product(x, _stacked(weights, 0).t(), bias)
+        # under autocast x has its dtype already
+        weight = _stacked(weights, 0).to(x.dtype)
+        bias = _stacked(biases, 0).to(x.dtype) if biases else None
+        return products.product(x, weight.t(), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -9,6 +9,7 @@ import torch
 
 from lm2_kernels import LM2ForCausalLM, corpus, demo
 from lm2_kernels import __main__ as cli
+from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.modules import ReleaseMemory
 from lm2_kernels.training import Accuracy
 

@@ -1,4 +1,4 @@
-"""Matrix products of float32 CPU tensors: right by either library, chosen by measurement."""
+"""Matrix products of CPU tensors: right by either way, chosen by measurement."""
 
 import pytest
 import torch
@@ -9,10 +9,16 @@ from lm2_kernels import products, testing
 from lm2_kernels.projections import project
 
 
+def _no_minimum(monkeypatch):
+    for dtype in products._MIN_MULTIPLICATIONS:
+        monkeypatch.setitem(products._MIN_MULTIPLICATIONS, dtype, 0)
+    monkeypatch.setattr(products, "_MIN_ROWS", 0)
+
+
 @pytest.fixture(params=("torch", "onednn"))
 def library(request, monkeypatch):
-    monkeypatch.setenv(products.ENVIRONMENT_VARIABLE, request.param)
-    monkeypatch.setattr(products, "_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setenv(products.FLOAT32_VARIABLE, request.param)
+    _no_minimum(monkeypatch)
     return request.param
 
 
@@ -45,7 +51,7 @@ def test_product(library, transposed_a, transposed_b, has_bias, monkeypatch):
 
 
 def test_layers_and_gradients(monkeypatch):
-    monkeypatch.setattr(products, "_MIN_MULTIPLICATIONS", 0)
+    _no_minimum(monkeypatch)
     calls = _onednn_calls(monkeypatch)
 
     def gradients(layer, x, memory):
@@ -58,7 +64,7 @@ def test_layers_and_gradients(monkeypatch):
         x, memory = torch.randn(2, 5, 24), torch.randn(2, 9, 24)
         found = {}
         for library in ("torch", "onednn"):
-            monkeypatch.setenv(products.ENVIRONMENT_VARIABLE, library)
+            monkeypatch.setenv(products.FLOAT32_VARIABLE, library)
             calls.clear()
             found[library] = gradients(layer, x, memory)
             assert bool(calls) == (library == "onednn")
@@ -82,7 +88,7 @@ def test_three_dimensions_and_double_backward(library):
 
 
 def test_other_dtypes_and_small_products_are_torchs_own(monkeypatch):
-    monkeypatch.setenv(products.ENVIRONMENT_VARIABLE, "onednn")
+    monkeypatch.setenv(products.FLOAT32_VARIABLE, "onednn")
     calls = _onednn_calls(monkeypatch)
     with torch.no_grad():
         products.product(torch.randn(4, 4), torch.randn(4, 4))
@@ -96,7 +102,7 @@ def test_without_the_operator(error, monkeypatch):
     def absent(*args):
         raise error("no such operator")
 
-    monkeypatch.delenv(products.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(products.FLOAT32_VARIABLE, raising=False)
     monkeypatch.setattr(products, "_ratios", {})
     monkeypatch.setattr(products, "_onednn", absent)
     a = torch.randn(512, 512)
@@ -106,11 +112,11 @@ def test_without_the_operator(error, monkeypatch):
 
 def test_a_wrong_operator_is_not_taken(monkeypatch):
     monkeypatch.setattr(products, "_onednn", lambda a, b, bias: torch.zeros(a.shape[0], b.shape[1]))
-    assert products._measure(True, False) == 0.0
+    assert products._measure(torch.float32, True, False) == 0.0
 
 
 def test_measured_once_for_each_layout(monkeypatch):
-    monkeypatch.delenv(products.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(products.FLOAT32_VARIABLE, raising=False)
     monkeypatch.setattr(products, "_ratios", {})
     measured = []
     monkeypatch.setattr(products, "_measure", lambda *layout: measured.append(layout) or 2.0)
@@ -119,11 +125,69 @@ def test_measured_once_for_each_layout(monkeypatch):
         for _ in range(2):
             products.product(a, a)
             products.product(a, a.t())
-    assert measured == [(True, True), (True, False)]
+    assert measured == [(torch.float32, True, True), (torch.float32, True, False)]
 
 
 def test_unknown_choice(monkeypatch):
-    monkeypatch.setenv(products.ENVIRONMENT_VARIABLE, "blas")
+    monkeypatch.setenv(products.FLOAT32_VARIABLE, "blas")
     a = torch.randn(512, 512)
-    with torch.no_grad(), pytest.raises(ValueError, match=products.ENVIRONMENT_VARIABLE):
+    with torch.no_grad(), pytest.raises(ValueError, match=products.FLOAT32_VARIABLE):
         products.product(a, a)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("way", ("torch", "float32"))
+@pytest.mark.parametrize("has_bias", (False, True))
+def test_16_bit(dtype, way, has_bias, monkeypatch):
+    monkeypatch.setenv(products._16_BIT_VARIABLE, way)
+    _no_minimum(monkeypatch)
+    widened = []
+    original = products._widened
+    monkeypatch.setattr(products, "_widened", lambda *args: widened.append(args) or original(*args))
+    a, b = torch.randn(2, 40, 65).to(dtype), torch.randn(17, 65).to(dtype).t()
+    bias = torch.randn(17).to(dtype) if has_bias else None
+    with torch.no_grad():
+        got = products.product(a, b, bias)
+    assert got.dtype == dtype
+    assert len(widened) == (way == "float32")
+    want = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+    assert testing.compare("product", got, want, want.to(dtype)).passed
+
+
+def test_16_bit_way_is_measured(monkeypatch):
+    monkeypatch.delenv(products._16_BIT_VARIABLE, raising=False)
+    monkeypatch.setattr(products, "_ratios", {})
+    assert products._ratio(torch.bfloat16, True, False) > 0.0
+    seconds = iter((1.0, 0.1))
+    monkeypatch.setattr(products, "_seconds", lambda *args: next(seconds))
+    # one round is enough where it is clear
+    assert products._measure(torch.bfloat16, True, False) == pytest.approx(10.0)
+
+
+def test_autocast_does_not_narrow_again(monkeypatch):
+    monkeypatch.setenv(products._16_BIT_VARIABLE, "float32")
+    _no_minimum(monkeypatch)
+    a = torch.randn(40, 65).bfloat16()
+    dtypes = []
+    original = products._torch
+    monkeypatch.setattr(
+        products, "_torch", lambda a, b, bias: dtypes.append(a.dtype) or original(a, b, bias)
+    )
+    monkeypatch.setenv(products.FLOAT32_VARIABLE, "torch")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = products.product(a, a.t())
+    assert dtypes == [torch.float32]
+    torch.testing.assert_close(got, (a.float() @ a.float().t()).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ("torch", "float32"))
+def test_autocast_layers(way, monkeypatch):
+    monkeypatch.setenv(products._16_BIT_VARIABLE, way)
+    _no_minimum(monkeypatch)
+    layer = lm2.ReleaseMemory(24, 3, pooled_gate="prefix")
+    x, memory = torch.randn(2, 9, 24, requires_grad=True), torch.randn(2, 9, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, new_memory = layer(x, memory)
+    (output.float().square().sum() + new_memory.square().sum()).backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

@@ -80,9 +80,7 @@ class SdpaPaperMemory(nn.Module):
         for name in ("query", "key", "value", "output_gate", "input_gate", "forget_gate"):
             self.add_module(f"{name}_proj", nn.Linear(dim, dim, bias=False))
 
-    def forward(
-        self, x: Tensor, memory: Tensor, *, slot_offset: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, memory: Tensor, *, slot_offset: int = 0) -> tuple[Tensor, Tensor]:
         """X (B, T, D) and memory (B, N, D) -> output and new memory."""
 
         def heads(projected: Tensor) -> Tensor:

@@ -264,9 +264,7 @@ def _release_products(shape: Shape) -> list[tuple[int, int, int]]:
     return [square, (seen, dim, 2 * dim), square, square, wide]
 
 
-def _limit(
-    sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: str
-) -> Row:
+def _limit(sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: str) -> Row:
     """The layer's matrix products by the best library, and its attention, one after the other."""
     operands = []
     for rows, inner, columns in sizes:
@@ -332,13 +330,14 @@ def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Wor
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, shape.tokens), generator=generator)
     ids = ids.to(device)
     is_training = name == "training step"
+    is_16_bit = dtype == torch.bfloat16
 
     def row(make: Callable[[], LM2ForCausalLM], *, ours=False, wide=False) -> Row:
         model = make()
         model = model.double() if wide else model
 
         def forward() -> Outputs:
-            with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16 and not wide):
+            with torch.autocast(device, torch.bfloat16, enabled=is_16_bit and not wide):
                 output = model(ids, labels=ids if is_training else None)
             return (output.loss,) if is_training else (output.logits[:, -1],)
 
