@@ -1,5 +1,6 @@
 """``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, ``demo``
-what a memory is good for, and ``train`` and ``generate`` are for models of your own.
+what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
+your own.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from lm2_kernels import backends, commands, info, testing, verify
+from lm2_kernels.bench.command import add_bench
 from lm2_kernels.terminal import Progress
 from lm2_kernels.version import __version__
 
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_demo(subparsers)
     commands.add_train(subparsers)
     commands.add_generate(subparsers)
+    add_bench(subparsers)
     return parser
 
 

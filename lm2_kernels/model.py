@@ -61,6 +61,8 @@ class LM2Config:
         memory_init: what a bank starts from: "identity", "zeros" (release formulation alone) or
             "learned" (initially the identity).
         memory_dropout: on the memory attention's probabilities, while training.
+        memory_recompute: whether the memory layers keep their inputs alone for backward and compute
+            the rest again (``recompute`` of :class:`PaperMemory`).
         zero_init: initialise the memory layers so that the model computes what it computes without
             them: the paper formulation's values start at 0; the release formulation's second
             LayerNorm does, and ``memory_init`` must be "zeros": it then learns from sequences of
@@ -89,6 +91,7 @@ class LM2Config:
     pooled_gate: str = "prefix"
     memory_init: str = "identity"
     memory_dropout: float = 0.0
+    memory_recompute: bool = False
     zero_init: bool = False
     initializer_range: float = 0.02
     backend: str | None = None
@@ -102,6 +105,7 @@ class LM2Config:
         check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1)
         check_bool("LM2Config", "tie_word_embeddings", self.tie_word_embeddings)
         check_bool("LM2Config", "zero_init", self.zero_init)
+        check_bool("LM2Config", "memory_recompute", self.memory_recompute)
         check_eps("LM2Config", self.rms_norm_eps)
         check_dropout("LM2Config", self.memory_dropout)
         if self.backend is not None:
@@ -306,7 +310,11 @@ class Block(nn.Module):
 
 
 def _memory_layer(config: LM2Config) -> nn.Module:
-    options = {"dropout": config.memory_dropout, "backend": config.backend}
+    options = {
+        "dropout": config.memory_dropout,
+        "recompute": config.memory_recompute,
+        "backend": config.backend,
+    }
     if config.formulation == "paper":
         return PaperMemory(config.hidden_size, config.memory_heads, **options)
     return ReleaseMemory(

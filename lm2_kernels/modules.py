@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels import functional
-from lm2_kernels.backends import OPS, autocast_dtype, check_choice, select
+from lm2_kernels.backends import (
+    OPS,
+    autocast_dtype,
+    check_choice,
+    requested_backend,
+    select,
+    use_backend,
+)
 from lm2_kernels.functional import (
     check_bool,
     check_dropout,
@@ -49,6 +56,7 @@ class _MemoryLayer(nn.Module):
         top_k: int | None,
         dropout: float,
         write: str,
+        recompute: bool,
         backend: str | None,
     ):
         super().__init__()
@@ -63,6 +71,7 @@ class _MemoryLayer(nn.Module):
             check_scale(op, scale)
         check_bool(op, "causal", causal)
         check_dropout(op, dropout)
+        check_bool(op, "recompute", recompute)
         if write != "position":
             raise ValueError(f"{op}: write must be 'position', got {write!r}")
         if backend is not None:
@@ -74,6 +83,7 @@ class _MemoryLayer(nn.Module):
         self.top_k = top_k
         self.dropout = dropout
         self.write = write
+        self.recompute = recompute
         self.backend = backend
 
     def _pack(self) -> None:
@@ -97,6 +107,7 @@ class _MemoryLayer(nn.Module):
             "scale": (self.scale, None),
             "top_k": (self.top_k, None),
             "dropout": (self.dropout, 0.0),
+            "recompute": (self.recompute, False),
             "backend": (self.backend, None),
         }
         text = f"dim={self.dim}, num_heads={self.num_heads}"
@@ -154,8 +165,10 @@ class _MemoryLayer(nn.Module):
         check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
         check_nonempty(op, "x", x, {"tokens T": 1})
-        for name in self.OPS:
-            select(name, (x,), self.backend)
+        if (self.backend or requested_backend()) != "auto":
+            # which always finds one
+            for name in self.OPS:
+                select(name, (x,), self.backend)
         autocast = autocast_dtype(x.device.type)
         if autocast is not None and weight.dtype != torch.float64:
             allowed = (torch.float32, autocast)
@@ -178,6 +191,40 @@ class _MemoryLayer(nn.Module):
                 f"{op}: memory must be {x.dtype}, the dtype of x, or float32 beside a 16-bit x, "
                 f"got {memory.dtype}"
             )
+
+    def _run(
+        self, function: Callable[..., tuple[Tensor, ...]], cache: SegmentCache | None, *inputs
+    ) -> tuple[Tensor, ...]:
+        """``function(*inputs)``; with ``recompute``, keeping the inputs alone for backward.
+
+        ``inputs`` are all tensors that the function reads besides the layer's parameters.
+        """
+        # a second run would extend an open cache again; a closed one neither has nor keeps anything
+        is_open = cache is not None and cache.is_open
+        if not self.recompute or is_open or not torch.is_grad_enabled():
+            return function(*inputs)
+        parameters = tuple(self.parameters())
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in (*inputs, *parameters)):
+            return function(*inputs)
+        # imports torch._dynamo, which importing the package does not wait for
+        from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
+
+        options = {
+            "use_reentrant": False,
+            # the same dropout mask: its seed is drawn again
+            "preserve_rng_state": self.training and self.dropout > 0.0,
+        }
+        if torch.compiler.is_compiling():
+            return checkpoint(function, *inputs, **options)
+        backend = requested_backend()
+
+        def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            # backward may run outside of the caller's use_backend
+            with use_backend(backend):
+                return function(*tensors[: len(inputs)])
+
+        # the parameters as inputs: autograd then notices if they change before backward
+        return checkpoint(again, *inputs, *parameters, **options)
 
     def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
         """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
@@ -279,6 +326,11 @@ class PaperMemory(_MemoryLayer):
         dropout: on the attention probabilities, while training.
         output: "read", or "memory" for equation 3 read literally: ``x + sigma(R Wout) * P``.
         write: which token writes which slot; "position" is the only rule so far.
+        recompute: keep x and memory alone for backward, instead of about 9 tensors of their size
+            (T = N), and compute the rest again there: the same gradients bit for bit, for a second
+            forward pass. Options, ``training`` and parameters must then be in backward what they
+            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
+            anyway, is not recomputed; one fed whole is.
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
         dtype: of the parameters.
@@ -307,6 +359,7 @@ class PaperMemory(_MemoryLayer):
         dropout: float = 0.0,
         output: str = "read",
         write: str = "position",
+        recompute: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -319,6 +372,7 @@ class PaperMemory(_MemoryLayer):
             top_k=top_k,
             dropout=dropout,
             write=write,
+            recompute=recompute,
             backend=backend,
         )
         if output not in ("read", "memory"):
@@ -376,8 +430,16 @@ class PaperMemory(_MemoryLayer):
         """
         if cache is not None:
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
-            return self._rewrite(x, memory, functools.partial(self._read_cache, cache=cache))
+            read = functools.partial(self._read_cache, cache=cache)
+            return self._run(functools.partial(self._rewrite, read=read), cache, x, memory)
         self._check(x, memory, slot_offset, slot_mask)
+        function = functools.partial(self._forward, slot_offset)
+        return self._run(function, None, x, memory, slot_mask)
+
+    def _forward(
+        self, slot_offset: int, x: Tensor, memory: Tensor, slot_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` without a cache, its inputs checked."""
         read = functools.partial(
             self._read_bank,
             bank=self._operand(memory, x),
@@ -452,6 +514,11 @@ class ReleaseMemory(_MemoryLayer):
         dropout: on the attention probabilities, while training.
         eps: of both LayerNorms.
         write: which token writes which slot; "position" is the only rule so far.
+        recompute: keep x and memory alone for backward, instead of about 13 tensors of their size
+            (T = N), and compute the rest again there: the same gradients bit for bit, for a second
+            forward pass. Options, ``training`` and parameters must then be in backward what they
+            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
+            anyway, is not recomputed; one fed whole is.
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
         dtype: of the parameters.
@@ -477,6 +544,7 @@ class ReleaseMemory(_MemoryLayer):
         dropout: float = 0.0,
         eps: float = 1e-5,
         write: str = "position",
+        recompute: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -489,6 +557,7 @@ class ReleaseMemory(_MemoryLayer):
             top_k=top_k,
             dropout=dropout,
             write=write,
+            recompute=recompute,
             backend=backend,
         )
         check_int("ReleaseMemory", "num_blocks", num_blocks, 1)
@@ -568,15 +637,26 @@ class ReleaseMemory(_MemoryLayer):
             if pooled_sum is not None or return_pooled_sum:
                 raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
-            pooled = self._pool_piece(x, cache)
-            read = functools.partial(self._read_cache, cache=cache)
-            return self._rewrite(x, memory, pooled, read)
+            return self._run(functools.partial(self._forward_piece, cache), cache, x, memory)
         self._check(x, memory, slot_offset, slot_mask)
         if pooled_sum is not None and self.pooled_gate != "prefix":
             raise ValueError(
                 "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole segment "
                 "cannot be continued in pieces"
             )
+        function = functools.partial(self._forward, slot_offset)
+        output, new_memory, new_sum = self._run(function, None, x, memory, slot_mask, pooled_sum)
+        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    def _forward(
+        self,
+        slot_offset: int,
+        x: Tensor,
+        memory: Tensor,
+        slot_mask: Tensor | None,
+        pooled_sum: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`forward` without a cache, its inputs checked; with the pooled sum."""
         # first, as it checks pooled_sum: attention must not run on inputs that are refused
         pooled, new_sum = functional.pooled_gate(
             x,
@@ -594,8 +674,12 @@ class ReleaseMemory(_MemoryLayer):
         )
         rows = memory[:, slot_offset : slot_offset + x.shape[1]]
         output, new_rows = self._rewrite(x, rows, pooled, read)
-        new_memory = write_rows(memory, new_rows, slot_offset)
-        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+        return output, write_rows(memory, new_rows, slot_offset), new_sum
+
+    def _forward_piece(self, cache: SegmentCache, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` with a cache, its inputs checked."""
+        pooled = self._pool_piece(x, cache)
+        return self._rewrite(x, rows, pooled, functools.partial(self._read_cache, cache=cache))
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps of a token in a cache: name -> shape."""
@@ -669,6 +753,6 @@ class ReleaseMemory(_MemoryLayer):
 
     def _gate_bias(self, pooled: Tensor) -> Tensor:
         """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
-        gates = self.input_gate_projector.linear(pooled)
+        (gates,) = project(pooled, self.input_gate_projector.linear)
         biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
         return gates + biases.to(gates.dtype)

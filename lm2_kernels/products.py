@@ -27,8 +27,8 @@ FLOAT32_VARIABLE = "LM2_KERNELS_FLOAT32_PRODUCTS"
 _16_BIT_VARIABLE = "LM2_KERNELS_16BIT_PRODUCTS"
 _ALTERNATIVE = {FLOAT32_VARIABLE: "onednn", _16_BIT_VARIABLE: "float32"}
 # multiplications from which on the overhead of the other way, some 20 us a call, cannot matter
-_MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 20, torch.float16: 1 << 20}
-# fewer rows are a walk through the weight, which widening it would only make longer
+_MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 18, torch.float16: 1 << 18}
+# fewer rows of 16 bits are a walk through the weight, which widening it would only make longer
 _MIN_ROWS = 8
 _MEASURED_SIZE = {torch.float32: 512, torch.bfloat16: 256, torch.float16: 256}
 _ROUNDS = 5
@@ -60,10 +60,12 @@ def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     return _widened if dtype in _16_BIT else _onednn
 
 
-def applies(x: Tensor) -> bool:
-    """Whether there is a choice for products of this tensor."""
-    is_choice = x.device.type == "cpu" and x.dtype in _MIN_MULTIPLICATIONS
-    return is_choice and not torch.compiler.is_compiling()
+def is_large(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
+    """Whether a product on the CPU is large enough for another way than torch's own."""
+    fewest = _MIN_MULTIPLICATIONS.get(dtype)
+    if fewest is None or num_rows * weight_elements < fewest:
+        return False
+    return dtype == torch.float32 or num_rows >= _MIN_ROWS
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -74,14 +76,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         b: (J, L), a transposed weight as a rule.
         bias: (L,) or None.
     """
+    num_rows = a.shape[:-1].numel()
+    is_choice = a.device.type == "cpu" and a.dtype == b.dtype
     # neither way has a derivative: a backward under create_graph takes torch's
-    if applies(a) and a.dtype == b.dtype and not torch.is_grad_enabled():
-        num_rows = a.shape[:-1].numel()
-        is_large = num_rows * b.numel() >= _MIN_MULTIPLICATIONS[a.dtype]
-        if is_large and num_rows >= _MIN_ROWS:
-            rows = a if a.dim() == 2 else a.flatten(0, -2)
-            if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-                return _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
+    is_choice = is_choice and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if is_choice and is_large(a.dtype, num_rows, b.numel()):
+        rows = a if a.dim() == 2 else a.flatten(0, -2)
+        if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
+            return _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
     return _torch(a, b, bias)
 
 

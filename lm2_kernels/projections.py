@@ -19,23 +19,38 @@ from lm2_kernels import products
 from lm2_kernels.autograd import apply
 from lm2_kernels.backends import autocast_dtype
 
+# fewer are done on a CPU while Python prepares to do them together
+_MIN_MULTIPLICATIONS = 1 << 22
+
+
+def _are_neighbours(tensors: tuple[Tensor, ...], dim: int) -> bool:
+    """Whether they lie side by side along ``dim`` in one storage."""
+    first = tensors[0]
+    shape, stride, dtype = first.shape, first.stride(), first.dtype
+    storage, offset = first.untyped_storage()._cdata, first.storage_offset()
+    for tensor in tensors[1:]:
+        offset += shape[dim] * stride[dim]
+        if (
+            tensor.storage_offset() != offset
+            or tensor.shape != shape
+            or tensor.stride() != stride
+            or tensor.dtype != dtype
+            or tensor.untyped_storage()._cdata != storage
+        ):
+            return False
+    return True
+
 
 def _stack(tensors: tuple[Tensor, ...], dim: int) -> Tensor | None:
-    """Neighbours along ``dim`` in one storage as one tensor, without a copy; else None."""
-    first = tensors[0]
-    step = first.shape[dim] * first.stride(dim)
-    for index, tensor in enumerate(tensors):
-        if (
-            tensor.shape != first.shape
-            or tensor.stride() != first.stride()
-            or tensor.dtype != first.dtype
-            or tensor.untyped_storage()._cdata != first.untyped_storage()._cdata
-            or tensor.storage_offset() != first.storage_offset() + index * step
-        ):
-            return None
+    """Neighbours along ``dim`` as one tensor, without a copy; else None."""
+    if not _are_neighbours(tensors, dim):
+        return None
+    first = tensors[0].detach()
+    if len(tensors) == 1:
+        return first
     shape = list(first.shape)
     shape[dim] *= len(tensors)
-    return first.detach().as_strided(shape, first.stride())
+    return first.as_strided(shape, first.stride())
 
 
 def _stacked(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
@@ -136,14 +151,23 @@ def _parameters(layers: tuple[nn.Linear, ...]) -> list[tuple[Tensor, ...]] | Non
     return groups if len(biases) in (0, len(layers)) else None
 
 
+def _is_worth_it(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
+    """Whether a Function of our own, some 50 us a call, can be faster than the layers."""
+    if x.device.type != "cpu":
+        return len(layers) > 1
+    # as if the layers were square: exact is not needed
+    num_rows, elements = x.shape[:-1].numel(), len(layers) * x.shape[-1] ** 2
+    if len(layers) > 1 and num_rows * elements >= _MIN_MULTIPLICATIONS:
+        return True
+    return products.is_large(autocast_dtype("cpu") or x.dtype, num_rows, elements)
+
+
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
     """``layer(x)`` for each of several Linear layers."""
-    groups = None
-    if torch.compiler.is_compiling() or (len(layers) == 1 and not products.applies(x)):
+    if torch.compiler.is_compiling() or not _is_worth_it(x, layers):
         return tuple(layer(x) for layer in layers)
-    if all(map(_is_plain, layers)):
-        groups = _parameters(layers)
-    if groups is None or any(_stack(group, 0) is None for group in groups):
+    groups = _parameters(layers) if all(map(_is_plain, layers)) else None
+    if groups is None or not all(_are_neighbours(group, 0) for group in groups):
         return tuple(layer(x) for layer in layers)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
@@ -163,7 +187,7 @@ def pack(*layers: nn.Module) -> None:
     if torch.is_inference_mode_enabled() or not all(map(_is_plain, layers)):
         return
     for group in _parameters(layers) or ():
-        if _stack(group, 0) is not None or not _can_move(group):
+        if _are_neighbours(group, 0) or not _can_move(group):
             continue
         with torch.no_grad():
             rows = torch.cat([parameter.detach() for parameter in group]).chunk(len(group))

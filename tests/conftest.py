@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from lm2_kernels import projections
 from tools.emulated_cuda import emulation_reason
 from tools.native import cpp_reason
 
@@ -32,6 +33,12 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _packed_projections(monkeypatch):
+    """Projections are packed at the suite's small sizes too."""
+    monkeypatch.setattr(projections, "_MIN_MULTIPLICATIONS", 0)
 
 
 @pytest.fixture(autouse=True)

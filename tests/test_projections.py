@@ -195,3 +195,15 @@ def test_autocast_products_are_in_its_dtype():
         sum(part.float().sum() for part in parts), [x, layer.key_proj.weight]
     )
     assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+def test_small_products_are_the_layers_own(monkeypatch):
+    monkeypatch.undo()
+    layers = nn.Linear(8, 8), nn.Linear(8, 8)
+    projections.pack(*layers)
+    x = torch.randn(2, 3, 8)
+    monkeypatch.setattr(projections, "apply", None)
+    for got, layer in zip(projections.project(x, *layers), layers, strict=True):
+        assert torch.equal(got, layer(x))
+    with pytest.raises(TypeError):
+        projections.project(x.expand(20000, 2, 3, 8).flatten(0, 1), *layers)

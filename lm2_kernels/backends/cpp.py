@@ -5,6 +5,9 @@ dispatcher to the device. On CUDA, ``memory_attention`` with ``top_k`` or heads 
 the composite path: PyTorch's own operators, a block of scores at a time.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -30,8 +33,13 @@ _MAX_CUDA_HEAD_WIDTH = 256
 _cuda_like = {"cuda"}
 
 
+@functools.cache
+def _operator(namespace: str, function: str) -> Callable:
+    return getattr(getattr(torch.ops, namespace), function).default
+
+
 def _call(function: str, *args):
-    operator = getattr(getattr(torch.ops, NAMESPACE), function).default
+    operator = _operator(NAMESPACE, function)
     # autograd has been dealt with above: this spares its layer of the dispatcher
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

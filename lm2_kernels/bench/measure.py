@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lm2_kernels import products, testing
-from lm2_kernels.bench.works import Outputs, Row, Work, dtype_name
+from lm2_kernels.backends import OPS
+from lm2_kernels.bench.works import NO_CACHE, ORACLE, RELEASED, Outputs, Row, Work, dtype_name
 
 # what a single timing must last on a CPU: shorter work is repeated within it
 _MIN_SECONDS = 2e-3
 _MAX_ROUNDS = 31
-_MIN_ROUNDS = 5
 # larger than any cache of a GPU
 _FLUSH_BYTES = 256 * 2**20
 # A peer rounds in places of its own: only gross errors are not its kind of rounding.
@@ -52,12 +52,12 @@ def run(row: Row, pass_name: str, cotangents: Outputs) -> Callable[[], object]:
 def seconds(row: Row, pass_name: str, cotangents: Outputs, repeats: int, device: str) -> float:
     """One timing of a row: a call's mean over ``repeats``."""
     total = 0.0
-    for index in range(repeats if pass_name == "backward" else 1):
+    for _ in range(repeats if pass_name == "backward" else 1):
         # a graph is good for one backward, so each has its own, made outside the time
         work = run(row, pass_name, cotangents)
         times = 1 if pass_name == "backward" else repeats
         total += _event_seconds(work, times) if device == "cuda" else _clock_seconds(work, times)
-        del index, work
+        del work
     return total / repeats
 
 
@@ -82,7 +82,12 @@ def _event_seconds(work: Callable[[], object], times: int) -> float:
 
 
 def measure(
-    rows: dict[str, Row], pass_name: str, cotangents: Outputs, device: str, budget: float
+    rows: dict[str, Row],
+    pass_name: str,
+    cotangents: Outputs,
+    device: str,
+    budget: float,
+    fewest: int = 5,
 ) -> dict[str, list[float]]:
     """Interleaved timings of all rows: the n-th of each belong together.
 
@@ -91,14 +96,15 @@ def measure(
         pass_name: "forward", "backward" or "both".
         cotangents: of the outputs.
         device: "cpu" or "cuda".
-        budget: seconds to spend, about; at least some rounds are run.
+        budget: seconds to spend, about.
+        fewest: rounds that are run even so.
     """
     for row in rows.values():
         seconds(row, pass_name, cotangents, 1, device)
     first = {name: seconds(row, pass_name, cotangents, 1, device) for name, row in rows.items()}
     repeats = {name: max(1, math.ceil(_MIN_SECONDS / spent)) for name, spent in first.items()}
     a_round = sum(first[name] * repeats[name] for name in rows)
-    count = min(_MAX_ROUNDS, max(_MIN_ROUNDS, int(budget / a_round)))
+    count = min(_MAX_ROUNDS, max(fewest, int(budget / a_round)))
     times: dict[str, list[float]] = {name: [] for name in rows}
     names = list(rows)
     for index in range(count):
@@ -127,7 +133,7 @@ def check(work: Work, rows: dict[str, Row]) -> dict[str, float]:
     if not checked:
         return {}
     oracle = _results(work.oracle(), work)
-    plain = _results(next(row for name, row in _yardsticks(work, rows)), work)
+    plain = _results(_yardstick(work, rows), work)
     shares = {}
     for name, row in checked.items():
         results = _results(row, work)
@@ -145,15 +151,15 @@ def check(work: Work, rows: dict[str, Row]) -> dict[str, float]:
     return shares
 
 
-def _yardsticks(work: Work, rows: dict[str, Row]):
-    for name in ("released way", "oracle", "no cache"):
-        if name in rows:
-            yield name, rows[name]
-        elif name in work.rows:
-            yield name, work.rows[name]()
+def _yardstick(work: Work, rows: dict[str, Row]) -> Row:
+    """The row that plain PyTorch is."""
+    name = next(name for name in (RELEASED, ORACLE, NO_CACHE) if name in work.rows)
+    return rows[name] if name in rows else work.rows[name]()
 
 
 def _results(row: Row, work: Work) -> dict[str, Tensor]:
+    if row.restart is not None:
+        row.restart()
     if work.passes == ("forward",):
         with torch.no_grad():
             outputs = row.forward()
@@ -161,15 +167,10 @@ def _results(row: Row, work: Work) -> dict[str, Tensor]:
     outputs = row.forward()
     cotangents = [c.to(o.dtype) for c, o in zip(work.cotangents, outputs, strict=True)]
     # parameters' gradients are sums over all rows, whose error is judged where each op is tested
-    leaves = row.leaves[: len(row.leaves) if work.name in testing_ops() else 2]
+    leaves = row.leaves if work.name in OPS else row.leaves[:2]
     gradients = torch.autograd.grad(outputs, leaves, cotangents)
     named = {f"output {index}": tensor.detach() for index, tensor in enumerate(outputs)}
     return named | {f"d{index}": gradient for index, gradient in enumerate(gradients)}
-
-
-def testing_ops() -> tuple[str, ...]:
-    """The works that are single ops."""
-    return tuple(sorted({case.op for case in testing.CASES}))
 
 
 # --- ceilings ----------------------------------------------------------------------------------
@@ -233,7 +234,6 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
 
     On Linux CPUs from the process's resident set, whose high mark can be reset.
     """
-    work()
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()

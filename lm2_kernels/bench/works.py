@@ -29,6 +29,7 @@ AUTOTUNED = "oracle, max-autotune"
 RELEASED = "released way"
 RELEASED_COMPILED = "released way, compiled"
 SDPA = "eager + SDPA"
+NO_CACHE = "no cache"
 # the matrix products by the best library and our attention, alone: what a layer cannot go below
 LIMIT = "limit"
 
@@ -44,7 +45,9 @@ class Row(NamedTuple):
     # a limit computes no result to compare
     is_checked: bool = True
     # of the limit, which is no differentiable function: the products and attention of backward
-    backward: Callable[[], object] | None = None
+    backward: Callable[[Outputs], object] | None = None
+    # of a row whose calls go on from one another: back to the first
+    restart: Callable[[], object] | None = None
 
 
 @dataclasses.dataclass
@@ -385,11 +388,14 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
             states[1:] = [output.memory] if output.memory.position[0] < shape.slots - 1 else []
             return (output.logits[:, -1],)
 
-        return Row(forward, (), is_ours=cached)
+        def restart() -> None:
+            states[1:] = []
+
+        return Row(forward, (), is_ours=cached, restart=restart)
 
     names = our_backends(device)
     rows = {name: functools.partial(row, name, cached=True) for name in names}
-    rows["no cache"] = functools.partial(row, "eager", cached=False)
+    rows[NO_CACHE] = functools.partial(row, "eager", cached=False)
     oracle = functools.partial(row, "eager", cached=False, wide=True)
     none = dict.fromkeys(PASSES, 0.0)
     return Work("decode step", shape, dtype, device, rows, ("forward",), none, none, oracle)

@@ -1,0 +1,135 @@
+"""``pytest benchmarks/ --benchmark-only``: every work by every row, under pytest-benchmark.
+
+The works are those of ``python -m lm2_kernels bench``. Each row is held to the float64 oracle
+before it is timed. Before each round of a row our own first backend runs the same work, and the
+median of the rounds' ratios is "times ours" in the ``extra_info``: what else the machine does hits
+both. Small shapes on a CPU, so that it is over in minutes; all of them where there is a GPU.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from lm2_kernels.bench import measure, suite, works
+from lm2_kernels.testing import SHAPES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_LAYERS = ("paper layer", "release layer")
+_OPS = ("memory_attention", "memory_update", "residual_layer_norm")
+# (work, shape, dtype, whether the compiled rows are there): compiling takes most of the time
+_ON_CPU = [
+    *((op, shape, "float32", False) for op in _OPS for shape in ("256", "odd")),
+    *((op, "256", "bfloat16", False) for op in _OPS),
+    ("memory_attention", "few slots", "float32", False),
+    ("memory_attention", "decode", "float32", False),
+    *((layer, "256", "float32", True) for layer in _LAYERS),
+    *((layer, "256", "bfloat16", False) for layer in _LAYERS),
+    *((layer, "512", "float32", False) for layer in _LAYERS),
+    *((layer, "decode", "float32", False) for layer in _LAYERS),
+    *((name, "256", "float32", False) for name in ("training step", "prefill", "decode step")),
+]
+_ON_GPU = [
+    (name, shape.name, dtype, True)
+    for name in works.WORKS
+    for shape in SHAPES
+    if works.fits(name, shape)
+    for dtype in ("bfloat16", "float32")
+]
+_PIECES = _ON_CPU if DEVICE == "cpu" else _ON_GPU
+_SECONDS = 0.25
+_LEAST_ROUNDS, _MOST_ROUNDS = 3, 15
+
+
+def _work(name: str, shape: str, dtype: str) -> works.Work:
+    at = next(candidate for candidate in SHAPES if candidate.name == shape)
+    return works.WORKS[name](at, getattr(torch, dtype), DEVICE)
+
+
+def _cases() -> Iterator[pytest.param]:
+    for name, shape, dtype, is_compiled in _PIECES:
+        work = _work(name, shape, dtype)
+        if not is_compiled:
+            work.rows = {n: make for n, make in work.rows.items() if "compiled" not in n}
+        # a layer reads the whole bank for one token: its backward is no decoding
+        is_decoding = shape == "decode" and name in _LAYERS
+        for pass_name in ("forward",) if is_decoding else work.passes:
+            for row in work.rows:
+                identity = "-".join((name, shape, dtype, pass_name, row)).replace(" ", "_")
+                piece = (name, shape, dtype, is_compiled)
+                yield pytest.param(piece, pass_name, row, id=identity)
+
+
+class _Rows:
+    """A work with its rows, all made and checked, and the reasons of those that cannot be."""
+
+    def __init__(self, name: str, shape: str, dtype: str, is_compiled: bool):
+        self.work = _work(name, shape, dtype)
+        names = [row for row in self.work.rows if is_compiled or "compiled" not in row]
+        self.reasons: list[str] = []
+        self.rows = suite.build_rows(self.work, names, self.reasons)
+        measure.check(self.work, self.rows)
+        self.ours = self.rows[names[0]]
+
+
+# one at a time: tests come work by work
+_rows = functools.lru_cache(maxsize=1)(_Rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _ceilings() -> dict[str, float]:
+    return measure.ceilings((torch.float32, torch.bfloat16), DEVICE)
+
+
+@pytest.mark.parametrize(("piece", "pass_name", "row_name"), _cases())
+def test_work(piece, pass_name, row_name, benchmark):
+    ceilings, made = _ceilings(), _rows(*piece)
+    if row_name not in made.rows:
+        pytest.skip("; ".join(made.reasons))
+    work, row, ours = made.work, made.rows[row_name], made.ours
+
+    def spend(row: works.Row) -> float:
+        return measure.seconds(row, pass_name, work.cotangents, 1, DEVICE)
+
+    spend(row)
+    once = spend(row)
+    pairs: list[list[float]] = []
+
+    def setup():
+        pairs.append([spend(ours)])
+        return (measure.run(row, pass_name, work.cotangents),), {}
+
+    def target(call):
+        start = time.perf_counter()
+        result = call()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        pairs[-1].append(time.perf_counter() - start)
+        return result
+
+    rounds = min(_MOST_ROUNDS, max(_LEAST_ROUNDS, math.ceil(_SECONDS / once)))
+    benchmark.group = f"{work.id} {pass_name}"
+    benchmark.pedantic(target, setup=setup, rounds=rounds)
+    # clocks of the CPU include the launch, events do not
+    spent = statistics.median(theirs for _, theirs in pairs)
+    if DEVICE == "cuda":
+        spent = statistics.median(spend(row) for _ in range(rounds))
+        pairs = [[spend(ours), spend(row)] for _ in range(rounds)]
+    flops, moved = work.flops[pass_name], work.bytes[pass_name]
+    benchmark.extra_info |= {
+        "seconds": spent,
+        "times ours": round(statistics.median(t / o for o, t in pairs), 3),
+        "GFLOP/s": round(flops / spent / 1e9, 1),
+        "GB/s": round(moved / spent / 1e9, 2),
+        "share of light": round(measure.light_share(flops, moved, spent, work.dtype, ceilings), 3),
+        "peak MiB": _peak(row, pass_name, work),
+    }
+
+
+def _peak(row: works.Row, pass_name: str, work: works.Work) -> float | None:
+    peak = measure.peak_bytes(measure.run(row, pass_name, work.cotangents), DEVICE)
+    return None if peak is None else round(peak / 2**20, 2)

@@ -1,0 +1,100 @@
+"""``python -m lm2_kernels bench``."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lm2_kernels.bench import report, suite, works
+from lm2_kernels.bench.measure import DisagreementError
+from lm2_kernels.terminal import Progress
+from lm2_kernels.testing import SHAPES
+
+# a few minutes on two cores
+_DEFAULT_SHAPES = ("256", "512", "1024", "decode")
+_DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """The ``bench`` command's arguments."""
+    parser = commands.add_parser("bench", help="measure this package against what else there is")
+    parser.add_argument(
+        "works",
+        nargs="*",
+        metavar="WORK",
+        help=f"{', '.join(works.WORKS)}; {', '.join(_DEFAULT_WORKS)} unless given",
+    )
+    parser.add_argument("--all", action="store_true", help="every work at every shape, and lengths")
+    names = [shape.name for shape in SHAPES]
+    parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
+    parser.add_argument("--row", action="append", metavar="ROW", help="only this (repeatable)")
+    parser.add_argument("--lengths", action="store_true", help="attention up to 16384 tokens too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where; else the best there is")
+    parser.add_argument(
+        "--budget", type=float, default=300.0, metavar="SECONDS", help="for it all, about (300)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw it into this folder")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show this JSON")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON files"
+    )
+    parser.add_argument("--readme", action="store_true", help="README's tables, in Markdown")
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure, or show what was measured."""
+    if options.compare:
+        print(report.compare(*map(report.load, options.compare)))
+        return 0
+    if options.source is not None:
+        measured = report.load(options.source)
+    else:
+        selection = _selection(options)
+        progress = Progress()
+
+        def show(done: int, total: int, title: str) -> None:
+            progress.update(f"[{done + 1}/{total}] {title}", title)
+
+        try:
+            measured = suite.run(selection, options.budget, show)
+        except DisagreementError as error:
+            progress.close()
+            print(f"bench: {error}", file=sys.stderr)
+            return 1
+        finally:
+            progress.close()
+    if options.json is not None:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    print(report.readme(measured) if options.readme else report.render(measured))
+    if options.plots is not None:
+        print(*report.plot(measured, options.plots), sep="\n")
+    return 0
+
+
+def _selection(options: argparse.Namespace) -> suite.Selection:
+    unknown = sorted(set(options.works) - set(works.WORKS))
+    if unknown:
+        raise ValueError(f"unknown works {unknown}; there are {', '.join(works.WORKS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU")
+    if options.budget <= 0.0:
+        raise ValueError(f"--budget must be above 0, got {options.budget}")
+    is_default = not (options.works or options.shape or options.all)
+    selection = suite.Selection(
+        works=tuple(options.works) or (() if options.all else _DEFAULT_WORKS),
+        shapes=tuple(options.shape or (_DEFAULT_SHAPES if is_default else ())),
+        dtypes=tuple(options.dtype or ("float32", "bfloat16")),
+        rows=tuple(options.row or ()),
+        passes=tuple(options.passes or works.PASSES),
+        has_lengths=options.lengths or options.all,
+        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    if not selection.pieces() and not selection.has_lengths:
+        raise ValueError(f"no work of {selection.works} fits shapes {selection.shapes}")
+    return selection

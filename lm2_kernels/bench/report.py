@@ -1,0 +1,296 @@
+"""Tables, comparisons and plots of what :mod:`lm2_kernels.bench.suite` measured."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lm2_kernels.bench import works
+from lm2_kernels.bench.suite import FORMAT
+from lm2_kernels.info import columns
+
+_TITLES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+_Key = tuple[str, str, str, str]  # work, shape, dtype, pass
+
+
+def load(path: Path) -> dict:
+    """A report from a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no report, or of another format.
+    """
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        found = report["format"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no file that `bench --json` wrote: {error}") from error
+    if found != FORMAT:
+        raise ValueError(f"{path} has format {found}, this version reads {FORMAT}")
+    return report
+
+
+def render(report: dict) -> str:
+    """The text that the command prints: for each pass, our time and how much faster it is."""
+    lines = [machine_line(report), *_ceiling_lines(report)]
+    for title, table in tables(report).items():
+        lines += ["", title, *(f"  {line}" for line in columns(table))]
+    lines += _memory_lines(report)
+    lines += ["", *(f"left out: {text}" for text in report["skipped"])] if report["skipped"] else []
+    return "\n".join(lines)
+
+
+def machine_line(report: dict) -> str:
+    """What it was measured on."""
+    machine = report["machine"]
+    kind = next(
+        (entry for entry in machine["devices"] if entry["device"].startswith(report["device"])),
+        machine["devices"][0],
+    )
+    versions = machine["versions"]
+    parts = [kind["name"]]
+    if report["device"] == "cpu":
+        parts += [f"{kind['threads']} threads", machine["cpu_level"]]
+    else:
+        parts.append(f"driver {versions['gpu driver']}")
+    parts += [f"torch {versions['torch']}", f"triton {versions['triton']}"]
+    allocator = ", ".join(f"{k}={v}" for k, v in machine["allocator"].items())
+    return ", ".join(parts) + f"; allocator: {allocator or 'default'}"
+
+
+def _ceiling_lines(report: dict) -> list[str]:
+    ceilings = dict(report["ceilings"])
+    copy = ceilings.pop("copy")
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.items())
+    return [f"measured ceilings: copy {copy / 1e9:.1f} GB/s, products {rates}"]
+
+
+def _groups(report: dict) -> dict[_Key, dict[str, dict]]:
+    groups: dict[_Key, dict[str, dict]] = {}
+    for result in report["results"]:
+        key = (result["work"], result["shape"], result["dtype"], result["pass"])
+        groups.setdefault(key, {})[result["row"]] = result
+    return groups
+
+
+def tables(report: dict, names: Sequence[str] = (), peers: Sequence[str] = ()) -> dict[str, list]:
+    """For each work and pass a table: a line a shape and dtype, a column a row.
+
+    The columns of peers say how many times as fast our first backend is, as medians of paired
+    rounds; "limit" says which share of its speed we reach.
+    """
+    groups = _groups(report)
+    found = {}
+    for work in dict.fromkeys(key[0] for key in groups):
+        for pass_name, title in _TITLES.items():
+            own = {k: g for k, g in groups.items() if (k[0], k[3]) == (work, pass_name)}
+            if not own or (names and work not in names):
+                continue
+            found[f"{work}, {title}"] = _table(own, peers)
+    return found
+
+
+def _table(groups: dict[_Key, dict[str, dict]], peers: Sequence[str]) -> list[list[str]]:
+    rows = list(dict.fromkeys(name for group in groups.values() for name in group))
+    ours = next((r["row"] for g in groups.values() for r in g.values() if r["is_ours"]), rows[0])
+    others = [n for n in rows if n not in (ours, works.LIMIT) and (not peers or n in peers)]
+    limit = [works.LIMIT] if works.LIMIT in rows else []
+    light = any(group[ours]["light_share"] for group in groups.values() if ours in group)
+    head = ["shape", "dtype", f"{ours}, ms", *others]
+    head += ["of limit"] * bool(limit) + ["of light"] * light
+    table = [head]
+    for (_, shape, dtype, _), group in groups.items():
+        if ours not in group:
+            continue
+        line = [shape, dtype, f"{1e3 * group[ours]['seconds']:.3g}"]
+        line += [_times(group[name]["ratio"]) if name in group else "-" for name in others]
+        if limit:
+            line.append(f"{100 * group[works.LIMIT]['ratio']:.0f} %")
+        if light:
+            line.append(f"{100 * group[ours]['light_share']:.0f} %")
+        table.append(line)
+    if len(groups) > 1:
+        means = [
+            geometric_mean(group[name]["ratio"] for group in groups.values() if name in group)
+            for name in others
+        ]
+        line = ["geometric mean", "", "", *map(_times, means)]
+        table.append(line + [""] * (len(head) - len(line)))
+    return table
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """The mean of ratios."""
+    return math.exp(statistics.fmean(map(math.log, ratios)))
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100.0 else f"{ratio:.0f}x"
+
+
+def _memory_lines(report: dict) -> list[str]:
+    saved: dict[tuple[str, str, str], dict[str, int]] = {}
+    for result in report["results"]:
+        if "saved_bytes" in result and "layer" in result["work"]:
+            key = (result["work"], result["shape"], result["dtype"])
+            saved.setdefault(key, {})[result["row"]] = result["saved_bytes"]
+    lines = []
+    if saved:
+        rows = list(dict.fromkeys(name for by_row in saved.values() for name in by_row))
+        table = [["layer", "shape", "dtype", *rows]]
+        for key, by_row in saved.items():
+            table.append([*key, *(_mebibytes(by_row.get(name)) for name in rows)])
+        lines += ["", "MiB kept for backward", *(f"  {line}" for line in columns(table))]
+    if report["lengths"]:
+        rows = list(dict.fromkeys(entry["row"] for entry in report["lengths"]))
+        table = [["T = N", *(f"{row}, {unit}" for row in rows for unit in ("s", "MiB"))]]
+        for tokens in dict.fromkeys(entry["tokens"] for entry in report["lengths"]):
+            own = {e["row"]: e for e in report["lengths"] if e["tokens"] == tokens}
+            line = [str(tokens)]
+            for row in rows:
+                entry = own.get(row)
+                line += [f"{entry['seconds']:.3g}" if entry else "-"]
+                line += [_mebibytes(entry["peak_bytes"]) if entry else "-"]
+            table.append(line)
+        title = "attention forward and backward as T grows: time, peak memory beyond the inputs"
+        lines += ["", title, *(f"  {line}" for line in columns(table))]
+    return lines
+
+
+def _mebibytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.3g}"
+
+
+def markdown(table: list[list[str]]) -> list[str]:
+    """A table in Markdown."""
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
+
+
+def compare(first: dict, second: dict) -> str:
+    """How many times as fast the second report is, row by row.
+
+    Each row is also set against its own peers, whose change is the machine's and not the code's.
+    """
+    before, after = _groups(first), _groups(second)
+    table = [["work", "shape", "dtype", "pass", "row", "before, ms", "after, ms", "faster"]]
+    for key in before:
+        for name, result in before[key].items():
+            other = after.get(key, {}).get(name)
+            if other is None:
+                continue
+            times = (result["seconds"], other["seconds"])
+            cells = [f"{1e3 * spent:.3g}" for spent in times]
+            table.append([*key, name, *cells, _times(times[0] / times[1])])
+    if len(table) == 1:
+        raise ValueError("the two files have no measurement in common")
+    lines = [f"before: {machine_line(first)}", f"after:  {machine_line(second)}", *columns(table)]
+    return "\n".join(lines)
+
+
+# --- README ------------------------------------------------------------------------------------
+
+
+def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer")) -> str:
+    """The tables of README in Markdown: the layers, forward alone and with backward."""
+    lines = [f"{machine_line(report)}.", ""]
+    for title, table in tables(report, layers).items():
+        if title.endswith(", backward"):
+            continue
+        lines += [f"**{title}**", "", *markdown(table), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# --- plots -------------------------------------------------------------------------------------
+
+
+def plot(report: dict, folder: Path) -> list[Path]:
+    """Draw speed-up bars, the roofline, and time and memory against T. Returns the files.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    try:
+        # not pyplot: nothing here asks for a display
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ValueError('plots need matplotlib: pip install "lm2_kernels[demo]"') from error
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+
+    def save(figure: Figure, name: str) -> None:
+        drawn.append(folder / name)
+        figure.savefig(drawn[-1], dpi=150)
+
+    if report["results"]:
+        save(_bars(Figure, report), "speedup.png")
+        if any(result["flops"] for result in report["results"]):
+            save(_roofline(Figure, report), "roofline.png")
+    if report["lengths"]:
+        save(_lengths(Figure, report), "lengths.png")
+    return drawn
+
+
+def _bars(figure_class: type, report: dict):
+    groups = {k: g for k, g in _groups(report).items() if k[3] in ("forward", "both")}
+    count = len(groups)
+    figure = figure_class(figsize=(8, 1.5 + 0.6 * count), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    names = [name for name in names if name != works.LIMIT]
+    height = 0.8 / len(names)
+    for index, name in enumerate(names):
+        places = [p for p, group in enumerate(groups.values()) if name in group]
+        ratios = [group[name]["ratio"] or 0.0 for group in groups.values() if name in group]
+        axes.barh([p + index * height for p in places], ratios, height, label=name)
+    labels = [f"{work} {shape} {dtype} {pass_name}" for work, shape, dtype, pass_name in groups]
+    axes.set_yticks([p + 0.4 for p in range(count)], labels)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set(xlabel="time, ours = 1", xscale="log")
+    axes.invert_yaxis()
+    axes.legend()
+    return figure
+
+
+def _roofline(figure_class: type, report: dict):
+    figure = figure_class(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    copy = report["ceilings"]["copy"]
+    intensities = [2.0**power for power in range(-2, 13)]
+    for dtype, rate in report["ceilings"].items():
+        if dtype != "copy":
+            roof = [min(rate, copy * intensity) / 1e9 for intensity in intensities]
+            axes.plot(intensities, roof, label=f"{dtype} ceiling")
+    points = [r for r in report["results"] if r["is_ours"] and r["flops"]]
+    for work in dict.fromkeys(result["work"] for result in points):
+        own = [result for result in points if result["work"] == work]
+        axes.scatter(
+            [result["flops"] / result["bytes"] for result in own],
+            [result["flops"] / result["seconds"] / 1e9 for result in own],
+            label=work,
+            s=14,
+        )
+    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s")
+    axes.legend()
+    return figure
+
+
+def _lengths(figure_class: type, report: dict):
+    figure = figure_class(figsize=(9, 4), layout="constrained")
+    by_time, by_memory = figure.subplots(1, 2)
+    for row in dict.fromkeys(entry["row"] for entry in report["lengths"]):
+        own = [entry for entry in report["lengths"] if entry["row"] == row]
+        tokens = [entry["tokens"] for entry in own]
+        by_time.plot(tokens, [entry["seconds"] for entry in own], marker="o", label=row)
+        known = [entry for entry in own if entry["peak_bytes"]]
+        by_memory.plot(
+            [entry["tokens"] for entry in known],
+            [entry["peak_bytes"] / 2**20 for entry in known],
+            marker="o",
+            label=row,
+        )
+    for axes, label in ((by_time, "seconds"), (by_memory, "MiB beyond the inputs")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens = slots", ylabel=label)
+        axes.legend()
+    return figure

@@ -1,0 +1,218 @@
+"""Run a selection of works and collect everything that was measured, ready for JSON."""
+
+import dataclasses
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from lm2_kernels import info
+from lm2_kernels.bench import measure, works
+from lm2_kernels.bench.works import PASSES, Row, Work, dtype_name
+from lm2_kernels.testing import SHAPES, Shape
+
+FORMAT = 1
+# time and memory of attention as the segment grows; the width keeps 16k tokens below a minute
+LENGTHS = tuple(
+    Shape(f"T={tokens}", 1, tokens, tokens, 8, 256, "attention as T grows")
+    for tokens in (1024, 2048, 4096, 8192, 16384)
+)
+_LENGTH_WORK = "memory_attention"
+# a row whose scores would take more is left out of the lengths
+_MAX_SCORES = 3 * 2**30
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """What to measure; an empty tuple is everything that fits."""
+
+    works: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    rows: tuple[str, ...] = ()
+    passes: tuple[str, ...] = PASSES
+    has_lengths: bool = False
+    device: str = "cpu"
+
+    def pieces(self) -> list[tuple[str, Shape, torch.dtype]]:
+        """The (work, shape, dtype) to measure, in order."""
+        return [
+            (name, shape, getattr(torch, dtype))
+            for name in works.WORKS
+            if not self.works or name in self.works
+            for shape in SHAPES
+            if works.fits(name, shape) and (not self.shapes or shape.name in self.shapes)
+            for dtype in self.dtypes
+        ]
+
+
+def run(selection: Selection, budget: float, progress: Progress | None = None) -> dict:
+    """Measure a selection.
+
+    Args:
+        selection: what.
+        budget: seconds in all, about. What is left when they are spent is listed as skipped.
+        progress: called with how many pieces are done, of how many, and the next one's name.
+
+    Returns:
+        What :mod:`lm2_kernels.bench.report` shows.
+
+    Raises:
+        DisagreementError: a row is wrong; nothing is timed before that is known.
+    """
+    end = time.monotonic() + budget
+    device = selection.device
+    dtypes = [getattr(torch, dtype) for dtype in selection.dtypes]
+    report = {
+        "format": FORMAT,
+        "machine": machine(),
+        "device": device,
+        "ceilings": measure.ceilings(dtypes, device),
+        "results": [],
+        "skipped": [],
+        "lengths": [],
+    }
+    pieces = selection.pieces()
+    lengths = LENGTHS if selection.has_lengths else ()
+    total = len(pieces) + len(lengths)
+    for index, (name, shape, dtype) in enumerate(pieces):
+        title = f"{name} {shape.name} {dtype_name(dtype)}"
+        left = end - time.monotonic()
+        if left <= 0.0:
+            report["skipped"].append(f"{title}: out of time")
+            continue
+        if progress is not None:
+            progress(index, total, title)
+        work = works.WORKS[name](shape, dtype, device)
+        report["results"] += _measure(work, selection, left / (total - index), report)
+    for index, shape in enumerate(lengths, start=len(pieces)):
+        if progress is not None:
+            progress(index, total, f"{_LENGTH_WORK} {shape.name}")
+        report["lengths"] += _measure_length(shape, device, end)
+    return report
+
+
+def machine() -> dict:
+    """What results depend on: versions, devices, threads and how memory is allocated."""
+    tunables = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
+    return {
+        "versions": info.versions(),
+        "devices": info.devices(),
+        "cpu_level": info.collect()["compiled"].get("SIMD level", "none"),
+        "allocator": {name: os.environ[name] for name in tunables if os.environ.get(name)},
+        "machine": platform.machine(),
+    }
+
+
+def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str, Row]:
+    """The rows of a work that can be made here; the reason of each other goes to ``skipped``."""
+    rows = {}
+    for name, make in work.rows.items():
+        if names and name not in names:
+            continue
+        try:
+            row = make()
+            # compiles what is to be compiled, and finds out what this machine cannot run
+            with torch.no_grad():
+                row.forward()
+            if work.passes != ("forward",) and row.backward is None:
+                torch.autograd.grad(row.forward(), row.leaves, work.cotangents)
+            rows[name] = row
+        # whatever a peer raises: it is a row of the table, and its failure is too
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            skipped.append(f"{work.id}, {name}: {type(error).__name__}: {(text or [''])[0][:200]}")
+    return rows
+
+
+def _measure(work: Work, selection: Selection, budget: float, report: dict) -> list[dict]:
+    start = time.monotonic()
+    rows = build_rows(work, selection.rows, report["skipped"])
+    shares = measure.check(work, rows)
+    passes = [name for name in work.passes if name in selection.passes]
+    saved = {}
+    if "both" in passes:
+        saved = {name: measure.saved_bytes(row) for name, row in rows.items() if row.is_checked}
+    results = []
+    for index, pass_name in enumerate(passes):
+        left = max(0.0, budget - (time.monotonic() - start)) / (len(passes) - index)
+        times = measure.measure(rows, pass_name, work.cotangents, work.device, left)
+        ours = next((times[name] for name, row in rows.items() if row.is_ours), None)
+        for name, row_times in times.items():
+            median = statistics.median(row_times)
+            flops, moved = work.flops[pass_name], work.bytes[pass_name]
+            share = measure.light_share(flops, moved, median, work.dtype, report["ceilings"])
+            result = {
+                "work": work.name,
+                "shape": work.shape.name,
+                "dtype": dtype_name(work.dtype),
+                "pass": pass_name,
+                "row": name,
+                "is_ours": rows[name].is_ours,
+                "seconds": median,
+                "quartiles": _quartiles(row_times),
+                "rounds": len(row_times),
+                # how many times as fast our first backend is: median of paired rounds
+                "ratio": None if ours is None else measure.ratio(row_times, ours),
+                "flops": flops,
+                "bytes": moved,
+                "light_share": share if flops or moved else None,
+                "error_share": shares.get(name),
+            }
+            if pass_name == "both" and name in saved:
+                result["saved_bytes"] = saved[name]
+            results.append(result)
+    return results
+
+
+def _quartiles(times: Sequence[float]) -> list[float]:
+    low, _, high = statistics.quantiles(times, n=4)
+    return [low, high]
+
+
+def _measure_length(shape: Shape, device: str, end: float) -> list[dict]:
+    work = works.WORKS[_LENGTH_WORK](shape, torch.float32, device)
+    names = [works.our_backends(device)[0], works.ORACLE, "SDPA"]
+    scores = 4 * shape.batch * shape.heads * shape.tokens * shape.slots
+    if scores > _MAX_SCORES:
+        names.remove(works.ORACLE)
+    rows = {name: work.rows[name]() for name in names}
+    budget = max(0.0, end - time.monotonic()) / len(LENGTHS)
+    times = measure.measure(rows, "both", work.cotangents, device, budget, fewest=3)
+    return [
+        {
+            "tokens": shape.tokens,
+            "row": name,
+            "seconds": statistics.median(row_times),
+            "peak_bytes": peak_apart(_LENGTH_WORK, shape, torch.float32, device, name),
+        }
+        for name, row_times in times.items()
+    ]
+
+
+def peak_apart(
+    work_name: str, shape: Shape, dtype: torch.dtype, device: str, row: str
+) -> int | None:
+    """Peak memory of a forward and backward in a process of its own.
+
+    There no buffer that an earlier call left behind hides what this one needs.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (work_name, shape, dtype_name(dtype), device, row))
+
+
+def _peak(work_name: str, shape: Shape, dtype: str, device: str, row: str) -> int | None:
+    # small first, for what is set up once a process
+    for tokens in (64, shape.tokens):
+        at = shape._replace(tokens=tokens, slots=tokens)
+        work = works.WORKS[work_name](at, getattr(torch, dtype), device)
+        made = work.rows[row]()
+        peak = measure.peak_bytes(measure.run(made, "both", work.cotangents), device)
+    return peak
