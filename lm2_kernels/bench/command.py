@@ -12,8 +12,8 @@ from lm2_kernels.bench.measure import DisagreementError
 from lm2_kernels.terminal import Progress
 from lm2_kernels.testing import SHAPES
 
-# a few minutes on two cores
-_DEFAULT_SHAPES = ("256", "512", "1024", "decode")
+# some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
+_DEFAULT_SHAPES = {"cpu": ("256",), "cuda": ("512", "1024", "2048")}
 _DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
 
 
@@ -85,15 +85,17 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
         raise ValueError("torch sees no GPU")
     if options.budget <= 0.0:
         raise ValueError(f"--budget must be above 0, got {options.budget}")
-    is_default = not (options.works or options.shape or options.all)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # works that are named are measured wherever they fit
+    shapes = () if options.works or options.all else _DEFAULT_SHAPES[device]
     selection = suite.Selection(
         works=tuple(options.works) or (() if options.all else _DEFAULT_WORKS),
-        shapes=tuple(options.shape or (_DEFAULT_SHAPES if is_default else ())),
+        shapes=tuple(options.shape or shapes),
         dtypes=tuple(options.dtype or ("float32", "bfloat16")),
         rows=tuple(options.row or ()),
         passes=tuple(options.passes or works.PASSES),
         has_lengths=options.lengths or options.all,
-        device=options.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
     )
     if not selection.pieces() and not selection.has_lengths:
         raise ValueError(f"no work of {selection.works} fits shapes {selection.shapes}")
