@@ -1,4 +1,4 @@
-"""``pytest benchmarks/ --benchmark-only``: every work by every row, under pytest-benchmark.
+"""``pytest benchmarks/ --benchmark-only``: the works by all their rows, under pytest-benchmark.
 
 The works are those of ``python -m lm2_kernels bench``. Each row is held to the float64 oracle
 before it is timed. Before each round of a row our own first backend runs the same work, and the

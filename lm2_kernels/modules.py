@@ -219,6 +219,12 @@ class _MemoryLayer(nn.Module):
         backend = requested_backend()
 
         def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            own = tuple(parameter.data_ptr() for parameter in self.parameters())
+            if own != tuple(tensor.data_ptr() for tensor in tensors[len(inputs) :]):
+                raise RuntimeError(
+                    f"{type(self).__name__}: with recompute=True, backward needs the parameters "
+                    f"that forward had, but they were replaced; use recompute=False here"
+                )
             # backward may run outside of the caller's use_backend
             with use_backend(backend):
                 return function(*tensors[: len(inputs)])

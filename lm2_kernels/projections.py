@@ -159,7 +159,9 @@ def _is_worth_it(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     num_rows, elements = x.shape[:-1].numel(), len(layers) * x.shape[-1] ** 2
     if len(layers) > 1 and num_rows * elements >= _MIN_MULTIPLICATIONS:
         return True
-    return products.is_large(autocast_dtype("cpu") or x.dtype, num_rows, elements)
+    dtype = autocast_dtype("cpu") or x.dtype
+    is_large = products.is_large(dtype, num_rows, elements)
+    return is_large and (dtype == torch.float32 or products.is_widened(dtype))
 
 
 def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lm2_kernels as lm2
 from lm2_kernels import products, testing
@@ -158,10 +159,19 @@ def test_16_bit_way_is_measured(monkeypatch):
     monkeypatch.delenv(products._16_BIT_VARIABLE, raising=False)
     monkeypatch.setattr(products, "_ratios", {})
     assert products._ratio(torch.bfloat16, True, False) > 0.0
-    seconds = iter((1.0, 0.1))
+    seconds = iter((1.0, 0.1, 1.0, 0.1))
     monkeypatch.setattr(products, "_seconds", lambda *args: next(seconds))
-    # one round is enough where it is clear
+    # two rounds are enough where it is clear
     assert products._measure(torch.bfloat16, True, False) == pytest.approx(10.0)
+
+
+def test_nothing_is_measured_of_fake_tensors(monkeypatch):
+    monkeypatch.delenv(products._16_BIT_VARIABLE, raising=False)
+    monkeypatch.setattr(products, "_ratios", {})
+    with FakeTensorMode(), torch.no_grad():
+        a = torch.randn(512, 512, dtype=torch.bfloat16)
+        assert products.product(a, a).shape == (512, 512)
+    assert not products._ratios
 
 
 def test_autocast_does_not_narrow_again(monkeypatch):

@@ -321,3 +321,12 @@ def test_config(tmp_path):
     assert LM2Config.from_dict(values).memory_recompute is False
     with pytest.raises(TypeError, match="memory_recompute must be a bool"):
         LM2Config.from_dict({**values, "memory_recompute": 1})
+
+
+def test_replaced_parameters_are_refused():
+    layer = lm2.PaperMemory(8, 2, recompute=True)
+    x, memory = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
+    output, _ = torch.func.functional_call(layer, others, (x, memory))
+    with pytest.raises(RuntimeError, match="backward needs the parameters that forward had"):
+        output.sum().backward()

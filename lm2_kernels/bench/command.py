@@ -56,21 +56,28 @@ def run_bench(options: argparse.Namespace) -> int:
         measured = report.load(options.source)
     else:
         selection = _selection(options)
+        if options.plots is not None:
+            # before the work, not after it
+            report.figure_class()
+
+        def save(measured: dict) -> None:
+            if options.json is not None:
+                text = json.dumps(measured, indent=1) + "\n"
+                options.json.write_text(text, encoding="utf-8")
+
         progress = Progress()
 
         def show(done: int, total: int, title: str) -> None:
             progress.update(f"[{done + 1}/{total}] {title}", title)
 
         try:
-            measured = suite.run(selection, options.budget, show)
+            measured = suite.run(selection, options.budget, show, save)
         except DisagreementError as error:
             progress.close()
             print(f"bench: {error}", file=sys.stderr)
             return 1
         finally:
             progress.close()
-    if options.json is not None:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     print(report.readme(measured) if options.readme else report.render(measured))
     if options.plots is not None:
         print(*report.plot(measured, options.plots), sep="\n")

@@ -74,7 +74,7 @@ def _groups(report: dict) -> dict[_Key, dict[str, dict]]:
     return groups
 
 
-def tables(report: dict, names: Sequence[str] = (), peers: Sequence[str] = ()) -> dict[str, list]:
+def tables(report: dict, names: Sequence[str] = ()) -> dict[str, list]:
     """For each work and pass a table: a line a shape and dtype, a column a row.
 
     The columns of peers say how many times as fast our first backend is, as medians of paired
@@ -87,14 +87,14 @@ def tables(report: dict, names: Sequence[str] = (), peers: Sequence[str] = ()) -
             own = {k: g for k, g in groups.items() if (k[0], k[3]) == (work, pass_name)}
             if not own or (names and work not in names):
                 continue
-            found[f"{work}, {title}"] = _table(own, peers)
+            found[f"{work}, {title}"] = _table(own)
     return found
 
 
-def _table(groups: dict[_Key, dict[str, dict]], peers: Sequence[str]) -> list[list[str]]:
+def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
     rows = list(dict.fromkeys(name for group in groups.values() for name in group))
     ours = next((r["row"] for g in groups.values() for r in g.values() if r["is_ours"]), rows[0])
-    others = [n for n in rows if n not in (ours, works.LIMIT) and (not peers or n in peers)]
+    others = [name for name in rows if name not in (ours, works.LIMIT)]
     limit = [works.LIMIT] if works.LIMIT in rows else []
     light = any(group[ours]["light_share"] for group in groups.values() if ours in group)
     head = ["shape", "dtype", f"{ours}, ms", *others]
@@ -104,17 +104,16 @@ def _table(groups: dict[_Key, dict[str, dict]], peers: Sequence[str]) -> list[li
         if ours not in group:
             continue
         line = [shape, dtype, f"{1e3 * group[ours]['seconds']:.3g}"]
-        line += [_times(group[name]["ratio"]) if name in group else "-" for name in others]
+        line += [_times(_ratio(group, name)) for name in others]
         if limit:
-            line.append(f"{100 * group[works.LIMIT]['ratio']:.0f} %")
+            line.append(_percent(_ratio(group, works.LIMIT)))
         if light:
-            line.append(f"{100 * group[ours]['light_share']:.0f} %")
+            line.append(_percent(group[ours]["light_share"]))
         table.append(line)
     if len(groups) > 1:
-        means = [
-            geometric_mean(group[name]["ratio"] for group in groups.values() if name in group)
-            for name in others
-        ]
+        ratios = [[_ratio(group, name) for group in groups.values()] for name in others]
+        # a mean over fewer lines than the others' would not be theirs to compare with
+        means = [None if None in column else geometric_mean(column) for column in ratios]
         line = ["geometric mean", "", "", *map(_times, means)]
         table.append(line + [""] * (len(head) - len(line)))
     return table
@@ -125,7 +124,18 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
-def _times(ratio: float) -> str:
+def _ratio(group: dict[str, dict], name: str) -> float | None:
+    """None where the row, or ours that it is a ratio to, was not measured."""
+    return group[name]["ratio"] if name in group else None
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
     return f"{ratio:.2f}x" if ratio < 100.0 else f"{ratio:.0f}x"
 
 
@@ -171,7 +181,7 @@ def markdown(table: list[list[str]]) -> list[str]:
 def compare(first: dict, second: dict) -> str:
     """How many times as fast the second report is, row by row.
 
-    Each row is also set against its own peers, whose change is the machine's and not the code's.
+    What changes in the rows of peers too is the machine's doing.
     """
     before, after = _groups(first), _groups(second)
     table = [["work", "shape", "dtype", "pass", "row", "before, ms", "after, ms", "faster"]]
@@ -205,37 +215,46 @@ def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer"
 # --- plots -------------------------------------------------------------------------------------
 
 
+def figure_class() -> type:
+    """The class Figure of matplotlib: not pyplot, as nothing here asks for a display.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ValueError('plots need matplotlib: pip install "lm2_kernels[demo]"') from error
+    return Figure
+
+
 def plot(report: dict, folder: Path) -> list[Path]:
     """Draw speed-up bars, the roofline, and time and memory against T. Returns the files.
 
     Raises:
         ValueError: matplotlib is not there.
     """
-    try:
-        # not pyplot: nothing here asks for a display
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ValueError('plots need matplotlib: pip install "lm2_kernels[demo]"') from error
+    figure_type = figure_class()
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
 
-    def save(figure: Figure, name: str) -> None:
+    def save(figure, name: str) -> None:
         drawn.append(folder / name)
         figure.savefig(drawn[-1], dpi=150)
 
     if report["results"]:
-        save(_bars(Figure, report), "speedup.png")
+        save(_bars(figure_type, report), "speedup.png")
         if any(result["flops"] for result in report["results"]):
-            save(_roofline(Figure, report), "roofline.png")
+            save(_roofline(figure_type, report), "roofline.png")
     if report["lengths"]:
-        save(_lengths(Figure, report), "lengths.png")
+        save(_lengths(figure_type, report), "lengths.png")
     return drawn
 
 
-def _bars(figure_class: type, report: dict):
+def _bars(figure_type: type, report: dict):
     groups = {k: g for k, g in _groups(report).items() if k[3] in ("forward", "both")}
     count = len(groups)
-    figure = figure_class(figsize=(8, 1.5 + 0.6 * count), layout="constrained")
+    figure = figure_type(figsize=(8, 1.5 + 0.6 * count), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(name for group in groups.values() for name in group))
     names = [name for name in names if name != works.LIMIT]
@@ -253,8 +272,8 @@ def _bars(figure_class: type, report: dict):
     return figure
 
 
-def _roofline(figure_class: type, report: dict):
-    figure = figure_class(figsize=(7, 5), layout="constrained")
+def _roofline(figure_type: type, report: dict):
+    figure = figure_type(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     copy = report["ceilings"]["copy"]
     intensities = [2.0**power for power in range(-2, 13)]
@@ -276,8 +295,8 @@ def _roofline(figure_class: type, report: dict):
     return figure
 
 
-def _lengths(figure_class: type, report: dict):
-    figure = figure_class(figsize=(9, 4), layout="constrained")
+def _lengths(figure_type: type, report: dict):
+    figure = figure_type(figsize=(9, 4), layout="constrained")
     by_time, by_memory = figure.subplots(1, 2)
     for row in dict.fromkeys(entry["row"] for entry in report["lengths"]):
         own = [entry for entry in report["lengths"] if entry["row"] == row]

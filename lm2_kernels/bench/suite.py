@@ -1,5 +1,6 @@
 """Run a selection of works and collect everything that was measured, ready for JSON."""
 
+import concurrent.futures
 import dataclasses
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lm2_kernels import info
+from lm2_kernels import extension, info, products
 from lm2_kernels.bench import measure, works
 from lm2_kernels.bench.works import PASSES, Row, Work, dtype_name
 from lm2_kernels.testing import SHAPES, Shape
@@ -52,19 +53,25 @@ class Selection:
         ]
 
 
-def run(selection: Selection, budget: float, progress: Progress | None = None) -> dict:
+def run(
+    selection: Selection,
+    budget: float,
+    progress: Progress | None = None,
+    save: Callable[[dict], None] | None = None,
+) -> dict:
     """Measure a selection.
 
     Args:
         selection: what.
         budget: seconds in all, about. What is left when they are spent is listed as skipped.
         progress: called with how many pieces are done, of how many, and the next one's name.
+        save: called with the report so far before the first piece and after each.
 
     Returns:
         What :mod:`lm2_kernels.bench.report` shows.
 
     Raises:
-        DisagreementError: a row is wrong; nothing is timed before that is known.
+        DisagreementError: a row is wrong, which is known before any row of its work is timed.
     """
     end = time.monotonic() + budget
     device = selection.device
@@ -78,6 +85,8 @@ def run(selection: Selection, budget: float, progress: Progress | None = None) -
         "skipped": [],
         "lengths": [],
     }
+    save = save or (lambda report: None)
+    save(report)
     pieces = selection.pieces()
     lengths = LENGTHS if selection.has_lengths else ()
     total = len(pieces) + len(lengths)
@@ -91,10 +100,15 @@ def run(selection: Selection, budget: float, progress: Progress | None = None) -
             progress(index, total, title)
         work = works.WORKS[name](shape, dtype, device)
         report["results"] += _measure(work, selection, left / (total - index), report)
+        save(report)
     for index, shape in enumerate(lengths, start=len(pieces)):
+        if end <= time.monotonic():
+            report["skipped"].append(f"{_LENGTH_WORK} {shape.name}: out of time")
+            continue
         if progress is not None:
             progress(index, total, f"{_LENGTH_WORK} {shape.name}")
         report["lengths"] += _measure_length(shape, device, end)
+        save(report)
     return report
 
 
@@ -104,7 +118,8 @@ def machine() -> dict:
     return {
         "versions": info.versions(),
         "devices": info.devices(),
-        "cpu_level": info.collect()["compiled"].get("SIMD level", "none"),
+        "cpu_level": extension.build_info().get("SIMD level", "none"),
+        "cpu_products": products.report(),
         "allocator": {name: os.environ[name] for name in tunables if os.environ.get(name)},
         "machine": platform.machine(),
     }
@@ -133,9 +148,12 @@ def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str
 
 def _measure(work: Work, selection: Selection, budget: float, report: dict) -> list[dict]:
     start = time.monotonic()
-    rows = build_rows(work, selection.rows, report["skipped"])
-    shares = measure.check(work, rows)
     passes = [name for name in work.passes if name in selection.passes]
+    rows = build_rows(work, selection.rows, report["skipped"]) if passes else {}
+    if not rows:
+        report["skipped"].append(f"{work.id}: has none of these rows or passes")
+        return []
+    shares = measure.check(work, rows)
     saved = {}
     if "both" in passes:
         saved = {name: measure.saved_bytes(row) for name, row in rows.items() if row.is_checked}
@@ -203,9 +221,12 @@ def peak_apart(
 
     There no buffer that an earlier call left behind hides what this one needs.
     """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (work_name, shape, dtype_name(dtype), device, row))
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(_peak, work_name, shape, dtype_name(dtype), device, row).result()
+        except concurrent.futures.BrokenExecutor:
+            return None  # killed: it was too much
 
 
 def _peak(work_name: str, shape: Shape, dtype: str, device: str, row: str) -> int | None:

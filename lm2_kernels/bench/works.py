@@ -29,6 +29,7 @@ AUTOTUNED = "oracle, max-autotune"
 RELEASED = "released way"
 RELEASED_COMPILED = "released way, compiled"
 SDPA = "eager + SDPA"
+SDPA_COMPILED = "eager + SDPA, compiled"
 NO_CACHE = "no cache"
 # the matrix products by the best library and our attention, alone: what a layer cannot go below
 LIMIT = "limit"
@@ -179,7 +180,7 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         cotangents = tuple(torch.randn_like(tensor.float()) for tensor in (x.cpu(), memory))
     memory = (memory + initial_memory(shape.batch, shape.slots, shape.dim)).to(device, dtype)
     cotangents = tuple(tensor.to(device, dtype) for tensor in cotangents)
-    autocast = functools.partial(torch.autocast, device, dtype=torch.bfloat16)
+    autocast = functools.partial(torch.autocast, device, dtype=dtype)
     offset = shape.slot_offset
 
     def row(layer: nn.Module, function: Callable | None = None, *, ours=False, wide=False) -> Row:
@@ -214,6 +215,14 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         parameters.update(layer.named_parameters(remove_duplicate=False))
         return made
 
+    def peer_rows(kind: type, name: str, compiled_name: str) -> dict[str, Callable[[], Row]]:
+        def compiled_row(wrap: Callable) -> Row:
+            layer = kind(shape.dim, shape.heads)
+            return row(layer, wrap(layer))
+
+        compiled = _compiled(compiled_row, device)[COMPILED]
+        return {name: lambda: row(kind(shape.dim, shape.heads)), compiled_name: compiled}
+
     rows = {
         name: functools.partial(
             lambda name: row(ours(shape.dim, shape.heads, backend=name), ours=True), name
@@ -223,23 +232,17 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     rows[ORACLE] = oracle_row
     rows |= _compiled(oracle_row, device)
     if is_paper:
-        rows[SDPA] = lambda: row(SdpaPaperMemory(shape.dim, shape.heads))
+        rows |= peer_rows(SdpaPaperMemory, SDPA, SDPA_COMPILED)
     elif shape.tokens == shape.slots:
-        rows[RELEASED] = lambda: row(ReleasedStyleMemory(shape.dim, shape.heads))
-
-        def compiled_row(wrap: Callable) -> Row:
-            layer = ReleasedStyleMemory(shape.dim, shape.heads)
-            return row(layer, wrap(layer))
-
-        compiled = _compiled(compiled_row, device)
-        rows[RELEASED_COMPILED] = compiled[COMPILED]
+        rows |= peer_rows(ReleasedStyleMemory, RELEASED, RELEASED_COMPILED)
     products_of = _paper_products if is_paper else _release_products
     rows[LIMIT] = lambda: _limit(products_of(shape), shape, dtype, device)
     flops = _attention_flops(shape)
     matmul = sum(2.0 * math.prod(sizes) for sizes in products_of(shape))
     for name, times in (("forward", 1), ("backward", 2), ("both", 3)):
         flops[name] += times * matmul
-    weights = sum(map(_nbytes, state.values()))
+    # the layer's own: a state dict has shared weights twice
+    weights = sum(map(_nbytes, ours(shape.dim, shape.heads).parameters()))
     activations = sum(map(_nbytes, (x, memory)))
     traffic = {"forward": weights + 2 * activations, "backward": 2 * weights + 3 * activations}
     traffic["both"] = traffic["forward"] + traffic["backward"]
@@ -314,7 +317,8 @@ def _model(shape: Shape, dtype: torch.dtype, device: str, **options: object) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LM2ForCausalLM(config)
-    return model.to(device, torch.float32 if dtype == torch.bfloat16 else dtype)
+    # 16 bits are autocast
+    return model.to(device, torch.float32)
 
 
 def _released_model(shape: Shape, dtype: torch.dtype, device: str, **options) -> LM2ForCausalLM:
@@ -333,14 +337,15 @@ def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Wor
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, shape.tokens), generator=generator)
     ids = ids.to(device)
     is_training = name == "training step"
-    is_16_bit = dtype == torch.bfloat16
+    is_16_bit = dtype != torch.float32
+    cast = functools.partial(torch.autocast, device, dtype if is_16_bit else torch.bfloat16)
 
     def row(make: Callable[[], LM2ForCausalLM], *, ours=False, wide=False) -> Row:
         model = make()
         model = model.double() if wide else model
 
         def forward() -> Outputs:
-            with torch.autocast(device, torch.bfloat16, enabled=is_16_bit and not wide):
+            with cast(enabled=is_16_bit and not wide):
                 output = model(ids, labels=ids if is_training else None)
             return (output.loss,) if is_training else (output.logits[:, -1],)
 
@@ -369,12 +374,13 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, past + 1), generator=generator)
     ids = ids.to(device)
-    cast = functools.partial(torch.autocast, device, torch.bfloat16)
+    is_16_bit = dtype != torch.float32
+    cast = functools.partial(torch.autocast, device, dtype if is_16_bit else torch.bfloat16)
 
     def row(backend: str | None, *, cached: bool, wide: bool = False) -> Row:
         model = _model(shape, dtype, device, backend=backend).eval()
         model = model.double() if wide else model
-        enabled = dtype == torch.bfloat16 and not wide
+        enabled = is_16_bit and not wide
         with torch.no_grad(), cast(enabled=enabled):
             states = [model(ids[:, :-1], use_cache=True).memory] if cached else []
 
@@ -395,7 +401,7 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
 
     names = our_backends(device)
     rows = {name: functools.partial(row, name, cached=True) for name in names}
-    rows[NO_CACHE] = functools.partial(row, "eager", cached=False)
+    rows[NO_CACHE] = functools.partial(row, names[0], cached=False)
     oracle = functools.partial(row, "eager", cached=False, wide=True)
     none = dict.fromkeys(PASSES, 0.0)
     return Work("decode step", shape, dtype, device, rows, ("forward",), none, none, oracle)
