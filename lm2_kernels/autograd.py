@@ -62,8 +62,8 @@ def _run_backward(backend: str, function: str, *args):
     return run(backend, function, *args)
 
 
-_with_refusals: dict[type, type] = {}
-_appliers: dict[type, Callable] = {}
+# Function -> the same with refusals, and what applies that fast
+_with_refusals: dict[type, tuple[type, Callable]] = {}
 
 
 def apply(function: type[torch.autograd.Function], *args):
@@ -73,16 +73,15 @@ def apply(function: type[torch.autograd.Function], *args):
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)
-    applier = _appliers.get(function)
-    if applier is None:
+    if function not in _with_refusals:
         refusing = type(function.__name__, (_Refusals, function), {})
-        _with_refusals[function] = refusing
         # what Function.apply calls when no torch.func transform is active, after it has inspected
         # forward's signature for defaults: at 60 to 80 us a call, more than some kernels take
-        applier = _appliers[function] = super(torch.autograd.Function, refusing).apply
+        _with_refusals[function] = refusing, super(torch.autograd.Function, refusing).apply
+    refusing, fast_apply = _with_refusals[function]
     if torch._C._are_functorch_transforms_active():
-        return _with_refusals[function].apply(*args)
-    return applier(*args)
+        return refusing.apply(*args)
+    return fast_apply(*args)
 
 
 class MemoryAttentionFunction(torch.autograd.Function):

@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lm2_kernels.bench import measure
 from lm2_kernels.bench.peers import ReleasedStyleMemory
+from lm2_kernels.bench.works import Row
 from lm2_kernels.corpus import save_tokenizer
 from lm2_kernels.functional import check_int, initial_memory
 from lm2_kernels.info import columns
@@ -426,30 +428,17 @@ def _speed_ratio(
 ) -> float:
     """The second layer's time by the first's: the median over rounds."""
 
-    def seconds(layer: nn.Module) -> float:
-        x, memory = (tensor.detach().requires_grad_(grad) for tensor in inputs)
-        _synchronise(x)
-        start = time.perf_counter()
-        with torch.set_grad_enabled(grad):
-            output, new_memory = layer(x, memory)
-            if grad:
-                torch.autograd.backward([output, new_memory], [output, new_memory])
-        _synchronise(x)
-        spent = time.perf_counter() - start
-        layer.zero_grad()
-        return spent
+    def row(layer: nn.Module) -> Row:
+        leaves = [tensor.detach().requires_grad_(grad) for tensor in inputs]
+        return Row(lambda: layer(*leaves), [*leaves, *layer.parameters()])
 
-    for layer in layers * 2:
-        seconds(layer)
-    ratios = []
-    for index in range(rounds):
-        order = layers if index % 2 == 0 else layers[::-1]
-        times = {id(layer): seconds(layer) for layer in order}
-        ours, theirs = (times[id(layer)] for layer in layers)
-        ratios.append(theirs / ours)
-    return statistics.median(ratios)
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    ours, released = map(row, layers)
+    times = measure.measure(
+        {"ours": ours, "released": released},
+        "both" if grad else "forward",
+        inputs,  # cotangents of the outputs' shapes
+        inputs[0].device.type,
+        budget=0.0,
+        fewest=rounds,
+    )
+    return measure.ratio(times["released"], times["ours"])

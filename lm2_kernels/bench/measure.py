@@ -190,7 +190,7 @@ def ceilings(dtypes: Sequence[torch.dtype], device: str) -> dict[str, float]:
     elements = (2**26 if device == "cpu" else 2**28) // 4
     source = torch.ones(elements, device=device)
     target = torch.zeros_like(source)
-    found = {"copy": 2.0 * _nbytes(source) / _best(lambda: target.copy_(source), device)}
+    found = {"copy": 2.0 * source.nbytes / _best(lambda: target.copy_(source), device)}
     size = 2048 if device == "cpu" else 8192
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -262,7 +262,3 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
 def _status(name: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(f"{name}:")))
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,9 +1,8 @@
 """Tables, comparisons and plots of what :mod:`lm2_kernels.bench.suite` measured."""
 
 import json
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lm2_kernels.bench import works
@@ -113,15 +112,10 @@ def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
     if len(groups) > 1:
         ratios = [[_ratio(group, name) for group in groups.values()] for name in others]
         # a mean over fewer lines than the others' would not be theirs to compare with
-        means = [None if None in column else geometric_mean(column) for column in ratios]
+        means = [None if None in column else statistics.geometric_mean(column) for column in ratios]
         line = ["geometric mean", "", "", *map(_times, means)]
         table.append(line + [""] * (len(head) - len(line)))
     return table
-
-
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """The mean of ratios."""
-    return math.exp(statistics.fmean(map(math.log, ratios)))
 
 
 def _ratio(group: dict[str, dict], name: str) -> float | None:

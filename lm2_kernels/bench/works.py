@@ -4,6 +4,7 @@ A work is a piece of computation at one shape in one dtype. Its rows share input
 each must agree with the float64 oracle before it is timed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -126,9 +127,9 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
         rows["torch layer_norm"] = functools.partial(row, torch_norm)
     flops = _attention_flops(shape) if op == "memory_attention" else dict.fromkeys(PASSES, 0.0)
     cotangents = inputs.cotangents
-    moved = sum(map(_nbytes, (*inputs.tensors.values(), *cotangents)))
+    moved = sum(tensor.nbytes for tensor in (*inputs.tensors.values(), *cotangents))
     # backward reads what forward does and the cotangents, and writes a gradient of each input
-    read = sum(map(_nbytes, inputs.tensors.values()))
+    read = sum(tensor.nbytes for tensor in inputs.tensors.values())
     traffic = {"forward": moved, "backward": moved + read, "both": 2 * moved + read}
     return Work(op, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
 
@@ -165,6 +166,15 @@ def _compiled(make: Callable[[Callable], Row], device: str) -> dict[str, Callabl
     return {name: functools.partial(row, mode) for name, mode in modes.items()}
 
 
+def _autocast(
+    device: str, dtype: torch.dtype, wide: bool
+) -> contextlib.AbstractContextManager[object]:
+    """16 bits as users run them; nothing for float32, nor for the oracle in float64."""
+    if wide or dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device, dtype)
+
+
 # --- layers ------------------------------------------------------------------------------------
 
 
@@ -180,7 +190,6 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         cotangents = tuple(torch.randn_like(tensor.float()) for tensor in (x.cpu(), memory))
     memory = (memory + initial_memory(shape.batch, shape.slots, shape.dim)).to(device, dtype)
     cotangents = tuple(tensor.to(device, dtype) for tensor in cotangents)
-    autocast = functools.partial(torch.autocast, device, dtype=dtype)
     offset = shape.slot_offset
 
     def row(layer: nn.Module, function: Callable | None = None, *, ours=False, wide=False) -> Row:
@@ -193,13 +202,12 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         def forward() -> Outputs:
             # whole segments alone are what the released way can do
             options = {"slot_offset": offset} if offset else {}
-            if wide or dtype == torch.float32:
-                return function(*leaves, **options)
-            with autocast():
+            with _autocast(device, dtype, wide):
                 return function(*leaves, **options)
 
+        # modules define their parameters in orders of their own
         named = dict(layer.named_parameters())
-        return Row(forward, [*leaves, *(named[key] for key in _in_order(named))], is_ours=ours)
+        return Row(forward, [*leaves, *(named[key] for key in sorted(named))], is_ours=ours)
 
     def oracle_row(wrap: Callable = lambda function: function, wide: bool = False) -> Row:
         layer = ours(shape.dim, shape.heads)
@@ -242,18 +250,13 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     for name, times in (("forward", 1), ("backward", 2), ("both", 3)):
         flops[name] += times * matmul
     # the layer's own: a state dict has shared weights twice
-    weights = sum(map(_nbytes, ours(shape.dim, shape.heads).parameters()))
-    activations = sum(map(_nbytes, (x, memory)))
+    weights = sum(weight.nbytes for weight in ours(shape.dim, shape.heads).parameters())
+    activations = x.nbytes + memory.nbytes
     traffic = {"forward": weights + 2 * activations, "backward": 2 * weights + 3 * activations}
     traffic["both"] = traffic["forward"] + traffic["backward"]
     name = f"{formulation} layer"
     oracle = functools.partial(oracle_row, wide=True)
     return Work(name, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
-
-
-def _in_order(parameters: dict[str, Tensor]) -> list[str]:
-    # modules define their parameters in orders of their own
-    return sorted(parameters)
 
 
 def _paper_products(shape: Shape) -> list[tuple[int, int, int]]:
@@ -305,7 +308,7 @@ def _limit(sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, 
 MODEL = {"vocab_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
 
 
-def _model(shape: Shape, dtype: torch.dtype, device: str, **options: object) -> LM2ForCausalLM:
+def _model(shape: Shape, device: str, **options: object) -> LM2ForCausalLM:
     config = LM2Config(
         hidden_size=shape.dim,
         intermediate_size=4 * shape.dim,
@@ -321,8 +324,8 @@ def _model(shape: Shape, dtype: torch.dtype, device: str, **options: object) -> 
     return model.to(device, torch.float32)
 
 
-def _released_model(shape: Shape, dtype: torch.dtype, device: str, **options) -> LM2ForCausalLM:
-    model = _model(shape, dtype, device, **options)
+def _released_model(shape: Shape, device: str, **options) -> LM2ForCausalLM:
+    model = _model(shape, device, **options)
     for block in model.model.layers:
         layer = ReleasedStyleMemory(shape.dim, shape.heads)
         layer.load_state_dict(block.memory.state_dict())
@@ -337,15 +340,13 @@ def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Wor
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, shape.tokens), generator=generator)
     ids = ids.to(device)
     is_training = name == "training step"
-    is_16_bit = dtype != torch.float32
-    cast = functools.partial(torch.autocast, device, dtype if is_16_bit else torch.bfloat16)
 
     def row(make: Callable[[], LM2ForCausalLM], *, ours=False, wide=False) -> Row:
         model = make()
         model = model.double() if wide else model
 
         def forward() -> Outputs:
-            with cast(enabled=is_16_bit and not wide):
+            with _autocast(device, dtype, wide):
                 output = model(ids, labels=ids if is_training else None)
             return (output.loss,) if is_training else (output.logits[:, -1],)
 
@@ -353,13 +354,13 @@ def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Wor
         return Row(forward, [named[key] for key in sorted(named)], is_ours=ours)
 
     def ours_by(backend: str | None) -> Callable[[], LM2ForCausalLM]:
-        return functools.partial(_model, shape, dtype, device, backend=backend, **options)
+        return functools.partial(_model, shape, device, backend=backend, **options)
 
     rows = {
         backend: functools.partial(row, ours_by(backend), ours=True)
         for backend in our_backends(device)
     }
-    released = functools.partial(_released_model, shape, dtype, device, **options)
+    released = functools.partial(_released_model, shape, device, **options)
     rows[RELEASED] = functools.partial(row, released)
     oracle = functools.partial(row, released, wide=True)
     passes = ("both",) if is_training else ("forward",)
@@ -374,18 +375,15 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, past + 1), generator=generator)
     ids = ids.to(device)
-    is_16_bit = dtype != torch.float32
-    cast = functools.partial(torch.autocast, device, dtype if is_16_bit else torch.bfloat16)
 
     def row(backend: str | None, *, cached: bool, wide: bool = False) -> Row:
-        model = _model(shape, dtype, device, backend=backend).eval()
+        model = _model(shape, device, backend=backend).eval()
         model = model.double() if wide else model
-        enabled = is_16_bit and not wide
-        with torch.no_grad(), cast(enabled=enabled):
+        with torch.no_grad(), _autocast(device, dtype, wide):
             states = [model(ids[:, :-1], use_cache=True).memory] if cached else []
 
         def forward() -> Outputs:
-            with cast(enabled=enabled):
+            with _autocast(device, dtype, wide):
                 if not cached:
                     return (model(ids).logits[:, -1],)
                 output = model(ids[:, -1:], memory=states[-1], use_cache=True)
@@ -435,7 +433,3 @@ def _attention_flops(shape: Shape) -> dict[str, float]:
     pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
     product = 2.0 * shape.batch * shape.dim * pairs
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
