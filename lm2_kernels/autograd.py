@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lm2_kernels import extension
 from lm2_kernels.ops import run
@@ -79,8 +80,11 @@ def apply(function: type[torch.autograd.Function], *args):
         # forward's signature for defaults: at 60 to 80 us a call, more than some kernels take
         _with_refusals[function] = refusing, super(torch.autograd.Function, refusing).apply
     refusing, fast_apply = _with_refusals[function]
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return refusing.apply(*args)
+    if not torch.is_grad_enabled():
+        # nothing to save, nothing to differentiate
+        return function.forward(*args)
     return fast_apply(*args)
 
 

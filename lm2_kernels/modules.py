@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels import functional
@@ -747,8 +746,7 @@ class ReleaseMemory(_MemoryLayer):
             )
             mixed = attended
             for layer in self.attention_mlp:
-                (mixed,) = project(mixed, layer)
-                mixed = F.relu(mixed)
+                (mixed,) = project(mixed, layer, relu=True)
             rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
         return rows
 

@@ -41,22 +41,25 @@ _CLEAR = 4.0
 _ratios: dict[tuple[torch.dtype, bool, bool], float] = {}
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
     # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+    after = "relu" if relu else "none"
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, after, [], "")
 
 
-def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+def _widened(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    bias = None if bias is None else bias.float()
     # autocast would narrow them again
     with torch.autocast("cpu", enabled=False):
-        return product(a.float(), b.float(), None if bias is None else bias.float()).to(a.dtype)
+        return product(a.float(), b.float(), bias, relu=relu).to(a.dtype)
 
 
-def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(a, b.t(), bias)
+def _torch(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    result = F.linear(a, b.t(), bias)
+    return result.relu_() if relu else result
 
 
-def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]:
     return _widened if dtype in _16_BIT else _onednn
 
 
@@ -73,13 +76,14 @@ def is_widened(dtype: torch.dtype) -> bool:
     return _ratio(dtype, True, False) > _MARGIN
 
 
-def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b + bias``, all of one dtype.
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """``a @ b + bias``, all of one dtype, or the ReLU of that.
 
     Args:
         a: (..., J).
         b: (J, L), a transposed weight as a rule.
         bias: (L,) or None.
+        relu: whether negative results become 0, in place.
     """
     num_rows = a.shape[:-1].numel()
     is_choice = a.device.type == "cpu" and a.dtype == b.dtype
@@ -88,8 +92,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if is_choice and is_large(a.dtype, num_rows, b.numel()):
         rows = a if a.dim() == 2 else a.flatten(0, -2)
         if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-            return _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
-    return _torch(a, b, bias)
+            return _other(a.dtype)(rows, b, bias, relu).view(*a.shape[:-1], b.shape[-1])
+    return _torch(a, b, bias, relu)
 
 
 def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
@@ -123,7 +127,7 @@ def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
 def _ratio_of(a: Tensor, b: Tensor) -> float:
     other = _other(a.dtype)
     try:
-        is_right = torch.equal(other(a, b, None), _torch(a, b, None))
+        is_right = torch.equal(other(a, b, None, False), _torch(a, b, None, False))
     except (AttributeError, RuntimeError):
         # this PyTorch has no such operator, or no oneDNN
         return 0.0
@@ -142,7 +146,7 @@ def _ratio_of(a: Tensor, b: Tensor) -> float:
 
 def _seconds(function: Callable, a: Tensor, b: Tensor) -> float:
     start = time.perf_counter()
-    function(a, b, None)
+    function(a, b, None, False)
     return time.perf_counter() - start
 
 

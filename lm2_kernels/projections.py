@@ -13,6 +13,7 @@ On a CPU the products go the faster of two ways (:mod:`lm2_kernels.products`).
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lm2_kernels import products
@@ -65,28 +66,31 @@ def _stacked(tensors: tuple[Tensor, ...], dim: int) -> Tensor:
 class _PackedLinear(torch.autograd.Function):
     """``x -> x [W_1; W_2; ...]^T + [b_1, b_2, ...]`` with weights that lie side by side.
 
-    Saves x and the weights by reference.
+    With ``relu``, the ReLU of that. Saves by reference x, the weights and, with ``relu``, the
+    result.
     """
 
     @staticmethod
-    def forward(x: Tensor, num_layers: int, *parameters: Tensor) -> Tensor:
+    def forward(x: Tensor, num_layers: int, relu: bool, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:num_layers], parameters[num_layers:]
         # under autocast x has its dtype already
         weight = _stacked(weights, 0).to(x.dtype)
         bias = _stacked(biases, 0).to(x.dtype) if biases else None
-        return products.product(x, weight.t(), bias)
+        return products.product(x, weight.t(), bias, relu=relu)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, ctx.num_layers, *parameters = inputs
+        x, ctx.num_layers, relu, *parameters = inputs
         ctx.has_bias = len(parameters) > ctx.num_layers
-        ctx.save_for_backward(x, *parameters[: ctx.num_layers])
+        ctx.save_for_backward(output if relu else None, x, *parameters[: ctx.num_layers])
 
     @staticmethod
     def backward(ctx, dy):
-        x, *weights = ctx.saved_tensors
-        needs_dx, _, *needs_dparameters = ctx.needs_input_grad
+        activated, x, *weights = ctx.saved_tensors
+        needs_dx, _, _, *needs_dparameters = ctx.needs_input_grad
         dx, dweights, dbiases = None, [None] * len(weights), [None] * len(weights)
+        if activated is not None:
+            dy = torch.ops.aten.threshold_backward(dy, activated, 0)
         with torch.autocast(dy.device.type, enabled=False):
             # under autocast the product was in its dtype, which is dy's
             if needs_dx:
@@ -97,7 +101,7 @@ class _PackedLinear(torch.autograd.Function):
                 dweights = dweight.to(weights[0].dtype).chunk(len(weights))
             if any(needs_dparameters[ctx.num_layers :]):
                 dbiases = rows.sum(dim=0).to(weights[0].dtype).chunk(len(weights))
-        return dx, None, *dweights, *(dbiases if ctx.has_bias else ())
+        return dx, None, None, *dweights, *(dbiases if ctx.has_bias else ())
 
 
 class _SplitColumns(torch.autograd.Function):
@@ -156,7 +160,7 @@ def _is_worth_it(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     if x.device.type != "cpu":
         return len(layers) > 1
     # as if the layers were square: exact is not needed
-    num_rows, elements = x.shape[:-1].numel(), len(layers) * x.shape[-1] ** 2
+    num_rows, elements = x.numel() // x.shape[-1], len(layers) * x.shape[-1] ** 2
     if len(layers) > 1 and num_rows * elements >= _MIN_MULTIPLICATIONS:
         return True
     dtype = autocast_dtype("cpu") or x.dtype
@@ -164,20 +168,28 @@ def _is_worth_it(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     return is_large and (dtype == torch.float32 or products.is_widened(dtype))
 
 
-def project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """``layer(x)`` for each of several Linear layers."""
-    if torch.compiler.is_compiling() or not _is_worth_it(x, layers):
-        return tuple(layer(x) for layer in layers)
-    groups = _parameters(layers) if all(map(_is_plain, layers)) else None
-    if groups is None or not all(_are_neighbours(group, 0) for group in groups):
-        return tuple(layer(x) for layer in layers)
+def project(x: Tensor, *layers: nn.Module, relu: bool = False) -> tuple[Tensor, ...]:
+    """``layer(x)`` for each of several Linear layers, or the ReLU of each."""
+    parameters = _packed_parameters(x, layers)
+    if parameters is None:
+        results = (layer(x) for layer in layers)
+        return tuple(F.relu(result) if relu else result for result in results)
     dtype = autocast_dtype(x.device.type)
     if dtype is not None and x.dtype != torch.float64:
         # so that what is saved for backward is the 16-bit copy
         x = x.to(dtype)
-    parameters = (parameter for group in groups for parameter in group)
-    packed = apply(_PackedLinear, x, len(layers), *parameters)
+    packed = apply(_PackedLinear, x, len(layers), relu, *parameters)
     return (packed,) if len(layers) == 1 else split_columns(packed, len(layers))
+
+
+def _packed_parameters(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor] | None:
+    """Weights and biases that lie side by side, if one product is possible and worth it."""
+    if torch.compiler.is_compiling() or not _is_worth_it(x, layers):
+        return None
+    groups = _parameters(layers) if all(map(_is_plain, layers)) else None
+    if groups is None or not all(_are_neighbours(group, 0) for group in groups):
+        return None
+    return [parameter for group in groups for parameter in group]
 
 
 def pack(*layers: nn.Module) -> None:

@@ -295,9 +295,10 @@ def test_gradient_penalty_is_refused(case, backend):
 
 @every_backend
 @every_op
-def test_forward_mode_is_refused(case, backend):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_forward_mode_is_refused(case, mode, backend):
     inputs = testing.make_inputs(case, torch.float32)
-    with forward_ad.dual_level():
+    with forward_ad.dual_level(), mode():
         duals = {
             name: forward_ad.make_dual(tensor, torch.ones_like(tensor))
             for name, tensor in inputs.tensors.items()
@@ -322,10 +323,11 @@ def test_jvp_is_refused(case, backend):
 
 @every_backend
 @every_op
-def test_vmap_is_refused(case, backend):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_vmap_is_refused(case, mode, backend):
     inputs = testing.make_inputs(case, torch.float32)
     stacked = {name: torch.stack((tensor,) * 2) for name, tensor in inputs.tensors.items()}
-    with pytest.raises(NotImplementedError, match=r"^lm2_kernels: vmap is not supported"):
+    with mode(), pytest.raises(NotImplementedError, match=r"^lm2_kernels: vmap is not supported"):
         torch.func.vmap(
             lambda tensors: run_op(case, inputs, backend, tensors), randomness="different"
         )(stacked)

@@ -38,15 +38,18 @@ def _onednn_calls(monkeypatch):
 @pytest.mark.parametrize("transposed_a", (False, True))
 @pytest.mark.parametrize("transposed_b", (False, True))
 @pytest.mark.parametrize("has_bias", (False, True))
-def test_product(library, transposed_a, transposed_b, has_bias, monkeypatch):
+@pytest.mark.parametrize("relu", (False, True))
+def test_product(library, transposed_a, transposed_b, has_bias, relu, monkeypatch):
     calls = _onednn_calls(monkeypatch)
     a = torch.randn(33, 65).t() if transposed_a else torch.randn(65, 33)
     b = torch.randn(17, 33).t() if transposed_b else torch.randn(33, 17)
     bias = torch.randn(17) if has_bias else None
     with torch.no_grad():
-        got = products.product(a, b, bias)
+        got = products.product(a, b, bias, relu=relu)
     want = a.double() @ b.double() + (0.0 if bias is None else bias.double())
     eager = a @ b + (0.0 if bias is None else bias)
+    if relu:
+        want, eager = want.relu(), eager.relu()
     assert len(calls) == (library == "onednn")
     assert testing.compare("product", got, want, eager).passed
 
@@ -112,7 +115,7 @@ def test_without_the_operator(error, monkeypatch):
 
 
 def test_a_wrong_operator_is_not_taken(monkeypatch):
-    monkeypatch.setattr(products, "_onednn", lambda a, b, bias: torch.zeros(a.shape[0], b.shape[1]))
+    monkeypatch.setattr(products, "_onednn", lambda a, b, *_: torch.zeros(a.shape[0], b.shape[1]))
     assert products._measure(torch.float32, True, False) == 0.0
 
 
@@ -139,7 +142,8 @@ def test_unknown_choice(monkeypatch):
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("way", ("torch", "float32"))
 @pytest.mark.parametrize("has_bias", (False, True))
-def test_16_bit(dtype, way, has_bias, monkeypatch):
+@pytest.mark.parametrize("relu", (False, True))
+def test_16_bit(dtype, way, has_bias, relu, monkeypatch):
     monkeypatch.setenv(products._16_BIT_VARIABLE, way)
     _no_minimum(monkeypatch)
     widened = []
@@ -148,10 +152,11 @@ def test_16_bit(dtype, way, has_bias, monkeypatch):
     a, b = torch.randn(2, 40, 65).to(dtype), torch.randn(17, 65).to(dtype).t()
     bias = torch.randn(17).to(dtype) if has_bias else None
     with torch.no_grad():
-        got = products.product(a, b, bias)
+        got = products.product(a, b, bias, relu=relu)
     assert got.dtype == dtype
     assert len(widened) == (way == "float32")
     want = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+    want = want.relu() if relu else want
     assert testing.compare("product", got, want, want.to(dtype)).passed
 
 
@@ -181,7 +186,7 @@ def test_autocast_does_not_narrow_again(monkeypatch):
     dtypes = []
     original = products._torch
     monkeypatch.setattr(
-        products, "_torch", lambda a, b, bias: dtypes.append(a.dtype) or original(a, b, bias)
+        products, "_torch", lambda a, *args: dtypes.append(a.dtype) or original(a, *args)
     )
     monkeypatch.setenv(products.FLOAT32_VARIABLE, "torch")
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

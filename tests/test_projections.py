@@ -51,6 +51,24 @@ def test_packed_equals_separate(bias):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", (False, True))
+def test_relu_of_a_projection(bias, monkeypatch):
+    monkeypatch.setattr(projections, "_is_worth_it", lambda *_: True)
+    layer = nn.Linear(DIM, DIM, bias=bias, dtype=torch.float64)
+    x, _ = _tensors()
+    inputs = [x, *layer.parameters()]
+    results = []
+    for relu in (True, False):
+        (y,) = projections.project(x, layer, relu=relu)
+        assert "PackedLinear" in y.grad_fn.name()
+        y = y if relu else y.relu()
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)
+        results.append([y, *first, *second])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_stays_packed():
     layer = _layer()
     for changed in (copy.deepcopy(layer), copy.deepcopy(layer).float(), layer.requires_grad_()):

@@ -165,6 +165,15 @@ struct Head {
     return static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
   }
 
+  // Token t's row of a result (B, T, H, K): a row of sums times a factor.
+  void put_row(const Scalar* sums, Scalar factor, void* result, int64_t t) const {
+    T* const row = static_cast<T*>(result) + ((b * args.tokens + t) * args.heads + h) * width;
+    const auto times = S::set(factor);
+    vectors<S>(width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+      put<S>(row + k, get<S>(sums + k, part) * times, part);
+    });
+  }
+
   // The slots that token t sees, before the mask.
   int64_t visible(int64_t t) const {
     return args.causal ? smaller(args.slots, args.slot_offset + t + 1) : args.slots;
@@ -176,10 +185,6 @@ struct Head {
   const Scalar* dense(const View& view, int64_t first, int64_t count, int which,
                       int64_t* stride) const {
     const T* const source = rows(view) + first * view.row_stride;
-    if constexpr (sizeof(T) == sizeof(Scalar)) {
-      *stride = view.row_stride;
-      return reinterpret_cast<const Scalar*>(source);
-    }
     Scalar* const result = scratch_of<S>(which, kBlockRows * width);
     for (int64_t i = 0; i < count; ++i) {
       copy_words(source + i * view.row_stride, result + i * row_words, width);
@@ -205,11 +210,14 @@ struct Head {
       for (int64_t i = 0; i < kPanel; ++i) {
         copy_row(view, j + i, part + i * row_words);
       }
-      Scalar* const panel = panels + j * row_words;
-      for (int64_t k = 0; k < row_words; ++k) {
-        S::store(panel + k * kPanel, S::gather(part + k, row_words));
-        S::store(panel + k * kPanel + S::kLanes,
-                 S::gather(part + S::kLanes * row_words + k, row_words));
+      for (int64_t half = 0; half < kPanel; half += S::kLanes) {
+        const Scalar* const from = part + half * row_words;
+        Scalar* const panel = panels + j * row_words + half;
+        int64_t k = 0;
+        for (; k + S::kLanes <= row_words; k += S::kLanes) {
+          S::transpose(from + k, row_words, panel + k * kPanel, kPanel);
+        }
+        for (; k < row_words; ++k) S::store(panel + k * kPanel, S::gather(from + k, row_words));
       }
     }
   }
@@ -281,15 +289,17 @@ struct Head {
     return block;
   }
 
-  // Turns a row of products into probabilities, in place; 0 from `visible` up to `end`. The
-  // natural log-sum-exp goes to `lse`. `factor` gets what top-k and dropout put on each.
-  // Returns whether there is a factor.
-  bool softmax(Scalar* row, int64_t t, int64_t end, Scalar* lse, Scalar* factor) const {
+  // Turns a row of products into exp(score - maximum), in place, and 0 from `visible` up to `end`:
+  // times the result, that is the probabilities. The natural log-sum-exp goes to `lse`, what top-k
+  // and dropout put on each slot to `factor`, and whether they do to `has_factor`.
+  Scalar softmax(Scalar* row, int64_t t, int64_t end, Scalar* lse, Scalar* factor,
+                 bool* has_factor) const {
     const int64_t count = visible(t);
+    *has_factor = false;
     if (first_visible >= count) {
       for (int64_t j = 0; j < end; ++j) row[j] = 0;
       *lse = std::numeric_limits<Scalar>::infinity();
-      return false;
+      return 1;
     }
     const auto low = S::set(-std::numeric_limits<Scalar>::infinity());
     const auto scale = S::set(static_cast<Scalar>(args.scale));
@@ -306,16 +316,12 @@ struct Head {
     const auto shift = S::set(maximum);
     auto sum = S::zero();
     vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
-      const auto p = S::exp(get<S>(row + j, part) - shift);
+      const auto p = S::exp_down(get<S>(row + j, part) - shift);
       put<S>(row + j, p, part);
       sum = sum + keep<S>(p, S::zero(), part);
     });
     const Scalar total = S::sum(sum);
     *lse = maximum + std::log(total);
-    const auto inverse = S::set(1 / total);
-    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
-      put<S>(row + j, get<S>(row + j, part) * inverse, part);
-    });
     for (int64_t j = count; j < end; ++j) row[j] = 0;
     if (args.seed != nullptr) {
       const Scalar kept = static_cast<Scalar>(args.keep_factor);
@@ -326,7 +332,36 @@ struct Head {
         factor[j] = has_top_k ? factor[j] * f : f;
       }
     }
-    return has_top_k || args.seed != nullptr;
+    *has_factor = has_top_k || args.seed != nullptr;
+    return 1 / total;
+  }
+
+  // From a row of products with keys to what the values' rows were weighted by, and from a row of
+  // products of dout with values to the gradient of the products with keys; both in place, and 0
+  // from `visible` up to `end`.
+  void softmax_backward(Scalar* p, Scalar* ds, int64_t t, int64_t end, Scalar* factor) const {
+    const int64_t count = visible(t);
+    // the scores again, and their softmax from them: from a rounded log-sum-exp, a one-hot row
+    // would not cancel exactly
+    Scalar lse;
+    bool has_factor;
+    const auto inverse = S::set(softmax(p, t, end, &lse, factor, &has_factor));
+    auto sum = S::zero();
+    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const auto x = get<S>(p + j, part) * inverse;
+      put<S>(p + j, x, part);
+      auto d = get<S>(ds + j, part);
+      if (has_factor) d = d * get<S>(factor + j, part);
+      put<S>(ds + j, d, part);
+      sum = sum + keep<S>(d * x, S::zero(), part);
+    });
+    const auto delta = S::set(S::sum(sum)), scale = S::set(static_cast<Scalar>(args.scale));
+    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const auto x = get<S>(p + j, part);
+      put<S>(ds + j, (get<S>(ds + j, part) - delta) * x * scale, part);
+      if (has_factor) put<S>(p + j, x * get<S>(factor + j, part), part);
+    });
+    for (int64_t j = count; j < end; ++j) ds[j] = 0;
   }
 };
 
@@ -347,52 +382,69 @@ struct Split {
   }
 };
 
+// result[j] = the product of `vector` with slot j's row; 0 where the slot takes no part.
+template <class S, class T>
+static void products_with_rows(const Head<S, T>& head, const View& view,
+                               const typename S::Scalar* vector, int64_t count,
+                               typename S::Scalar* result) {
+  const T* const rows = head.rows(view);
+  for (int64_t j = 0; j < count; ++j) {
+    const T* const row = rows + j * view.row_stride;
+    auto dot = S::zero();
+    if (head.takes_part(j)) {
+      vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+        dot = S::fma(get<S>(vector + k, part), get<S>(row + k, part), dot);
+      });
+    }
+    result[j] = S::sum(dot);
+  }
+}
+
+// The sum of the slots' rows, each times its weight. Has its own scratch, good until the next call.
+template <class S, class T>
+static const typename S::Scalar* sum_of_rows(const Head<S, T>& head, const View& view,
+                                             const typename S::Scalar* weights, int64_t count) {
+  using Scalar = typename S::Scalar;
+  const T* const rows = head.rows(view);
+  Scalar* const total = scratch_of<S>(kResult, 2 * head.padded_width);
+  Scalar* const chain = total + head.padded_width;
+  for (int64_t k = 0; k < head.width; ++k) total[k] = 0;
+  for (int64_t start = 0; start < count; start += kChain) {
+    Scalar* const sum = start == 0 ? total : chain;
+    for (int64_t k = 0; k < head.width; ++k) sum[k] = 0;
+    for (int64_t j = start; j < smaller(start + kChain, count); ++j) {
+      if (!head.takes_part(j)) continue;
+      const auto weight = S::set(weights[j]);
+      const T* const row = rows + j * view.row_stride;
+      vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+        put<S>(sum + k, S::fma(weight, get<S>(row + k, part), get<S>(sum + k, part)), part);
+      });
+    }
+    if (sum != total) accumulate<S>(total, sum, head.width);
+  }
+  return total;
+}
+
 // A few rows, one at a time and straight from where keys and values lie.
 template <class S, class T>
-static void attend_rows(const MemoryAttentionForward& args) {
+static void forward_few(const MemoryAttentionForward& args) {
   using Scalar = typename S::Scalar;
   parallel(args.batch * args.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Head<S, T> head(args, item);
-      const T* const keys = head.rows(args.key);
-      const T* const values = head.rows(args.value);
       Scalar* const row = scratch_of<S>(kScores, args.slots);
       Scalar* const factor = scratch_of<S>(kFactor, args.slots);
-      Scalar* const query = scratch_of<S>(kQueries, head.padded_width);
-      Scalar* const out = scratch_of<S>(kResult, 2 * head.padded_width);
-      Scalar* const part_of_out = out + head.padded_width;
+      Scalar* const query = scratch_of<S>(kQueries, head.width);
       for (int64_t t = 0; t < args.tokens; ++t) {
         const int64_t count = head.visible(t);
         widen<S>(head.rows(args.query) + t * args.query.row_stride, query, head.width);
-        for (int64_t j = 0; j < count; ++j) {
-          const T* const key = keys + j * args.key.row_stride;
-          auto dot = S::zero();
-          if (head.takes_part(j)) {
-            vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
-              dot = S::fma(get<S>(query + k, part), get<S>(key + k, part), dot);
-            });
-          }
-          row[j] = S::sum(dot);
-        }
+        products_with_rows(head, args.key, query, count, row);
         const int64_t index = item * args.tokens + t;
-        const bool has_factor =
-            head.softmax(row, t, count, static_cast<Scalar*>(args.lse) + index, factor);
-        for (int64_t start = 0; start < count; start += kChain) {
-          Scalar* const sum = start == 0 ? out : part_of_out;
-          for (int64_t k = 0; k < head.width; ++k) sum[k] = 0;
-          for (int64_t j = start; j < smaller(start + kChain, count); ++j) {
-            if (!head.takes_part(j)) continue;
-            const auto p = S::set(has_factor ? row[j] * factor[j] : row[j]);
-            const T* const value = values + j * args.value.row_stride;
-            vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
-              put<S>(sum + k, S::fma(p, get<S>(value + k, part), get<S>(sum + k, part)), part);
-            });
-          }
-          if (sum != out) accumulate<S>(out, sum, head.width);
-        }
-        T* const result = static_cast<T*>(args.out) +
-                          ((head.b * args.tokens + t) * args.heads + head.h) * head.width;
-        narrow<S>(out, result, head.width);
+        bool has_factor;
+        const Scalar inverse = head.softmax(row, t, count, static_cast<Scalar*>(args.lse) + index,
+                                            factor, &has_factor);
+        for (int64_t j = 0; has_factor && j < count; ++j) row[j] *= factor[j];
+        head.put_row(sum_of_rows(head, args.value, row, count), inverse, args.out, t);
       }
     }
   });
@@ -401,7 +453,7 @@ static void attend_rows(const MemoryAttentionForward& args) {
 template <class S, class T>
 static void attention_forward(const MemoryAttentionForward& args) {
   using Scalar = typename S::Scalar;
-  if (args.tokens <= kFewRows) return attend_rows<S, T>(args);
+  if (args.tokens <= kFewRows) return forward_few<S, T>(args);
   const Split<S> split(args);
   parallel(split.items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
@@ -425,11 +477,13 @@ static void attention_forward(const MemoryAttentionForward& args) {
         const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
         multiply<S, T>(rows, padded, head.row_words, query, query_stride, 1, keys,
                        head.row_words * kPanel, scores, stride, false);
+        Scalar inverse[kBlockRows];
         for (int64_t i = 0; i < rows; ++i) {
           Scalar* const row = scores + i * stride;
           const int64_t index = (head.b * args.heads + head.h) * args.tokens + first + i;
-          const bool has_factor = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
-                                               static_cast<Scalar*>(args.lse) + index, factor);
+          bool has_factor;
+          inverse[i] = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
+                                    static_cast<Scalar*>(args.lse) + index, factor, &has_factor);
           const int64_t count = has_factor ? head.visible(first + i) : 0;
           for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
         }
@@ -438,9 +492,7 @@ static void attention_forward(const MemoryAttentionForward& args) {
         multiply<S, T>(rows, head.padded_width, words<S, T>(slots), weights, weight_stride, 1,
                        values, words<S, T>(seen) * kPanel, result, head.padded_width, false);
         for (int64_t i = 0; i < rows; ++i) {
-          T* const out = static_cast<T*>(args.out) +
-                         ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
-          narrow<S>(result + i * head.padded_width, out, head.width);
+          head.put_row(result + i * head.padded_width, inverse[i], args.out, first + i);
         }
       }
     }
@@ -486,27 +538,7 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
     multiply<S, T>(rows, padded, head.row_words, dout, dout_stride, 1, values,
                    head.row_words * kPanel, dscores, stride, false);
     for (int64_t i = 0; i < rows; ++i) {
-      Scalar* const p = scores + i * stride;
-      Scalar* const ds = dscores + i * stride;
-      const int64_t count = head.visible(first + i);
-      // the scores again, and their softmax from them: from a rounded log-sum-exp, a one-hot row
-      // would not cancel exactly
-      Scalar lse;
-      const bool has_factor = head.softmax(p, first + i, end, &lse, factor);
-      auto sum = S::zero();
-      vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
-        auto d = get<S>(ds + j, part);
-        if (has_factor) d = d * get<S>(factor + j, part);
-        put<S>(ds + j, d, part);
-        sum = sum + keep<S>(d * get<S>(p + j, part), S::zero(), part);
-      });
-      const auto delta = S::set(S::sum(sum)), scale = S::set(static_cast<Scalar>(args.scale));
-      vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
-        const auto x = get<S>(p + j, part);
-        put<S>(ds + j, (get<S>(ds + j, part) - delta) * x * scale, part);
-        if (has_factor) put<S>(p + j, x * get<S>(factor + j, part), part);
-      });
-      for (int64_t j = count; j < end; ++j) ds[j] = 0;
+      head.softmax_backward(scores + i * stride, dscores + i * stride, first + i, end, factor);
     }
     if (needs_dquery) {
       int64_t word_stride;
@@ -514,9 +546,7 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
       multiply<S, T>(rows, width, words<S, T>(slots), ds, word_stride, 1, key_rows,
                      words<S, T>(seen) * kPanel, result, width, false);
       for (int64_t i = 0; i < rows; ++i) {
-        T* const dquery = static_cast<T*>(args.dquery) +
-                          ((head.b * args.tokens + first + i) * args.heads + head.h) * head.width;
-        narrow<S>(result + i * width, dquery, head.width);
+        head.put_row(result + i * width, 1, args.dquery, first + i);
       }
     }
     if (needs_bank) {
@@ -531,9 +561,67 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
   }
 }
 
+// One slot's rows of dkey and dvalue, to the dtype and layout of the result (B, N, 2, H, K).
+template <class S, class T>
+static void put_bank(const MemoryAttentionBackward& args, int64_t batch_and_head, int64_t slot,
+                     const typename S::Scalar* dkey, const typename S::Scalar* dvalue) {
+  const int64_t b = batch_and_head / args.heads, h = batch_and_head % args.heads;
+  T* const row = static_cast<T*>(args.dkey_value) +
+                 (((b * args.slots + slot) * 2) * args.heads + h) * args.width;
+  narrow<S>(dkey, row, args.width);
+  narrow<S>(dvalue, row + args.heads * args.width, args.width);
+}
+
+// The gradient of a few rows: as forward_few, and a slot's row of dkey and of dvalue is a sum of as
+// many terms.
+template <class S, class T>
+static void backward_few(const MemoryAttentionBackward& args) {
+  using Scalar = typename S::Scalar;
+  parallel(args.batch * args.heads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Head<S, T> head(args, item);
+      const int64_t width = head.width;
+      Scalar* const scores = scratch_of<S>(kScores, args.tokens * args.slots);
+      Scalar* const dscores = scratch_of<S>(kDscores, args.tokens * args.slots);
+      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const queries = scratch_of<S>(kQueries, args.tokens * width);
+      Scalar* const douts = scratch_of<S>(kDout, args.tokens * width);
+      for (int64_t t = 0; t < args.tokens; ++t) {
+        Scalar* const p = scores + t * args.slots;
+        Scalar* const ds = dscores + t * args.slots;
+        widen<S>(head.rows(args.query) + t * args.query.row_stride, queries + t * width, width);
+        widen<S>(head.rows(args.dout) + t * args.dout.row_stride, douts + t * width, width);
+        const int64_t count = head.visible(t);
+        products_with_rows(head, args.key, queries + t * width, count, p);
+        products_with_rows(head, args.value, douts + t * width, count, ds);
+        head.softmax_backward(p, ds, t, args.slots, factor);
+        if (args.dquery == nullptr) continue;
+        head.put_row(sum_of_rows(head, args.key, ds, count), 1, args.dquery, t);
+      }
+      if (args.dkey_value == nullptr) continue;
+      Scalar* const dkey = scratch_of<S>(kDkey, width);
+      Scalar* const dvalue = scratch_of<S>(kDvalue, width);
+      for (int64_t j = 0; j < args.slots; ++j) {
+        vectors<S>(width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+          auto dk = S::zero(), dv = S::zero();
+          for (int64_t t = 0; t < args.tokens; ++t) {
+            const int64_t at = t * args.slots + j;
+            dk = S::fma(S::set(dscores[at]), get<S>(queries + t * width + k, part), dk);
+            dv = S::fma(S::set(scores[at]), get<S>(douts + t * width + k, part), dv);
+          }
+          put<S>(dkey + k, dk, part);
+          put<S>(dvalue + k, dv, part);
+        });
+        put_bank<S, T>(args, item, j, dkey, dvalue);
+      }
+    }
+  });
+}
+
 template <class S, class T>
 static void attention_backward(const MemoryAttentionBackward& args) {
   using Scalar = typename S::Scalar;
+  if (args.tokens <= kFewRows) return backward_few<S, T>(args);
   const Split<S> split(args);
   const bool needs_bank = args.dkey_value != nullptr;
   const int64_t width = round_up(args.width, 2 * S::kLanes);
@@ -541,14 +629,6 @@ static void attention_backward(const MemoryAttentionBackward& args) {
   // with one range a head, its thread's scratch will do
   const bool has_parts = needs_bank && split.ranges > 1;
   const Shared parts(has_parts ? split.items * 2 * bank * sizeof(Scalar) : 0);
-  // one slot's rows of dkey and dvalue, to the dtype and layout of the result
-  const auto finish = [&](int64_t b, int64_t h, int64_t slot, const Scalar* dkey,
-                          const Scalar* dvalue) {
-    T* const row = static_cast<T*>(args.dkey_value) +
-                   (((b * args.slots + slot) * 2) * args.heads + h) * args.width;
-    narrow<S>(dkey, row, args.width);
-    narrow<S>(dvalue, row + args.heads * args.width, args.width);
-  };
   parallel(split.items, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Head<S, T> head(args, item / split.ranges);
@@ -566,7 +646,7 @@ static void attention_backward(const MemoryAttentionBackward& args) {
       }
       backward_item<S, T>(args, head, split, item % split.ranges, dkey, dvalue);
       for (int64_t j = 0; needs_bank && !has_parts && j < args.slots; ++j) {
-        finish(head.b, head.h, j, dkey + j * width, dvalue + j * width);
+        put_bank<S, T>(args, item / split.ranges, j, dkey + j * width, dvalue + j * width);
       }
     }
   });
@@ -582,7 +662,7 @@ static void attention_backward(const MemoryAttentionBackward& args) {
             accumulate<S>(first, first + range * 2 * bank, width);
             accumulate<S>(first + bank, first + bank + range * 2 * bank, width);
           }
-          finish(head / args.heads, head % args.heads, slot, first, first + bank);
+          put_bank<S, T>(args, head, slot, first, first + bank);
         }
       });
 }

@@ -161,6 +161,9 @@ struct FloatMath {
     return S::scale(S::set(1.0f) + expm1_reduced(r), n);
   }
 
+  // exp of what is at most 0; below e^-87 it may be 0.
+  LM2_INLINE V exp_down(V x) { return exp(x); }
+
   LM2_INLINE V sigmoid(V x) { return S::set(1.0f) / (S::set(1.0f) + exp(S::zero() - x)); }
 
   // -(e^y - 1) / (e^y + 1) with y = -2 |x|: no digits are lost near 0. *slope is the derivative
@@ -181,6 +184,29 @@ struct FloatMath {
     return tanh(x, &slope);
   }
 };
+
+#if defined(LM2_AVX2) || defined(LM2_AVX512)
+// to[k][i] = from[i][k], eight by eight: a third of the time of eight gathers.
+LM2_INLINE void transpose_eight(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  __m256 row[8], pair[8], quad[8];
+  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * stride);
+  for (int i = 0; i < 4; ++i) {
+    pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
+    pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
+  }
+  // quad[k] has column k of rows 0 to 3, or 4 to 7, in its low half, and column k + 4 in its high
+  for (int i = 0; i < 8; i += 4) {
+    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+  }
+  for (int k = 0; k < 4; ++k) {
+    _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
+    _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
+  }
+}
+#endif
 
 #if defined(LM2_AVX512)  // by the level file: g++ does not define __AVX512F__ at its pragma
 struct Avx512 : FloatMath<Avx512, __m512> {
@@ -258,6 +284,13 @@ struct Avx512 : FloatMath<Avx512, __m512> {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
     return _mm512_i32gather_ps(index, p, 4);
+  }
+  LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int i = 0; i < 16; i += 8) {
+      for (int k = 0; k < 16; k += 8) {
+        transpose_eight(from + i * stride + k, stride, to + k * to_stride + i, to_stride);
+      }
+    }
   }
 };
 #endif
@@ -356,6 +389,14 @@ struct Avx2 : FloatMath<Avx2, __m256> {
     const __m256i half = _mm256_srai_epi32(whole, 1);
     return x * power(half) * power(_mm256_sub_epi32(whole, half));
   }
+  // the power is a normal number: one factor will do
+  LM2_INLINE V exp_down(V x) {
+    const V least = set(-87.0f);
+    V n;
+    const V r = reduce(max(least, x), &n);
+    const V y = (set(1.0f) + expm1_reduced(r)) * power(_mm256_cvtps_epi32(n));
+    return _mm256_and_ps(y, _mm256_cmp_ps(x, least, _CMP_NLT_UQ));
+  }
   LM2_INLINE V power(__m256i n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23));
   }
@@ -382,6 +423,9 @@ struct Avx2 : FloatMath<Avx2, __m256> {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i index = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride)));
     return _mm256_i32gather_ps(p, index, 4);
+  }
+  LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    transpose_eight(from, stride, to, to_stride);
   }
 };
 #endif
@@ -449,6 +493,9 @@ struct Base : FloatMath<Base, FourFloats> {
   LM2_INLINE V gather(const float* p, int64_t stride) {
     return V{p[0], p[stride], p[2 * stride], p[3 * stride]};
   }
+  LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+    for (int k = 0; k < 4; ++k) store(to + k * to_stride, gather(from + k, stride));
+  }
 };
 
 // float64, for gradient checks: plain code, the C library's functions.
@@ -468,6 +515,7 @@ struct Double {
   LM2_INLINE V fma(V a, V b, V c) { return a * b + c; }
   LM2_INLINE V max(V a, V b) { return a > b ? a : b; }
   LM2_INLINE V exp(V x) { return std::exp(x); }
+  LM2_INLINE V exp_down(V x) { return std::exp(x); }
   LM2_INLINE V sigmoid(V x) { return 1.0 / (1.0 + std::exp(-x)); }
   LM2_INLINE V tanh(V x) { return std::tanh(x); }
   LM2_INLINE V tanh(V x, V* slope) {
@@ -481,6 +529,7 @@ struct Double {
   LM2_INLINE V if_nonzero(V x, V a, V b) { return x != 0.0 ? a : b; }
   LM2_INLINE V first_lanes(int, V a, V) { return a; }
   LM2_INLINE V gather(const double* p, int64_t) { return *p; }
+  LM2_INLINE void transpose(const double* from, int64_t, double* to, int64_t) { *to = *from; }
 };
 
 }  // namespace
