@@ -382,22 +382,48 @@ struct Split {
   }
 };
 
+// Slots whose rows a pass over a few rows reads together: as many streams from memory.
+constexpr int kTogether = 4;
+
+// Calls body(j, Count<n>) for every n = kTogether neighbours of the slots [begin, end) that all
+// take part, and for every other slot that does with n = 1.
+template <class S, class T, class F>
+LM2_INLINE void slots_that_take_part(const Head<S, T>& head, int64_t begin, int64_t end,
+                                     const F& body) {
+  for (int64_t j = begin; j < end;) {
+    bool all = j + kTogether <= end;
+    for (int i = 0; all && i < kTogether; ++i) all = head.takes_part(j + i);
+    if (all) {
+      body(j, Count<kTogether>{});
+    } else if (head.takes_part(j)) {
+      body(j, Count<1>{});
+    }
+    j += all ? kTogether : 1;
+  }
+}
+
 // result[j] = the product of `vector` with slot j's row; 0 where the slot takes no part.
 template <class S, class T>
 static void products_with_rows(const Head<S, T>& head, const View& view,
                                const typename S::Scalar* vector, int64_t count,
                                typename S::Scalar* result) {
   const T* const rows = head.rows(view);
-  for (int64_t j = 0; j < count; ++j) {
-    const T* const row = rows + j * view.row_stride;
-    auto dot = S::zero();
-    if (head.takes_part(j)) {
-      vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
-        dot = S::fma(get<S>(vector + k, part), get<S>(row + k, part), dot);
-      });
-    }
-    result[j] = S::sum(dot);
+  if (head.mask != nullptr) {
+    for (int64_t j = 0; j < count; ++j) result[j] = 0;
   }
+  slots_that_take_part(head, 0, count, [&](int64_t j, auto number) {
+    constexpr int kNumber = decltype(number)::value;
+    const T* const first = rows + j * view.row_stride;
+    typename S::V dot[kNumber];
+    for (int i = 0; i < kNumber; ++i) dot[i] = S::zero();
+    vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
+      const auto x = get<S>(vector + k, part);
+      for (int i = 0; i < kNumber; ++i) {
+        dot[i] = S::fma(x, get<S>(first + i * view.row_stride + k, part), dot[i]);
+      }
+    });
+    for (int i = 0; i < kNumber; ++i) result[j + i] = S::sum(dot[i]);
+  });
 }
 
 // The sum of the slots' rows, each times its weight. Has its own scratch, good until the next call.
@@ -412,14 +438,18 @@ static const typename S::Scalar* sum_of_rows(const Head<S, T>& head, const View&
   for (int64_t start = 0; start < count; start += kChain) {
     Scalar* const sum = start == 0 ? total : chain;
     for (int64_t k = 0; k < head.width; ++k) sum[k] = 0;
-    for (int64_t j = start; j < smaller(start + kChain, count); ++j) {
-      if (!head.takes_part(j)) continue;
-      const auto weight = S::set(weights[j]);
-      const T* const row = rows + j * view.row_stride;
+    const int64_t end = smaller(start + kChain, count);
+    slots_that_take_part(head, start, end, [&](int64_t j, auto number) {
+      constexpr int kNumber = decltype(number)::value;
+      const T* const first = rows + j * view.row_stride;
       vectors<S>(head.width, [&](int64_t k, auto part) __attribute__((always_inline)) {
-        put<S>(sum + k, S::fma(weight, get<S>(row + k, part), get<S>(sum + k, part)), part);
+        auto x = get<S>(sum + k, part);
+        for (int i = 0; i < kNumber; ++i) {
+          x = S::fma(S::set(weights[j + i]), get<S>(first + i * view.row_stride + k, part), x);
+        }
+        put<S>(sum + k, x, part);
       });
-    }
+    });
     if (sum != total) accumulate<S>(total, sum, head.width);
   }
   return total;
