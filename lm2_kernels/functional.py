@@ -61,6 +61,8 @@ def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor 
 
 def check_shape(op: str, name: str, tensor: Tensor, legend: str, expected: tuple) -> None:
     """``tensor`` has the expected shape; ``legend`` names its axes, None in it fits any size."""
+    if tensor.shape == expected:
+        return
     if tensor.dim() != len(expected):
         raise ValueError(
             f"{op}: {name} must have {len(expected)} dimensions {legend}, got shape "
