@@ -49,7 +49,12 @@ def _work(name: str, shape: str, dtype: str, is_compiled: bool) -> works.Work:
     at = next(candidate for candidate in SHAPES if candidate.name == shape)
     work = works.WORKS[name](at, getattr(torch, dtype), DEVICE)
     if not is_compiled:
-        work.rows = {row: make for row, make in work.rows.items() if "compiled" not in row}
+        left_out = (works.RECOMPUTE, "compiled")
+        work.rows = {
+            row: make
+            for row, make in work.rows.items()
+            if not any(name in row for name in left_out)
+        }
     return work
 
 

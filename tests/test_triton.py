@@ -1,10 +1,12 @@
 """What is particular to the Triton backend: resources on every target, addresses, launches."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import triton
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -207,6 +209,33 @@ def test_source_is_capture_safe():
     forbidden = re.compile(r"\.item\(|\.cpu\(|\.tolist\(|synchronize|@triton\.autotune|tl\.atomic_")
     for path in folder.glob("*.py"):
         assert not forbidden.search(path.read_text()), path.name
+
+
+def _num_compiled(op):
+    module = importlib.import_module(f"lm2_kernels.backends.triton.{op}")
+    kernels = [value for value in vars(module).values() if isinstance(value, triton.JITFunction)]
+    caches = [cache for kernel in kernels for cache, *_ in kernel.device_caches.values()]
+    return sum(map(len, caches))
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_new_sizes_compile_nothing(op):
+    """Batch and lengths are no part of a kernel's key, whatever divides them."""
+    case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(width=32)
+    counts = []
+    with launches.compiled("sm_90"):
+        for batch, tokens, slots in (
+            (2, 35, 51),
+            (2, 36, 52),
+            (3, 48, 64),
+            (1, 37, 64),
+            (5, 16, 16),
+        ):
+            sized = case._replace(batch=batch, tokens=tokens, slots=slots)
+            testing.run_case(sized, testing.make_inputs(sized, torch.bfloat16), "triton")
+            counts.append(_num_compiled(op))
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}
 
 
 def test_refuses_what_it_cannot_run():

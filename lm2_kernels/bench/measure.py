@@ -13,7 +13,16 @@ from torch import Tensor
 
 from lm2_kernels import products, testing
 from lm2_kernels.backends import OPS
-from lm2_kernels.bench.works import NO_CACHE, ORACLE, RELEASED, Outputs, Row, Work, dtype_name
+from lm2_kernels.bench.works import (
+    NO_CACHE,
+    ORACLE,
+    RELEASED,
+    SDPA_OP,
+    Outputs,
+    Row,
+    Work,
+    dtype_name,
+)
 
 # what a single timing must last on a CPU: shorter work is repeated within it
 _MIN_SECONDS = 2e-3
@@ -159,7 +168,7 @@ def check(work: Work, rows: dict[str, Row]) -> dict[str, float]:
 
 def _yardstick(work: Work, rows: dict[str, Row]) -> Row:
     """The row that plain PyTorch is."""
-    name = next(name for name in (RELEASED, ORACLE, NO_CACHE) if name in work.rows)
+    name = next(name for name in (RELEASED, ORACLE, NO_CACHE, SDPA_OP) if name in work.rows)
     return rows[name] if name in rows else work.rows[name]()
 
 

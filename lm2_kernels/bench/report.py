@@ -133,19 +133,25 @@ def _times(ratio: float | None) -> str:
     return f"{ratio:.2f}x" if ratio < 100.0 else f"{ratio:.0f}x"
 
 
-def _memory_lines(report: dict) -> list[str]:
+def _saved_table(report: dict) -> list[list[str]]:
+    """What each row of a layer keeps between forward and backward; empty if not measured."""
     saved: dict[tuple[str, str, str], dict[str, int]] = {}
     for result in report["results"]:
-        if "saved_bytes" in result and "layer" in result["work"]:
+        if "saved_bytes" in result and result["work"].endswith(" layer"):
             key = (result["work"], result["shape"], result["dtype"])
             saved.setdefault(key, {})[result["row"]] = result["saved_bytes"]
+    rows = list(dict.fromkeys(name for by_row in saved.values() for name in by_row))
+    table = [["layer", "shape", "dtype", *rows]]
+    for key, by_row in saved.items():
+        table.append([*key, *(_mebibytes(by_row.get(name)) for name in rows)])
+    return table if saved else []
+
+
+def _memory_lines(report: dict) -> list[str]:
     lines = []
+    saved = _saved_table(report)
     if saved:
-        rows = list(dict.fromkeys(name for by_row in saved.values() for name in by_row))
-        table = [["layer", "shape", "dtype", *rows]]
-        for key, by_row in saved.items():
-            table.append([*key, *(_mebibytes(by_row.get(name)) for name in rows)])
-        lines += ["", "MiB kept for backward", *(f"  {line}" for line in columns(table))]
+        lines += ["", "MiB kept for backward", *(f"  {line}" for line in columns(saved))]
     if report["lengths"]:
         rows = list(dict.fromkeys(entry["row"] for entry in report["lengths"]))
         table = [["T = N", *(f"{row}, {unit}" for row in rows for unit in ("s", "MiB"))]]
@@ -203,6 +209,9 @@ def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer"
         if title.endswith(", backward"):
             continue
         lines += [f"**{title}**", "", *markdown(table), ""]
+    saved = _saved_table(report)
+    if saved:
+        lines += ["**MiB kept for backward, beside inputs and parameters**", "", *markdown(saved)]
     return "\n".join(lines).rstrip() + "\n"
 
 

@@ -196,11 +196,12 @@ def _quartiles(times: Sequence[float]) -> list[float]:
 
 def _measure_length(shape: Shape, device: str, end: float) -> list[dict]:
     work = works.WORKS[_LENGTH_WORK](shape, torch.float32, device)
-    names = [works.our_backends(device)[0], works.ORACLE, "SDPA"]
     scores = 4 * shape.batch * shape.heads * shape.tokens * shape.slots
     if scores > _MAX_SCORES:
-        names.remove(works.ORACLE)
-    rows = {name: work.rows[name]() for name in names}
+        del work.rows[works.ORACLE]
+    names = [works.our_backends(device)[0], works.ORACLE, works.SDPA_OP]
+    rows = {name: work.rows[name]() for name in names if name in work.rows}
+    measure.check(work, rows)
     budget = max(0.0, end - time.monotonic()) / len(LENGTHS)
     times = measure.measure(rows, "both", work.cotangents, device, budget, fewest=3)
     return [

@@ -29,11 +29,17 @@ COMPILED = "oracle, compiled"
 AUTOTUNED = "oracle, max-autotune"
 RELEASED = "released way"
 RELEASED_COMPILED = "released way, compiled"
+SDPA_OP = "SDPA"
 SDPA = "eager + SDPA"
 SDPA_COMPILED = "eager + SDPA, compiled"
 NO_CACHE = "no cache"
+# of our first backend: less memory for more time
+RECOMPUTE = "recompute"
 # the matrix products by the best library and our attention, alone: what a layer cannot go below
 LIMIT = "limit"
+
+# bytes of the scores that an oracle may hold at once
+_MAX_SCORES = 2**30
 
 Outputs = tuple[Tensor, ...]
 
@@ -109,7 +115,11 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
 
     def oracle() -> Row:
         tensors = {name: tensor.double() for name, tensor in inputs.tensors.items()}
-        return row(getattr(reference, op), inputs._replace(tensors=tensors))
+        function = getattr(reference, op)
+        if 8 * shape.batch * shape.heads * shape.tokens * shape.slots > _MAX_SCORES:
+            # which is proven against the equations, and holds a block of scores at a time
+            function = functools.partial(getattr(functional, op), backend="eager")
+        return row(function, inputs._replace(tensors=tensors))
 
     rows = {
         name: functools.partial(row, getattr(functional, op), backend=name)
@@ -135,7 +145,11 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
 
 
 def _sdpa_rows(row: Callable[..., Row], device: str) -> dict[str, Callable[[], Row]]:
-    kernels = {"SDPA": None, "SDPA math": SDPBackend.MATH, "SDPA flash": SDPBackend.FLASH_ATTENTION}
+    kernels = {
+        SDPA_OP: None,
+        "SDPA math": SDPBackend.MATH,
+        "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    }
     if device == "cuda":
         kernels["SDPA efficient"] = SDPBackend.EFFICIENT_ATTENTION
         kernels["SDPA cudnn"] = SDPBackend.CUDNN_ATTENTION
@@ -237,6 +251,10 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         )
         for name in our_backends(device)
     }
+    best = our_backends(device)[0]
+    rows[RECOMPUTE] = lambda: row(
+        ours(shape.dim, shape.heads, backend=best, recompute=True), ours=True
+    )
     rows[ORACLE] = oracle_row
     rows |= _compiled(oracle_row, device)
     if is_paper:
