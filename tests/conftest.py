@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lm2_kernels import projections
+from tools.emulated_avx512 import avx512_reason
 from tools.emulated_cuda import emulation_reason
 from tools.native import cpp_reason
 
@@ -18,6 +19,7 @@ REQUIRED_BACKENDS = [
         ("eager", None),
         ("triton", None),
         ("cpp", cpp_reason()),
+        ("cpp-avx512", avx512_reason()),
         ("cpp-cuda", emulation_reason()),
     )
     if reason is None

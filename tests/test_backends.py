@@ -3,7 +3,7 @@
 Triton's kernels run on the CPU: each launch is compiled for a GPU target as the launcher asks for
 it, its resources are checked, and it is then interpreted with every address checked and the
 programs in shuffled order. The CUDA C++ kernels run on the CPU as "cpp-cuda", in an emulator that
-takes blocks and threads in random order.
+takes blocks and threads in random order; "cpp-avx512" emulates what this processor may lack.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import testing
 from tools import launches
+from tools.emulated_avx512 import avx512_reason, emulated_avx512
 from tools.emulated_cuda import emulated_cuda, emulation_reason
 from tools.interpreter import run_python
 from tools.native import cpp_reason, needs_cpp
@@ -26,6 +27,7 @@ BACKENDS = {
     "eager": (CPU_DTYPES, None),
     "cpp": (CPU_DTYPES, cpp_reason()),
     "triton": (GPU_DTYPES, None),
+    "cpp-avx512": (CPU_DTYPES, avx512_reason()),
     "cpp-cuda": (GPU_DTYPES, emulation_reason()),
 }
 CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
@@ -52,6 +54,8 @@ def _on(backend: str, index: int = 0):
         # the numerics of a case do not depend on the target, its tiles do: take turns
         targets = tuple(launches.TARGETS)
         environment = launches.checked(targets[index % len(targets)], shuffle=index)
+    elif backend == "cpp-avx512":
+        environment = emulated_avx512()
     elif backend == "cpp-cuda":
         environment = emulated_cuda(seed=index)
     with lm2.recording() as ran, environment:
@@ -61,7 +65,7 @@ def _on(backend: str, index: int = 0):
 
 
 def _name(backend):
-    return backend.removesuffix("-cuda")
+    return backend.split("-")[0]
 
 
 def _check(case, dtype, backend, **options):

@@ -18,7 +18,7 @@ import torch
 from lm2_kernels import extension
 from lm2_kernels.version import sources_digest
 from tools import nvcc
-from tools.emulated_cuda import ROOT, load_setup
+from tools.compiling import ROOT, load_setup
 
 BUILD_TOOLS = ("setuptools", "pybind11", "ninja")
 _MISSING = [name for name in BUILD_TOOLS if importlib.util.find_spec(name) is None]

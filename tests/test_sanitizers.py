@@ -44,6 +44,16 @@ PLANTS = (
         _OVERFLOW,
     ),
     Plant(
+        "C++: a mask of one lane too many",
+        "cpu",
+        "address",
+        "cpu/simd.h",
+        "static_cast<__mmask16>((1u << count) - 1)",
+        "static_cast<__mmask16>((2u << count) - 1)",
+        "level_avx512.cpp",
+        _OVERFLOW,
+    ),
+    Plant(
         "C++: all threads add to the same partial sums",
         "cpu",
         "thread",

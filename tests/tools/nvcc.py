@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.emulated_cuda import CUDA_SOURCES, cuda_home
+from tools.compiling import cuda_home
+from tools.emulated_cuda import CUDA_SOURCES
 
 ARCHS = (75, 80, 90, 100, 120)
 SOURCES = tuple(sorted(CUDA_SOURCES.glob("*.cu")))

@@ -13,17 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.emulated_cuda import (
-    CUDA_SOURCES,
-    NATIVE,
-    ROOT,
-    cached,
-    emulator_command,
-    run_all,
-)
+from tools.compiling import CSRC, NATIVE, ROOT, cached, run_all
+from tools.emulated_avx512 import HAS_EVERY_LEVEL, avx512_reason, emulation_command
+from tools.emulated_cuda import CUDA_SOURCES, emulator_command
 
 SANITIZERS = {"address": "address,undefined", "thread": "thread"}
-_CPU_SOURCES = CUDA_SOURCES.parent / "cpu"
 
 
 class Plant(NamedTuple):
@@ -43,7 +37,7 @@ def _sources(target: str) -> list[Path]:
     if target == "cuda":
         return [*sorted(CUDA_SOURCES.glob("*.cu")), NATIVE / "emulated_runtime.cpp"]
     # but for what needs torch
-    return [p for p in _CPU_SOURCES.glob("*.cpp") if p.stem not in ("bindings", "parallel")]
+    return [p for p in (CSRC / "cpu").glob("*.cpp") if p.stem not in ("bindings", "parallel")]
 
 
 def _command(target: str, sanitizer: str, source: Path, result: Path) -> list[str]:
@@ -53,6 +47,10 @@ def _command(target: str, sanitizer: str, source: Path, result: Path) -> list[st
         level = "-O0" if sanitizer == "address" else "-O1"
         return emulator_command(source, result, "-DHARNESS_CUDA", level, *flags)
     flags += ["-O1", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
+    if avx512_reason() is None:
+        if "avx512" in source.name:
+            return emulation_command(source, result, *flags)
+        flags.append(HAS_EVERY_LEVEL)
     return ["g++", "-c", "-std=c++20", *flags, str(source), "-o", str(result)]
 
 
@@ -75,7 +73,7 @@ def harness(target: str, sanitizer: str, plant: Plant | None = None) -> Iterator
             if plant is None or source.name != plant.compiled:
                 objects.append(_object(target, sanitizer, source))
         if plant is not None:
-            shutil.copytree(CUDA_SOURCES.parent, folder / "csrc")
+            shutil.copytree(CSRC, folder / "csrc")
             file = folder / "csrc" / plant.file
             text = file.read_text(encoding="utf-8")
             if text.count(plant.old) != 1:
