@@ -62,7 +62,10 @@ _WEIGHT = torch.ones(_DIM)
 _LAYERS = {kind.__name__: kind(_DIM, 2) for kind in (PaperMemory, ReleaseMemory)}
 _CALLS = {
     "memory_attention": lambda: functional.memory_attention(_HEADS, _HEADS, _HEADS),
-    "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(_HEADS, _HEADS, _HEADS),
+    # two heads of two tokens: theirs take heads first, which is as well
+    "scaled_dot_product_attention": lambda: F.scaled_dot_product_attention(
+        _HEADS, _HEADS, _HEADS, is_causal=True
+    ),
     "memory_update": lambda: functional.memory_update(_X, _X, _X, _X, _X, _X),
     "residual_layer_norm": lambda: functional.residual_layer_norm(_X, _X, _WEIGHT, _WEIGHT),
     "layer_norm of a sum": lambda: F.layer_norm(_X + _X, (_DIM,), _WEIGHT, _WEIGHT),

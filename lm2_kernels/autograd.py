@@ -70,7 +70,8 @@ _with_refusals: dict[type, tuple[type, Callable]] = {}
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply``, refusing forward mode and vmap by name.
 
-    torch.compile does not trace a Function that defines ``jvp``, and has its own refusals.
+    Where no gradient is wanted it is ``function.forward`` alone. torch.compile does not trace a
+    Function that defines ``jvp``, and has its own refusals.
     """
     if torch.compiler.is_compiling():
         return function.apply(*args)
@@ -80,7 +81,9 @@ def apply(function: type[torch.autograd.Function], *args):
         # forward's signature for defaults: at 60 to 80 us a call, more than some kernels take
         _with_refusals[function] = refusing, super(torch.autograd.Function, refusing).apply
     refusing, fast_apply = _with_refusals[function]
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    # private to PyTorch: without it, the slow way is right whatever is active
+    is_forward_mode = getattr(forward_ad, "_current_level", 0) >= 0
+    if is_forward_mode or torch._C._are_functorch_transforms_active():
         return refusing.apply(*args)
     if not torch.is_grad_enabled():
         # nothing to save, nothing to differentiate

@@ -202,7 +202,8 @@ def memory_attention(
     Accumulates in float32 (float64 for float64). Any strides with a contiguous last axis are taken
     without a copy. What a slot hidden by ``slot_mask`` holds never matters, NaN included; a
     non-finite value in a slot that only ``causal`` hides can reach earlier tokens through
-    ``0 * NaN``, as in any blocked attention. Under autocast the inputs are cast as
+    ``0 * NaN``, as in any blocked attention, and values near the largest number of float32 can
+    overflow, where their sum before it is normalised does. Under autocast the inputs are cast as
     ``scaled_dot_product_attention`` casts its own. The dropout mask is a function of a seed drawn
     from the device's default generator (``torch.manual_seed``), the same in every backend.
 

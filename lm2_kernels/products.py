@@ -41,25 +41,23 @@ _CLEAR = 4.0
 _ratios: dict[tuple[torch.dtype, bool, bool], float] = {}
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias
-    after = "relu" if relu else "none"
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, after, [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
-def _widened(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.float()
     # autocast would narrow them again
     with torch.autocast("cpu", enabled=False):
-        return product(a.float(), b.float(), bias, relu=relu).to(a.dtype)
+        return product(a.float(), b.float(), bias).to(a.dtype)
 
 
-def _torch(a: Tensor, b: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-    result = F.linear(a, b.t(), bias)
-    return result.relu_() if relu else result
+def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(a, b.t(), bias)
 
 
-def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None, bool], Tensor]:
+def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     return _widened if dtype in _16_BIT else _onednn
 
 
@@ -89,11 +87,15 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = Fa
     is_choice = a.device.type == "cpu" and a.dtype == b.dtype
     # neither way has a derivative: a backward under create_graph takes torch's
     is_choice = is_choice and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    result = None
     if is_choice and is_large(a.dtype, num_rows, b.numel()):
         rows = a if a.dim() == 2 else a.flatten(0, -2)
         if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-            return _other(a.dtype)(rows, b, bias, relu).view(*a.shape[:-1], b.shape[-1])
-    return _torch(a, b, bias, relu)
+            result = _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
+    if result is None:
+        result = _torch(a, b, bias)
+    # oneDNN could do it with the product, but makes 0 of a NaN
+    return result.relu_() if relu else result
 
 
 def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
@@ -127,7 +129,7 @@ def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
 def _ratio_of(a: Tensor, b: Tensor) -> float:
     other = _other(a.dtype)
     try:
-        is_right = torch.equal(other(a, b, None, False), _torch(a, b, None, False))
+        is_right = torch.equal(other(a, b, None), _torch(a, b, None))
     except (AttributeError, RuntimeError):
         # this PyTorch has no such operator, or no oneDNN
         return 0.0
@@ -146,7 +148,7 @@ def _ratio_of(a: Tensor, b: Tensor) -> float:
 
 def _seconds(function: Callable, a: Tensor, b: Tensor) -> float:
     start = time.perf_counter()
-    function(a, b, None, False)
+    function(a, b, None)
     return time.perf_counter() - start
 
 

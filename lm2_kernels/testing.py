@@ -125,6 +125,10 @@ LARGE_CASES = (
     _attention(2, 64, 64, 4, 40, top_k=8, dropout_p=0.25),
     _attention(1, 300, 300, 2, 32),
     _attention(1, 24, 40, 2, 384, top_k=5),
+    # a few rows, which kernels may walk the slots for
+    _attention(4, 1, 130, 8, 20),
+    _attention(3, 4, 150, 4, 17, slot_mask="random", slot_offset=100),
+    _attention(3, 3, 140, 4, 9, causal=False, top_k=70, dropout_p=0.3),
     _update(3, 127, 160),
     _update(2, 100, 515, output_gate=True),
     _update(2, 64, 256, gate_bias="segment", memory="float32"),

@@ -307,6 +307,43 @@ def test_scores_of_minus_infinity_are_no_hidden_slots(backend, record_property):
 
 
 @_every_backend()
+@pytest.mark.parametrize("tokens", (3, 9))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_what_masked_slots_hold_does_not_matter(backend, tokens, dtype, record_property):
+    record_property("backend", backend)
+    options = (("slot_mask", "random"), ("slot_offset", 28))
+    case = testing.Case("memory_attention", 2, tokens, 40, 2, 16, options)
+    inputs = testing.make_inputs(case, testing.DTYPES[dtype])
+    runs = []
+    for poison in (0.0, float("nan")):
+        for name in ("key", "value"):
+            inputs.tensors[name][~inputs.constants["slot_mask"]] = poison
+        with _on(backend):
+            runs.append(testing.run_case(case, inputs, _name(backend)))
+    for name, result in runs[0].items():
+        assert torch.equal(result, runs[1][name]), name
+
+
+@pytest.mark.parametrize("backend", [_param("cpp", id=""), _param("cpp-avx512", id="")])
+def test_few_rows_reach_only_the_slots_they_see(backend, record_property):
+    """Not a finite gradient times a weight of 0: 0 * NaN is NaN."""
+    record_property("backend", backend)
+    options = (("slot_mask", "prefix"),)
+    case = testing.Case("memory_attention", 1, 4, 6, 2, 8, options)
+    inputs = testing.make_inputs(case, torch.float32)
+    first = int(inputs.constants["slot_mask"][0].int().argmax())
+    assert 0 < first < 3
+    inputs.tensors["query"][0, 0] = float("nan")  # sees nothing
+    inputs.cotangents[0][0, first] = float("nan")  # sees the first slot that takes part
+    with _on(backend):
+        results = testing.run_case(case, inputs, _name(backend))
+    for name in ("dkey", "dvalue"):
+        assert results[name][0, first].isnan().all(), name
+        assert results[name][0, :first].isfinite().all(), name
+        assert results[name][0, first + 1 :].isfinite().all(), name
+
+
+@_every_backend()
 def test_strong_dropout_does_not_overflow_float16(backend, record_property):
     record_property("backend", backend)
     query = torch.zeros(1, 64, 1, 16, dtype=torch.float16, requires_grad=True)

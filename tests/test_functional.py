@@ -676,6 +676,12 @@ MASKED_CASES = [
         (("slot_mask", "random"), ("top_k", 2)),
         (("slot_mask", "random"), ("dropout_p", 0.4)),
     )
+] + [
+    # slots enough for runs of neighbours that take part, to a few rows and to a block of them
+    testing.Case(
+        "memory_attention", 2, tokens, 70, 2, 9, (("slot_mask", "random"), ("slot_offset", 60))
+    )
+    for tokens in (4, 9)
 ]
 
 
@@ -686,6 +692,11 @@ def test_what_a_masked_slot_holds_does_not_matter(case, poison, backend):
     inputs = testing.make_inputs(case, torch.float32)
     hidden = ~inputs.constants["slot_mask"]
     assert hidden.any()
+    # what a kernel keeps from call to call: nothing of the next call's
+    nowhere = testing.make_inputs(case, torch.float32)
+    nowhere.constants.pop("slot_mask")
+    nowhere.tensors["key"].fill_(poison)
+    testing.run_case(case, nowhere, backend)
     clean = testing.run_case(case, inputs, backend)
     for name in ("key", "value"):
         inputs.tensors[name][hidden] = poison

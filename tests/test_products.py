@@ -54,6 +54,20 @@ def test_product(library, transposed_a, transposed_b, has_bias, relu, monkeypatc
     assert testing.compare("product", got, want, eager).passed
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_relu_keeps_nan(library, dtype, monkeypatch):
+    """A diverged weight has to show."""
+    monkeypatch.setenv(products._16_BIT_VARIABLE, "float32")
+    layer = nn.Linear(32, 32).to(dtype)
+    with torch.no_grad():
+        layer.weight[3] = float("nan")
+    x = torch.randn(40, 32, dtype=dtype, requires_grad=True)
+    (y,) = project(x, layer, relu=True)
+    y.sum().backward()
+    assert torch.equal(y.isnan().nonzero()[:, 1], torch.full((40,), 3))
+    assert x.grad.isnan().all()
+
+
 def test_layers_and_gradients(monkeypatch):
     _no_minimum(monkeypatch)
     calls = _onednn_calls(monkeypatch)

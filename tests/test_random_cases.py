@@ -16,14 +16,14 @@ _settings = settings(
 
 
 @st.composite
-def _attention_cases(draw, largest=40):
+def _attention_cases(draw, largest=40, most_slots=None):
     options = {
         "causal": draw(st.booleans()),
-        "slot_offset": draw(st.integers(0, 12)),
+        "slot_offset": draw(st.integers(0, 12) | st.integers(0, most_slots or largest)),
         "scale": draw(st.sampled_from((None, -0.5, 0.0, 1.0))),
         "slot_mask": draw(st.sampled_from((None, "random", "prefix"))),
     }
-    slots = draw(st.integers(1, largest))
+    slots = draw(st.integers(1, most_slots or largest))
     if draw(st.booleans()):
         options["top_k"] = draw(st.integers(1, slots))
     if draw(st.booleans()):
@@ -31,7 +31,8 @@ def _attention_cases(draw, largest=40):
     return testing.Case(
         "memory_attention",
         draw(st.integers(0, 3)),
-        draw(st.integers(1, largest)),
+        # often so few that a kernel may take another way
+        draw(st.integers(1, 4) | st.integers(1, largest)),
         slots,
         draw(st.integers(1, 3)),
         draw(st.integers(1, 20)),
@@ -77,7 +78,7 @@ def test_random_case_eager(case, layout):
 
 
 @settings(_settings, max_examples=200)
-@given(case=st.one_of(_attention_cases(), _row_cases()), layout=_layouts)
+@given(case=st.one_of(_attention_cases(most_slots=200), _row_cases()), layout=_layouts)
 @needs_cpp
 def test_random_case_cpp(case, layout):
     # with a scale of 0 all scores tie, and which of them top-k keeps is each backend's own

@@ -4,7 +4,7 @@
 // under a causal mask all items cost the same. A block's scores over the slots it sees are kept
 // whole in the second cache; a hidden slot costs nothing beyond the block's edge, and nothing of
 // size T x N exists. All products are one microkernel over panels: B is packed in panels of two
-// vectors, zero-filled at the edges, A is read in place by (row stride, column stride).
+// vectors, zero-filled at the edges, A is read by (row stride, column stride).
 //
 // Where the processor multiplies pairs of bfloat16, a Scalar of a product's operands is a word: two
 // consecutive terms of a row of A, and of a column of B. Scores, probabilities and sums stay
@@ -179,17 +179,21 @@ struct Head {
     return args.causal ? smaller(args.slots, args.slot_offset + t + 1) : args.slots;
   }
 
+  // The first token that sees a slot, before the mask; it may lie beyond the last.
+  int64_t first_token(int64_t slot) const {
+    return args.causal ? larger<int64_t>(0, slot - args.slot_offset) : 0;
+  }
+
   bool takes_part(int64_t slot) const { return mask == nullptr || mask[slot] != 0; }
 
-  // Rows of a view as words: where they lie if they are that, else in a buffer.
-  const Scalar* dense(const View& view, int64_t first, int64_t count, int which,
-                      int64_t* stride) const {
+  // Rows of a view as words, `row_words` apart: rows that lie 4 KiB apart would share one set of
+  // the first cache.
+  const Scalar* dense(const View& view, int64_t first, int64_t count, int which) const {
     const T* const source = rows(view) + first * view.row_stride;
     Scalar* const result = scratch_of<S>(which, kBlockRows * width);
     for (int64_t i = 0; i < count; ++i) {
       copy_words(source + i * view.row_stride, result + i * row_words, width);
     }
-    *stride = row_words;
     return result;
   }
 
@@ -503,9 +507,8 @@ static void attention_forward(const MemoryAttentionForward& args) {
         const int64_t first = block * split.block_rows;
         const int64_t rows = smaller(split.block_rows, args.tokens - first);
         const int64_t slots = head.visible(first + rows - 1), padded = round_up(slots, kPanel);
-        int64_t query_stride;
-        const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
-        multiply<S, T>(rows, padded, head.row_words, query, query_stride, 1, keys,
+        const Scalar* const query = head.dense(args.query, first, rows, kQueries);
+        multiply<S, T>(rows, padded, head.row_words, query, head.row_words, 1, keys,
                        head.row_words * kPanel, scores, stride, false);
         Scalar inverse[kBlockRows];
         for (int64_t i = 0; i < rows; ++i) {
@@ -560,12 +563,11 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
     const int64_t padded = round_up(slots, kPanel);
     // what the products over slots read
     const int64_t end = kTerms<S, T> == 2 ? padded : slots;
-    int64_t query_stride, dout_stride;
-    const Scalar* query = head.dense(args.query, first, rows, kQueries, &query_stride);
-    const Scalar* dout = head.dense(args.dout, first, rows, kDout, &dout_stride);
-    multiply<S, T>(rows, padded, head.row_words, query, query_stride, 1, keys,
+    const Scalar* const query = head.dense(args.query, first, rows, kQueries);
+    const Scalar* const dout = head.dense(args.dout, first, rows, kDout);
+    multiply<S, T>(rows, padded, head.row_words, query, head.row_words, 1, keys,
                    head.row_words * kPanel, scores, stride, false);
-    multiply<S, T>(rows, padded, head.row_words, dout, dout_stride, 1, values,
+    multiply<S, T>(rows, padded, head.row_words, dout, head.row_words, 1, values,
                    head.row_words * kPanel, dscores, stride, false);
     for (int64_t i = 0; i < rows; ++i) {
       head.softmax_backward(scores + i * stride, dscores + i * stride, first + i, end, factor);
@@ -632,9 +634,11 @@ static void backward_few(const MemoryAttentionBackward& args) {
       Scalar* const dkey = scratch_of<S>(kDkey, width);
       Scalar* const dvalue = scratch_of<S>(kDvalue, width);
       for (int64_t j = 0; j < args.slots; ++j) {
+        // no others: their weight is 0, and 0 * NaN is NaN
+        const int64_t first = head.takes_part(j) ? head.first_token(j) : args.tokens;
         vectors<S>(width, [&](int64_t k, auto part) __attribute__((always_inline)) {
           auto dk = S::zero(), dv = S::zero();
-          for (int64_t t = 0; t < args.tokens; ++t) {
+          for (int64_t t = first; t < args.tokens; ++t) {
             const int64_t at = t * args.slots + j;
             dk = S::fma(S::set(dscores[at]), get<S>(queries + t * width + k, part), dk);
             dv = S::fma(S::set(scores[at]), get<S>(douts + t * width + k, part), dv);

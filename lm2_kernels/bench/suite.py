@@ -23,8 +23,8 @@ LENGTHS = tuple(
     for tokens in (1024, 2048, 4096, 8192, 16384)
 )
 _LENGTH_WORK = "memory_attention"
-# a row whose scores would take more is left out of the lengths
-_MAX_SCORES = 3 * 2**30
+# bytes of scores from which on the oracle is left out of the lengths
+_MAX_TIMED_SCORES = 3 * 2**30
 
 Progress = Callable[[int, int, str], None]
 
@@ -169,7 +169,12 @@ def _measure(work: Work, selection: Selection, budget: float, report: dict) -> l
     results = []
     for index, pass_name in enumerate(passes):
         left = max(0.0, budget - (time.monotonic() - start)) / (len(passes) - index)
-        times = measure.measure(rows, pass_name, work.cotangents, work.device, left)
+        timed = dict(rows)
+        if pass_name == "forward":
+            timed.pop(works.RECOMPUTE, None)  # which is the same code without a backward
+        if not timed:
+            continue
+        times = measure.measure(timed, pass_name, work.cotangents, work.device, left)
         ours = next((times[name] for name, row in rows.items() if row.is_ours), None)
         for name, row_times in times.items():
             median = statistics.median(row_times)
@@ -211,7 +216,7 @@ def _quartiles(times: Sequence[float]) -> list[float]:
 def _measure_length(shape: Shape, device: str, end: float) -> list[dict]:
     work = works.WORKS[_LENGTH_WORK](shape, torch.float32, device)
     scores = 4 * shape.batch * shape.heads * shape.tokens * shape.slots
-    if scores > _MAX_SCORES:
+    if scores > _MAX_TIMED_SCORES:
         del work.rows[works.ORACLE]
     names = [works.our_backends(device)[0], works.ORACLE, works.SDPA_OP]
     rows = {name: work.rows[name]() for name in names if name in work.rows}
