@@ -111,7 +111,7 @@ def _parameters():
                 yield _param(backend, case, dtype, index, id=f"{dtype}-{case.id}")
 
 
-@pytest.mark.parametrize(("backend", "case", "dtype", "index"), _parameters())
+@pytest.mark.parametrize(("backend", "case", "dtype", "index"), list(_parameters()))
 def test_op_matches_oracle(backend, case, dtype, index, record_property):
     record_property("backend", backend)
     with _on(backend, index):
@@ -229,7 +229,7 @@ def _layout_parameters():
                 yield _param(backend, case, layout, id=f"{case.op}{layout.__name__}")
 
 
-@pytest.mark.parametrize(("backend", "case", "layout"), _layout_parameters())
+@pytest.mark.parametrize(("backend", "case", "layout"), list(_layout_parameters()))
 def test_op_strided(backend, case, layout, record_property):
     record_property("backend", backend)
     given = []

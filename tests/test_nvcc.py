@@ -8,12 +8,25 @@ _REASON = None if nvcc.nvcc_path() is not None else "no CUDA toolkit"
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
-@pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda source: source.name)
-def test_no_warning_and_no_spill(source):
-    kernels, warnings = nvcc.compile_source(source)
+every_source = pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda source: source.name)
+
+
+def _check(source, archs):
+    kernels, warnings = nvcc.compile_source(source, archs)
     assert not warnings
-    assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in nvcc.ARCHS}
+    assert {kernel.arch for kernel in kernels} == {f"sm_{arch}" for arch in archs}
     assert not [kernel for kernel in kernels if kernel.spilled_bytes]
+
+
+@every_source
+def test_no_warning_and_no_spill(source):
+    _check(source, (80, 90))
+
+
+@pytest.mark.slow
+@every_source
+def test_no_warning_and_no_spill_anywhere(source):
+    _check(source, nvcc.ARCHS)
 
 
 def test_attention_uses_tensor_cores():
@@ -36,6 +49,6 @@ __global__ void __launch_bounds__(1024, 2) spills(float* x) {
 }
 """
     )
-    kernels, warnings = nvcc.compile_source(source)
+    kernels, warnings = nvcc.compile_source(source, (80,))
     assert warnings
     assert all(kernel.spilled_bytes for kernel in kernels)

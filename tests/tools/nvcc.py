@@ -47,10 +47,10 @@ def command(source: Path, result: Path, archs: tuple[int, ...], *flags: str) -> 
     return [str(nvcc_path()), "-c", str(source), "-o", str(result), *_FLAGS, *targets, *flags]
 
 
-def compile_source(source: Path) -> tuple[list[Kernel], list[str]]:
-    """The kernels of a file on every architecture, and every line that warns."""
+def compile_source(source: Path, archs: tuple[int, ...] = ARCHS) -> tuple[list[Kernel], list[str]]:
+    """The kernels of a file on each architecture, and every line that warns."""
     with tempfile.TemporaryDirectory() as folder:
-        call = command(source, Path(folder, "out.o"), ARCHS, "-Xptxas", "-v,--warn-on-spills")
+        call = command(source, Path(folder, "out.o"), archs, "-Xptxas", "-v,--warn-on-spills")
         answer = subprocess.run(call, capture_output=True, text=True, check=False)
     if answer.returncode:
         raise RuntimeError(answer.stderr[-4000:])
