@@ -29,8 +29,6 @@ _ON_CPU = [
     ("memory_attention", "decode", "float32", False),
     *((layer, "256", "float32", True) for layer in _LAYERS),
     *((layer, "256", "bfloat16", False) for layer in _LAYERS),
-    *((layer, "512", "float32", False) for layer in _LAYERS),
-    *((layer, "decode", "float32", False) for layer in _LAYERS),
     *((name, "256", "float32", False) for name in ("training step", "prefill", "decode step")),
 ]
 _ON_GPU = [
@@ -102,8 +100,9 @@ def test_work(piece, pass_name, row_name, benchmark):
     def spend(row: works.Row) -> float:
         return measure.seconds(row, pass_name, work.cotangents, 1, DEVICE)
 
-    spend(row)
     once = spend(row)
+    if once < _SECONDS:
+        once = spend(row)  # it was the first, which pays for much
     pairs: list[list[float]] = []
 
     def setup():

@@ -73,10 +73,10 @@ def compile_source(source: Path, archs: tuple[int, ...] = ARCHS) -> tuple[list[K
 
 
 def ptx(source: Path, arch: int) -> str:
-    """What a file becomes before ptxas."""
+    """What a file becomes before ptxas, not optimised."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "out.ptx")
-        call = [str(nvcc_path()), "-ptx", str(source), "-o", str(result), *_FLAGS]
+        call = [str(nvcc_path()), "-ptx", str(source), "-o", str(result), *_FLAGS, "-Xcicc", "-O0"]
         subprocess.run([*call, f"-arch=compute_{arch}"], capture_output=True, check=True)
         return result.read_text(encoding="utf-8")
 
