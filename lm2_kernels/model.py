@@ -27,6 +27,7 @@ from lm2_kernels.functional import (
 )
 from lm2_kernels.generation import Generated, generate
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.projections import project
 from lm2_kernels.state import MemoryState, SegmentCache
 from lm2_kernels.streaming import compress, gather, run_segments, spread
 
@@ -251,8 +252,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: SegmentCache) -> Tensor:
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            project(x, layer)[0].unflatten(-1, (-1, self.head_dim))
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
         key, value = cache.extend("key", key), cache.extend("value", value)
@@ -260,7 +261,7 @@ class SelfAttention(nn.Module):
         read = F.scaled_dot_product_attention(
             query, key, value, **_visibility(cache, x.device), enable_gqa=True
         )
-        return self.o_proj(read.transpose(1, 2).flatten(-2))
+        return project(read.transpose(1, 2).flatten(-2), self.o_proj)[0]
 
 
 def _visibility(cache: SegmentCache, device: torch.device) -> dict[str, object]:
@@ -285,7 +286,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (project(x, layer)[0] for layer in (self.gate_proj, self.up_proj))
+        return project(F.silu(gate) * up, self.down_proj)[0]
 
 
 class Block(nn.Module):
@@ -598,8 +600,9 @@ class LM2ForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., D)."""
-        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(hidden, head.weight)
+        if self.lm_head is None:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        return project(hidden, self.lm_head)[0]
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, some rows at a time."""
