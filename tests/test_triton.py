@@ -16,6 +16,7 @@ from lm2_kernels.backends import dropout
 from lm2_kernels.backends.triton import launch as launch_module
 from lm2_kernels.backends.triton import tables
 from tools import launches
+from tools.fake_gpu import ptxas_log
 
 TARGETS = tuple(launches.TARGETS)
 DTYPES = ("bfloat16", "float32")
@@ -73,13 +74,29 @@ def test_kernel_resources_exhaustive(case, dtype, target):
     _compile(case, dtype, target)
 
 
-def test_attention_uses_tensor_cores():
-    with launches.compiled("sm_90") as gpu:
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("sm_80", "mma.sync"),
+        ("sm_90", "wgmma.mma_async"),
+        ("sm_100", "tcgen05.mma"),
+        ("gfx942", "v_mfma"),
+    ],
+)
+def test_attention_uses_tensor_cores(target, kind):
+    with launches.compiled(target) as gpu:
         for case in PLAIN_ATTENTION[2:]:
             testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
     for launch in gpu.launches:
-        if "delta" not in launch.kernel:
-            assert launch.tensor_cores, launch
+        if "delta" in launch.kernel:
+            continue
+        assert launch.tensor_cores, launch
+        assert all(found.startswith(kind) for found in launch.tensor_cores), launch
+        if launch.warpgroup_ptx:
+            # products that wait for one another, for whatever reason, lose half of their rate
+            log = ptxas_log(launch.warpgroup_ptx, "sm_90a")
+            assert "registers" in log
+            assert "serialized" not in log, f"{launch}\n{log}"
 
 
 def _huge_stride(*shape):

@@ -38,7 +38,15 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["SMALL_TARGETS", "TARGETS", "FakeDriver", "Launch", "LaunchError", "fake_gpu"]
+__all__ = [
+    "SMALL_TARGETS",
+    "TARGETS",
+    "FakeDriver",
+    "Launch",
+    "LaunchError",
+    "fake_gpu",
+    "ptxas_log",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -73,6 +81,7 @@ _PACKAGE_LAUNCHER = "lm2_kernels.backends.triton.launch"
 # an instruction starts a line or follows ';' or '{', may be predicated, and is lower case;
 # directives start with '.', labels with '$' or end in ':'
 _OPCODE = re.compile(r"(?:^|[;{])[ \t]*(?:@!?%\w+[ \t]+)?([a-z][\w.:]*)", re.MULTILINE)
+_PTX_PRODUCT = re.compile(r"mma\.|wgmma\.mma|tcgen05\.mma")
 _PTX_FLOAT_ATOMIC = re.compile(r"(?:atom|red)\..*\.b?f(?:16|32|64)(?:x2)?\b")
 _AMD_FLOAT_ATOMIC = re.compile(r"\w*atomic\w*_(?:pk_)?\w*b?f(?:16|32|64)\b")
 
@@ -98,7 +107,8 @@ class _CodeReport:
     spills: int
     f64: int
     tf32: int
-    tensor_cores: int
+    tensor_cores: frozenset[str]
+    warpgroup_ptx: str
     atomics: int
 
 
@@ -139,8 +149,10 @@ class Launch:
     """Double precision instructions."""
     tf32: int
     """Reduced precision instructions on fp32 data (tf32 in PTX, xf32 on AMD)."""
-    tensor_cores: int
-    """Matrix product instructions."""
+    tensor_cores: frozenset[str]
+    """Kinds of matrix product instructions: ``"wgmma.mma_async"``."""
+    warpgroup_ptx: str = dataclasses.field(repr=False)
+    """The PTX of a kernel with products of whole warp groups, for :func:`ptxas_log`; else empty."""
     atomics: int
     """Floating point atomics; integer ones are not counted."""
 
@@ -326,9 +338,26 @@ def _inspect_cuda(cubin: bytes, ptx: str) -> _CodeReport:
         spills=(stack_bytes + local_bytes) // 4,
         f64=sum(".f64" in opcode for opcode in opcodes),
         tf32=sum("tf32" in opcode for opcode in opcodes),
-        tensor_cores=sum("mma" in opcode for opcode in opcodes),
+        tensor_cores=_kinds(opcode for opcode in opcodes if _PTX_PRODUCT.match(opcode)),
+        warpgroup_ptx=ptx if "wgmma.mma_async" in ptx else "",
         atomics=sum(bool(_PTX_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
     )
+
+
+def _kinds(opcodes: Iterator[str]) -> frozenset[str]:
+    """The first two parts of each: ``mma.sync``, ``v_mfma_f32_32x32x8_bf16``."""
+    return frozenset(".".join(opcode.split(".")[:2]) for opcode in opcodes)
+
+
+def ptxas_log(ptx: str, arch: str) -> str:
+    """What the assembler says of a kernel, its warnings too, under Triton's options."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--regAllocOptLevel=2"]
+        command += [f"--gpu-name={arch}", file.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
 
 
 def _inspect_amd(amdgcn: str) -> _CodeReport:
@@ -342,7 +371,8 @@ def _inspect_amd(amdgcn: str) -> _CodeReport:
         spills=metadata("vgpr_spill_count"),
         f64=sum(opcode.startswith("v_") and "_f64" in opcode for opcode in opcodes),
         tf32=sum("xf32" in opcode for opcode in opcodes),
-        tensor_cores=sum("mfma" in opcode for opcode in opcodes),
+        tensor_cores=_kinds(opcode for opcode in opcodes if "mfma" in opcode),
+        warpgroup_ptx="",
         atomics=sum(bool(_AMD_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
     )
 
