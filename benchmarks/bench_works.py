@@ -77,7 +77,7 @@ class _Rows:
         self.work = _work(*piece)
         self.reasons: list[str] = []
         self.rows = suite.build_rows(self.work, (), self.reasons)
-        measure.check(self.work, self.rows)
+        measure.check(self.work, self.rows, self.reasons)
         self.ours = self.rows[next(iter(self.work.rows))]
 
 
@@ -94,7 +94,7 @@ def _ceilings() -> dict[str, float]:
 def test_work(piece, pass_name, row_name, benchmark):
     ceilings, made = _ceilings(), _rows(*piece)
     if row_name not in made.rows:
-        pytest.skip("; ".join(made.reasons))
+        pytest.skip("; ".join(reason for reason in made.reasons if row_name in reason))
     work, row, ours = made.work, made.rows[row_name], made.ours
 
     def spend(row: works.Row) -> float:
@@ -126,16 +126,12 @@ def test_work(piece, pass_name, row_name, benchmark):
         spent = statistics.median(spend(row) for _ in range(rounds))
         pairs = [[spend(ours), spend(row)] for _ in range(rounds)]
     flops, moved = work.flops[pass_name], work.bytes[pass_name]
-    benchmark.extra_info |= {
-        "seconds": spent,
-        "times ours": round(statistics.median(t / o for o, t in pairs), 3),
-        "GFLOP/s": round(flops / spent / 1e9, 1),
-        "GB/s": round(moved / spent / 1e9, 2),
-        "share of light": round(measure.light_share(flops, moved, spent, work.dtype, ceilings), 3),
-        "peak MiB": _peak(row, pass_name, work),
-    }
-
-
-def _peak(row: works.Row, pass_name: str, work: works.Work) -> float | None:
+    info = {"seconds": spent, "times ours": statistics.median(t / o for o, t in pairs)}
+    if flops:
+        info |= {"FLOPs": flops, "GFLOP/s": flops / spent / 1e9}
+    if moved:
+        info |= {"bytes": moved, "GB/s": moved / spent / 1e9}
+    if flops or moved:
+        info["share of light"] = measure.light_share(flops, moved, spent, work.dtype, ceilings)
     peak = measure.peak_bytes(measure.run(row, pass_name, work.cotangents), DEVICE)
-    return None if peak is None else round(peak / 2**20, 2)
+    benchmark.extra_info |= info | {"peak MiB": None if peak is None else peak / 2**20}

@@ -9,12 +9,16 @@ with what failed or was left out for want of time, and keeps the rest. Results o
 of other versions are not mixed in: their piece starts again.
 
 Exit code 1 if a piece failed, 2 without a GPU.
+
+Not in it, as there is no such kernel to measure: warp-specialised attention, and a split of the
+dK/dV pass.
 """
 
 import argparse
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import importlib.util
 import itertools
@@ -40,8 +44,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.errors import TritonError
 
 from lm2_kernels import functional, info, reference
+from lm2_kernels.backends import dropout
 from lm2_kernels.backends import triton as kernels
 from lm2_kernels.backends.triton import launch, memory_attention, tables
+from lm2_kernels.bench import suite as bench_suite
+from lm2_kernels.bench.measure import flush_gpu_cache
 from lm2_kernels.bench.peers import sdpa
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
@@ -61,10 +68,6 @@ HEAD_WIDTHS = (64, 128, 256)
 # rms error by rms value: bfloat16 kernels differ by half an ulp or so, wrong ones by far more
 _TOLERANCE = 2 * torch.finfo(DTYPE).eps
 
-_FLUSH_BYTES = 256 * 2**20  # larger than any cache of a GPU
-# how often it is written before a timing: 0.3 ms and more, in which the host queues the work, so
-# that the GPU does not wait for it
-_FLUSHES = 4
 _WARM_UP = 3
 _ROUNDS = 21
 
@@ -97,15 +100,13 @@ class Piece(NamedTuple):
 
 def timed(works: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
     """GPU seconds of each work in each round. They take turns, and begin with a cold L2 cache."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
     for work in works.values():
         for _ in range(_WARM_UP):
             work()
     events: dict[str, list] = {name: [] for name in works}
     for _ in range(_ROUNDS):
         for name, work in works.items():
-            for _ in range(_FLUSHES):
-                flush.zero_()
+            flush_gpu_cache()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             work()
@@ -147,7 +148,7 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=DTYPE)
 
 
-# --- suite and bench: other programs ----------------------------------------------------------
+# --- suite and bench --------------------------------------------------------------------------
 
 
 def outside(command: list[str], seconds: float, log: Path) -> tuple[int | None, str]:
@@ -204,19 +205,47 @@ def pytest_outcomes(output: str) -> dict[str, str]:
     return {test: outcome for outcome, test in found}
 
 
-def bench() -> Iterator[Entry]:
-    def work(run: Run) -> dict:
-        report = run.out / "bench_report.json"
-        # about so long is what the command takes, and stopped it would write nothing
-        budget = f"{0.8 * run.left():.0f}"
-        command = [sys.executable, "-m", "lm2_kernels", "bench", "--device", "cuda"]
-        command += ["--json", str(report), "--budget", budget]
-        code, output = outside(command, run.left(), run.out / "bench.txt")
-        ok = code == 0 and report.exists()
-        line = f"see {report.name} and bench.txt" if ok else f"exit code {code}"
-        return {"ok": ok, "exit_code": code, "tail": output[-_TAIL:], "line": line}
+_BENCH_SECONDS = 10.0  # for the rounds of a work; compiling comes on top
+_BENCH_LAYERS = ("paper layer", "release layer")
+# the first matter most: each takes a while to compile
+BENCH = [
+    *((layer, shape, "bfloat16") for shape in ("2048", "512") for layer in _BENCH_LAYERS),
+    ("residual_layer_norm", "2048", "bfloat16"),
+    ("decode step", "2048", "bfloat16"),
+    ("memory_update", "2048", "bfloat16"),
+    ("memory_attention", "2048", "bfloat16"),
+    ("training step", "1024", "bfloat16"),
+    ("prefill", "1024", "bfloat16"),
+    *((layer, "2048", "float32") for layer in _BENCH_LAYERS),
+    *((layer, "1024", "bfloat16") for layer in _BENCH_LAYERS),
+]
 
-    yield Entry("lm2_kernels bench", work)
+
+def bench() -> Iterator[Entry]:
+    for piece in BENCH:
+        yield Entry(" ".join(piece), functools.partial(_bench, *piece))
+
+
+def _bench(name: str, shape: str, dtype: str, run: Run) -> dict:
+    selection = bench_suite.Selection((name,), (shape,), (dtype,), device=DEVICE)
+    report = bench_suite.run(selection, _BENCH_SECONDS)
+    # with what was measured before, for `python -m lm2_kernels bench --from`
+    rows = load(run.out, "bench")["rows"].values()
+    joined = join_reports([*(row["report"] for row in rows if row["ok"]), report])
+    (run.out / "bench_report.json").write_text(json.dumps(joined, indent=1), encoding="utf-8")
+    shown = [f"{r['row']} {r['pass']} {1e6 * r['seconds']:.0f} us" for r in report["results"]]
+    return {"ok": bool(shown), "report": report, "line": ", ".join(shown) or report["skipped"][-1]}
+
+
+def join_reports(reports: list[dict]) -> dict:
+    """Reports of the same machine as one."""
+    joined = copy.deepcopy(reports[0])
+    del joined["selection"]
+    for report in reports[1:]:
+        for name in ("results", "skipped"):
+            joined[name] += copy.deepcopy(report[name])
+        bench_suite.raise_ceilings(joined, report["ceilings"])
+    return joined
 
 
 # --- ceilings ----------------------------------------------------------------------------------
@@ -299,9 +328,12 @@ ATTENTION_SHAPES = ((1, 2048), (8, 2048), (1, 512), (32, 512))  # B, T = N
 
 def attention() -> Iterator[Entry]:
     shapes = [(width, *shape) for shape in ATTENTION_SHAPES for width in reversed(HEAD_WIDTHS)]
-    for (width, batch, tokens), backward in itertools.product(shapes, (False, True)):
+    # the released model's dropout in training
+    pieces = [*((shape, 0.0) for shape in shapes), *(((k, 1, 2048), 0.9) for k in HEAD_WIDTHS)]
+    for ((width, batch, tokens), dropout_p), backward in itertools.product(pieces, (False, True)):
         name = "backward" if backward else "forward"
-        work = functools.partial(_compare_attention, width, batch, tokens, backward)
+        name += f" dropout {dropout_p}" if dropout_p else ""
+        work = functools.partial(_compare_attention, width, batch, tokens, dropout_p, backward)
         yield Entry(f"K={width} B={batch} T={tokens} {name}", work)
 
 
@@ -310,14 +342,23 @@ def causal_flops(batch: int, tokens: int, products: int) -> float:
     return 2.0 * products * batch * WIDTH * tokens * (tokens + 1) / 2
 
 
-def _compare_attention(width: int, batch: int, tokens: int, backward: bool, run: Run) -> dict:
+def _compare_attention(
+    width: int, batch: int, tokens: int, dropout_p: float, backward: bool, run: Run
+) -> dict:
     torch.manual_seed(0)
-    shape = (batch, tokens, WIDTH // width, width)
+    heads = WIDTH // width
+    shape = (batch, tokens, heads, width)
     inputs = [draw(*shape).requires_grad_() for _ in range(3)]
     dout = draw(*shape)
     # one sequence: the scores of all would fill the GPU
     exact = [tensor[:1].detach().float().requires_grad_() for tensor in inputs]
-    out = reference.memory_attention(*exact)
+    seed = functional.draw_seed(torch.device(DEVICE)) if dropout_p else None
+    dropped = {}
+    if seed is not None:
+        rows_of = torch.arange(heads * tokens, device=DEVICE).view(1, heads, tokens)
+        keep_mask = dropout.keep_mask(seed, dropout_p, rows_of, tokens)
+        dropped = {"dropout_p": dropout_p, "keep_mask": keep_mask}
+    out = reference.memory_attention(*exact, **dropped)
     wanted = torch.autograd.grad(out, exact, dout[:1].float()) if backward else (out.detach(),)
     del out
     flops = causal_flops(batch, tokens, 5 if backward else 2)
@@ -329,12 +370,16 @@ def _compare_attention(width: int, batch: int, tokens: int, backward: bool, run:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 if name == "triton":
-                    work, ran = _our_attention(inputs, dout, backward), "triton"
+                    work, ran = _our_attention(inputs, dout, dropout_p, seed, backward), "triton"
                 else:
-                    work, ran = _sdpa(SDPA_KERNELS[name], inputs, dout, backward)
+                    work, ran = _sdpa(SDPA_KERNELS[name], inputs, dout, dropout_p, backward)
                 results = work()
-            shares = [error_share(got[:1], want) for got, want in zip(results, wanted, strict=True)]
-            rows[name] = {"ran": ran, "error": max(shares), "right": max(shares) <= _TOLERANCE}
+            rows[name] = {"ran": ran}
+            # theirs drop what their own random numbers say
+            if name == "triton" or not dropout_p:
+                pairs = zip(results, wanted, strict=True)
+                error = max(error_share(got[:1], want) for got, want in pairs)
+                rows[name] |= {"error": error, "right": error <= _TOLERANCE}
             works[name] = work
         except (RuntimeError, TritonError) as error:
             # torch says in warnings why it does not take a kernel
@@ -351,8 +396,10 @@ def _compare_attention(width: int, batch: int, tokens: int, backward: bool, run:
     return {"ok": rows["triton"].get("right", False), "rows": rows, "line": line}
 
 
-def _our_attention(inputs: list[Tensor], dout: Tensor, backward: bool) -> Callable[[], tuple]:
-    calls = attention_calls(*(tensor.detach() for tensor in inputs), dout)
+def _our_attention(
+    inputs: list[Tensor], dout: Tensor, dropout_p: float, seed: Tensor | None, backward: bool
+) -> Callable[[], tuple]:
+    calls = attention_calls(*(tensor.detach() for tensor in inputs), dout, dropout_p, seed)
     if not backward:
         return lambda: calls["forward"]()[:1]
 
@@ -364,17 +411,22 @@ def _our_attention(inputs: list[Tensor], dout: Tensor, backward: bool) -> Callab
 
 
 def attention_calls(
-    query: Tensor, key: Tensor, value: Tensor, dout: Tensor
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dout: Tensor,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> dict[str, Callable[[], tuple[Tensor, Tensor]]]:
     """Our kernels without autograd, causal: the forward, parts of the backward, and all of it."""
-    options = (True, 0, query.shape[-1] ** -0.5, None, 0.0)
+    options = (True, 0, query.shape[-1] ** -0.5, None, dropout_p)
     # below the layer that rewords Triton's errors
     forward = functools.partial(
-        memory_attention.memory_attention_forward, query, key, value, None, None, *options
+        memory_attention.memory_attention_forward, query, key, value, None, seed, *options
     )
     backward = functools.partial(
         memory_attention.memory_attention_backward,
-        *(dout, query, key, value, None, None),
+        *(dout, query, key, value, None, seed),
         *forward(),
         *options,
     )
@@ -388,13 +440,17 @@ def attention_calls(
 
 
 def _sdpa(
-    kernel: SDPBackend | None, inputs: list[Tensor], dout: Tensor, backward: bool
+    kernel: SDPBackend | None,
+    inputs: list[Tensor],
+    dout: Tensor,
+    dropout_p: float,
+    backward: bool,
 ) -> tuple[Callable[[], tuple[Tensor, ...]], str]:
     """The work, and the name of the autograd node, which tells the kernel that was taken."""
 
     def forward() -> Tensor:
         with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-            return sdpa(*inputs)
+            return sdpa(*inputs, is_causal=True, dropout_p=dropout_p)
 
     out = forward()
     # behind the transposition to (B, T, H, K)
@@ -697,7 +753,7 @@ PIECES = {
     "ceilings": Piece("rates of copies, products and launches", 0.06, ceilings),
     "attention": Piece("our attention against each kernel of torch", 0.13, attention),
     "sweep": Piece("row kernels, and neighbours of the attention's launch tables", 0.25, sweep),
-    "bench": Piece("python -m lm2_kernels bench", 0.23, bench),
+    "bench": Piece("layers, ops and model against their peers", 0.23, bench),
     "graphs": Piece("layers in CUDA graphs against eager launches", 0.06, graphs),
 }
 

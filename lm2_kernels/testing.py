@@ -177,6 +177,7 @@ SHAPES = (
     Shape("decode", 1, 1, 2048, 8, 2048, "one token of the released model's segment"),
     Shape("odd", 2, 300, 333, 3, 195, "no size is a multiple of anything"),
 )
+SHAPE_CASES = tuple(dict.fromkeys(case for shape in SHAPES for case in shape.cases()))
 
 
 class Inputs(NamedTuple):

@@ -118,6 +118,16 @@ def test_op_matches_oracle(backend, case, dtype, index, record_property):
         _check(case, testing.DTYPES[dtype], backend)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("case", testing.SHAPE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("backend", [_param(name, id="") for name in ("eager", "cpp")])
+def test_op_matches_oracle_as_benchmarked(backend, case, dtype, record_property):
+    record_property("backend", backend)
+    with _on(backend):
+        _check(case, testing.DTYPES[dtype], backend)
+
+
 @pytest.mark.parametrize("scale", (5.0, 30.0))
 @pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
 def test_op_large_values(case, scale, record_property):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lm2_kernels import __main__ as cli
 from lm2_kernels.bench import measure, report, suite, works
@@ -51,7 +52,10 @@ def test_rows_agree(name, shape, dtype, tiny):
     rows = suite.build_rows(work, (), skipped)
     # torch has no other kernel that takes a mask on a CPU
     assert not [text for text in skipped if "SDPA" not in text]
-    shares = measure.check(work, rows)
+    wrong = []
+    shares = measure.check(work, rows, wrong)
+    assert not wrong
+    assert set(work.rows) <= set(works.ROWS)
     assert set(shares) == {row for row in rows if row != works.LIMIT}
     assert any(row.is_ours for row in rows.values())
     for pass_name in work.passes:
@@ -67,7 +71,12 @@ def test_a_wrong_row_is_refused(tiny):
         leaves=rows["oracle"].leaves,
     )
     with pytest.raises(measure.DisagreementError, match="memory_update tiny float32: row 'eager'"):
-        measure.check(work, rows)
+        measure.check(work, rows, [])
+    # a peer is left out, and said to be
+    rows["eager"] = rows["eager"]._replace(is_ours=False)
+    skipped = []
+    assert set(measure.check(work, rows, skipped)) == set(rows) == {"oracle"}
+    assert len(skipped) == 1 and "'eager' is wrong" in skipped[0]
 
 
 def test_flops_of_the_layers():
@@ -80,6 +89,21 @@ def test_flops_of_the_layers():
         assert work.flops["both"] == 3 * dense + attention * 7 / 2
     piece = works.WORKS["memory_attention"](PIECE, torch.float32, "cpu")
     assert piece.flops["forward"] == 4 * PIECE.batch * PIECE.dim * (14 + 15 + 16)
+
+
+def test_flops_of_the_model(tiny):
+    work = works.WORKS["prefill"](TINY, torch.float32, "cpu")
+    row = work.rows[works.RELEASED]()
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        row.forward()
+    products = counted.get_flop_counts()["Global"]
+    products = products[torch.ops.aten.mm] + products[torch.ops.aten.addmm]
+    # of the pooled rows, which are too few to count
+    products -= 2 * TINY.batch * TINY.dim * 2 * TINY.dim
+    # of a block's two attentions, each over the 136 pairs that 16 tokens see
+    product = 2 * 2 * TINY.batch * TINY.dim * 136
+    assert work.flops["forward"] == products + 2 * product
+    assert work.flops["both"] == 3 * products + 7 * product
 
 
 def test_measurements_take_turns():
@@ -107,10 +131,9 @@ def test_saved_and_peak_memory(tiny):
 
 def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
     selection = suite.Selection(
-        works=("memory_attention", "release layer"),
+        works=("memory_attention", "release layer", suite.GROWTH),
         rows=("cpp", "eager", "oracle"),
         dtypes=("float32",),
-        has_lengths=True,
     )
     monkeypatch.setattr(suite, "peak_apart", lambda *args: 2**20)
     seen = []
@@ -139,6 +162,99 @@ def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 + len(measured["results"])
     assert all(line.endswith("2.00x") for line in lines[3:])
+
+
+def test_ceilings_are_the_better_of_two_measurements(tiny, monkeypatch):
+    # the first was disturbed in its products, the second in its copy
+    found = iter([CEILINGS | {"float32": 1e10}, CEILINGS | {"copy": 1e9}])
+    monkeypatch.setattr(measure, "ceilings", lambda dtypes, device: next(found))
+    selection = suite.Selection(("memory_update",), ("tiny",), ("float32",), ("eager",))
+    measured = suite.run(selection, 100.0)
+    assert measured["ceilings"] == CEILINGS
+    for r in measured["results"]:
+        least = max(r["flops"] / CEILINGS["float32"], r["bytes"] / CEILINGS["copy"])
+        assert r["light_share"] == pytest.approx(least / r["seconds"])
+
+
+def test_a_wrong_row_is_refused_as_attention_grows(tiny, monkeypatch):
+    def wrong(shape, dtype, device):
+        work = made(shape, dtype, device)
+        row = work.rows["eager"]()
+        scaled = row._replace(forward=lambda: tuple(1.001 * output for output in row.forward()))
+        work.rows["eager"] = lambda: scaled
+        return work
+
+    made = works.WORKS["memory_attention"]
+    monkeypatch.setitem(works.WORKS, "memory_attention", wrong)
+    monkeypatch.setattr(works, "our_backends", lambda device: ["eager"])
+    monkeypatch.setattr(suite, "peak_apart", lambda *args: 2**20)
+    with pytest.raises(measure.DisagreementError, match="row 'eager' is wrong"):
+        suite.run(suite.Selection(works=(suite.GROWTH,)), 100.0)
+
+
+def test_numbers_have_three_digits_or_all():
+    assert [report._number(value) for value in (0.01234, 17.0, 512.0, 999.6, 1093.7)] == [
+        "0.0123",
+        "17",
+        "512",
+        "1000",
+        "1094",
+    ]
+
+
+def test_our_second_row_alone(tiny):
+    # recomputing has no forward of its own to time, so nothing there is what others are held to
+    rows = (works.RECOMPUTE, works.LIMIT)
+    measured = suite.run(suite.Selection(("paper layer",), ("tiny",), ("float32",), rows), 100.0)
+    ratios = {(r["row"], r["pass"]): r["ratio"] for r in measured["results"]}
+    assert (works.RECOMPUTE, "forward") not in ratios
+    assert ratios[works.LIMIT, "forward"] is None
+    assert ratios[works.RECOMPUTE, "both"] == 1.0
+
+
+def test_lengths_alone(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "peak_apart", lambda *args: 2**20)
+    path = tmp_path / "a.json"
+    assert cli.main(["bench", "lengths", "--budget", "50", "--json", str(path)]) == 0
+    measured = report.load(path)
+    assert measured["lengths"] and not measured["results"]
+    assert measured["selection"]["works"] == ["lengths"]
+    assert measured["selection"]["budget"] == 50.0
+    assert "| T = N |" in report.readme(measured)
+
+
+def test_means_and_charts_take_no_gaps():
+    def result(shape, dtype, row, ratio):
+        return {
+            "work": "paper layer",
+            "shape": shape,
+            "dtype": dtype,
+            "pass": "both",
+            "row": row,
+            "is_ours": row == "cpp",
+            "seconds": 1.0,
+            "ratio": ratio,
+            "rounds": 5,
+            "light_share": None,
+        }
+
+    sizes = {"256": 1.0, "512": 4.0}
+    results = [result(s, "float32", "cpp", 1.0) for s in sizes]
+    results += [result(s, "float32", "eager + SDPA", ratio) for s, ratio in sizes.items()]
+    results += [result("256", "float32", "eager + SDPA, compiled", 1.5)]
+    measured = {"results": results, "lengths": [], "skipped": ["this"], "device": "cpu"}
+    measured |= {"machine": suite.machine(), "ceilings": CEILINGS}
+    (table,) = report.tables(measured).values()
+    assert table[-1][:5] == ["geometric mean", "float32", "", "2.00x", "-"]
+    text = report.readme(measured)
+    assert "    bar [1.00, 4.00]\n    line [1.00, 1.00]\n```" in text
+    assert '"bar: eager + SDPA, line: cpp" 0 --> 4' in text
+    assert "Left out: this." in text
+    # another dtype is not in the same mean, nor in the same chart
+    measured["results"] = [*results, result("256", "bfloat16", "cpp", 1.0)]
+    (table,) = report.tables(measured).values()
+    assert [line[1] for line in table if line[0] == "geometric mean"] == ["float32"]
+    assert "mermaid" not in report.readme(measured)
 
 
 def test_out_of_time_is_said(tiny):

@@ -154,7 +154,7 @@ def test_sdist(tree, tmp_path):
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     for name in ("setup.py", "build_backend/lm2_build.py", "LICENSE", "lm2_kernels/data"):
         assert name in names
-    for folder in ("csrc", "tests"):
+    for folder in ("csrc", "tests", "benchmarks"):
         for file in (tree / folder).rglob("*.*"):
             assert str(file.relative_to(tree)) in names
     assert not any(name.endswith((".so", "_build.json", ".pyc")) for name in names)

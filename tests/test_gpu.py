@@ -70,7 +70,9 @@ def _assert_rule(backend, case, dtype, *, seed=0, layout=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", testing.CASES + GPU_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    "case", testing.CASES + testing.SHAPE_CASES + GPU_CASES, ids=lambda case: case.id
+)
 def test_op_matches_oracle_on_gpu(backend, case, dtype):
     _assert_rule(backend, case, dtype)
 

@@ -12,6 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from lm2_kernels.backends.triton import launch, tables
+from lm2_kernels.bench import report
+from lm2_kernels.bench import suite as bench_suite
 
 _SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_programme.py"
 
@@ -165,6 +167,20 @@ def test_outcomes_of_pytest(programme):
         "tests/test_gpu.py::test_op[triton-B1-x=2]": "PASSED",
         "tests/test_gpu.py::test_layer[cpp]": "FAILED",
     }
+
+
+def test_bench(programme, monkeypatch, tmp_path):
+    for name, shape, dtype in programme.BENCH:
+        assert len(bench_suite.Selection((name,), (shape,), (dtype,)).pieces()) == 1
+    # as on a GPU, by the rows that a CPU has
+    monkeypatch.setattr(programme, "DEVICE", "cpu")
+    pieces = [("memory_update", "odd", "float32"), ("memory_update", "odd", "bfloat16")]
+    monkeypatch.setattr(programme, "BENCH", pieces)
+    programme.run_piece("bench", programme.Run(tmp_path, float("inf")))
+    assert _record(tmp_path, "bench")["status"] == "done"
+    joined = report.load(tmp_path / "bench_report.json")
+    assert {r["dtype"] for r in joined["results"]} == set(joined["ceilings"]) - {"copy"}
+    assert "memory_update, forward and backward" in report.render(joined)
 
 
 def _places(programme):

@@ -14,7 +14,9 @@ from lm2_kernels.testing import SHAPES
 
 # some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
 _DEFAULT_SHAPES = {"cpu": ("256",), "cuda": ("512", "1024", "2048")}
+_WORKS = (*works.WORKS, suite.GROWTH)
 _DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
+_BUDGET, _BUDGET_FOR_ALL = 300.0, 3600.0
 
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
@@ -24,18 +26,21 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "works",
         nargs="*",
         metavar="WORK",
-        help=f"{', '.join(works.WORKS)}; {', '.join(_DEFAULT_WORKS)} unless given",
+        help=f"{', '.join(_WORKS)} (attention to 16384 tokens: time and peak memory); "
+        f"{', '.join(_DEFAULT_WORKS)} unless given",
     )
-    parser.add_argument("--all", action="store_true", help="every work at every shape, and lengths")
+    parser.add_argument("--all", action="store_true", help="every work at every shape")
     names = [shape.name for shape in SHAPES]
     parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
-    parser.add_argument("--row", action="append", metavar="ROW", help="only this (repeatable)")
-    parser.add_argument("--lengths", action="store_true", help="attention up to 16384 tokens too")
+    parser.add_argument("--row", action="append", choices=works.ROWS, help="only this (repeatable)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where; else the best there is")
     parser.add_argument(
-        "--budget", type=float, default=300.0, metavar="SECONDS", help="for it all, about (300)"
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"for it all, about ({_BUDGET:.0f}; with --all {_BUDGET_FOR_ALL:.0f})",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw it into this folder")
@@ -43,7 +48,9 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON files"
     )
-    parser.add_argument("--readme", action="store_true", help="README's tables, in Markdown")
+    parser.add_argument(
+        "--readme", action="store_true", help="README's tables and charts, in Markdown"
+    )
     parser.set_defaults(run=run_bench)
 
 
@@ -71,7 +78,7 @@ def run_bench(options: argparse.Namespace) -> int:
             progress.update(f"[{done + 1}/{total}] {title}", title)
 
         try:
-            measured = suite.run(selection, options.budget, show, save)
+            measured = suite.run(selection, _budget(options), show, save)
         except DisagreementError as error:
             progress.close()
             print(f"bench: {error}", file=sys.stderr)
@@ -85,12 +92,12 @@ def run_bench(options: argparse.Namespace) -> int:
 
 
 def _selection(options: argparse.Namespace) -> suite.Selection:
-    unknown = sorted(set(options.works) - set(works.WORKS))
+    unknown = sorted(set(options.works) - set(_WORKS))
     if unknown:
-        raise ValueError(f"unknown works {unknown}; there are {', '.join(works.WORKS)}")
+        raise ValueError(f"unknown works {unknown}; there are {', '.join(_WORKS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU")
-    if options.budget <= 0.0:
+    if _budget(options) <= 0.0:
         raise ValueError(f"--budget must be above 0, got {options.budget}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # works that are named are measured wherever they fit
@@ -101,9 +108,14 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
         dtypes=tuple(options.dtype or ("float32", "bfloat16")),
         rows=tuple(options.row or ()),
         passes=tuple(options.passes or works.PASSES),
-        has_lengths=options.lengths or options.all,
         device=device,
     )
     if not selection.pieces() and not selection.has_lengths:
         raise ValueError(f"no work of {selection.works} fits shapes {selection.shapes}")
     return selection
+
+
+def _budget(options: argparse.Namespace) -> float:
+    if options.budget is not None:
+        return options.budget
+    return _BUDGET_FOR_ALL if options.all else _BUDGET

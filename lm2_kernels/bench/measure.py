@@ -27,14 +27,19 @@ from lm2_kernels.bench.works import (
 # what a single timing must last on a CPU: shorter work is repeated within it
 _MIN_SECONDS = 2e-3
 _MAX_ROUNDS = 31
+# of which a first call, which also sets up what is needed once, tells enough
+_LONG_SECONDS = 1.0
 # larger than any cache of a GPU
 _FLUSH_BYTES = 256 * 2**20
+# how often it is written before a timing: 0.3 ms and more, in which the host queues the work, so
+# that the GPU does not wait for it
+_FLUSHES = 4
 # A peer rounds in places of its own: only gross errors are not its kind of rounding.
 _PEER_FACTOR = 8.0
 
 
 class DisagreementError(AssertionError):
-    """A row does not compute what the oracle does."""
+    """A row of ours does not compute what the oracle does."""
 
 
 def run(row: Row, pass_name: str, cotangents: Outputs) -> Callable[[], object]:
@@ -79,8 +84,15 @@ def _clock_seconds(work: Callable[[], object], times: int) -> float:
     return spent
 
 
+def flush_gpu_cache() -> None:
+    """Have the next work begin with a cold L2 cache, and the host ahead of the GPU."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(_FLUSHES):
+        flush.zero_()
+
+
 def _event_seconds(work: Callable[[], object], times: int) -> float:
-    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    flush_gpu_cache()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(times):
@@ -96,7 +108,7 @@ def measure(
     cotangents: Outputs,
     device: str,
     budget: float,
-    fewest: int = 5,
+    fewest: int = 3,
 ) -> dict[str, list[float]]:
     """Interleaved timings of all rows, in random order: the n-th of each belong together.
 
@@ -108,9 +120,11 @@ def measure(
         budget: seconds to spend, about.
         fewest: rounds that are run even so.
     """
-    for row in rows.values():
-        seconds(row, pass_name, cotangents, 1, device)
     first = {name: seconds(row, pass_name, cotangents, 1, device) for name, row in rows.items()}
+    for name, row in rows.items():
+        # what is set up once would spoil the first time, unless the work is long
+        if first[name] < _LONG_SECONDS:
+            first[name] = seconds(row, pass_name, cotangents, 1, device)
     repeats = dict.fromkeys(rows, 1)
     if device == "cpu":
         # events of a GPU time a single call, which begins with a cold cache
@@ -131,38 +145,45 @@ def ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     return statistics.median(t / o for t, o in zip(theirs, ours, strict=True))
 
 
-def check(work: Work, rows: dict[str, Row]) -> dict[str, float]:
+def check(work: Work, rows: dict[str, Row], skipped: list[str]) -> dict[str, float]:
     """Hold every row to the numerics rule of :mod:`lm2_kernels.testing`.
 
     Outputs and gradients are compared: all of an op's, those of x and memory of a layer, those of
-    the first two parameters of a model.
+    the first two parameters of a model. A peer that exceeds it is taken out of ``rows``, its
+    reason goes to ``skipped``.
 
     Returns:
         Each row's largest share of the allowed error. Plain PyTorch in the same dtype is the
         yardstick; ours may reach :data:`lm2_kernels.testing.NARROW` in this one draw.
 
     Raises:
-        DisagreementError: a row exceeds it.
+        DisagreementError: a row of ours exceeds it.
     """
     checked = {name: row for name, row in rows.items() if row.is_checked}
     if not checked:
         return {}
     oracle = _results(work.oracle(), work)
-    plain = _results(_yardstick(work, rows), work)
+    yardstick = _yardstick(work, rows)
+    plain = _results(yardstick, work)
     shares = {}
     for name, row in checked.items():
-        results = _results(row, work)
+        results = plain if row is yardstick else _results(row, work)
         comparisons = [
             testing.compare(label, results[label], oracle[label], plain[label]) for label in oracle
         ]
         worst = max(comparisons, key=lambda comparison: comparison.share)
         limit = testing.NARROW if row.is_ours else _PEER_FACTOR
-        if not worst.share <= limit:
-            raise DisagreementError(
-                f"{work.id}: row '{name}' is wrong: {worst.name} has {worst.share:.2g} times the "
-                f"allowed error"
-            )
-        shares[name] = worst.share
+        if worst.share <= limit:
+            shares[name] = worst.share
+            continue
+        reason = (
+            f"{work.id}: row '{name}' is wrong: {worst.name} has {worst.share:.2g} times the "
+            f"allowed error"
+        )
+        if row.is_ours:
+            raise DisagreementError(reason)
+        skipped.append(reason)
+        del rows[name]
     return shares
 
 

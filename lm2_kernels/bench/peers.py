@@ -90,7 +90,7 @@ class SdpaPaperMemory(nn.Module):
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
-            slot_offset=slot_offset,
+            **sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device),
         ).flatten(-2)
         end = slot_offset + x.shape[1]
         new_rows = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
@@ -102,17 +102,19 @@ class SdpaPaperMemory(nn.Module):
         return output, new_rows
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, *, slot_offset: int = 0) -> Tensor:
-    """Causal memory attention (B, T, H, K) by ``scaled_dot_product_attention``."""
-    num_tokens, num_slots = query.shape[1], key.shape[1]
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+def sdpa_options(
+    num_tokens: int, num_slots: int, slot_offset: int, device: torch.device
+) -> dict[str, object]:
+    """How ``scaled_dot_product_attention`` is told what each token sees, the fastest way."""
     if slot_offset == 0 and num_tokens == num_slots:
-        read = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    else:
-        mask = reference.visible_slots(
-            num_tokens, num_slots, slot_offset=slot_offset, device=query.device
-        )
-        # all slots seen, as in decoding: no mask is faster
-        mask = None if slot_offset >= num_slots - 1 else mask
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return read.transpose(1, 2)
+        return {"is_causal": True}
+    if slot_offset >= num_slots - 1:
+        return {}  # every token sees all slots, as in decoding
+    mask = reference.visible_slots(num_tokens, num_slots, slot_offset=slot_offset, device=device)
+    return {"attn_mask": mask}
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
+    """Memory attention (B, T, H, K) by ``scaled_dot_product_attention``."""
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)

@@ -1,6 +1,7 @@
 """Tables, comparisons and plots of what :mod:`lm2_kernels.bench.suite` measured."""
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from lm2_kernels.bench.suite import FORMAT
 from lm2_kernels.info import columns
 
 _TITLES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+_LENGTHS = "attention forward and backward as T grows: time, peak memory beyond the inputs"
 _Key = tuple[str, str, str, str]  # work, shape, dtype, pass
 
 
@@ -32,7 +34,7 @@ def load(path: Path) -> dict:
 
 def render(report: dict) -> str:
     """The text that the command prints: for each pass, our time and how much faster it is."""
-    lines = [machine_line(report), *_ceiling_lines(report)]
+    lines = [machine_line(report), _ceiling_line(report)]
     for title, table in tables(report).items():
         lines += ["", title, *(f"  {line}" for line in columns(table))]
     lines += _memory_lines(report)
@@ -58,11 +60,11 @@ def machine_line(report: dict) -> str:
     return ", ".join(parts) + f"; allocator: {allocator or 'default'}"
 
 
-def _ceiling_lines(report: dict) -> list[str]:
+def _ceiling_line(report: dict) -> str:
     ceilings = dict(report["ceilings"])
     copy = ceilings.pop("copy")
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.items())
-    return [f"measured ceilings: copy {copy / 1e9:.1f} GB/s, products {rates}"]
+    return f"measured ceilings: copy {copy / 1e9:.1f} GB/s, products {rates}"
 
 
 def _groups(report: dict) -> dict[_Key, dict[str, dict]]:
@@ -97,24 +99,26 @@ def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
     limit = [works.LIMIT] if works.LIMIT in rows else []
     light = any(group[ours]["light_share"] for group in groups.values() if ours in group)
     head = ["shape", "dtype", f"{ours}, ms", *others]
-    head += ["of limit"] * bool(limit) + ["of light"] * light
+    head += ["of limit"] * bool(limit) + ["of light"] * light + ["rounds"]
     table = [head]
     for (_, shape, dtype, _), group in groups.items():
         if ours not in group:
             continue
-        line = [shape, dtype, f"{1e3 * group[ours]['seconds']:.3g}"]
+        line = [shape, dtype, _number(1e3 * group[ours]["seconds"])]
         line += [_times(_ratio(group, name)) for name in others]
         if limit:
             line.append(_percent(_ratio(group, works.LIMIT)))
         if light:
             line.append(_percent(group[ours]["light_share"]))
-        table.append(line)
-    if len(groups) > 1:
-        ratios = [[_ratio(group, name) for group in groups.values()] for name in others]
+        table.append([*line, str(group[ours]["rounds"])])
+    for dtype in dict.fromkeys(dtype for _, _, dtype, _ in groups):
+        own = [group for key, group in groups.items() if key[2] == dtype]
+        ratios = [[_ratio(group, name) for group in own] for name in others]
         # a mean over fewer lines than the others' would not be theirs to compare with
         means = [None if None in column else statistics.geometric_mean(column) for column in ratios]
-        line = ["geometric mean", "", "", *map(_times, means)]
-        table.append(line + [""] * (len(head) - len(line)))
+        if len(own) > 1:
+            line = ["geometric mean", dtype, "", *map(_times, means)]
+            table.append(line + [""] * (len(head) - len(line)))
     return table
 
 
@@ -153,23 +157,31 @@ def _memory_lines(report: dict) -> list[str]:
     if saved:
         lines += ["", "MiB kept for backward", *(f"  {line}" for line in columns(saved))]
     if report["lengths"]:
-        rows = list(dict.fromkeys(entry["row"] for entry in report["lengths"]))
-        table = [["T = N", *(f"{row}, {unit}" for row in rows for unit in ("s", "MiB"))]]
-        for tokens in dict.fromkeys(entry["tokens"] for entry in report["lengths"]):
-            own = {e["row"]: e for e in report["lengths"] if e["tokens"] == tokens}
-            line = [str(tokens)]
-            for row in rows:
-                entry = own.get(row)
-                line += [f"{entry['seconds']:.3g}" if entry else "-"]
-                line += [_mebibytes(entry["peak_bytes"]) if entry else "-"]
-            table.append(line)
-        title = "attention forward and backward as T grows: time, peak memory beyond the inputs"
-        lines += ["", title, *(f"  {line}" for line in columns(table))]
+        lines += ["", _LENGTHS, *(f"  {line}" for line in columns(_lengths_table(report)))]
     return lines
 
 
+def _lengths_table(report: dict) -> list[list[str]]:
+    rows = list(dict.fromkeys(entry["row"] for entry in report["lengths"]))
+    table = [["T = N", *(f"{row}, {unit}" for row in rows for unit in ("s", "MiB"))]]
+    for tokens in dict.fromkeys(entry["tokens"] for entry in report["lengths"]):
+        own = {e["row"]: e for e in report["lengths"] if e["tokens"] == tokens}
+        line = [str(tokens)]
+        for row in rows:
+            entry = own.get(row)
+            line += [_number(entry["seconds"]) if entry else "-"]
+            line += [_mebibytes(entry["peak_bytes"]) if entry else "-"]
+        table.append(line)
+    return table
+
+
 def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.3g}"
+    return "-" if count is None else _number(count / 2**20)
+
+
+def _number(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def markdown(table: list[list[str]]) -> list[str]:
@@ -191,7 +203,7 @@ def compare(first: dict, second: dict) -> str:
             if other is None:
                 continue
             times = (result["seconds"], other["seconds"])
-            cells = [f"{1e3 * spent:.3g}" for spent in times]
+            cells = [_number(1e3 * spent) for spent in times]
             table.append([*key, name, *cells, _times(times[0] / times[1])])
     if len(table) == 1:
         raise ValueError("the two files have no measurement in common")
@@ -203,16 +215,51 @@ def compare(first: dict, second: dict) -> str:
 
 
 def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer")) -> str:
-    """The tables of README in Markdown: the layers, forward alone and with backward."""
-    lines = [f"{machine_line(report)}.", ""]
+    """README's tables and charts in Markdown: the layers, forward alone and with backward."""
+    lines = [f"{machine_line(report)}; {_ceiling_line(report)}.", ""]
     for title, table in tables(report, layers).items():
-        if title.endswith(", backward"):
-            continue
-        lines += [f"**{title}**", "", *markdown(table), ""]
+        if not title.endswith(", backward"):
+            lines += [f"**{title}**", "", *markdown(table), ""]
+    for layer in layers:
+        lines += _chart(report, layer)
     saved = _saved_table(report)
     if saved:
-        lines += ["**MiB kept for backward, beside inputs and parameters**", "", *markdown(saved)]
+        title = "**MiB kept for backward, beside inputs and parameters**"
+        lines += [title, "", *markdown(saved), ""]
+    if report["lengths"]:
+        lines += [f"**{_LENGTHS}**", "", *markdown(_lengths_table(report)), ""]
+    lines += [f"Left out: {text}." for text in report["skipped"]]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _chart(report: dict, layer: str) -> list[str]:
+    """Forward and backward of a layer by each peer, ours being 1, for Mermaid to draw."""
+    groups = {k: g for k, g in _groups(report).items() if (k[0], k[3]) == (layer, "both")}
+    # all of a group have the same rows, but for those that could not be measured
+    rows = {name: result for group in groups.values() for name, result in group.items()}
+    series = {name: [_ratio(group, name) for group in groups.values()] for name in rows}
+    ours = next((name for name in rows if rows[name]["is_ours"]), None)
+    # a chart has no gaps, and what is ours but not our best is no peer
+    peers = [
+        name
+        for name in rows
+        if not rows[name]["is_ours"] and name != works.LIMIT and None not in series[name]
+    ]
+    if not peers or ours is None or len({dtype for _, _, dtype, _ in groups}) != 1:
+        return []
+    top = math.ceil(2.0 * max(max(series[name]) for name in (*peers, ours))) / 2.0
+    drawn = [("bar", peers[0]), *(("line", name) for name in (*peers[1:], ours))]
+    label = ", ".join(f"{kind}: {name}" for kind, name in drawn)
+    return [
+        "```mermaid",
+        "xychart-beta",
+        f'    title "{layer}, forward and backward"',
+        f"    x-axis [{', '.join(shape for _, shape, _, _ in groups)}]",
+        f'    y-axis "{label}" 0 --> {top:g}',
+        *(f"    {kind} [{', '.join(f'{r:.2f}' for r in series[name])}]" for kind, name in drawn),
+        "```",
+        "",
+    ]
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -247,7 +294,7 @@ def plot(report: dict, folder: Path) -> list[Path]:
 
     if report["results"]:
         save(_bars(figure_type, report), "speedup.png")
-        if any(result["flops"] for result in report["results"]):
+        if any(map(_has_intensity, report["results"])):
             save(_roofline(figure_type, report), "roofline.png")
     if report["lengths"]:
         save(_lengths(figure_type, report), "lengths.png")
@@ -275,6 +322,10 @@ def _bars(figure_type: type, report: dict):
     return figure
 
 
+def _has_intensity(result: dict) -> bool:
+    return bool(result["flops"] and result["bytes"])
+
+
 def _roofline(figure_type: type, report: dict):
     figure = figure_type(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
@@ -284,7 +335,7 @@ def _roofline(figure_type: type, report: dict):
         if dtype != "copy":
             roof = [min(rate, copy * intensity) / 1e9 for intensity in intensities]
             axes.plot(intensities, roof, label=f"{dtype} ceiling")
-    points = [r for r in report["results"] if r["is_ours"] and r["flops"]]
+    points = [r for r in report["results"] if r["is_ours"] and _has_intensity(r)]
     for work in dict.fromkeys(result["work"] for result in points):
         own = [result for result in points if result["work"] == work]
         axes.scatter(

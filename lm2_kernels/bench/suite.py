@@ -17,7 +17,9 @@ from lm2_kernels.bench.works import PASSES, Row, Work, dtype_name
 from lm2_kernels.testing import SHAPES, Shape
 
 FORMAT = 1
-# time and memory of attention as the segment grows; the width keeps 16k tokens below a minute
+# time and memory of attention as the segment grows, which has no other shapes and float32 alone;
+# the width keeps 16k tokens below a minute
+GROWTH = "lengths"
 LENGTHS = tuple(
     Shape(f"T={tokens}", 1, tokens, tokens, 8, 256, "attention as T grows")
     for tokens in (1024, 2048, 4096, 8192, 16384)
@@ -31,15 +33,21 @@ Progress = Callable[[int, int, str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """What to measure; an empty tuple is everything that fits."""
+    """What to measure; an empty tuple is everything that fits.
+
+    ``works`` are those of :data:`lm2_kernels.bench.works.WORKS`, and :data:`GROWTH`.
+    """
 
     works: tuple[str, ...] = ()
     shapes: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     rows: tuple[str, ...] = ()
     passes: tuple[str, ...] = PASSES
-    has_lengths: bool = False
     device: str = "cpu"
+
+    @property
+    def has_lengths(self) -> bool:
+        return not self.works or GROWTH in self.works
 
     def pieces(self) -> list[tuple[str, Shape, torch.dtype]]:
         """The (work, shape, dtype) to measure, in order."""
@@ -63,7 +71,9 @@ def run(
 
     Args:
         selection: what.
-        budget: seconds in all, about. What is left when they are spent is listed as skipped.
+        budget: seconds in all, about: a work that was begun is finished. What is left when they
+            are spent is listed as skipped; so is what cannot be made here, and a peer that
+            disagrees with the oracle.
         progress: called with how many pieces are done, of how many, and the next one's name.
         save: called with the report so far before the first piece and after each.
 
@@ -71,7 +81,7 @@ def run(
         What :mod:`lm2_kernels.bench.report` shows.
 
     Raises:
-        DisagreementError: a row is wrong, which is known before any row of its work is timed.
+        DisagreementError: a row of ours is wrong, known before any row of its work is timed.
     """
     end = time.monotonic() + budget
     device = selection.device
@@ -80,6 +90,7 @@ def run(
         "format": FORMAT,
         "machine": machine(),
         "device": device,
+        "selection": dataclasses.asdict(selection) | {"budget": budget},
         "ceilings": measure.ceilings(dtypes, device),
         "results": [],
         "skipped": [],
@@ -100,6 +111,8 @@ def run(
             progress(index, total, title)
         work = works.WORKS[name](shape, dtype, device)
         report["results"] += _measure(work, selection, left / (total - index), report)
+        # after every piece: what else the machine did may have hit the other measurements
+        raise_ceilings(report, measure.ceilings(dtypes, device))
         save(report)
     for index, shape in enumerate(lengths, start=len(pieces)):
         if end <= time.monotonic():
@@ -107,18 +120,18 @@ def run(
             continue
         if progress is not None:
             progress(index, total, f"{_LENGTH_WORK} {shape.name}")
-        report["lengths"] += _measure_length(shape, device, end)
-        save(report)
-    if pieces:
-        # again: what else the machine did may have hit the first measurement
-        again = measure.ceilings(dtypes, device)
-        report["ceilings"] = {
-            name: max(rate, again[name]) for name, rate in report["ceilings"].items()
-        }
-        for result in report["results"]:
-            result["light_share"] = _light_share(result, report["ceilings"])
+        report["lengths"] += _measure_length(shape, device, end, report["skipped"])
         save(report)
     return report
+
+
+def raise_ceilings(report: dict, measured: dict[str, float]) -> None:
+    """Take the better of a report's ceilings and those measured, for all its results."""
+    ceilings = report["ceilings"]
+    for name, rate in measured.items():
+        ceilings[name] = max(rate, ceilings.get(name, 0.0))
+    for result in report["results"]:
+        result["light_share"] = _light_share(result, ceilings)
 
 
 def machine() -> dict:
@@ -136,6 +149,8 @@ def machine() -> dict:
 
 def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str, Row]:
     """The rows of a work that can be made here; the reason of each other goes to ``skipped``."""
+    # each work compiles anew: there is a limit to how often a function is compiled
+    torch._dynamo.reset()
     rows = {}
     for name, make in work.rows.items():
         if names and name not in names:
@@ -156,17 +171,18 @@ def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str
 
 
 def _measure(work: Work, selection: Selection, budget: float, report: dict) -> list[dict]:
-    start = time.monotonic()
     passes = [name for name in work.passes if name in selection.passes]
     rows = build_rows(work, selection.rows, report["skipped"]) if passes else {}
     if not rows:
         report["skipped"].append(f"{work.id}: has none of these rows or passes")
         return []
-    shares = measure.check(work, rows)
+    shares = measure.check(work, rows, report["skipped"])
     saved = {}
     if "both" in passes:
         saved = {name: measure.saved_bytes(row) for name, row in rows.items() if row.is_checked}
     results = []
+    # compiling and checking do not take from the rounds
+    start = time.monotonic()
     for index, pass_name in enumerate(passes):
         left = max(0.0, budget - (time.monotonic() - start)) / (len(passes) - index)
         timed = dict(rows)
@@ -175,7 +191,7 @@ def _measure(work: Work, selection: Selection, budget: float, report: dict) -> l
         if not timed:
             continue
         times = measure.measure(timed, pass_name, work.cotangents, work.device, left)
-        ours = next((times[name] for name, row in rows.items() if row.is_ours), None)
+        ours = next((times[name] for name, row in timed.items() if row.is_ours), None)
         for name, row_times in times.items():
             median = statistics.median(row_times)
             result = {
@@ -194,7 +210,6 @@ def _measure(work: Work, selection: Selection, budget: float, report: dict) -> l
                 "bytes": work.bytes[pass_name],
                 "error_share": shares.get(name),
             }
-            result["light_share"] = _light_share(result, report["ceilings"])
             if pass_name == "both" and name in saved:
                 result["saved_bytes"] = saved[name]
             results.append(result)
@@ -213,16 +228,18 @@ def _quartiles(times: Sequence[float]) -> list[float]:
     return [low, high]
 
 
-def _measure_length(shape: Shape, device: str, end: float) -> list[dict]:
+def _measure_length(shape: Shape, device: str, end: float, skipped: list[str]) -> list[dict]:
     work = works.WORKS[_LENGTH_WORK](shape, torch.float32, device)
     scores = 4 * shape.batch * shape.heads * shape.tokens * shape.slots
     if scores > _MAX_TIMED_SCORES:
         del work.rows[works.ORACLE]
     names = [works.our_backends(device)[0], works.ORACLE, works.SDPA_OP]
-    rows = {name: work.rows[name]() for name in names if name in work.rows}
-    measure.check(work, rows)
+    rows = build_rows(work, names, skipped)
+    measure.check(work, rows, skipped)
+    if not rows:
+        return []
     budget = max(0.0, end - time.monotonic()) / len(LENGTHS)
-    times = measure.measure(rows, "both", work.cotangents, device, budget, fewest=3)
+    times = measure.measure(rows, "both", work.cotangents, device, budget)
     return [
         {
             "tokens": shape.tokens,

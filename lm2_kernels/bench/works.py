@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm2_kernels import backends, functional, products, reference, testing
-from lm2_kernels.bench.peers import ReleasedStyleMemory, SdpaPaperMemory, sdpa
+from lm2_kernels.bench.peers import ReleasedStyleMemory, SdpaPaperMemory, sdpa, sdpa_options
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.model import LM2Config, LM2ForCausalLM
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
@@ -25,18 +25,36 @@ from lm2_kernels.testing import Shape
 
 PASSES = ("forward", "backward", "both")
 ORACLE = "oracle"
-COMPILED = "oracle, compiled"
-AUTOTUNED = "oracle, max-autotune"
 RELEASED = "released way"
-RELEASED_COMPILED = "released way, compiled"
 SDPA_OP = "SDPA"
 SDPA = "eager + SDPA"
-SDPA_COMPILED = "eager + SDPA, compiled"
 NO_CACHE = "no cache"
+TORCH_NORM = "torch layer_norm"
 # of our first backend: less memory for more time
 RECOMPUTE = "recompute"
 # the matrix products by the best library and our attention, alone: what a layer cannot go below
 LIMIT = "limit"
+# SDPA by each of its kernels
+_SDPA_KERNELS = {
+    "SDPA math": SDPBackend.MATH,
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+# torch.compile of a row, by its mode
+_COMPILED = {"compiled": None, "max-autotune": "max-autotune"}
+_ON_GPUS_ALONE = ("SDPA efficient", "SDPA cudnn", "max-autotune")
+
+ROWS = (
+    *backends.NAMES,
+    RECOMPUTE,
+    *(
+        name
+        for row in (ORACLE, RELEASED, SDPA)
+        for name in (row, *(f"{row}, {how}" for how in _COMPILED))
+    ),
+    *(SDPA_OP, *_SDPA_KERNELS, TORCH_NORM, NO_CACHE, LIMIT),
+)
 
 # bytes of the scores that an oracle may hold at once
 _MAX_SCORES = 2**30
@@ -68,6 +86,7 @@ class Work:
     device: str
     rows: dict[str, Callable[[], Row]]  # made when asked for: compiling takes long
     passes: tuple[str, ...]
+    # by pass; 0 where they are not counted
     flops: dict[str, float]  # causal ones counted half
     bytes: dict[str, float]  # that must move: inputs and outputs once
     oracle: Callable[[], Row] | None = None  # in float64
@@ -126,58 +145,58 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
         for name in our_backends(device)
     }
     rows[ORACLE] = functools.partial(row, getattr(reference, op))
-    rows |= _compiled(lambda wrap: row(wrap(getattr(reference, op))), device)
+    rows |= _compiled(ORACLE, lambda wrap: row(wrap(getattr(reference, op))), device)
     if op == "memory_attention":
-        rows |= _sdpa_rows(row, device)
+        rows |= _sdpa_rows(row, shape, device)
     elif op == "residual_layer_norm":
 
         def torch_norm(x, residual, weight, bias):
             return F.layer_norm(x + residual, weight.shape, weight, bias)
 
-        rows["torch layer_norm"] = functools.partial(row, torch_norm)
+        rows[TORCH_NORM] = functools.partial(row, torch_norm)
     flops = _attention_flops(shape) if op == "memory_attention" else dict.fromkeys(PASSES, 0.0)
     cotangents = inputs.cotangents
-    moved = sum(tensor.nbytes for tensor in (*inputs.tensors.values(), *cotangents))
-    # backward reads what forward does and the cotangents, and writes a gradient of each input
-    read = sum(tensor.nbytes for tensor in inputs.tensors.values())
-    traffic = {"forward": moved, "backward": moved + read, "both": 2 * moved + read}
+    sizes = {name: tensor.nbytes for name, tensor in inputs.tensors.items()}
+    read = sum(sizes.values())
+    forward = read + sum(tensor.nbytes for tensor in cotangents)
+    # backward reads inputs and cotangents and writes a gradient of each input, but for what is a
+    # cotangent itself (of hidden, which is not read either) or another's (of residual, x's)
+    backward = forward + read - 2 * sizes.get("hidden", 0) - sizes.get("residual", 0)
+    traffic = {"forward": forward, "backward": backward, "both": forward + backward}
     return Work(op, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
 
 
-def _sdpa_rows(row: Callable[..., Row], device: str) -> dict[str, Callable[[], Row]]:
-    kernels = {
-        SDPA_OP: None,
-        "SDPA math": SDPBackend.MATH,
-        "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    }
-    if device == "cuda":
-        kernels["SDPA efficient"] = SDPBackend.EFFICIENT_ATTENTION
-        kernels["SDPA cudnn"] = SDPBackend.CUDNN_ATTENTION
+def _sdpa_rows(row: Callable[..., Row], shape: Shape, device: str) -> dict[str, Callable[[], Row]]:
+    # the mask is made once, as somebody would who calls it often
+    options = sdpa_options(shape.tokens, shape.slots, shape.slot_offset, torch.device(device))
 
     def forced(kernel: SDPBackend | None) -> Row:
         def function(query, key, value, slot_offset=0):
-            if kernel is None:
-                return sdpa(query, key, value, slot_offset=slot_offset)
-            with sdpa_kernel(kernel):
-                return sdpa(query, key, value, slot_offset=slot_offset)
+            with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+                return sdpa(query, key, value, **options)
 
         return row(function)
 
-    return {name: functools.partial(forced, kernel) for name, kernel in kernels.items()}
+    return {
+        name: functools.partial(forced, kernel)
+        for name, kernel in ({SDPA_OP: None} | _SDPA_KERNELS).items()
+        if device == "cuda" or name not in _ON_GPUS_ALONE
+    }
 
 
-def _compiled(make: Callable[[Callable], Row], device: str) -> dict[str, Callable[[], Row]]:
+def _compiled(
+    name: str, make: Callable[[Callable], Row], device: str
+) -> dict[str, Callable[[], Row]]:
     """Rows of torch.compile; ``make`` gets what wraps the function."""
-    modes = {COMPILED: None}
-    if device == "cuda":
-        modes[AUTOTUNED] = "max-autotune"
 
     def row(mode: str | None) -> Row:
-        # of its own for each work: recompiling for a second shape would make sizes dynamic
-        torch._dynamo.reset()
         return make(functools.partial(torch.compile, mode=mode, dynamic=False))
 
-    return {name: functools.partial(row, mode) for name, mode in modes.items()}
+    return {
+        f"{name}, {how}": functools.partial(row, mode)
+        for how, mode in _COMPILED.items()
+        if device == "cuda" or how not in _ON_GPUS_ALONE
+    }
 
 
 def _autocast(
@@ -237,13 +256,12 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         parameters.update(layer.named_parameters(remove_duplicate=False))
         return made
 
-    def peer_rows(kind: type, name: str, compiled_name: str) -> dict[str, Callable[[], Row]]:
-        def compiled_row(wrap: Callable) -> Row:
+    def peer_rows(kind: type, name: str) -> dict[str, Callable[[], Row]]:
+        def peer(wrap: Callable = lambda layer: layer) -> Row:
             layer = kind(shape.dim, shape.heads)
             return row(layer, wrap(layer))
 
-        compiled = _compiled(compiled_row, device)[COMPILED]
-        return {name: lambda: row(kind(shape.dim, shape.heads)), compiled_name: compiled}
+        return {name: peer} | _compiled(name, peer, device)
 
     rows = {
         name: functools.partial(
@@ -256,11 +274,11 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         ours(shape.dim, shape.heads, backend=best, recompute=True), ours=True
     )
     rows[ORACLE] = oracle_row
-    rows |= _compiled(oracle_row, device)
+    rows |= _compiled(ORACLE, oracle_row, device)
     if is_paper:
-        rows |= peer_rows(SdpaPaperMemory, SDPA, SDPA_COMPILED)
+        rows |= peer_rows(SdpaPaperMemory, SDPA)
     elif shape.tokens == shape.slots:
-        rows |= peer_rows(ReleasedStyleMemory, RELEASED, RELEASED_COMPILED)
+        rows |= peer_rows(ReleasedStyleMemory, RELEASED)
     products_of = _paper_products if is_paper else _release_products
     rows[LIMIT] = lambda: _limit(products_of(shape), shape, dtype, device)
     flops = _attention_flops(shape)
@@ -348,7 +366,14 @@ def _released_model(shape: Shape, device: str, **options) -> LM2ForCausalLM:
         layer = ReleasedStyleMemory(shape.dim, shape.heads)
         layer.load_state_dict(block.memory.state_dict())
         block.memory = layer.to(device)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = _TorchLinear
     return model
+
+
+class _TorchLinear(nn.Linear):
+    """What the model leaves to PyTorch, as it would an ``nn.Linear`` that somebody replaced."""
 
 
 def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
@@ -382,9 +407,23 @@ def _model_work(name: str, shape: Shape, dtype: torch.dtype, device: str) -> Wor
     rows[RELEASED] = functools.partial(row, released)
     oracle = functools.partial(row, released, wide=True)
     passes = ("both",) if is_training else ("forward",)
-    none = dict.fromkeys(PASSES, 0.0)
+    flops, none = _model_flops(shape), dict.fromkeys(PASSES, 0.0)
     one = (torch.ones((), device=device),) if is_training else ()
-    return Work(name, shape, dtype, device, rows, passes, none, none, oracle, one)
+    return Work(name, shape, dtype, device, rows, passes, flops, none, oracle, one)
+
+
+def _model_flops(shape: Shape) -> dict[str, float]:
+    blocks = MODEL["num_hidden_layers"]
+    # a block's attention has four square products, its MLP three that are four times as wide
+    weights = blocks * (4 + 3 * 4) * shape.dim**2 + MODEL["vocab_size"] * shape.dim
+    memory = blocks * sum(math.prod(sizes) for sizes in _release_products(shape))
+    matmul = 2.0 * (shape.batch * shape.tokens * weights + memory)
+    # of the tokens to one another and to the memory, which are as many
+    attention = _attention_flops(shape)
+    return {
+        name: times * matmul + 2 * blocks * attention[name]
+        for name, times in (("forward", 1), ("backward", 2), ("both", 3))
+    }
 
 
 def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
