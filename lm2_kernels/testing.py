@@ -136,6 +136,8 @@ LARGE_CASES = (
     _norm(1, 64, 2048, residual="float32"),
     _pool(2, 300, 260),
     _pool(3, 257, 130, prefix=True, num_pooled=11),
+    # a sum over so many tokens that the order of adding tells
+    _pool(1, 1024, 200),
 )
 CASES = SMALL_CASES + LARGE_CASES
 

@@ -82,8 +82,9 @@ void pooled_gate_forward(const PooledGateForward& args) {
   // each chunk's sum becomes that of everything before it
   parallel(args.batch, larger<int64_t>(1, kGrain / (chunks.count * width)),
            [&](int64_t begin, int64_t end) {
-             Scalar* const running =
-                 static_cast<Scalar*>(scratch(kFirstRow, stride * sizeof(Scalar)));
+             // a sum of sums: all of its rounding would go into every mean
+             double* const running =
+                 static_cast<double*>(scratch(kFirstRow, width * sizeof(double)));
              alignas(64) Scalar buffer[kPiece];
              for (int64_t b = begin; b < end; ++b) {
                const Scalar* before = args.pooled_sum
@@ -95,18 +96,21 @@ void pooled_gate_forward(const PooledGateForward& args) {
                  Scalar* const sum = sum_of(b, chunk);
                  for (int64_t i = 0; i < width; ++i) {
                    const Scalar own = one_pass ? 0 : sum[i];
-                   sum[i] = running[i];
+                   sum[i] = static_cast<Scalar>(running[i]);
                    running[i] += own;
                  }
                }
                if (args.prefix) continue;
-               for (int64_t i = 0; i < width; ++i) new_sum[b * width + i] = running[i];
+               for (int64_t i = 0; i < width; ++i) {
+                 new_sum[b * width + i] = static_cast<Scalar>(running[i]);
+               }
                for (int64_t column = 0; column < width; column += kPiece) {
                  const int64_t count = smaller(kPiece, width - column);
                  const auto out = Destination<S>::open(
                      at(args.pooled, args.dtype, b * width + column), args.dtype, buffer);
                  for (int64_t i = 0; i < count; ++i) {
-                   out.row[i] = running[column + i] / static_cast<Scalar>(args.tokens);
+                   out.row[i] =
+                       static_cast<Scalar>(running[column + i] / static_cast<double>(args.tokens));
                  }
                  out.finish(count);
                }
