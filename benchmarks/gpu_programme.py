@@ -40,7 +40,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from triton.errors import TritonError
 
 from lm2_kernels import functional, info, reference
@@ -49,7 +49,7 @@ from lm2_kernels.backends import triton as kernels
 from lm2_kernels.backends.triton import launch, memory_attention, tables
 from lm2_kernels.bench import suite as bench_suite
 from lm2_kernels.bench.measure import flush_gpu_cache
-from lm2_kernels.bench.peers import sdpa
+from lm2_kernels.bench.peers import SDPA_KERNELS, sdpa
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
 
@@ -239,11 +239,11 @@ def _bench(name: str, shape: str, dtype: str, run: Run) -> dict:
 
 def join_reports(reports: list[dict]) -> dict:
     """Reports of the same machine as one."""
-    joined = copy.deepcopy(reports[0])
+    joined, *others = copy.deepcopy(reports)
     del joined["selection"]
-    for report in reports[1:]:
+    for report in others:
         for name in ("results", "skipped"):
-            joined[name] += copy.deepcopy(report[name])
+            joined[name] += report[name]
         bench_suite.raise_ceilings(joined, report["ceilings"])
     return joined
 
@@ -315,13 +315,6 @@ def _launches(run: Run) -> dict:
 
 # --- attention against scaled_dot_product_attention --------------------------------------------
 
-SDPA_KERNELS = {
-    "sdpa": None,
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
-}
 # one sequence, and 16k tokens, at which others publish their rates
 ATTENTION_SHAPES = ((1, 2048), (8, 2048), (1, 512), (32, 512))  # B, T = N
 
@@ -392,7 +385,7 @@ def _compare_attention(
     for name, row in rows.items():
         text = "no" if "refused" in row else f"{row['flops'] / 1e12:.0f}"
         shown.append(f"{name} {text}" + ("" if row.get("right", True) else " WRONG"))
-    line = f"{', '.join(shown)} TFLOP/s; sdpa took {rows['sdpa'].get('ran', 'nothing')}"
+    line = f"{', '.join(shown)} TFLOP/s; sdpa took {rows['SDPA'].get('ran', 'nothing')}"
     return {"ok": rows["triton"].get("right", False), "rows": rows, "line": line}
 
 
@@ -449,8 +442,7 @@ def _sdpa(
     """The work, and the name of the autograd node, which tells the kernel that was taken."""
 
     def forward() -> Tensor:
-        with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-            return sdpa(*inputs, is_causal=True, dropout_p=dropout_p)
+        return sdpa(*inputs, kernel, is_causal=True, dropout_p=dropout_p)
 
     out = forward()
     # behind the transposition to (B, T, H, K)

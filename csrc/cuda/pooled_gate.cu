@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kColumns)
     scan_kernel(const PooledGateForward args, float* sums, int64_t chunks) {
   Place place;
   if (!place.find(args, args.tokens, 1)) return;
-  float running = 0.0f;
+  // a sum of sums: all of its rounding would go into every mean
+  double running = 0.0;
   if (args.pooled_sum) {
     running = static_cast<const float*>(
         args.pooled_sum.data)[place.b * args.pooled_sum.batch_stride + place.column];
@@ -68,13 +69,14 @@ __global__ void __launch_bounds__(kColumns)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     float& sum = sums[(place.b * chunks + chunk) * args.width + place.column];
     const float own = sum;
-    sum = running;
+    sum = static_cast<float>(running);
     running += own;
   }
   const int64_t index = place.b * args.width + place.column;
-  static_cast<float*>(args.new_sum)[index] = running;
+  static_cast<float*>(args.new_sum)[index] = static_cast<float>(running);
   if (!args.prefix) {
-    store(args.pooled, args.dtype, index, running / static_cast<float>(args.tokens));
+    store(args.pooled, args.dtype, index,
+          static_cast<float>(running / static_cast<double>(args.tokens)));
   }
 }
 
@@ -160,16 +162,10 @@ __global__ void __launch_bounds__(kColumns)
     combine_kernel(const PooledGateBackward args, const float* sums, int64_t items) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (column >= args.width) return;
-  // in two steps: no long chain of roundings
-  float sum = 0.0f;
-  for (int64_t first = 0; first < items; first += 64) {
-    float part = 0.0f;
-    for (int64_t item = first; item < items && item < first + 64; ++item) {
-      part += sums[item * args.width + column];
-    }
-    sum += part;
-  }
-  store(args.dweight, args.parameter_dtype, column, sum);
+  // no long chain of roundings
+  double sum = 0.0;
+  for (int64_t item = 0; item < items; ++item) sum += sums[item * args.width + column];
+  store(args.dweight, args.parameter_dtype, column, static_cast<float>(sum));
 }
 
 // The grids over (batch, chunk, column) and over (batch, column).

@@ -113,13 +113,14 @@ __global__ void __launch_bounds__(kColumns)
     combine_kernel(const ResidualLayerNormBackward args, const float* partials, int64_t chunks) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   if (column >= args.width) return;
-  float dweight = 0.0f, dbias = 0.0f;
+  // no long chain of roundings
+  double dweight = 0.0, dbias = 0.0;
   for (int64_t item = 0; item < chunks; ++item) {
     dweight += partials[2 * item * args.width + column];
     dbias += partials[(2 * item + 1) * args.width + column];
   }
-  store(args.dweight, args.parameter_dtype, column, dweight);
-  store(args.dbias, args.parameter_dtype, column, dbias);
+  store(args.dweight, args.parameter_dtype, column, static_cast<float>(dweight));
+  store(args.dbias, args.parameter_dtype, column, static_cast<float>(dbias));
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.source is not None:
         measured = report.load(options.source)
     else:
-        selection = _selection(options)
+        selection, budget = _selection(options), _budget(options)
         if options.plots is not None:
             # before the work, not after it
             report.figure_class()
@@ -78,7 +78,7 @@ def run_bench(options: argparse.Namespace) -> int:
             progress.update(f"[{done + 1}/{total}] {title}", title)
 
         try:
-            measured = suite.run(selection, _budget(options), show, save)
+            measured = suite.run(selection, budget, show, save)
         except DisagreementError as error:
             progress.close()
             print(f"bench: {error}", file=sys.stderr)
@@ -97,8 +97,6 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
         raise ValueError(f"unknown works {unknown}; there are {', '.join(_WORKS)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU")
-    if _budget(options) <= 0.0:
-        raise ValueError(f"--budget must be above 0, got {options.budget}")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     # works that are named are measured wherever they fit
     shapes = () if options.works or options.all else _DEFAULT_SHAPES[device]
@@ -116,6 +114,8 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
 
 
 def _budget(options: argparse.Namespace) -> float:
-    if options.budget is not None:
-        return options.budget
-    return _BUDGET_FOR_ALL if options.all else _BUDGET
+    if options.budget is None:
+        return _BUDGET_FOR_ALL if options.all else _BUDGET
+    if options.budget <= 0.0:
+        raise ValueError(f"--budget must be above 0, got {options.budget}")
+    return options.budget

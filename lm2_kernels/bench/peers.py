@@ -3,11 +3,13 @@
 Written from the mathematics, with the parameters and state dicts of the package's own layers.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm2_kernels import reference
 
@@ -114,7 +116,24 @@ def sdpa_options(
     return {"attn_mask": mask}
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
-    """Memory attention (B, T, H, K) by ``scaled_dot_product_attention``."""
+# None is torch's own choice
+SDPA_KERNELS = {
+    "SDPA": None,
+    "SDPA math": SDPBackend.MATH,
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel: SDPBackend | None = None,
+    **options: object,
+) -> Tensor:
+    """Memory attention (B, T, H, K) by ``scaled_dot_product_attention``, or that kernel of it."""
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+    with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
+        return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)

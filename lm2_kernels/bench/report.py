@@ -94,7 +94,7 @@ def tables(report: dict, names: Sequence[str] = ()) -> dict[str, list]:
 
 def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
     rows = list(dict.fromkeys(name for group in groups.values() for name in group))
-    ours = next((r["row"] for g in groups.values() for r in g.values() if r["is_ours"]), rows[0])
+    ours = _ours(groups) or rows[0]
     others = [name for name in rows if name not in (ours, works.LIMIT)]
     limit = [works.LIMIT] if works.LIMIT in rows else []
     light = any(group[ours]["light_share"] for group in groups.values() if ours in group)
@@ -113,13 +113,20 @@ def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
         table.append([*line, str(group[ours]["rounds"])])
     for dtype in dict.fromkeys(dtype for _, _, dtype, _ in groups):
         own = [group for key, group in groups.items() if key[2] == dtype]
+        if len(own) == 1:
+            continue
         ratios = [[_ratio(group, name) for group in own] for name in others]
         # a mean over fewer lines than the others' would not be theirs to compare with
         means = [None if None in column else statistics.geometric_mean(column) for column in ratios]
-        if len(own) > 1:
-            line = ["geometric mean", dtype, "", *map(_times, means)]
-            table.append(line + [""] * (len(head) - len(line)))
+        line = ["geometric mean", dtype, "", *map(_times, means)]
+        table.append(line + [""] * (len(head) - len(line)))
     return table
+
+
+def _ours(groups: dict[_Key, dict[str, dict]]) -> str | None:
+    """Our best backend: it comes first."""
+    results = (result for group in groups.values() for result in group.values())
+    return next((result["row"] for result in results if result["is_ours"]), None)
 
 
 def _ratio(group: dict[str, dict], name: str) -> float | None:
@@ -235,10 +242,9 @@ def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer"
 def _chart(report: dict, layer: str) -> list[str]:
     """Forward and backward of a layer by each peer, ours being 1, for Mermaid to draw."""
     groups = {k: g for k, g in _groups(report).items() if (k[0], k[3]) == (layer, "both")}
-    # all of a group have the same rows, but for those that could not be measured
     rows = {name: result for group in groups.values() for name, result in group.items()}
     series = {name: [_ratio(group, name) for group in groups.values()] for name in rows}
-    ours = next((name for name in rows if rows[name]["is_ours"]), None)
+    ours = _ours(groups)
     # a chart has no gaps, and what is ours but not our best is no peer
     peers = [
         name

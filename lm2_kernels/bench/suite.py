@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -149,8 +150,9 @@ def machine() -> dict:
 
 def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str, Row]:
     """The rows of a work that can be made here; the reason of each other goes to ``skipped``."""
-    # each work compiles anew: there is a limit to how often a function is compiled
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        # each work compiles anew: there is a limit to how often a function is compiled
+        torch._dynamo.reset()
     rows = {}
     for name, make in work.rows.items():
         if names and name not in names:

@@ -14,10 +14,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lm2_kernels import backends, functional, products, reference, testing
-from lm2_kernels.bench.peers import ReleasedStyleMemory, SdpaPaperMemory, sdpa, sdpa_options
+from lm2_kernels.bench.peers import (
+    SDPA_KERNELS,
+    ReleasedStyleMemory,
+    SdpaPaperMemory,
+    sdpa,
+    sdpa_options,
+)
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.model import LM2Config, LM2ForCausalLM
 from lm2_kernels.modules import PaperMemory, ReleaseMemory
@@ -34,13 +39,6 @@ TORCH_NORM = "torch layer_norm"
 RECOMPUTE = "recompute"
 # the matrix products by the best library and our attention, alone: what a layer cannot go below
 LIMIT = "limit"
-# SDPA by each of its kernels
-_SDPA_KERNELS = {
-    "SDPA math": SDPBackend.MATH,
-    "SDPA flash": SDPBackend.FLASH_ATTENTION,
-    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 # torch.compile of a row, by its mode
 _COMPILED = {"compiled": None, "max-autotune": "max-autotune"}
 _ON_GPUS_ALONE = ("SDPA efficient", "SDPA cudnn", "max-autotune")
@@ -53,7 +51,7 @@ ROWS = (
         for row in (ORACLE, RELEASED, SDPA)
         for name in (row, *(f"{row}, {how}" for how in _COMPILED))
     ),
-    *(SDPA_OP, *_SDPA_KERNELS, TORCH_NORM, NO_CACHE, LIMIT),
+    *(*SDPA_KERNELS, TORCH_NORM, NO_CACHE, LIMIT),
 )
 
 # bytes of the scores that an oracle may hold at once
@@ -170,16 +168,15 @@ def _sdpa_rows(row: Callable[..., Row], shape: Shape, device: str) -> dict[str, 
     # the mask is made once, as somebody would who calls it often
     options = sdpa_options(shape.tokens, shape.slots, shape.slot_offset, torch.device(device))
 
-    def forced(kernel: SDPBackend | None) -> Row:
+    def forced(name: str) -> Row:
         def function(query, key, value, slot_offset=0):
-            with contextlib.nullcontext() if kernel is None else sdpa_kernel(kernel):
-                return sdpa(query, key, value, **options)
+            return sdpa(query, key, value, SDPA_KERNELS[name], **options)
 
         return row(function)
 
     return {
-        name: functools.partial(forced, kernel)
-        for name, kernel in ({SDPA_OP: None} | _SDPA_KERNELS).items()
+        name: functools.partial(forced, name)
+        for name in SDPA_KERNELS
         if device == "cuda" or name not in _ON_GPUS_ALONE
     }
 
