@@ -14,7 +14,7 @@ order 1). In float64 the oracle is its own yardstick, so k may be :data:`FLOAT64
 max|r| away from it.
 
 Eager's error in a tensor of a few hundred elements is partly luck, and differs from processor to
-processor. So :func:`check_case` judges a draw that fails narrowly by the median of several.
+processor. So :func:`judge` takes the median of several draws where one fails narrowly.
 """
 
 import functools
@@ -351,6 +351,7 @@ class Comparison(NamedTuple):
         return self.share <= 1.0
 
 
+@torch.no_grad()
 def compare(name: str, got: Tensor, oracle: Tensor, eager: Tensor) -> Comparison:
     """Apply the rule of this module's docstring to one tensor."""
     if got.shape != oracle.shape:
@@ -408,26 +409,36 @@ def check_case(
     device: torch.device | str = "cpu",
     *,
     seed: int = 0,
+    scale: float = 1.0,
     layout: Layout | None = None,
+    narrow: float = NARROW,
 ) -> list[Comparison]:
-    """The rule for a case on a backend: one draw of inputs, or the median of :data:`DRAWS`.
-
-    The first draw decides unless it fails by a factor below :data:`NARROW`. Then the others are
-    run, and each share is the median's, or the largest if that is a factor of :data:`NARROW`.
-    """
+    """The rule for a case on a backend, as :func:`judge` applies it to draws of its inputs."""
 
     def run(seed: int) -> list[Comparison]:
-        inputs = make_inputs(case, dtype, device, seed=seed, layout=layout)
+        inputs = make_inputs(case, dtype, device, seed=seed, scale=scale, layout=layout)
         results = run_case(case, inputs, backend, seed=seed)
         return compare_case(case, inputs, results, seed=seed)
 
+    return judge(run, seed, narrow)
+
+
+def judge(
+    run: Callable[[int], list[Comparison]], seed: int = 0, narrow: float = NARROW
+) -> list[Comparison]:
+    """The rule for what ``run`` compares, given a seed: one draw, or the median of several.
+
+    The first draw decides unless it fails by a factor below ``narrow``. Then others are run,
+    :data:`DRAWS` in all, and each share is the median's, or the largest if that is a factor of
+    ``narrow``: luck does not explain so much.
+    """
     first = run(seed)
-    if not 1.0 < max(comparison.share for comparison in first) < NARROW:
+    if not 1.0 < max(comparison.share for comparison in first) < narrow:
         return first
     draws = [first, *(run(seed + 1000 + index) for index in range(1, DRAWS))]
 
     def together(shares: list[float]) -> float:
-        return max(shares) if max(shares) >= NARROW else statistics.median(shares)
+        return max(shares) if max(shares) >= narrow else statistics.median(shares)
 
     return [
         Comparison(

@@ -1,6 +1,7 @@
 """What every test gets: fixed seeds, poisoned memory, and a count of what each backend ran."""
 
 import collections
+import os
 import warnings
 
 import pytest
@@ -29,7 +30,7 @@ _cases: collections.Counter[str] = collections.Counter()
 
 # the suite's tensors are small: waking a second thread costs more than it does, and the cores are
 # for the workers of `pytest -n`
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("LM2_KERNELS_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)

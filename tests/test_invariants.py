@@ -1,5 +1,7 @@
 """The public checks: our models pass them, and each finds what it is for."""
 
+import copy
+
 import pytest
 import torch
 
@@ -33,8 +35,13 @@ def _masked(model):
 def test_our_models_keep_all_promises(formulation, flow, dtype):
     model = small_model(dtype, formulation=formulation, flow=flow, initializer_range=0.2)
     ids = random_ids(3, 16)
-    # a bfloat16 rounding of one step passes through three blocks and three segments
-    tolerance = 0.05 if dtype == torch.bfloat16 else None
+    tolerance = None
+    if dtype == torch.bfloat16:
+        # roundings pass through three blocks and three segments: two results may be as far apart
+        # as the rule lets both be from the float64 model
+        exact = copy.deepcopy(model).double()(ids).logits
+        error = (model(ids).logits - exact).abs().max() / exact.abs().max()
+        tolerance = 2 * float(2 * error + torch.finfo(dtype).eps)
     invariants.check_causality(_logits(model), ids, tolerance=tolerance)
     invariants.check_streaming(_stream(model), ids, tolerance=tolerance)
     invariants.check_padding(_masked(model), ids, tolerance=tolerance)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
 from tools.models import KINDS, SMALL, random_ids, small_model
 from tools.native import needs_cpp
+from tools.rounding import assert_round_off, assert_rule
 
 GOLDEN = Path(__file__).parent / "data" / "models" / "release_model_s32_l3.safetensors"
 
@@ -77,7 +79,9 @@ def test_released_model(golden, backend):
         # the gradient of the keys' bias is 0, as it moves all scores of a row alike
         floor = testing.ZERO_FLOOR * torch.finfo(torch.float64).eps
         error = (parameters[name].grad - want).abs().max()
-        assert error <= max(floor, 1e-6 * want.abs().max()), (name, error)
+        # sums over what the rounding of the logits moved, whose terms cancel
+        bound = 8 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert error <= max(floor, bound), (name, error)
 
 
 def test_release_state_dict(golden):
@@ -140,9 +144,9 @@ def test_a_long_input_is_its_segments(formulation, flow):
         output = model(piece, memory=state)
         state = output.memory
         logits.append(output.logits)
-    torch.testing.assert_close(torch.cat(logits, dim=1), whole.logits, rtol=0, atol=1e-12)
+    assert_round_off(torch.cat(logits, dim=1), whole.logits)
     for got, want in zip(state.banks, whole.memory.banks, strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+        assert_round_off(got, want)
     assert len(state.banks) == (1 if flow == "depth" else SMALL["num_hidden_layers"])
 
 
@@ -185,10 +189,10 @@ def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
     labels[0, :9] = -100
     output = model(ids, labels, return_logits=True)
     want = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-    torch.testing.assert_close(output.loss, want)
+    assert_round_off(output.loss, want)
     got = torch.autograd.grad(output.loss, list(model.parameters()), retain_graph=True)
     for a, b in zip(got, torch.autograd.grad(want, list(model.parameters())), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_round_off(a, b)
     assert model(ids, labels).logits is None
 
 
@@ -236,12 +240,12 @@ def test_batch_rows_are_alone(formulation, flow):
     for row in range(3):
         alone = model(first[row : row + 1])
         for bank, want in zip(state.banks, alone.memory.banks, strict=True):
-            torch.testing.assert_close(bank[row : row + 1], want, rtol=0, atol=1e-12)
+            assert_round_off(bank[row : row + 1], want)
     spoilt = MemoryState([bank.index_fill(0, torch.tensor([1]), torch.nan) for bank in state.banks])
     fresh = spoilt.reset([1], model.initial_state(1))
     got, want = model(second, memory=fresh).logits, model(second, memory=state).logits
-    torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=0, atol=1e-12)
-    torch.testing.assert_close(got[1:2], model(second[1:2]).logits, rtol=0, atol=1e-12)
+    assert_round_off(got[[0, 2]], want[[0, 2]])
+    assert_round_off(got[1:2], model(second[1:2]).logits)
 
 
 def test_learned_memory_learns():
@@ -269,7 +273,7 @@ def test_backends_agree(formulation, flow):
         assert {name for _, name in ran} == {backend}
         results.append([output.logits, *(p.grad for p in model.parameters())])
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        assert_round_off(a, b)
 
 
 def test_loss_without_labels_is_zero():
@@ -323,19 +327,32 @@ def test_tied_embeddings():
 
 
 @every_kind
-def test_autocast_and_bfloat16_train(formulation, flow):
-    ids = random_ids(2, 15)
-    want = small_model(torch.float32, formulation=formulation, flow=flow)(ids, ids).loss
-    for dtype in (torch.float32, torch.bfloat16):
-        model = small_model(dtype, formulation=formulation, flow=flow)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            output = model(ids, ids)
-        output.loss.backward()
-        assert output.loss.dtype == torch.float32
-        # logits near 0: the loss is log(61) to some digits
-        torch.testing.assert_close(output.loss, want, rtol=1e-2, atol=0)
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
-        assert output.memory.banks[0].dtype == dtype
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_autocast_and_bfloat16_train(formulation, flow, dtype):
+    """float32 weights under autocast, and weights of bfloat16: losses by the rule."""
+
+    def run(seed):
+        options = {"formulation": formulation, "flow": flow}
+        model = small_model(dtype, seed, **options)
+        exact, plain = small_model(**options), small_model(dtype, backend="eager", **options)
+        for other in (exact, plain):
+            other.load_state_dict(model.state_dict())
+        found = []
+        for each in (model, exact, plain):
+            is_autocast = next(each.parameters()).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                outputs = [each(ids, ids) for ids in random_ids(16, 15, seed + 1).split(2)]
+            found.append(torch.stack([output.loss for output in outputs]))
+            if each is model:
+                assert outputs[0].memory.banks[0].dtype == dtype
+                assert outputs[0].loss.dtype == torch.float32
+                found[0].sum().backward()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                assert all(gradient.isfinite().all() for gradient in gradients)
+        return [testing.compare("losses", *(losses.detach() for losses in found))]
+
+    # of so few numbers, whose errors cancel, who is nearer is luck
+    assert_rule(run, narrow=math.inf)
 
 
 def test_memory_in_some_blocks():

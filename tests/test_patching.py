@@ -16,6 +16,7 @@ import lm2_kernels as lm2
 from lm2_kernels import patching
 from lm2_kernels.patching import add_memory, get_memory, load_memory, remove_memory, swap_memory
 from tools import golden
+from tools.rounding import assert_round_off
 
 try:
     import transformers
@@ -142,10 +143,6 @@ def _positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-def _close(got, want, dtype=torch.float64):
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
-
-
 MASK = torch.ones(4, 21, dtype=torch.int64)
 MASK[0, :7] = 0  # left
 MASK[1, 17:] = 0  # right
@@ -203,7 +200,7 @@ def test_cached_pieces_are_one_pass(family, formulation):
             for piece in ids.split(sizes, dim=1):
                 options = {_cache_name(model): cache, "use_cache": True}
                 pieces.append(_hidden(model, piece, **options))
-            _close(torch.cat(pieces, dim=1), whole, dtype)
+            assert_round_off(torch.cat(pieces, dim=1), whole)
 
 
 @hosted
@@ -223,7 +220,7 @@ def test_padded_rows_are_the_rows_alone(family, formulation):
         options = {_cache_name(model): cache, "use_cache": True}
         got = _hidden(model, ids, attention_mask=MASK, position_ids=positions, **options)
         for row in rows:
-            _close(got[row, MASK[row].bool()], _hidden(model, _alone(ids, row))[0], dtype)
+            assert_round_off(got[row, MASK[row].bool()], _hidden(model, _alone(ids, row))[0])
         if "sliding_window" in FAMILIES[family]:
             return
         mask, steps = MASK, []
@@ -234,7 +231,7 @@ def test_padded_rows_are_the_rows_alone(family, formulation):
         for row in range(4):
             alone = torch.cat([_alone(ids, row), more[row : row + 1]], dim=1)
             want = _hidden(model, alone)[0, -12:]
-            _close(torch.cat(steps, dim=1)[row], want, dtype)
+            assert_round_off(torch.cat(steps, dim=1)[row], want)
 
 
 @hosted
@@ -255,7 +252,7 @@ def test_a_block_adds_what_the_layer_computes(formulation):
         for segment in seen["x"].split(SLOTS, dim=1):
             output, bank = report.memory.layers[0](segment, bank)
             outputs.append(output)
-    _close(seen["summed"], seen["residual"] + torch.cat(outputs, dim=1))
+    assert_round_off(seen["summed"], seen["residual"] + torch.cat(outputs, dim=1))
 
 
 @hosted
@@ -338,19 +335,19 @@ def test_each_cache_has_its_memory():
                 token = ids[index][:, column : column + 1]
                 got[index].append(_hidden(model, token, **{name: caches[index]}))
         for index in range(2):
-            _close(torch.cat(got[index], dim=1), want[index])
+            assert_round_off(torch.cat(got[index], dim=1), want[index])
 
         prompt = _new_cache(model)
         _hidden(model, ids[0][:, :10], **{name: prompt})
         for _ in range(2):
             rest = _hidden(model, ids[0][:, 10:], **{name: copy.deepcopy(prompt)})
-            _close(rest, want[0][:, 10:])
+            assert_round_off(rest, want[0][:, 10:])
         # rows of a batch, repeated and chosen
         prompt.batch_repeat_interleave(3)
         prompt.batch_select_indices(torch.tensor([4, 0]))
         prompt.reorder_cache(torch.tensor([1, 1]))
         row = ids[0][[0, 0]]
-        _close(_hidden(model, row[:, 10:], **{name: prompt}), want[0][[0, 0], 10:])
+        assert_round_off(_hidden(model, row[:, 10:], **{name: prompt}), want[0][[0, 0], 10:])
 
 
 @hosted
@@ -364,9 +361,9 @@ def test_a_cache_made_by_the_host_goes_on():
             with pytest.raises(TypeError, match="DynamicCache"):
                 _hidden(model, ids[:, 10:], **{name: cache})
             return
-        _close(_hidden(model, ids[:, 10:], **{name: cache}), want[:, 10:])
+        assert_round_off(_hidden(model, ids[:, 10:], **{name: cache}), want[:, 10:])
         by_tuple = model.model(ids[:, :10], use_cache=True, return_dict=False)
-        _close(_hidden(model, ids[:, 10:], **{name: by_tuple[1]}), want[:, 10:])
+        assert_round_off(_hidden(model, ids[:, 10:], **{name: by_tuple[1]}), want[:, 10:])
 
 
 @hosted
@@ -413,7 +410,7 @@ def test_4d_masks():
     with torch.no_grad():
         want = _hidden(model, ids, attention_mask=MASK, position_ids=positions)
         got = _hidden(model, ids, attention_mask=added, position_ids=positions)
-    _close(got[MASK.bool()], want[MASK.bool()])
+    assert_round_off(got[MASK.bool()], want[MASK.bool()])
     packed = added.clone()
     packed[:, :, 10:, :10] = smallest
     window = added.masked_fill(~causal.triu(-5), smallest)
@@ -451,7 +448,7 @@ def test_carried_memory(formulation):
         fresh = [_hidden(model, part) for part in parts]
         assert memory.state is None
         memory.carry = True
-        _close(_hidden(model, parts[0]), fresh[0])
+        assert_round_off(_hidden(model, parts[0]), fresh[0])
         state, second = memory.state, _hidden(model, parts[1])
         assert not torch.allclose(second, fresh[1])
         assert len(state.banks) == 2 and state.banks[0].shape == (2, SLOTS, 32)
@@ -460,8 +457,8 @@ def test_carried_memory(formulation):
         memory.state = state
         memory.reset([0])
         mixed = _hidden(model, parts[1])
-        _close(mixed[0], fresh[1][0])
-        _close(mixed[1], second[1])
+        assert_round_off(mixed[0], fresh[1][0])
+        assert_round_off(mixed[1], second[1])
         # generation starts from it
         memory.state = state
         got = _generate(model, parts[1])
@@ -470,7 +467,7 @@ def test_carried_memory(formulation):
         with pytest.raises(ValueError, match="has 1 rows, the memory 2"):
             _hidden(model, parts[0][:1])
         memory.reset()
-        _close(_hidden(model, parts[1]), fresh[1])
+        assert_round_off(_hidden(model, parts[1]), fresh[1])
     with pytest.raises(ValueError, match="2 memory banks, the state 1"):
         memory.state = lm2.MemoryState(state.banks[:1])
 
@@ -559,7 +556,7 @@ def test_gradient_checkpointing(family, formulation, reentrant):
     got = _gradients(model, ids, **inputs)
     assert got.keys() == want.keys() and len(got) > 0
     for name in want:
-        _close(got[name], want[name])
+        assert_round_off(got[name], want[name])
 
     # two passes before one backward, the second reading what the first wrote
     report.memory.carry = True
@@ -572,12 +569,12 @@ def test_gradient_checkpointing(family, formulation, reentrant):
         return
     got = _gradients(model, ids, passes=3)
     for name in want:
-        _close(got[name], want[name])
+        assert_round_off(got[name], want[name])
     # the same positions in every pass
     shared = {"position_ids": torch.arange(SLOTS)[None], "use_cache": False}
     got = _gradients(model, ids, passes=3, **shared)
     for name in want:
-        _close(got[name], want[name])
+        assert_round_off(got[name], want[name])
 
 
 @hosted
@@ -830,11 +827,11 @@ def test_swapped_meets_the_golden_tensors(path):
     leaves |= {name: tensor.requires_grad_() for name, tensor in case.inputs.items()}
     hidden = None if case.slot_mask is None else ~case.slot_mask[:, None, None]
     outputs = model[0](case.inputs["x"], case.inputs["memory"], hidden)
-    golden.assert_met("y", outputs[0], case.outputs[0])
-    golden.assert_met("memory", outputs[1], case.outputs[1])
+    assert_round_off(outputs[0], case.outputs[0], "y")
+    assert_round_off(outputs[1], case.outputs[1], "memory")
     gradients = torch.autograd.grad(outputs, list(leaves.values()), case.cotangents)
     for name, gradient in zip(leaves, gradients, strict=True):
-        golden.assert_met(f"d{name}", gradient, case.gradients[name])
+        assert_round_off(gradient, case.gradients[name], f"d{name}")
 
 
 @pytest.mark.parametrize(
@@ -850,14 +847,14 @@ def test_swap_computes_the_same_and_can_be_undone(options):
     assert report.modules == ["blocks.0", "blocks.1"] and "swapped" in str(report)
     assert isinstance(model.last, lm2.ReleaseMemory) and model.last is model.blocks[1]
     for got, wanted in zip(model(x, memory), want, strict=True):
-        _close(got, wanted)
+        assert_round_off(got, wanted)
     assert list(model.state_dict()) == keys
     assert {id(p) for p in model.parameters()} == {id(p) for p in parameters}
     with pytest.raises(ValueError, match="or no more"):
         swap_memory(model)
     copied = copy.deepcopy(model)
     for got, wanted in zip(copied(x, memory), want, strict=True):
-        _close(got, wanted)
+        assert_round_off(got, wanted)
     assert remove_memory(model).modules == ["blocks.0", "blocks.1"]
     assert model.last is released is model.blocks[1]
     for got, wanted in zip(model(x, memory), want, strict=True):
@@ -875,7 +872,7 @@ def test_swapped_masks():
     swap_memory(model)
     got = [model(x, memory, m) for m in (mask, hidden, hidden[1:], hidden[0, 0])]
     for a, b in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
-        _close(a, b)
+        assert_round_off(a, b)
     hidden[0, 0, 7, 2] = True
     with pytest.raises(ValueError, match="from all tokens or from none"):
         model(x, memory, hidden)
@@ -887,7 +884,8 @@ def test_an_optimizer_goes_on_after_the_swap():
     models = [Host().double()]
     models.append(copy.deepcopy(models[0]))
     swapped, kept = models
-    optimizers = [torch.optim.Adam(model.parameters(), lr=0.01) for model in models]
+    # a large epsilon: others make steps of what is rounding alone, as the gradient of keys' biases
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.01, eps=1.0) for model in models]
     for step in range(4):
         if step == 2:
             swap_memory(swapped)
@@ -896,22 +894,24 @@ def test_an_optimizer_goes_on_after_the_swap():
             model(x, memory)[0].square().sum().backward()
             optimizer.step()
     for got, want in zip(swapped.parameters(), kept.parameters(), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+        assert_round_off(got, want)
     remove_memory(swapped)
     for got, want in zip(swapped(x, memory), kept(x, memory), strict=True):
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
+        assert_round_off(got, want)
 
 
 def test_swap_keeps_dropout_modes_and_flags():
     model = Host(dropout=0.9).eval()
     model.blocks[0].query_proj.weight.requires_grad_(False)
-    x, memory = _released_inputs()
+    model.double()
+    x, memory = (tensor.double() for tensor in _released_inputs())
     want = model(x, memory)
     swap_memory(model, backend="eager")
     assert not model.blocks[0].training and model.blocks[0].dropout == 0.9
     assert model.blocks[0].backend == "eager"
     assert not model.blocks[0].query_proj.weight.requires_grad
-    torch.testing.assert_close(model(x, memory), want)
+    for got, wanted in zip(model(x, memory), want, strict=True):
+        assert_round_off(got, wanted)
     model.train()
     remove_memory(model)
     assert model.last.training

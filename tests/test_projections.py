@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import lm2_kernels as lm2
-from lm2_kernels import projections
+from lm2_kernels import projections, testing
+from tools.rounding import assert_round_off, assert_rule
 
 DIM = 12
 
@@ -48,7 +49,7 @@ def test_packed_equals_separate(bias):
         parameter.data = parameter.data.clone()
     assert not _is_packed(layer)
     for got, want in zip(packed, _run(layer, x, memory), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_round_off(got, want)
 
 
 @pytest.mark.parametrize("bias", (False, True))
@@ -66,7 +67,7 @@ def test_relu_of_a_projection(bias, monkeypatch):
         second = torch.autograd.grad(sum(grad.square().sum() for grad in first), inputs)
         results.append([y, *first, *second])
     for got, want in zip(*results, strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+        assert_round_off(got, want)
 
 
 def test_stays_packed():
@@ -197,22 +198,31 @@ def test_functional_call_and_func_grad():
     got = torch.func.grad(loss)(parameters)
     want = _run(layer, x, memory)[3:]
     for name, gradient in zip(parameters, want, strict=True):
-        torch.testing.assert_close(got[name], gradient, rtol=1e-12, atol=1e-12)
+        assert_round_off(got[name], gradient)
 
 
 def test_autocast_products_are_in_its_dtype():
     layer = lm2.PaperMemory(DIM, 3)
-    x, _ = _tensors(dtype=torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        parts = projections.project(x, layer.key_proj, layer.value_proj)
-        want = [layer.key_proj(x), layer.value_proj(x)]
-    for part, expected in zip(parts, want, strict=True):
-        assert part.dtype == torch.bfloat16
-        torch.testing.assert_close(part, expected)
-    grads = torch.autograd.grad(
-        sum(part.float().sum() for part in parts), [x, layer.key_proj.weight]
-    )
-    assert all(grad.dtype == torch.float32 for grad in grads)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        x, _ = _tensors(dtype=torch.float32)
+        linears = {"key": layer.key_proj, "value": layer.value_proj}
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = projections.project(x, *linears.values())
+            plain = [linear(x) for linear in linears.values()]
+        gradients = torch.autograd.grad(
+            sum(part.float().sum() for part in parts), [x, layer.key_proj.weight]
+        )
+        assert all(gradient.dtype == torch.float32 for gradient in gradients)
+        assert all(part.dtype == torch.bfloat16 for part in parts)
+        exact = [x.double() @ linear.weight.double().T for linear in linears.values()]
+        return [
+            testing.compare(name, *tensors)
+            for name, *tensors in zip(linears, parts, exact, plain, strict=True)
+        ]
+
+    assert_rule(run)
 
 
 def test_small_products_are_the_layers_own(monkeypatch):

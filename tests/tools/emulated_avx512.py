@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 from lm2_kernels import extension
@@ -75,3 +76,17 @@ def emulated_avx512() -> Iterator[None]:
         yield
     finally:
         cpp.NAMESPACE, extension._cpu_reason = before
+
+
+# a test of whole layers or models, on this processor's own level and on the highest
+every_level = pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param(contextlib.nullcontext, id=""),
+        pytest.param(
+            emulated_avx512,
+            id="avx512",
+            marks=pytest.mark.skipif(avx512_reason() is not None, reason=str(avx512_reason())),
+        ),
+    ],
+)

@@ -4,6 +4,7 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, reference
+from lm2_kernels.testing import Comparison, compare
 
 SMALL = {
     "vocab_size": 61,
@@ -27,6 +28,32 @@ def small_model(dtype=torch.float64, seed=0, **options) -> LM2ForCausalLM:
 def random_ids(batch, length, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(SMALL["vocab_size"], (batch, length), generator=generator)
+
+
+def compare_logits(read, sizes, seed, dtype, **options) -> list[Comparison]:
+    """Logits of a 16- or 32-bit model, read in pieces and in one pass, by the rule.
+
+    Args:
+        read: (model, ids, *sizes of pieces) -> logits.
+        sizes: of the pieces.
+        seed: of weights and tokens.
+        dtype: of the model.
+        options: of its configuration.
+    """
+    # weights of order 1 / sqrt(width), so that a wrong slot or position shows
+    options = {"initializer_range": 0.2, **options}
+    model = small_model(dtype, seed, **options)
+    exact, plain = small_model(**options), small_model(dtype, backend="eager", **options)
+    for other in (exact, plain):
+        other.load_state_dict(model.state_dict())
+    ids = random_ids(4, sum(sizes), seed + 1)
+    with torch.autocast("cpu", enabled=False):
+        oracle = exact(ids).logits
+    eager = read(plain, ids, ids.shape[1])
+    return [
+        compare("logits in pieces", read(model, ids, *sizes), oracle, eager),
+        compare("logits in one pass", read(model, ids, ids.shape[1]), oracle, eager),
+    ]
 
 
 class OracleLayer(torch.nn.Module):

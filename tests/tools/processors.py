@@ -1,0 +1,61 @@
+"""The numeric tests as other processors, BLAS libraries and thread counts would run them.
+
+``PYTHONPATH=tests python -m tools.processors`` runs each environment in turn, about two minutes
+each on two cores, and ends with a line for each; arguments go to pytest. A level that this
+processor lacks is the best it has.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+FILES = (
+    *("autograd", "backends", "curves", "dropout", "functional", "generation", "invariants"),
+    *("model", "modules", "operators", "patching", "products", "projections", "random_cases"),
+    *("recompute", "reference", "streaming", "training"),
+)
+ENVIRONMENTS: tuple[dict[str, str], ...] = (
+    {},
+    *({"LM2_KERNELS_CPU_LEVEL": level} for level in ("base", "avx2", "avx512")),
+    *({"ATEN_CPU_CAPABILITY": level} for level in ("default", "avx2", "avx512")),
+    *({"MKL_ENABLE_INSTRUCTIONS": level} for level in ("AVX2", "AVX512")),
+    *({"ONEDNN_MAX_CPU_ISA": level} for level in ("AVX2", "AVX512_CORE", "AVX512_CORE_BF16")),
+    {"OMP_NUM_THREADS": "1"},
+    # the suite itself runs one thread a worker
+    {"LM2_KERNELS_TEST_THREADS": "2"},
+    # what an old laptop has
+    {
+        "LM2_KERNELS_CPU_LEVEL": "base",
+        "ATEN_CPU_CAPABILITY": "default",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+    },
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns how many environments failed."""
+    files = [f"{TESTS.name}/test_{name}.py" for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *files, *arguments]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", "auto", "--dist", "worksteal"]
+    lines = []
+    for variables in ENVIRONMENTS:
+        title = " ".join(f"{name}={value}" for name, value in variables.items()) or "as it is"
+        print(f"=== {title}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run(
+            command, env=os.environ | variables, cwd=TESTS.parent, check=False
+        ).returncode
+        verdict = "passed" if code == 0 else f"FAILED ({code})"
+        lines.append(f"{title}: {verdict} in {time.monotonic() - start:.0f} s")
+    print(*lines, sep="\n")
+    return sum("FAILED" in line for line in lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""How near is near enough: no test has a tolerance of its own.
+
+In float64 two ways to compute the same are equal to round-off (:func:`assert_round_off`). In other
+dtypes a result is held to the float64 oracle by the rule of :mod:`lm2_kernels.testing`, over
+several draws where a failure may be luck (:func:`assert_rule`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lm2_kernels import testing
+
+# ulps of a tensor's largest element, or of 1: gradients whose true value is 0 are sums of terms of
+# order 1, and the order of operations is free
+ROUND_OFF_ULPS = 512
+
+
+def assert_round_off(got: Tensor, want: Tensor, name: str = "") -> None:
+    """Equal to round-off; the same dtype, which is float64 wherever that can be computed."""
+    assert got.dtype == want.dtype, name
+    assert got.shape == want.shape, name
+    if want.numel() == 0:
+        return
+    error = (got.double() - want.double()).abs().max().item()
+    bound = ROUND_OFF_ULPS * torch.finfo(want.dtype).eps * max(1.0, want.abs().max().item())
+    # a NaN is not <= anything
+    assert error <= bound, f"{name}: {error} of {bound}"
+
+
+def assert_rule(
+    run: Callable[[int], list[testing.Comparison]], seed: int = 0, **options: float
+) -> None:
+    """Every comparison that ``run`` returns for a seed passes, as ``testing.judge`` sees it."""
+    worst = [c for c in testing.judge(run, seed, **options) if not c.passed]
+    assert not worst, worst
