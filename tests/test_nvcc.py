@@ -1,13 +1,19 @@
 """What nvcc makes of the CUDA kernels, on a machine without a GPU."""
 
 import pytest
+import torch
+from torch.utils import cpp_extension
 
 from tools import nvcc
+from tools.compiling import load_setup
+from tools.interpreter import run_python
 
 _REASON = None if nvcc.nvcc_path() is not None else "no CUDA toolkit"
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 
 
+# of everyday runs
+_ARCHS = (80, 90)
 every_source = pytest.mark.parametrize("source", nvcc.SOURCES, ids=lambda source: source.name)
 
 
@@ -20,7 +26,19 @@ def _check(source, archs):
 
 @every_source
 def test_no_warning_and_no_spill(source):
-    _check(source, (80, 90))
+    _check(source, _ARCHS)
+
+
+def test_kernels_link_and_load_without_a_driver(tmp_path, monkeypatch):
+    """Nothing is left to be found but what torch and the system bring."""
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    extension = load_setup().cuda_extension(torch, cpp_extension, {})
+    objects = [nvcc.compiled(source, _ARCHS) / "object.o" for source in nvcc.SOURCES]
+    library = nvcc.link(objects, extension, tmp_path)
+    code = f"import torch, lm2_kernels; torch.ops.load_library({str(library)!r})"
+    done = run_python(code, LD_BIND_NOW="1")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -290,14 +290,21 @@ def _generate(model, ids, mask=None, **options):
     return model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
 
 
+def _generations():
+    """Every day one family in every way, and each in two."""
+    families = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3")
+    beams, sample = {"num_beams": 3}, {"do_sample": True, "top_k": 5}
+    ways = ({}, beams, sample, {"do_sample": True, "num_beams": 2})
+    everyday = {"paper": beams, "release": sample}
+    for kind in itertools.product(families, ("paper", "release"), ways):
+        family, formulation, options = kind
+        is_everyday = family == "Llama" or options == everyday[formulation]
+        marks = () if is_everyday else pytest.mark.slow
+        yield pytest.param(*kind, id=f"{family}-{formulation}-{options}", marks=marks)
+
+
 @hosted
-@every_formulation
-@pytest.mark.parametrize("family", ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3"))
-@pytest.mark.parametrize(
-    "options",
-    ({}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}, {"do_sample": True, "num_beams": 2}),
-    ids=str,
-)
+@pytest.mark.parametrize(("family", "formulation", "options"), list(_generations()))
 def test_generate_with_cache_is_without(family, formulation, options):
     """Prompts padded on the left; without a cache each step reads everything anew."""
     model, _ = _with_memory(family, _dtype(family), formulation)

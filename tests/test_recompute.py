@@ -210,8 +210,15 @@ def test_within_a_checkpoint(kind, use_reentrant):
     assert_equal(found[1], found[0])
 
 
-@both_layers
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(
+    ("kind", "dropout"),
+    [
+        (lm2.PaperMemory, 0.4),
+        (lm2.ReleaseMemory, 0.0),
+        pytest.param(lm2.PaperMemory, 0.0, marks=pytest.mark.slow),
+        pytest.param(lm2.ReleaseMemory, 0.4, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_whole(kind, dropout):
     """The bits of the compiled layer that keeps everything, from fewer bytes."""
     found, saved = [], []

@@ -330,7 +330,14 @@ def _raise(*_):
     raise RuntimeError("on purpose")
 
 
-@every_kind
+@pytest.mark.parametrize(
+    ("formulation", "flow"),
+    [
+        # between them they have both formulations and both flows
+        pytest.param(*kind, marks=() if kind in KINDS[::3] else pytest.mark.slow)
+        for kind in KINDS
+    ],
+)
 def test_model_compiles_whole(formulation, flow):
     # what earlier tests compiled counts towards the limit of recompilations
     torch._dynamo.reset()

@@ -562,11 +562,19 @@ def _large_stride_kernel(x_ptr, out_ptr, stride, N: tl.constexpr, USE_INT64: tl.
     tl.store(out_ptr + pid * N + cols, tl.load(x_ptr + row * stride + cols))
 
 
+def _virtual(shape, stride):
+    """A bfloat16 view whose pages are not touched until they are written.
+
+    torch.empty would fill them all with NaN here.
+    """
+    storage = torch.UntypedStorage(2 * shape[0] * stride[0])
+    return torch.tensor([], dtype=torch.bfloat16).set_(storage).as_strided(shape, stride)
+
+
 @pytest.mark.parametrize("is_gpu_inside", [False, True])
 def test_sanitizer_finds_int32_overflow(is_gpu_inside):
     stride = 2**30 + 64
-    # virtual memory only: a page is not touched until it is written
-    x = torch.empty(3 * stride, dtype=torch.bfloat16).as_strided((3, BLOCK), (stride, 1))
+    x = _virtual((3, BLOCK), (stride, 1))
     x.copy_(torch.arange(3 * BLOCK).view(3, BLOCK))
     out = torch.zeros(3, BLOCK, dtype=torch.bfloat16)
     contexts = [fake_gpu(), sanitize()]
@@ -713,7 +721,7 @@ def test_sanitizer_region_is_exact(view):
 
 def test_sanitizer_region_of_a_large_view_is_cheap():
     stride = 2**30 + 64
-    huge = torch.empty(3 * stride, dtype=torch.bfloat16).as_strided((3, 4, 16), (stride, 16, 1))
+    huge = _virtual((3, 4, 16), (stride, 16, 1))
     large = torch.empty(1024, 1024)
     for view in (huge, large, large.T, large[:, ::2], large[::2, 1:]):
         region = interpreter_sanitizer._Region("x", view)

@@ -57,12 +57,17 @@ def _compile(case, dtype, target):
     return gpu.launches
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target"),
-    # the others, and more, are in the exhaustive sweep
-    [*(("bfloat16", target) for target in TARGETS), ("float32", "sm_90"), ("float32", "gfx942")],
-)
-@pytest.mark.parametrize("case", (*PLAIN_ATTENTION[2:], *ROWS), ids=lambda case: case.id)
+def _everyday():
+    """Attention for every target; of the kernels of rows, which are much the same on all, each row
+    of their tables for one of NVIDIA's and for AMD's. The exhaustive sweep has the others."""
+    wide = [*((case, "bfloat16", target) for case in PLAIN_ATTENTION[2:] for target in TARGETS)]
+    wide += [(case, "float32", target) for case in PLAIN_ATTENTION[2:] for target in ("sm_90",)]
+    wide += [(case, "bfloat16", "sm_90") for case in ROWS]
+    wide += [(case, "float32", "gfx942") for case in (*PLAIN_ATTENTION[2:], *ROWS)]
+    return [pytest.param(*entry, id="-".join([entry[0].id, *entry[1:]])) for entry in wide]
+
+
+@pytest.mark.parametrize(("case", "dtype", "target"), _everyday())
 def test_kernel_resources(case, dtype, target):
     _compile(case, dtype, target)
 
@@ -216,12 +221,17 @@ def test_only_needed_gradients_are_computed():
     assert any("dquery" in launch.kernel for launch in gpu.launches)
 
 
-@pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
-def test_grid_axes(case):
+@pytest.mark.parametrize(
+    ("index", "case"),
+    list(enumerate(testing.SMALL_CASES)),
+    ids=[case.id for case in testing.SMALL_CASES],
+)
+def test_grid_axes(index, case):
     """Only the first axis of a grid may be long: the others end at 65535."""
-    with launches.compiled("sm_90") as gpu:
+    # the kernels of the common suite, which are in Triton's cache when that came first
+    with launches.compiled(TARGETS[index % len(TARGETS)]) as gpu:
         large = case._replace(batch=case.batch * 50)
-        testing.run_case(large, testing.make_inputs(large, torch.float16), "triton")
+        testing.run_case(large, testing.make_inputs(large, torch.bfloat16), "triton")
     for launch in gpu.launches:
         assert launch.grid[1] * launch.grid[2] <= max(1, case.width)
 
@@ -312,7 +322,7 @@ def test_auto_leaves_cpu_tensors_to_the_others():
 
 @pytest.mark.parametrize("name", ("PaperMemory", "ReleaseMemory"))
 def test_layers_compile_and_train(name):
-    """Both layers traced in one graph, at most two frames over six batch sizes; results and
+    """Both layers traced in one graph, at most two frames over three batch sizes; results and
     gradients by the rule."""
     layers = {
         backend: getattr(lm2, name)(24, 3, backend=backend) for backend in ("eager", "triton")
@@ -336,7 +346,8 @@ def test_layers_compile_and_train(name):
         return [testing.compare(name, *(each[name] for each in found)) for name in found[0]]
 
     with lm2.recording() as ran, launches.checked("sm_90"):
-        for batch in range(2, 8):
+        # the second size has the graph made for any
+        for batch in (2, 3, 5):
             assert_rule(functools.partial(run, batch))
     assert counter.frame_count <= 2
     assert {backend for _, backend in ran} == {"eager", "triton"}

@@ -35,6 +35,13 @@ using namespace lm2;
 
 namespace {
 
+#if defined(HARNESS_CUDA) && defined(__SANITIZE_THREAD__)
+// slow, and what all gradients together do not race for, one alone does not
+constexpr int kFirstSubset = 3;
+#else
+constexpr int kFirstSubset = 1;
+#endif
+
 uint32_t state = 1;
 
 float random_number() {
@@ -197,7 +204,7 @@ void attention(const Attention& c, Dtype dtype, Layout layout) {
   forward.out = result("out", read, dtype);
   forward.lse = result("lse", c.batch * c.heads * c.tokens, wide);
   run("memory_attention_forward", forward, device::memory_attention_forward);
-  for (int needs = 1; needs < 4; ++needs) {
+  for (int needs = kFirstSubset; needs < 4; ++needs) {
     MemoryAttentionBackward backward = {common, {}, {}, forward.lse, nullptr, nullptr, nullptr};
     backward.dout = input(dtype, layout, c.batch, c.tokens, c.heads, c.width);
     backward.out = {forward.out, dtype, c.tokens * c.heads * c.width, c.heads * c.width, c.width};
@@ -231,7 +238,7 @@ void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype str
   forward.output = result("output", size, stream);
   forward.new_memory = result("new_memory", size, stream);
   run("memory_update_forward", forward, device::memory_update_forward);
-  for (int given = 1; given < 4; ++given) {
+  for (int given = kFirstSubset; given < 4; ++given) {
     MemoryUpdateBackward backward = {common, {}, {}, nullptr, nullptr, nullptr};
     if (given & 1) backward.doutput = input(stream, layout, batch, tokens, 1, width);
     if (given & 2) backward.dnew_memory = input(stream, layout, batch, tokens, 1, width);
@@ -261,7 +268,7 @@ void norm(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype strea
   forward.mean = result("mean", rows, wide);
   forward.rstd = result("rstd", rows, wide);
   run("residual_layer_norm_forward", forward, device::residual_layer_norm_forward);
-  for (int needs = 1; needs < 4; ++needs) {
+  for (int needs = kFirstSubset; needs < 4; ++needs) {
     ResidualLayerNormBackward backward = {};
     static_cast<ResidualLayerNorm&>(backward) = common;
     backward.dout = input(dtype, layout, batch, tokens, 1, width);
@@ -298,7 +305,7 @@ void pool(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype param
   forward.pooled = result("pooled", pooled, dtype);
   forward.new_sum = result("new_sum", batch * width, wide);
   run("pooled_gate_forward", forward, device::pooled_gate_forward);
-  for (int given = 1; given < 4; ++given) {
+  for (int given = kFirstSubset; given < 4; ++given) {
     PooledGateBackward backward = {};
     static_cast<PooledGate&>(backward) = common;
     if (given & 1) {
@@ -341,6 +348,10 @@ int main() {
   for (const Dtype dtype : dtypes) {
     const Dtype stream = dtype == Dtype::float64 ? dtype : Dtype::float32;
     for (const Attention& c : cases) attention(c, dtype, layouts[count++ % layouts.size()]);
+#if defined(HARNESS_CUDA) && defined(__SANITIZE_THREAD__)
+    // the other kernels are one code for all dtypes
+    if (dtype != Dtype::float32) continue;
+#endif
     for (const Layout layout : layouts) {
       for (const bool flag : {false, true}) {
         update(2, 3, 21, dtype, stream, flag, ++count % 2, layout);

@@ -89,8 +89,12 @@ def cached(label: str, suffix: str, build: Callable[[Path], Path]) -> Path:
             for old in cache.iterdir():
                 if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
                     shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                build(Path(folder)).rename(result)
+            folder = Path(tempfile.mkdtemp(dir=cache))
+            try:
+                # a file in the folder, or the folder itself
+                build(folder).rename(result)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
         else:
             os.utime(result)
     return result

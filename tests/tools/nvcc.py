@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.compiling import cuda_home
+from setuptools import Extension
+
+from tools.compiling import cached, cuda_home, run_all
 from tools.emulated_cuda import CUDA_SOURCES
 
 ARCHS = (75, 80, 90, 100, 120)
@@ -47,14 +49,36 @@ def command(source: Path, result: Path, archs: tuple[int, ...], *flags: str) -> 
     return [str(nvcc_path()), "-c", str(source), "-o", str(result), *_FLAGS, *targets, *flags]
 
 
+def compiled(source: Path, archs: tuple[int, ...]) -> Path:
+    """A folder with a file's ``object.o`` and what the compiler said of it, ``log``."""
+
+    def build(folder: Path) -> Path:
+        call = command(source, folder / "object.o", archs, "-Xptxas", "-v,--warn-on-spills")
+        answer = subprocess.run(call, capture_output=True, text=True, check=False)
+        if answer.returncode:
+            raise RuntimeError(answer.stderr[-4000:])
+        (folder / "log").write_text(answer.stderr, encoding="utf-8")
+        return folder
+
+    return cached(f"nvcc-{archs}-{source.read_text()}", "", build)
+
+
+def link(objects: list[Path], extension: Extension, folder: Path) -> Path:
+    """The library of kernels and bindings, linked as setup.py's extension says."""
+    bindings = folder / "bindings.o"
+    include = [f"-I{path}" for path in extension.include_dirs]
+    flags = [*extension.extra_compile_args["cxx"], "-fPIC", *include]
+    run_all([["g++", "-c", *flags, str(CUDA_SOURCES / "bindings.cpp"), "-o", str(bindings)]])
+    library = folder / "_cuda.so"
+    command = ["g++", "-shared", str(bindings), *map(str, objects), *extension.extra_link_args]
+    command += [f"-L{path}" for path in extension.library_dirs]
+    run_all([[*command, *(f"-l{name}" for name in extension.libraries), "-o", str(library)]])
+    return library
+
+
 def compile_source(source: Path, archs: tuple[int, ...] = ARCHS) -> tuple[list[Kernel], list[str]]:
     """The kernels of a file on each architecture, and every line that warns."""
-    with tempfile.TemporaryDirectory() as folder:
-        call = command(source, Path(folder, "out.o"), archs, "-Xptxas", "-v,--warn-on-spills")
-        answer = subprocess.run(call, capture_output=True, text=True, check=False)
-    if answer.returncode:
-        raise RuntimeError(answer.stderr[-4000:])
-    text = answer.stderr
+    text = (compiled(source, archs) / "log").read_text(encoding="utf-8")
     warnings = [line for line in text.splitlines() if "warning" in line.lower()]
     names = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", text)
     mangled = "\n".join(name for name, _ in names)

@@ -42,11 +42,11 @@ def _sources(target: str) -> list[Path]:
 
 def _command(target: str, sanitizer: str, source: Path, result: Path) -> list[str]:
     flags = [f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g1"]
+    # unoptimised where it takes several times as long to compile as to run
+    flags.append("-O0" if sanitizer == "address" else "-O1")
     if target == "cuda":
-        # unoptimised where it takes several times as long to compile as to run
-        level = "-O0" if sanitizer == "address" else "-O1"
-        return emulator_command(source, result, "-DHARNESS_CUDA", level, *flags)
-    flags += ["-O1", "-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
+        return emulator_command(source, result, "-DHARNESS_CUDA", *flags)
+    flags += ["-Wall", "-Wextra", "-fno-math-errno", "-fno-trapping-math"]
     if avx512_reason() is None:
         if "avx512" in source.name:
             return emulation_command(source, result, *flags)
