@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lm2_kernels as lm2
-from lm2_kernels import projections
+from lm2_kernels import products, projections
 
 DIM = 12
 
@@ -213,6 +213,16 @@ def test_autocast_products_are_in_its_dtype():
         sum(part.float().sum() for part in parts), [x, layer.key_proj.weight]
     )
     assert all(grad.dtype == torch.float32 for grad in grads)
+
+
+def test_autocast_leaves_float64_to_the_layer(monkeypatch):
+    """Autocast does not cast it, and there is no other way to compute its products."""
+    monkeypatch.setattr(products, "is_widened", lambda dtype: True)
+    monkeypatch.setattr(projections, "apply", None)
+    layer = nn.Linear(64, 64, dtype=torch.float64)
+    x = torch.randn(64, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(projections.project(x, layer)[0], layer(x))
 
 
 def test_small_products_are_the_layers_own(monkeypatch):

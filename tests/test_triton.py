@@ -290,6 +290,26 @@ def test_old_gpu_is_refused(monkeypatch):
     assert [name for _, name in ran] in (["cpp"], ["eager"])
 
 
+def test_interpreter_refuses_autocast_to_bfloat16(monkeypatch):
+    """Triton's own interpreter computes with the bits of bfloat16 as if they were integers."""
+    monkeypatch.setattr(launch_module, "interpreted", lambda: True)
+    monkeypatch.setattr(launch_module, "target", lambda index: "sm_80")
+    monkeypatch.setattr(launch_module, "CPU_LAUNCH_ALLOWED", True)
+    x = torch.randn(1, 2, 1, 8)
+    rows = x[:, :, 0]
+    for call in (
+        lambda: lm2.memory_attention(x, x, x, backend="triton"),
+        lambda: lm2.memory_update(rows, rows, rows, rows, rows, backend="triton"),
+        lambda: lm2.PaperMemory(8, 1, backend="triton")(rows, rows),
+        lambda: lm2.ReleaseMemory(8, 1, backend="triton")(rows, rows),
+    ):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"),
+        ):
+            call()
+
+
 def test_kernel_that_does_not_fit_is_explained(monkeypatch):
     too_large = tables.AttentionConfig(128, 128, 8, 4)
     monkeypatch.setattr(tables, "attention_forward", lambda *_: too_large)
