@@ -1,7 +1,10 @@
 """What is particular to the Triton backend: resources on every target, addresses, launches."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -72,6 +75,27 @@ def test_kernel_resources(case, dtype, target):
 )
 def test_kernel_resources_exhaustive(case, dtype, target):
     _compile(case, dtype, target)
+
+
+# where `pip install --no-deps --target` has put another release
+OTHER_TRITON = os.environ.get("LM2_KERNELS_TEST_TRITON")
+
+
+@pytest.mark.skipif(not OTHER_TRITON, reason="LM2_KERNELS_TEST_TRITON names no other Triton")
+def test_compile_checks_with_another_triton():
+    path = [OTHER_TRITON, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "LM2_KERNELS_TEST_TRITON": ""}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = Path(run("-c", "import triton; print(triton.__file__)").strip())
+    assert found.is_relative_to(Path(OTHER_TRITON).resolve())
+    checks = "(test_kernel_resources and not exhaustive) or tensor_cores"
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", checks)
 
 
 @pytest.mark.parametrize(
