@@ -10,11 +10,10 @@ from tools import interpreter_bf16
 from tools.fake_gpu import TARGETS, FakeDriver, fake_gpu
 from tools.interpreter_sanitizer import sanitize
 
-# words: ptxas leaves a stack frame of 8 bytes in some kernels far below the register limit
-SPILL_ALLOWANCE = 4
-# the releases that no entry of the launch tables spills with; what another makes of them is said,
-# as registers are given out anew in each
-SPILL_FREE_RELEASES = ("3.6", "3.8")
+# Words, by release: ptxas leaves a stack frame of 8 bytes in some kernels far below the register
+# limit, and one entry of the tables says why it has 8 words on 3.6. As each release gives out
+# registers anew, what one that is not listed spills is reported and not refused.
+SPILL_ALLOWANCE = {"3.6": 8, "3.8": 4}
 
 __all__ = ["TARGETS", "assert_resources", "checked", "compiled"]
 
@@ -39,11 +38,12 @@ def compiled(target: str) -> Iterator[FakeDriver]:
 
 def assert_resources(gpu: FakeDriver) -> None:
     """What every kernel promises: no spills to speak of, no fp64, TF32 or float atomics."""
+    allowance = SPILL_ALLOWANCE.get(triton.__version__.rpartition(".")[0])
     for launch in gpu.launches:
         text = f"{launch.kernel} on {launch.target}, warps={launch.num_warps}: {launch}"
-        if triton.__version__.startswith(SPILL_FREE_RELEASES):
-            assert launch.spills <= SPILL_ALLOWANCE, text
-        elif launch.spills > SPILL_ALLOWANCE:
+        if allowance is not None:
+            assert launch.spills <= allowance, text
+        elif launch.spills > min(SPILL_ALLOWANCE.values()):
             warnings.warn(f"triton {triton.__version__} spills: {text}", stacklevel=2)
         assert launch.f64 == 0, text
         assert launch.tf32 == 0, text
