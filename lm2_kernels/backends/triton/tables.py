@@ -134,13 +134,13 @@ DQUERY_16BIT: _Attention = {
 # registers, so that tiles of 64 x 64 spill by thousands of words
 FORWARD_FLOAT32: dict[int, AttentionConfig] = {
     # not 64 rows: triton 3.6 makes TF32 products of them on sm_100, whatever the kernel asks for
-    64: AttentionConfig(32, 64, 8, 2),
-    128: AttentionConfig(32, 32, 16, 2),  # sm_89: (64, 64, 52)
+    64: AttentionConfig(32, 64, 8, 2),  # (94, 80, 48) at most
+    128: AttentionConfig(32, 32, 16, 2),  # (64, 76, 52) at most
     256: AttentionConfig(16, 32, 8, 2),  # sm_80: (76, 80, 82)
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 32, 8, 2),  # (90, 92, 36) at most
-    128: AttentionConfig(32, 32, 16, 2),  # sm_100: (80, 83, 68)
+    128: AttentionConfig(32, 32, 16, 2),  # (82, 110, 68) at most
     256: AttentionConfig(16, 32, 8, 2),  # (170, 198, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
