@@ -1,7 +1,8 @@
 """The public ops: check the inputs, choose the backend, call the autograd Function.
 
-Every check happens before anything is allocated or launched, and every message names the op, what
-was expected, what came, and the way out.
+Every check happens before anything is computed, and every message names the op, what was expected,
+what came, and the way out. Only an autocast's casts come earlier, as dtypes and the backend are
+judged by the tensors that the op will compute with.
 """
 
 import math
@@ -248,9 +249,9 @@ def memory_attention(
         scale = 1.0 / math.sqrt(head_width)
     else:
         check_scale(op, scale)
-    name = backends.select(op, (query, key, value), backend)
     query, key, value = _autocast(query, key, value)
     check_dtypes(op, query.dtype, (), query=query, key=key, value=value)
+    name = backends.select(op, (query, key, value), backend)
     out, _ = apply(
         MemoryAttentionFunction,
         _rows(query),
@@ -347,7 +348,6 @@ def memory_update(
         check_shape(op, name, gate, legend, (batch, 1 if broadcast else num_tokens, columns))
     if output not in ("read", "memory"):
         raise ValueError(f"{op}: output must be 'read' or 'memory', got {output!r}")
-    name = backends.select(op, (hidden, candidate, memory), backend)
     candidate, input_gate, forget_gate, output_gate, gate_bias = _autocast(
         candidate, input_gate, forget_gate, output_gate, gate_bias
     )
@@ -362,6 +362,7 @@ def memory_update(
         output_gate=output_gate,
         gate_bias=gate_bias,
     )
+    name = backends.select(op, (hidden, candidate, memory), backend)
     return apply(
         MemoryUpdateFunction,
         _rows(hidden),

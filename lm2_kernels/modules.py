@@ -13,6 +13,7 @@ from lm2_kernels.backends import (
     OPS,
     autocast_dtype,
     check_choice,
+    computed_dtype,
     requested_backend,
     select,
     use_backend,
@@ -165,9 +166,10 @@ class _MemoryLayer(nn.Module):
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
         check_nonempty(op, "x", x, {"tokens T": 1})
         if (self.backend or requested_backend()) != "auto":
-            # which always finds one
+            # which always finds one; attention and update run in what autocast makes of x
+            computed = x.new_empty((0, self.dim), dtype=computed_dtype(x))
             for name in self.OPS:
-                select(name, (x,), self.backend)
+                select(name, (computed,), self.backend)
         autocast = autocast_dtype(x.device.type)
         if autocast is not None and weight.dtype != torch.float64:
             allowed = (torch.float32, autocast)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lm2_kernels import products
 from lm2_kernels.autograd import apply
-from lm2_kernels.backends import autocast_dtype
+from lm2_kernels.backends import computed_dtype
 
 # fewer are done on a CPU while Python prepares to do them together
 _MIN_MULTIPLICATIONS = 1 << 22
@@ -163,7 +163,7 @@ def _is_worth_it(x: Tensor, layers: tuple[nn.Module, ...]) -> bool:
     num_rows, elements = x.numel() // x.shape[-1], len(layers) * x.shape[-1] ** 2
     if len(layers) > 1 and num_rows * elements >= _MIN_MULTIPLICATIONS:
         return True
-    dtype = autocast_dtype("cpu") or x.dtype
+    dtype = computed_dtype(x)
     is_large = products.is_large(dtype, num_rows, elements)
     return is_large and (dtype == torch.float32 or products.is_widened(dtype))
 
@@ -174,10 +174,8 @@ def project(x: Tensor, *layers: nn.Module, relu: bool = False) -> tuple[Tensor, 
     if parameters is None:
         results = (layer(x) for layer in layers)
         return tuple(F.relu(result) if relu else result for result in results)
-    dtype = autocast_dtype(x.device.type)
-    if dtype is not None and x.dtype != torch.float64:
-        # so that what is saved for backward is the 16-bit copy
-        x = x.to(dtype)
+    # cast here, so that what is saved for backward is the 16-bit copy
+    x = x.to(computed_dtype(x))
     packed = apply(_PackedLinear, x, len(layers), relu, *parameters)
     return (packed,) if len(layers) == 1 else split_columns(packed, len(layers))
 

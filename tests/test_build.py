@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from lm2_kernels import extension
 from lm2_kernels.version import sources_digest
@@ -28,6 +29,10 @@ VARIABLES = (
     *("LM2_KERNELS_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"),
     *("NVCC_THREADS", "CXX", "LM2_KERNELS_TORCH_PYTHON", "PIP_BUILD_TRACKER", "CONDA_PREFIX"),
 )
+
+
+# what torch's CUDA builds for Linux require
+PINNED_TRITON = {"2.11.0": "3.6.0", "2.12.0": "3.7.0", "2.13.0": "3.7.1", "2.14.1": "3.8.0"}
 
 
 @pytest.fixture(autouse=True)
@@ -462,3 +467,18 @@ def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch, capsys):
 )
 def test_archs_cover_a_gpu(archs, capability, covered):
     assert extension._covers(archs, capability) == covered
+
+
+@pytest.mark.parametrize(("torch_version", "triton_version"), PINNED_TRITON.items())
+def test_no_requirement_replaces_torch_or_triton(torch_version, triton_version):
+    """Whatever pair pip finds installed satisfies the package and each of its extras."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = {"torch": torch_version, "triton": triton_version}
+    for extra, texts in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        for requirement in map(Requirement, texts):
+            version = installed.get(requirement.name)
+            assert version is None or requirement.specifier.contains(version), (extra, requirement)
+            assert extra == "" or requirement.name != "torch"
+            # an own entry would bring in another extra's
+            assert requirement.name != project["name"]

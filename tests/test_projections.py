@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lm2_kernels as lm2
-from lm2_kernels import projections, testing
+from lm2_kernels import products, projections, testing
 from tools.rounding import assert_round_off, assert_rule
 
 DIM = 12
@@ -223,6 +223,16 @@ def test_autocast_products_are_in_its_dtype():
         ]
 
     assert_rule(run)
+
+
+def test_autocast_leaves_float64_to_the_layer(monkeypatch):
+    """Autocast does not cast it, and there is no other way to compute its products."""
+    monkeypatch.setattr(products, "is_widened", lambda dtype: True)
+    monkeypatch.setattr(projections, "apply", None)
+    layer = nn.Linear(64, 64, dtype=torch.float64)
+    x = torch.randn(64, 64, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(projections.project(x, layer)[0], layer(x))
 
 
 def test_small_products_are_the_layers_own(monkeypatch):

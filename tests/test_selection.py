@@ -104,6 +104,57 @@ def test_auto_warns_once_where_an_accelerator_is_not_used(monkeypatch):
         assert sum(text.startswith(start) for text in texts) == 1
 
 
+def _layer(kind):
+    def call(dtype, backend):
+        layer = kind(4, 2, backend=backend, dtype=dtype)
+        return layer(*torch.randn(2, 2, 3, 4, dtype=dtype))
+
+    return call
+
+
+IN_DTYPE = {
+    "memory_attention": lambda dtype, backend: functional.memory_attention(
+        *torch.randn(3, 2, 3, 2, 4, dtype=dtype), backend=backend
+    ),
+    "memory_update": lambda dtype, backend: functional.memory_update(
+        *torch.randn(5, 2, 3, 4, dtype=dtype), backend=backend
+    ),
+    "PaperMemory": _layer(lm2.PaperMemory),
+    "ReleaseMemory": _layer(lm2.ReleaseMemory),
+}
+
+
+def _without(dtype):
+    def unsupported_reason(op, *tensors):
+        return f"it has no {dtype}" if any(t.dtype == dtype for t in tensors) else None
+
+    return unsupported_reason
+
+
+@pytest.mark.parametrize("name", IN_DTYPE)
+def test_autocast_comes_before_the_choice(name, second_backend):
+    """A backend is judged by what it will be given, which float64 tensors are as they are."""
+    second_backend.unsupported_reason = _without(torch.bfloat16)
+    call = IN_DTYPE[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        with lm2.recording() as ran, pytest.raises(RuntimeError, match=r"^memory_.*no torch.bfloa"):
+            call(torch.float32, "cpp")
+        assert not ran
+        with lm2.recording() as ran:
+            call(torch.float32, "auto")
+        assert {b for f, b in ran if "attention" in f or "update" in f} == {"eager"}
+        with lm2.recording() as ran:
+            call(torch.float64, "cpp")
+        assert {backend for _, backend in ran} == {"cpp"}
+
+
+def test_autocast_may_cast_to_what_a_backend_has(second_backend):
+    second_backend.unsupported_reason = _without(torch.float16)
+    with torch.autocast("cpu", torch.bfloat16), lm2.recording() as ran:
+        assert IN_DTYPE["memory_attention"](torch.float16, "cpp").dtype == torch.bfloat16
+    assert ran == [("memory_attention_forward", "cpp")]
+
+
 @every_op
 def test_argument_beats_use_backend(op, second_backend):
     with lm2.use_backend("cpp"):

@@ -3,7 +3,10 @@
 import copy
 import functools
 import importlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +83,27 @@ def test_kernel_resources(case, dtype, target):
 )
 def test_kernel_resources_exhaustive(case, dtype, target):
     _compile(case, dtype, target)
+
+
+# where `pip install --no-deps --target` has put another release
+OTHER_TRITON = os.environ.get("LM2_KERNELS_TEST_TRITON")
+
+
+@pytest.mark.skipif(not OTHER_TRITON, reason="LM2_KERNELS_TEST_TRITON names no other Triton")
+def test_compile_checks_with_another_triton():
+    path = [OTHER_TRITON, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path), "LM2_KERNELS_TEST_TRITON": ""}
+
+    def run(*arguments):
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    found = Path(run("-c", "import triton; print(triton.__file__)").strip())
+    assert found.is_relative_to(Path(OTHER_TRITON).resolve())
+    checks = "(test_kernel_resources and not exhaustive) or tensor_cores"
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", checks)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +325,26 @@ def test_old_gpu_is_refused(monkeypatch):
     with lm2.recording() as ran:
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
     assert [name for _, name in ran] in (["cpp"], ["eager"])
+
+
+def test_interpreter_refuses_autocast_to_bfloat16(monkeypatch):
+    """Triton's own interpreter computes with the bits of bfloat16 as if they were integers."""
+    monkeypatch.setattr(launch_module, "interpreted", lambda: True)
+    monkeypatch.setattr(launch_module, "target", lambda index: "sm_80")
+    monkeypatch.setattr(launch_module, "CPU_LAUNCH_ALLOWED", True)
+    x = torch.randn(1, 2, 1, 8)
+    rows = x[:, :, 0]
+    for call in (
+        lambda: lm2.memory_attention(x, x, x, backend="triton"),
+        lambda: lm2.memory_update(rows, rows, rows, rows, rows, backend="triton"),
+        lambda: lm2.PaperMemory(8, 1, backend="triton")(rows, rows),
+        lambda: lm2.ReleaseMemory(8, 1, backend="triton")(rows, rows),
+    ):
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(RuntimeError, match="interpreter computes bfloat16 wrongly"),
+        ):
+            call()
 
 
 def test_kernel_that_does_not_fit_is_explained(monkeypatch):

@@ -131,9 +131,19 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
+def computed_dtype(tensor: Tensor) -> torch.dtype:
+    """What an operand of a matrix product is computed in: under autocast its dtype, as in torch.
+
+    float64 stays float64 there.
+    """
+    dtype = autocast_dtype(tensor.device.type)
+    return tensor.dtype if dtype is None or tensor.dtype == torch.float64 else dtype
+
+
 def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> str:
     """The backend for this call: the argument, else the default, else the first that can.
 
+    ``tensors`` are those that the backend will be given: an autocast's casts come before.
     The default is what :class:`use_backend` set, else the environment variable
     ``LM2_KERNELS_BACKEND``, else "auto".
 

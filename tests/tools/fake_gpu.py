@@ -389,6 +389,18 @@ def _interpreted(jit_function: JITFunction) -> interpreter.InterpretedFunction:
 _SEES_BOTH_MODULES = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
 
 
+def _with_index(patch_lang_tensor: Any) -> Any:
+    """``int`` of a scalar in interpreted code: Triton 3.6 has an array of one element there, which
+    NumPy refuses from 2.4 on.
+    """
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patch
+
+
 def _interpret(jit_function: JITFunction, grid: tuple[int, int, int], args: tuple) -> None:
     scope = interpreter._patch_lang(_SEES_BOTH_MODULES)
     try:
@@ -484,6 +496,7 @@ def fake_gpu(
         # and ignores them
         options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
         patch(builder, "options", options)
+        patch(interpreter, "_patch_lang_tensor", _with_index(interpreter._patch_lang_tensor))
         patch(torch.cuda, "device", _make_device_guard(driver))
         patch(torch.cuda, "current_device", lambda: driver.current_index)
         stack.enter_context(_cpu_launches_allowed())

@@ -742,7 +742,7 @@ def memory_attention_backward(
                 num_stages=config.num_stages,
             )
         if needs_dkey_value:
-            config = tables.attention_dkey_value(*choice)
+            config = tables.attention_dkey_value(*choice, has_dropout=seed is not None)
             grid = (num_pairs * triton.cdiv(num_slots, config.block_slots),)
             _memory_attention_bwd_dkey_value_kernel[grid](
                 *inputs,

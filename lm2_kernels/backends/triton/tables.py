@@ -77,14 +77,14 @@ FORWARD_16BIT_FEW: dict[int, AttentionConfig] = {
 }
 DKEY_VALUE_16BIT: _Attention = {
     "sm_80": {
-        64: AttentionConfig(64, 128, 8, 2),  # (248, 242, 48)
+        64: AttentionConfig(32, 128, 8, 2),  # (185, 220, 40)
         128: AttentionConfig(64, 64, 8, 2),  # (176, 186, 72)
-        256: AttentionConfig(64, 64, 8, 2),  # (255, 255, 136)
+        256: AttentionConfig(32, 64, 8, 3),  # (255, 255, 132), 8 words with dropout on triton 3.6
     },
     "sm_90": {
         64: AttentionConfig(64, 128, 8, 2),  # (201, 211, 64)
         128: AttentionConfig(32, 128, 8, 2),  # (221, 233, 96)
-        256: AttentionConfig(32, 64, 8, 2),  # (243, 255, 128)
+        256: AttentionConfig(32, 64, 8, 3),  # (255, 255, 160)
     },
     "sm_100": {
         64: AttentionConfig(64, 128, 8, 2),  # (121, 254, 80)
@@ -92,7 +92,7 @@ DKEY_VALUE_16BIT: _Attention = {
         256: AttentionConfig(32, 64, 8, 2),  # (126, 122, 160)
     },
     "small": {
-        64: AttentionConfig(64, 64, 4, 2),  # sm_80: (248, 242, 32)
+        64: AttentionConfig(32, 64, 4, 2),  # (190, 199, 24)
         128: AttentionConfig(32, 64, 8, 2),  # sm_80: (170, 186, 52)
         256: AttentionConfig(32, 32, 8, 2),  # sm_80: (128, 165, 66)
     },
@@ -120,7 +120,7 @@ DQUERY_16BIT: _Attention = {
     },
     "small": {
         64: AttentionConfig(64, 32, 4, 2),  # (160, 182, 28)
-        128: AttentionConfig(64, 32, 4, 2),  # (178, 250, 56)
+        128: AttentionConfig(64, 32, 8, 2),  # (136, 184, 56)
         256: AttentionConfig(64, 32, 8, 1),  # sm_80: (202, 248, 96)
     },
     "gfx942": {
@@ -133,13 +133,14 @@ DQUERY_16BIT: _Attention = {
 # float32 without tensor cores: exact products are sums of scalar ones, whose operands live in
 # registers, so that tiles of 64 x 64 spill by thousands of words
 FORWARD_FLOAT32: dict[int, AttentionConfig] = {
-    64: AttentionConfig(64, 32, 8, 2),  # sm_80: (120, 108, 40)
-    128: AttentionConfig(32, 64, 16, 2),  # sm_90: (64, 76, 88)
+    # not 64 rows: triton 3.6 makes TF32 products of them on sm_100, whatever the kernel asks for
+    64: AttentionConfig(32, 64, 8, 2),  # (94, 80, 48) at most
+    128: AttentionConfig(32, 32, 16, 2),  # (64, 76, 52) at most
     256: AttentionConfig(16, 32, 8, 2),  # sm_80: (76, 80, 82)
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 32, 8, 2),  # (90, 92, 36) at most
-    128: AttentionConfig(32, 32, 8, 2),  # sm_80: (103, 110, 68)
+    128: AttentionConfig(32, 32, 16, 2),  # (82, 110, 68) at most
     256: AttentionConfig(16, 32, 8, 2),  # (170, 198, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
@@ -227,10 +228,13 @@ def attention_forward(
 
 
 def attention_dkey_value(
-    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool
+    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool, has_dropout: bool = False
 ) -> AttentionConfig:
     tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
-    return _attention(*tables, target, dtype, block_k, is_ragged)
+    config = _attention(*tables, target, dtype, block_k, is_ragged)
+    # triton 3.6 at width 256 on sm_90: 10 words are spilled by dropout with three stages, none with
+    # two, which without dropout spill 2
+    return config._replace(num_stages=min(2, config.num_stages)) if has_dropout else config
 
 
 def attention_dquery(
