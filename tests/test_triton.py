@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import triton
@@ -325,6 +326,17 @@ def test_old_gpu_is_refused(monkeypatch):
     with lm2.recording() as ran:
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor)
     assert [name for _, name in ran] in (["cpp"], ["eager"])
+
+
+def test_interpreter_that_fails_beside_numpy_says_so(monkeypatch):
+    monkeypatch.setattr(launch_module, "interpreted", lambda: True)
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.4.6")
+    for tensors in ((), (torch.zeros(1, 1, 8),)):
+        reason = backends.unsupported_reason("triton", "memory_update", *tensors)
+        assert "triton 3.6.0 fails beside numpy 2.4.6" in reason
+    monkeypatch.setattr(numpy, "__version__", "2.3.5")
+    assert launch_module.interpreter_reason() is None
 
 
 def test_interpreter_refuses_autocast_to_bfloat16(monkeypatch):

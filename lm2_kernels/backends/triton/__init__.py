@@ -74,6 +74,9 @@ def _device_reason(device_type: str, device_index: int | None) -> str | None:
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     """See the contract in :mod:`lm2_kernels.backends`."""
+    reason = launch.interpreter_reason()
+    if reason is not None:
+        return reason
     if not tensors:
         has_gpu = torch.cuda.is_available() or launch.CPU_LAUNCH_ALLOWED
         return None if has_gpu else "there is no GPU"

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import os
+from types import ModuleType
 
+import numpy
 import torch
 import triton
 from torch import Tensor
@@ -18,6 +20,20 @@ CPU_LAUNCH_ALLOWED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def interpreted() -> bool:
     """True when Triton's own interpreter runs the kernels (it must be asked for before import)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def interpreter_reason() -> str | None:
+    """Why Triton's own interpreter cannot run here although it was asked for, or None."""
+    if interpreted() and _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return (
+            f"the interpreter of triton {triton.__version__} fails beside numpy "
+            f"{numpy.__version__}, it needs numpy below 2.4"
+        )
+    return None
+
+
+def _release(module: ModuleType) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
 
 
 @functools.cache
