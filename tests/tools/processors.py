@@ -1,8 +1,9 @@
 """The numeric tests as other processors, BLAS libraries and thread counts would run them.
 
-``PYTHONPATH=tests python -m tools.processors`` runs each environment in turn, about a minute each on
-two cores, and ends with a line for each; arguments go to pytest. A level that this processor lacks
-is the best it has. What an interpreter or an emulator computes is left out: no environment moves it.
+``PYTHONPATH=tests python -m tools.processors`` runs each environment in turn, about a minute each
+on two cores, and ends with a line for each; arguments go to pytest. A level that this processor
+lacks is the best it has. What an interpreter or an emulator computes is left out, as no
+environment moves it.
 """
 
 import importlib.util
