@@ -84,9 +84,7 @@ def run(
                 ended, status = os.waitpid(pid, os.WNOHANG)
                 if not ended and time.time() < end:
                     continue
-                _stop(pid)
-                if not ended:
-                    os.waitpid(pid, 0)
+                _stop(pid, wait=not ended)
                 del running[pid]
                 if not ended and time.time() >= until:
                     cut += 1  # out of the phase's time, not of its own: no row
@@ -95,14 +93,17 @@ def run(
             time.sleep(0.02)
     finally:
         for pid in running:
-            _stop(pid)
+            _stop(pid, wait=False)
     return len(waiting) + cut
 
 
-def _stop(pid: int) -> None:
-    # with all that it started
+def _stop(pid: int, wait: bool) -> None:
+    """With all that it started; not waiting long, as a driver may hold a process that hangs."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
+    end = time.time() + 5.0
+    while wait and time.time() < end and not os.waitpid(pid, os.WNOHANG)[0]:
+        time.sleep(0.02)
 
 
 def _start(entry: Entry, folder: Path, end: float) -> int:

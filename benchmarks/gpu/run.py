@@ -6,10 +6,10 @@
     python benchmarks/gpu/run.py --out FOLDER --rehearse         # on a CPU, tiny, interpreted
 
 A bare clone will do. Each phase is a process with a time limit, and so is each of its entries
-(``entries.py``). FOLDER gets eight files at most, written again every 20 seconds: ``results.tgz``
-with a JSON file and a log an entry, and all benchmarks as ``bench.json``; ``summary.txt``; the
-extension that was built; Triton's cache. The same command goes on from them, also on another
-machine of the same GPU, torch and triton, while lm2_kernels/ and csrc/ are what they were.
+(``entries.py``). FOLDER gets seven files at most, written again all the time: ``results.tgz``
+with a JSON file and a log an entry, all benchmarks as ``bench.json``, and the built extension;
+``summary.txt``; Triton's cache. The same command goes on from them, also on another machine of the
+same GPU, torch and triton, while lm2_kernels/ and csrc/ are what they were.
 
 Exit code 1 if something failed or was left for want of time, 2 without a GPU.
 """
@@ -38,8 +38,8 @@ BUDGET = 560.0
 _PACK_SECONDS = 20.0
 # Triton's cache comes in up to four pieces of so many bytes
 _PIECES, _PIECE = 4, 15 * 2**20
-_GRACE = 10.0
-_BUILD_SECONDS = 240.0
+# seconds: without which a phase is not begun, to which it may exceed its limit, of the build
+_LEAST, _GRACE, _BUILD_SECONDS = 5.0, 10.0, 240.0
 _LEFT_OVER = 3  # the exit code of a phase that was out of time
 
 
@@ -114,7 +114,7 @@ class Programme:
     def __init__(self, options: argparse.Namespace, work: Path):
         self.options, self.out = options, options.out.resolve()
         self.end = time.time() + options.budget
-        self.results, self.cache, self.built = (work / n for n in ("results", "cache", "built"))
+        self.results, self.cache = work / "results", work / "cache"
         self.cache_size, self.said = 0, []
         self.lock, self.build = threading.Lock(), None
         paths = (str(ROOT), os.environ.get("PYTHONPATH"))
@@ -127,11 +127,11 @@ class Programme:
         if options.rehearse:
             self.environment["TRITON_INTERPRET"] = "1"
         self.out.mkdir(parents=True, exist_ok=True)
-        earlier = options.earlier or self.out
-        pieces = (piece.read_bytes() for piece in sorted(earlier.glob("cache.tar.xz.*")))
-        for data in (b"".join(pieces), *(path.read_bytes() for path in earlier.glob("*.tgz"))):
-            if data:
-                with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        for pattern in ("results.tgz", "cache.tar.xz.*"):
+            pieces = sorted((options.earlier or self.out).glob(pattern))
+            if pieces:
+                data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+                with tarfile.open(fileobj=data) as archive:
                     archive.extractall(work, filter="data")
         self.results.mkdir(exist_ok=True)
 
@@ -148,10 +148,11 @@ class Programme:
         for name in phases:
             if PHASES[name].needs_build:
                 self.end_build(folder)
-            limit = min(PHASES[name].limit, self.end - time.time())
+            limit = max(0.0, min(PHASES[name].limit, self.end - time.time()))
             self.say(f"--- {name}: {limit:.0f} s at most")
-            codes[name] = self.start(name, folder, limit) if limit > 0.0 else _LEFT_OVER
-            self.pack(and_cache=True)
+            codes[name] = self.start(name, folder, limit) if limit > _LEAST else _LEFT_OVER
+            # beside the next phase
+            threading.Thread(target=self.pack, args=(True,)).start()
         failed = False
         for name, code in codes.items():
             rows = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{name}/*.json"))]
@@ -186,14 +187,16 @@ class Programme:
 
     def start_build(self, folder: Path) -> None:
         """Build the extension in the background, if an earlier sitting did not."""
-        libraries = self.built / folder.name
-        if libraries.is_dir():
-            shutil.copytree(libraries, ROOT / "lm2_kernels", dirs_exist_ok=True)
+        if (folder / "built").is_dir():
+            shutil.copytree(folder / "built", ROOT / "lm2_kernels", dirs_exist_ok=True)
         elif not self.options.rehearse:
             gpu = entries.load(folder, "machine")["devices"][-1]
             command = ["nice", sys.executable, "setup.py", "build_ext", "--inplace"]
             with (folder / "build.txt").open("w", encoding="utf-8") as log:
-                self.build = self._popen(command, log, TORCH_CUDA_ARCH_LIST=gpu["capability"])
+                # half of the cores: the other half launches what is measured
+                jobs = {"MAX_JOBS": str(max(1, (os.cpu_count() or 2) // 2))}
+                arch = {"TORCH_CUDA_ARCH_LIST": gpu["capability"]}
+                self.build = self._popen(command, log, **jobs, **arch)
 
     def end_build(self, folder: Path) -> None:
         if self.build is None:
@@ -203,10 +206,9 @@ class Programme:
         stop(self.build)
         self.say(f"the extension's build: exit code {self.build.returncode}")
         if self.build.returncode == 0:
-            libraries = self.built / folder.name
-            libraries.mkdir(parents=True)
+            (folder / "built").mkdir()
             for file in (*ROOT.glob("lm2_kernels/*.so"), ROOT / "lm2_kernels" / "_build.json"):
-                shutil.copy(file, libraries)
+                shutil.copy(file, folder / "built")
         self.build = None
 
     def pack_always(self) -> None:
@@ -219,14 +221,13 @@ class Programme:
         with self.lock, contextlib.suppress(OSError):
             self._put("summary.txt", "\n".join(self.said).encode())
             self._put("results.tgz", _archive(self.results, "w:gz"))
-            if self.built.is_dir():
-                self._put("built.tgz", _archive(self.built, "w:gz"))
             size = sum(file.stat().st_size for file in self.cache.rglob("*") if file.is_file())
             if and_cache and size > self.cache_size:
                 # seconds, which are well spent only when it has grown
-                self.cache_size, data = size, _archive(self.cache, "w:xz", preset=0)
+                data = _archive(self.cache, "w:xz", preset=0)
                 for index in range(min(_PIECES, -(-len(data) // _PIECE))):
                     self._put(f"cache.tar.xz.{index}", data[index * _PIECE :][:_PIECE])
+                self.cache_size = size
 
     def _put(self, name: str, data: bytes) -> None:
         (self.out / "part").write_bytes(data)

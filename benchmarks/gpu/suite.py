@@ -27,7 +27,6 @@ def entries(context: Context, what: str) -> list[Entry]:
 
 def _suite(context: Context, what: str, end: float) -> dict:
     folder = context.folder / what
-    # an earlier row, and the log of a try that was killed before it could write one
     outcomes = (load(folder, what) or {}).get("outcomes", {})
     passed = [test for test, outcome in outcomes.items() if outcome == "PASSED"]
     command = [sys.executable, "-m", "pytest", context.tests, "-m", "gpu", "-v", "--color=no"]
@@ -65,5 +64,4 @@ def outcomes_of(output: str) -> dict[str, str]:
     outcome = "PASSED|FAILED|ERROR|SKIPPED"
     found = re.findall(rf"^\[gw\d+\] \[.*?\] ({outcome}) (.+::.+?) *$", output, re.M)
     found += [pair[::-1] for pair in re.findall(rf"^(.+::.+) ({outcome}) +\[", output, re.M)]
-    crashed = re.findall(r"crashed while running '(.+::.+)'", output)
-    return {test: outcome for outcome, test in found} | dict.fromkeys(crashed, "FAILED")
+    return {test: outcome for outcome, test in found}
