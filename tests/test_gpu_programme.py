@@ -1,5 +1,6 @@
 """benchmarks/gpu: the whole programme on a CPU, all well and with kernels broken on purpose."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -96,6 +97,9 @@ def rehearse(tmp_path):
         # in a worker of pytest-xdist, the suite would think that it is one
         environment = {k: v for k, v in os.environ.items() if "XDIST" not in k}
         environment |= {"PYTHONPATH": str(scratch), "OMP_NUM_THREADS": "1"}
+        # plugins whose import takes longer than these tests
+        unused = ("hypothesispytest", "benchmark", "anyio")
+        environment["PYTEST_ADDOPTS"] = " ".join(f"-p no:{name}" for name in unused)
         environment["PATH"] = f"{scratch}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
@@ -281,6 +285,60 @@ def test_candidates_of_the_sweep(modules):
                 for config in found:
                     assert config.num_warps in (4, 8, 16) and config.num_stages >= 1
                     assert min(config[:2]) >= 16
+
+
+_SETUP = """
+import os, sys
+from pathlib import Path
+assert sys.argv[1:] == ["build_ext", "--inplace"]
+assert int(os.environ["MAX_JOBS"]) >= 1
+Path("lm2_kernels/_C.so").write_text("for " + os.environ["TORCH_CUDA_ARCH_LIST"])
+Path("lm2_kernels/_build.json").write_text("{}")
+"""
+
+
+def test_extension_and_cache_of_an_earlier_sitting(modules, tmp_path, monkeypatch):
+    run = modules("run")
+    tree = tmp_path / "tree"
+    (tree / "lm2_kernels").mkdir(parents=True)
+    (tree / "setup.py").write_text(_SETUP)
+    monkeypatch.setattr(run, "ROOT", tree)
+    monkeypatch.setattr(run, "_PIECE", 1500)
+
+    def programme(name, out, earlier=None):
+        options = argparse.Namespace(out=out, earlier=earlier, budget=100.0, rehearse=False)
+        (tmp_path / name).mkdir()
+        found = run.Programme(options, tmp_path / name)
+        folder = found.results / "H100 of one kind"
+        folder.mkdir(exist_ok=True)
+        machine = {"devices": [{"device": "cpu"}, {"capability": "9.0"}]}
+        (folder / "machine.json").write_text(json.dumps(machine))
+        found.start_build(folder)
+        return found, folder
+
+    first, folder = programme("first", tmp_path / "out")
+    assert first.build is not None
+    first.end_build(folder)
+    assert "exit code 0" in first.said[-1]
+    kernels = {f"kernels/{index}.cubin": os.urandom(500) for index in range(6)}
+    (first.cache / "kernels").mkdir(parents=True)
+    for name, code in kernels.items():
+        (first.cache / name).write_bytes(code)
+    first.pack(and_cache=True)
+    pieces = sorted(path.name for path in (tmp_path / "out").glob("cache*"))
+    assert 2 < len(pieces) <= run._PIECES and len(list((tmp_path / "out").iterdir())) <= 8
+
+    library = tree / "lm2_kernels" / "_C.so"
+    library.unlink()
+    second, _ = programme("second", tmp_path / "other", tmp_path / "out")
+    assert second.build is None and library.read_text() == "for 9.0"
+    assert all((second.cache / name).read_bytes() == code for name, code in kernels.items())
+
+    # half a cache is none, and no reason not to begin
+    (tmp_path / "out" / pieces[-1]).unlink()
+    third, _ = programme("third", tmp_path / "more", tmp_path / "out")
+    assert not third.cache.exists() and third.build is None
+    assert [line for line in third.said if line.startswith("nothing of cache")]
 
 
 def test_phases_and_sittings(modules):

@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import io
 import json
+import lzma
 import os
 import shutil
 import signal
@@ -127,12 +128,16 @@ class Programme:
         if options.rehearse:
             self.environment["TRITON_INTERPRET"] = "1"
         self.out.mkdir(parents=True, exist_ok=True)
-        for pattern in ("results.tgz", "cache.tar.xz.*"):
+        for pattern, folder in (("results.tgz", self.results), ("cache.tar.xz.*", self.cache)):
             pieces = sorted((options.earlier or self.out).glob(pattern))
-            if pieces:
-                data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+            data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+            try:
                 with tarfile.open(fileobj=data) as archive:
                     archive.extractall(work, filter="data")
+            except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+                # there is none, or it was written when its machine went: half of it is no use
+                shutil.rmtree(folder, ignore_errors=True)
+                self.say(f"nothing of {pattern}: {error}")
         self.results.mkdir(exist_ok=True)
 
     def run(self, phases: tuple[str, ...]) -> int:
@@ -225,8 +230,9 @@ class Programme:
             if and_cache and size > self.cache_size:
                 # seconds, which are well spent only when it has grown
                 data = _archive(self.cache, "w:xz", preset=0)
-                for index in range(min(_PIECES, -(-len(data) // _PIECE))):
-                    self._put(f"cache.tar.xz.{index}", data[index * _PIECE :][:_PIECE])
+                pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
+                for index, piece in enumerate(pieces if len(pieces) <= _PIECES else []):
+                    self._put(f"cache.tar.xz.{index}", piece)
                 self.cache_size = size
 
     def _put(self, name: str, data: bytes) -> None:
