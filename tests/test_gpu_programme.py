@@ -260,6 +260,44 @@ def modules(monkeypatch):
     return load
 
 
+_ALL_ENTRIES = """
+import importlib, sys
+from pathlib import Path
+import entries, run
+import torch, triton
+
+def touched(*args, **kwargs):
+    raise AssertionError("the GPU is touched before entries are forked")
+
+torch.cuda._lazy_init = torch._C._cuda_getDeviceCount = torch.cuda.is_available = touched
+context = entries.Context(False, Path("results"), {"target": "sm_90"}, "tests/test_gpu.py", None)
+for name, phase in run.PHASES.items():
+    found = importlib.import_module(phase.module).entries(context, phase.what)
+    assert len({entries.file_of(Path(), entry.key) for entry in found}) == len(found), name
+    print(name, len(found))
+assert triton.runtime.driver._default is None
+"""
+
+
+def test_what_a_gpu_would_be_given(tmp_path):
+    pytest.importorskip("triton")
+    (tmp_path / "script.py").write_text(_ALL_ENTRIES)
+    paths = os.pathsep.join((str(FOLDER), str(ROOT)))
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py")],
+        env=environment | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    assert counts["smoke"] == counts["smoke_cpp"] == "39"
+    assert counts["headline"] == counts["graphs"] == "6"
+    assert int(counts["compile"]) == int(counts["sweep"]) > 70
+
+
 def test_outcomes_of_pytest(modules):
     output = (
         "[gw1] [  3%] PASSED tests/test_gpu.py::test_op[triton-B1-x=2] \n"

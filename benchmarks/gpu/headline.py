@@ -87,14 +87,19 @@ def _bench(selection: suite.Selection, seconds: float, end: float) -> dict:
 def join_reports(folder: Path) -> None:
     """All that was measured, as one file for ``python -m lm2_kernels bench --from``."""
     joined: dict = {}
-    for file in sorted(folder.glob("*/*.json")):
+    found: dict[tuple, dict] = {}
+    # what is measured in several phases is taken from the headline
+    files = sorted(folder.glob("*/*.json"), key=lambda f: (f.parent.name != "headline", str(f)))
+    for file in files:
         report = json.loads(file.read_text(encoding="utf-8")).get("report")
         if report is None:
             continue
-        joined = joined or report | {"results": [], "skipped": []}
-        for name in ("results", "skipped"):
-            joined[name] = joined[name] + report[name]
-        suite.raise_ceilings(joined, report["ceilings"])
+        del report["selection"]
+        joined = joined or report | {"skipped": []}
+        joined["skipped"] += report["skipped"]
+        for result in report["results"]:
+            key = tuple(result[name] for name in ("work", "shape", "dtype", "pass", "row"))
+            found.setdefault(key, result)
+        suite.raise_ceilings(joined | {"results": list(found.values())}, report["ceilings"])
     if joined:
-        joined.pop("selection", None)
-        save(folder / "bench.json", joined)
+        save(folder / "bench.json", joined | {"results": list(found.values())})
