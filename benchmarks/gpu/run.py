@@ -71,7 +71,7 @@ PHASES = {
 }
 SITTINGS = {
     "first": ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "peers"),
-    "second": ("suite", "big", "sanitizer", "compile", "sweep", "ncu", "graphs"),
+    "second": ("smoke", "suite", "big", "sanitizer", "compile", "sweep", "ncu", "graphs"),
     "third": ("smoke", "compile", "sweep_one", "where", "peers", "model", "suite", "big"),
 }
 
@@ -132,12 +132,13 @@ class Programme:
             pieces = sorted((options.earlier or self.out).glob(pattern))
             data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
             try:
-                with tarfile.open(fileobj=data) as archive:
-                    archive.extractall(work, filter="data")
+                if pieces:
+                    with tarfile.open(fileobj=data) as archive:
+                        archive.extractall(work, filter="data")
             except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-                # there is none, or it was written when its machine went: half of it is no use
+                # its machine went as it was written: half of it is no use
                 shutil.rmtree(folder, ignore_errors=True)
-                self.say(f"nothing of {pattern}: {error}")
+                self.say(f"nothing of {pattern}: {type(error).__name__}")
         self.results.mkdir(exist_ok=True)
 
     def run(self, phases: tuple[str, ...]) -> int:
@@ -149,8 +150,12 @@ class Programme:
         (self.results / "machine.json").replace(folder / "machine.json")
         threading.Thread(target=self.pack_always, daemon=True).start()
         self.start_build(folder)
-        codes = {}
-        for name in phases:
+        codes: dict[str, int] = {}
+        while len(codes) < len(phases):
+            left = [name for name in phases if name not in codes]
+            building = self.build is not None and self.build.poll() is None
+            # while the extension is built, what can do without it
+            name = next((n for n in left if not (building and PHASES[n].needs_build)), left[0])
             if PHASES[name].needs_build:
                 self.end_build(folder)
             limit = max(0.0, min(PHASES[name].limit, self.end - time.time()))
@@ -275,7 +280,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         programme = Programme(options, Path(work))
         try:
-            return programme.run(tuple(options.only or SITTINGS[options.sitting]))
+            return programme.run(tuple(dict.fromkeys(options.only or SITTINGS[options.sitting])))
         finally:
             if programme.build is not None:
                 stop(programme.build)
