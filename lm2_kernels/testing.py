@@ -179,6 +179,8 @@ SHAPES = (
     Shape("decode", 1, 1, 2048, 8, 2048, "one token of the released model's segment"),
     Shape("odd", 2, 300, 333, 3, 195, "no size is a multiple of anything"),
 )
+# what fills a GPU: benchmarks take them there, tests do not
+GPU_SHAPES = (Shape("2048x8", 8, 2048, 2048, 8, 2048, "the released model's size, eight segments"),)
 SHAPE_CASES = tuple(dict.fromkeys(case for shape in SHAPES for case in shape.cases()))
 
 
@@ -191,6 +193,8 @@ class Inputs(NamedTuple):
 
 
 Layout = Callable[[Tensor], Tensor]
+# elements from which on a CPU thread's normal numbers take longer than a GPU's kernels
+_LARGE = 2**18
 
 
 def make_inputs(
@@ -204,13 +208,18 @@ def make_inputs(
 ) -> Inputs:
     """Random tensors of the case in ``dtype`` (or the dtypes its options name).
 
-    ``layout`` maps each tensor and each cotangent to one of equal values and other strides.
+    ``layout`` maps each tensor and each cotangent to one of equal values and other strides. Large
+    ones of a GPU are drawn there: other values than on a CPU, of the same distribution.
     """
     generator = torch.Generator().manual_seed(seed)
+    on_gpu = torch.device(device).type == "cuda"
+    large = torch.Generator(device).manual_seed(seed) if on_gpu else generator
 
     def draw(*shape: int, like: str | None = None) -> Tensor:
         wanted = dtype if like is None or dtype == torch.float64 else DTYPES[like]
-        tensor = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        source = large if math.prod(shape) >= _LARGE else generator
+        options = {"generator": source, "device": source.device, "dtype": torch.float64}
+        tensor = torch.randn(shape, **options) * scale
         tensor = tensor.to(wanted).to(device)
         return tensor if layout is None else layout(tensor)
 

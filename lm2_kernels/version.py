@@ -6,9 +6,9 @@ from pathlib import Path
 __version__ = "0.1.0"
 
 
-def sources_digest(folder: Path) -> str:
-    """A hash of ``csrc/``."""
+def sources_digest(folder: Path, pattern: str = "*") -> str:
+    """A hash of ``csrc/``, or of those files of a folder."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

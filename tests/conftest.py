@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lm2_kernels import projections
+from tools import hardware
 from tools.emulated_avx512 import avx512_reason
 from tools.emulated_cuda import emulation_reason
 from tools.native import cpp_reason
@@ -74,6 +75,10 @@ def pytest_sessionfinish(session, exitstatus):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def pytest_configure(config):
+    config.pluginmanager.register(hardware)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not _cases:
         return
@@ -82,9 +87,3 @@ def pytest_terminal_summary(terminalreporter, config):
     for name in REQUIRED_BACKENDS:
         if _cases[name] == 0 and _whole_run(config):
             terminalreporter.write_line(f"FAILED: backend {name} ran no case", red=True)
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))

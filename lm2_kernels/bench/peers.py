@@ -76,9 +76,9 @@ class SdpaPaperMemory(nn.Module):
     :class:`lm2_kernels.PaperMemory`.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8):
+    def __init__(self, dim: int, num_heads: int = 8, kernel: SDPBackend | None = None):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.kernel = num_heads, kernel
         for name in ("query", "key", "value", "output_gate", "input_gate", "forget_gate"):
             self.add_module(f"{name}_proj", nn.Linear(dim, dim, bias=False))
 
@@ -92,6 +92,7 @@ class SdpaPaperMemory(nn.Module):
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
+            self.kernel,
             **sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device),
         ).flatten(-2)
         end = slot_offset + x.shape[1]

@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lm2_kernels.bench import works
-from lm2_kernels.bench.suite import FORMAT
+from lm2_kernels.bench.suite import FORMAT, GRAPH
 from lm2_kernels.info import columns
 
 _TITLES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
+_TITLES |= {name + GRAPH: f"{_TITLES[name]} in a CUDA graph" for name in ("forward", "both")}
+# beside every number that a row which disagrees with the oracle has a part in
+_MARK = "!"
+_GRAPHS = "eager launches and replays of a CUDA graph, ms"
 _LENGTHS = "attention forward and backward as T grows: time, peak memory beyond the inputs"
 _Key = tuple[str, str, str, str]  # work, shape, dtype, pass
 
@@ -38,8 +42,18 @@ def render(report: dict) -> str:
     for title, table in tables(report).items():
         lines += ["", title, *(f"  {line}" for line in columns(table))]
     lines += _memory_lines(report)
+    graphs = _graph_table(report)
+    lines += ["", _GRAPHS, *(f"  {line}" for line in columns(graphs))] if graphs else []
+    wrong = wrong_rows(report)
+    lines += ["", *(f"{_MARK} {text}" for text in wrong)] if wrong else []
     lines += ["", *(f"left out: {text}" for text in report["skipped"])] if report["skipped"] else []
     return "\n".join(lines)
+
+
+def wrong_rows(report: dict, is_ours: bool = False) -> list[str]:
+    """What is said of rows that disagree with the oracle: of all, or of ours alone."""
+    found = [r for r in (*report["results"], *report["lengths"]) if r.get("wrong")]
+    return list(dict.fromkeys(r["wrong"] for r in found if r["is_ours"] or not is_ours))
 
 
 def machine_line(report: dict) -> str:
@@ -104,18 +118,21 @@ def _table(groups: dict[_Key, dict[str, dict]]) -> list[list[str]]:
     for (_, shape, dtype, _), group in groups.items():
         if ours not in group:
             continue
-        line = [shape, dtype, _number(1e3 * group[ours]["seconds"])]
-        line += [_times(_ratio(group, name)) for name in others]
+        line = [shape, dtype, _number(1e3 * group[ours]["seconds"]) + _mark(group, ours)]
+        line += [_times(_ratio(group, name)) + _mark(group, name) for name in others]
         if limit:
-            line.append(_percent(_ratio(group, works.LIMIT)))
+            line.append(_percent(_ratio(group, works.LIMIT)) + _mark(group, works.LIMIT))
         if light:
-            line.append(_percent(group[ours]["light_share"]))
+            line.append(_percent(group[ours]["light_share"]) + _mark(group, ours))
         table.append([*line, str(group[ours]["rounds"])])
     for dtype in dict.fromkeys(dtype for _, _, dtype, _ in groups):
         own = [group for key, group in groups.items() if key[2] == dtype]
         if len(own) == 1:
             continue
-        ratios = [[_ratio(group, name) for group in own] for name in others]
+        ratios = [
+            [None if _mark(group, name) else _ratio(group, name) for group in own]
+            for name in others
+        ]
         # a mean over fewer lines than the others' would not be theirs to compare with
         means = [None if None in column else statistics.geometric_mean(column) for column in ratios]
         line = ["geometric mean", dtype, "", *map(_times, means)]
@@ -127,6 +144,13 @@ def _ours(groups: dict[_Key, dict[str, dict]]) -> str | None:
     """Our best backend: it comes first."""
     results = (result for group in groups.values() for result in group.values())
     return next((result["row"] for result in results if result["is_ours"]), None)
+
+
+def _mark(group: dict[str, dict], name: str) -> str:
+    """Of a number of this row, which is by ours: nothing where both are right."""
+    ours = next((result for result in group.values() if result["is_ours"]), {})
+    is_wrong = ours.get("wrong") or group.get(name, {}).get("wrong")
+    return _MARK if is_wrong and name in group else ""
 
 
 def _ratio(group: dict[str, dict], name: str) -> float | None:
@@ -158,6 +182,26 @@ def _saved_table(report: dict) -> list[list[str]]:
     return table if saved else []
 
 
+def _graph_table(report: dict) -> list[list[str]]:
+    """Each row by eager launches and by a graph; empty if no graph was measured."""
+    passes = ("forward", "both")
+    head = [f"{_TITLES[name]}{how}" for name in passes for how in ("", ", graph")]
+    table = [["work", "shape", "dtype", "row", *head]]
+    keys = dict.fromkeys(key[:3] for key in _groups(report) if key[3].endswith(GRAPH))
+    groups = _groups(report)
+    for key in keys:
+        own = [groups.get((*key, name + how), {}) for name in passes for how in ("", GRAPH)]
+        for row in dict.fromkeys(name for group in own for name in group):
+            cells = [
+                _number(1e3 * group[row]["seconds"]) + _MARK * bool(group[row].get("wrong"))
+                if row in group
+                else "-"
+                for group in own
+            ]
+            table.append([*key, row, *cells])
+    return table if keys else []
+
+
 def _memory_lines(report: dict) -> list[str]:
     lines = []
     saved = _saved_table(report)
@@ -176,7 +220,8 @@ def _lengths_table(report: dict) -> list[list[str]]:
         line = [str(tokens)]
         for row in rows:
             entry = own.get(row)
-            line += [_number(entry["seconds"]) if entry else "-"]
+            mark = _MARK if entry and entry.get("wrong") else ""
+            line += [_number(entry["seconds"]) + mark if entry else "-"]
             line += [_mebibytes(entry["peak_bytes"]) if entry else "-"]
         table.append(line)
     return table
@@ -210,7 +255,8 @@ def compare(first: dict, second: dict) -> str:
             if other is None:
                 continue
             times = (result["seconds"], other["seconds"])
-            cells = [_number(1e3 * spent) for spent in times]
+            marks = [_MARK * bool(r.get("wrong")) for r in (result, other)]
+            cells = [_number(1e3 * t) + mark for t, mark in zip(times, marks, strict=True)]
             table.append([*key, name, *cells, _times(times[0] / times[1])])
     if len(table) == 1:
         raise ValueError("the two files have no measurement in common")
@@ -235,6 +281,7 @@ def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer"
         lines += [title, "", *markdown(saved), ""]
     if report["lengths"]:
         lines += [f"**{_LENGTHS}**", "", *markdown(_lengths_table(report)), ""]
+    lines += [f"{_MARK} {text}." for text in wrong_rows(report)]
     lines += [f"Left out: {text}." for text in report["skipped"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -243,7 +290,10 @@ def _chart(report: dict, layer: str) -> list[str]:
     """Forward and backward of a layer by each peer, ours being 1, for Mermaid to draw."""
     groups = {k: g for k, g in _groups(report).items() if (k[0], k[3]) == (layer, "both")}
     rows = {name: result for group in groups.values() for name, result in group.items()}
-    series = {name: [_ratio(group, name) for group in groups.values()] for name in rows}
+    series = {
+        name: [None if _mark(group, name) else _ratio(group, name) for group in groups.values()]
+        for name in rows
+    }
     ours = _ours(groups)
     # a chart has no gaps, and what is ours but not our best is no peer
     peers = [
@@ -251,7 +301,8 @@ def _chart(report: dict, layer: str) -> list[str]:
         for name in rows
         if not rows[name]["is_ours"] and name != works.LIMIT and None not in series[name]
     ]
-    if not peers or ours is None or len({dtype for _, _, dtype, _ in groups}) != 1:
+    dtypes = {dtype for _, _, dtype, _ in groups}
+    if not peers or ours is None or None in series[ours] or len(dtypes) != 1:
         return []
     top = math.ceil(2.0 * max(max(series[name]) for name in (*peers, ours))) / 2.0
     drawn = [("bar", peers[0]), *(("line", name) for name in (*peers[1:], ours))]
@@ -308,7 +359,11 @@ def plot(report: dict, folder: Path) -> list[Path]:
 
 
 def _bars(figure_type: type, report: dict):
-    groups = {k: g for k, g in _groups(report).items() if k[3] in ("forward", "both")}
+    groups = {
+        key: {name: result for name, result in group.items() if not _mark(group, name)}
+        for key, group in _groups(report).items()
+        if key[3] in ("forward", "both")
+    }
     count = len(groups)
     figure = figure_type(figsize=(8, 1.5 + 0.6 * count), layout="constrained")
     axes = figure.subplots()

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import multiprocessing
 import os
 import platform
@@ -15,7 +16,7 @@ import torch
 from lm2_kernels import extension, info, products
 from lm2_kernels.bench import measure, works
 from lm2_kernels.bench.works import PASSES, Row, Work, dtype_name
-from lm2_kernels.testing import SHAPES, Shape
+from lm2_kernels.testing import GPU_SHAPES, SHAPES, Shape
 
 FORMAT = 1
 # time and memory of attention as the segment grows, which has no other shapes and float32 alone;
@@ -26,6 +27,8 @@ LENGTHS = tuple(
     for tokens in (1024, 2048, 4096, 8192, 16384)
 )
 _LENGTH_WORK = "memory_attention"
+# what a pass is called where a CUDA graph is replayed
+GRAPH = ", graph"
 # bytes of scores from which on the oracle is left out of the lengths
 _MAX_TIMED_SCORES = 3 * 2**30
 
@@ -45,6 +48,10 @@ class Selection:
     rows: tuple[str, ...] = ()
     passes: tuple[str, ...] = PASSES
     device: str = "cpu"
+    # CUDA graphs of forward and of both passes, beside eager launches
+    graphs: bool = False
+    # beside those of testing.py
+    more_shapes: tuple[Shape, ...] = ()
 
     @property
     def has_lengths(self) -> bool:
@@ -56,10 +63,15 @@ class Selection:
             (name, shape, getattr(torch, dtype))
             for name in works.WORKS
             if not self.works or name in self.works
-            for shape in SHAPES
-            if works.fits(name, shape) and (not self.shapes or shape.name in self.shapes)
+            for shape in (*SHAPES, *GPU_SHAPES, *self.more_shapes)
+            if works.fits(name, shape) and self._takes(shape)
             for dtype in self.dtypes
         ]
+
+    def _takes(self, shape: Shape) -> bool:
+        if self.shapes:
+            return shape.name in self.shapes
+        return self.device == "cuda" or shape not in GPU_SHAPES
 
 
 def run(
@@ -73,18 +85,14 @@ def run(
     Args:
         selection: what.
         budget: seconds in all, about: a work that was begun is finished. What is left when they
-            are spent is listed as skipped; so is what cannot be made here, and a peer that
-            disagrees with the oracle.
+            are spent is listed as skipped; so is what cannot be made here. A row that disagrees
+            with the oracle is timed, and its results say so ("wrong").
         progress: called with how many pieces are done, of how many, and the next one's name.
         save: called with the report so far before the first piece and after each.
 
     Returns:
         What :mod:`lm2_kernels.bench.report` shows.
-
-    Raises:
-        DisagreementError: a row of ours is wrong, known before any row of its work is timed.
     """
-    end = time.monotonic() + budget
     device = selection.device
     dtypes = [getattr(torch, dtype) for dtype in selection.dtypes]
     report = {
@@ -97,6 +105,8 @@ def run(
         "skipped": [],
         "lengths": [],
     }
+    # the ceilings also set up the device, which may take longer than all else
+    end = time.monotonic() + budget
     save = save or (lambda report: None)
     save(report)
     pieces = selection.pieces()
@@ -167,8 +177,7 @@ def build_rows(work: Work, names: Sequence[str], skipped: list[str]) -> dict[str
             rows[name] = row
         # whatever a peer raises: it is a row of the table, and its failure is too
         except Exception as error:
-            text = str(error).strip().splitlines()
-            skipped.append(f"{work.id}, {name}: {type(error).__name__}: {(text or [''])[0][:200]}")
+            skipped.append(f"{work.id}, {name}: {_first_line(error)}")
     return rows
 
 
@@ -178,21 +187,29 @@ def _measure(work: Work, selection: Selection, budget: float, report: dict) -> l
     if not rows:
         report["skipped"].append(f"{work.id}: has none of these rows or passes")
         return []
-    shares = measure.check(work, rows, report["skipped"])
+    agreements = measure.check(work, rows)
     saved = {}
     if "both" in passes:
         saved = {name: measure.saved_bytes(row) for name, row in rows.items() if row.is_checked}
+    if selection.graphs and work.device == "cuda":
+        passes += [name + GRAPH for name in passes if name != "backward"]
     results = []
     # compiling and checking do not take from the rounds
     start = time.monotonic()
     for index, pass_name in enumerate(passes):
         left = max(0.0, budget - (time.monotonic() - start)) / (len(passes) - index)
+        eager = pass_name.removesuffix(GRAPH)
         timed = dict(rows)
-        if pass_name == "forward":
+        if eager == "forward":
             timed.pop(works.RECOMPUTE, None)  # which is the same code without a backward
+        wrong = {name: agreement.wrong for name, agreement in agreements.items()}
+        launched = eager
+        if pass_name != eager:
+            timed = _captured(work, timed, eager, wrong, report["skipped"])
+            launched = "forward"  # of which a replay is all
         if not timed:
             continue
-        times = measure.measure(timed, pass_name, work.cotangents, work.device, left)
+        times = measure.measure(timed, launched, work.cotangents, work.device, left)
         ours = next((times[name] for name, row in timed.items() if row.is_ours), None)
         for name, row_times in times.items():
             median = statistics.median(row_times)
@@ -208,14 +225,53 @@ def _measure(work: Work, selection: Selection, budget: float, report: dict) -> l
                 "rounds": len(row_times),
                 # how many times as fast our first backend is: median of paired rounds
                 "ratio": None if ours is None else measure.ratio(row_times, ours),
-                "flops": work.flops[pass_name],
-                "bytes": work.bytes[pass_name],
-                "error_share": shares.get(name),
+                "flops": work.flops[eager],
+                "bytes": work.bytes[eager],
+                "error_share": _finite(agreements.get(name)),
             }
+            if wrong.get(name):
+                result["wrong"] = wrong[name]
             if pass_name == "both" and name in saved:
                 result["saved_bytes"] = saved[name]
             results.append(result)
     return results
+
+
+def _captured(
+    work: Work,
+    rows: dict[str, Row],
+    pass_name: str,
+    wrong: dict[str, str | None],
+    skipped: list[str],
+) -> dict[str, Row]:
+    """Those rows that a CUDA graph takes; ``wrong`` gets what ours replay wrongly."""
+    found = {}
+    for name, row in rows.items():
+        if row.restart is not None:
+            continue  # its calls go on from one another
+        try:
+            found[name], is_equal = measure.captured(row, pass_name, work.cotangents)
+        # whatever a capture raises, as of other rows
+        except Exception as error:
+            skipped.append(f"{work.id}, {name}, {pass_name} in a CUDA graph: {_first_line(error)}")
+            continue
+        # peers add in the order that atomics come
+        if row.is_ours and not is_equal:
+            reason = f"a CUDA graph of {pass_name} gives other bits"
+            wrong[name] = wrong.get(name) or f"{work.id}: row '{name}' is wrong: {reason}"
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {(text or [''])[0][:200]}"
+
+
+def _finite(agreement: measure.Agreement | None) -> float | None:
+    # JSON has no infinity
+    if agreement is None or not math.isfinite(agreement.share):
+        return None
+    return agreement.share
 
 
 def _light_share(result: dict, ceilings: dict[str, float]) -> float | None:
@@ -237,18 +293,20 @@ def _measure_length(shape: Shape, device: str, end: float, skipped: list[str]) -
         del work.rows[works.ORACLE]
     names = [works.our_backends(device)[0], works.ORACLE, works.SDPA_OP]
     rows = build_rows(work, names, skipped)
-    measure.check(work, rows, skipped)
     if not rows:
         return []
+    agreements = measure.check(work, rows)
     budget = max(0.0, end - time.monotonic()) / len(LENGTHS)
     times = measure.measure(rows, "both", work.cotangents, device, budget)
     return [
         {
             "tokens": shape.tokens,
             "row": name,
+            "is_ours": rows[name].is_ours,
             "seconds": statistics.median(row_times),
             "peak_bytes": peak_apart(_LENGTH_WORK, shape, torch.float32, device, name),
         }
+        | ({"wrong": agreements[name].wrong} if agreements[name].wrong else {})
         for name, row_times in times.items()
     ]
 

@@ -1,7 +1,7 @@
 """The works that are benchmarked, and for each the rows: everything that can do it.
 
 A work is a piece of computation at one shape in one dtype. Its rows share inputs and weights, and
-each must agree with the float64 oracle before it is timed.
+each is held to the float64 oracle before it is timed.
 """
 
 import contextlib
@@ -33,6 +33,8 @@ ORACLE = "oracle"
 RELEASED = "released way"
 SDPA_OP = "SDPA"
 SDPA = "eager + SDPA"
+# which torch does not choose by itself where it is the fastest
+SDPA_CUDNN = "eager + SDPA cudnn"
 NO_CACHE = "no cache"
 TORCH_NORM = "torch layer_norm"
 # of our first backend: less memory for more time
@@ -42,13 +44,14 @@ LIMIT = "limit"
 # torch.compile of a row, by its mode
 _COMPILED = {"compiled": None, "max-autotune": "max-autotune"}
 _ON_GPUS_ALONE = ("SDPA efficient", "SDPA cudnn", "max-autotune")
+DROPOUT = "attention dropout 0.9"  # the released model's, in training
 
 ROWS = (
     *backends.NAMES,
     RECOMPUTE,
     *(
         name
-        for row in (ORACLE, RELEASED, SDPA)
+        for row in (ORACLE, RELEASED, SDPA, SDPA_CUDNN)
         for name in (row, *(f"{row}, {how}" for how in _COMPILED))
     ),
     *(*SDPA_KERNELS, TORCH_NORM, NO_CACHE, LIMIT),
@@ -66,7 +69,7 @@ class Row(NamedTuple):
     forward: Callable[[], Outputs]
     leaves: Sequence[Tensor]  # whose gradients are taken, x and memory first
     is_ours: bool = False
-    # a limit computes no result to compare
+    # a limit computes no result to compare, a peer with dropout one of its own
     is_checked: bool = True
     # of the limit, which is no differentiable function: the products and attention of backward
     backward: Callable[[Outputs], object] | None = None
@@ -115,12 +118,14 @@ def our_backends(device: str) -> tuple[str, ...]:
 # --- ops ---------------------------------------------------------------------------------------
 
 
-def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
+def _op(op: str, shape: Shape, dtype: torch.dtype, device: str, dropout_p: float = 0.0) -> Work:
     """An op through the public function, as the layers call it."""
     case = next(case for case in shape.cases() if case.op == op)
+    if dropout_p:
+        case = case._replace(options=(*case.options, ("dropout_p", dropout_p)))
     inputs = testing.make_inputs(case, dtype, device)
 
-    def row(function: Callable, inputs=inputs, **options) -> Row:
+    def row(function: Callable, inputs=inputs, is_checked=True, **options) -> Row:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors.values()]
 
         def forward() -> Outputs:
@@ -128,13 +133,15 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
             outputs = function(**named, **inputs.constants, **options)
             return outputs if isinstance(outputs, tuple) else (outputs,)
 
-        return Row(forward, leaves, is_ours=bool(options))
+        return Row(forward, leaves, is_ours=bool(options), is_checked=is_checked)
 
     def oracle() -> Row:
         tensors = {name: tensor.double() for name, tensor in inputs.tensors.items()}
         function = getattr(reference, op)
-        if 8 * shape.batch * shape.heads * shape.tokens * shape.slots > _MAX_SCORES:
-            # which is proven against the equations, and holds a block of scores at a time
+        scores = 8 * shape.batch * shape.heads * shape.tokens * shape.slots
+        if dropout_p or scores > _MAX_SCORES:
+            # which is proven against the equations, holds a block of scores at a time, and drops
+            # what the other backends do
             function = functools.partial(getattr(functional, op), backend="eager")
         return row(function, inputs._replace(tensors=tensors))
 
@@ -142,10 +149,11 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
         name: functools.partial(row, getattr(functional, op), backend=name)
         for name in our_backends(device)
     }
-    rows[ORACLE] = functools.partial(row, getattr(reference, op))
-    rows |= _compiled(ORACLE, lambda wrap: row(wrap(getattr(reference, op))), device)
+    if not dropout_p:
+        rows[ORACLE] = functools.partial(row, getattr(reference, op))
+        rows |= _compiled(ORACLE, lambda wrap: row(wrap(getattr(reference, op))), device)
     if op == "memory_attention":
-        rows |= _sdpa_rows(row, shape, device)
+        rows |= _sdpa_rows(row, shape, device, dropout_p)
     elif op == "residual_layer_norm":
 
         def torch_norm(x, residual, weight, bias):
@@ -161,18 +169,22 @@ def _op(op: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
     # cotangent itself (of hidden, which is not read either) or another's (of residual, x's)
     backward = forward + read - 2 * sizes.get("hidden", 0) - sizes.get("residual", 0)
     traffic = {"forward": forward, "backward": backward, "both": forward + backward}
-    return Work(op, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
+    name = DROPOUT if dropout_p else op
+    return Work(name, shape, dtype, device, rows, PASSES, flops, traffic, oracle, cotangents)
 
 
-def _sdpa_rows(row: Callable[..., Row], shape: Shape, device: str) -> dict[str, Callable[[], Row]]:
+def _sdpa_rows(
+    row: Callable[..., Row], shape: Shape, device: str, dropout_p: float
+) -> dict[str, Callable[[], Row]]:
     # the mask is made once, as somebody would who calls it often
     options = sdpa_options(shape.tokens, shape.slots, shape.slot_offset, torch.device(device))
 
     def forced(name: str) -> Row:
-        def function(query, key, value, slot_offset=0):
-            return sdpa(query, key, value, SDPA_KERNELS[name], **options)
+        def function(query, key, value, slot_offset=0, dropout_p=0.0):
+            return sdpa(query, key, value, SDPA_KERNELS[name], dropout_p=dropout_p, **options)
 
-        return row(function)
+        # theirs drop what their own random numbers say
+        return row(function, is_checked=not dropout_p)
 
     return {
         name: functools.partial(forced, name)
@@ -253,7 +265,7 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         parameters.update(layer.named_parameters(remove_duplicate=False))
         return made
 
-    def peer_rows(kind: type, name: str) -> dict[str, Callable[[], Row]]:
+    def peer_rows(kind: Callable[..., nn.Module], name: str) -> dict[str, Callable[[], Row]]:
         def peer(wrap: Callable = lambda layer: layer) -> Row:
             layer = kind(shape.dim, shape.heads)
             return row(layer, wrap(layer))
@@ -274,6 +286,9 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     rows |= _compiled(ORACLE, oracle_row, device)
     if is_paper:
         rows |= peer_rows(SdpaPaperMemory, SDPA)
+        if device == "cuda":
+            cudnn = functools.partial(SdpaPaperMemory, kernel=SDPA_KERNELS["SDPA cudnn"])
+            rows |= peer_rows(cudnn, SDPA_CUDNN)
     elif shape.tokens == shape.slots:
         rows |= peer_rows(ReleasedStyleMemory, RELEASED)
     products_of = _paper_products if is_paper else _release_products
@@ -463,6 +478,7 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
 
 WORKS: dict[str, Callable[[Shape, torch.dtype, str], Work]] = {
     **{op: functools.partial(_op, op) for op in backends.OPS if op != "pooled_gate"},
+    DROPOUT: functools.partial(_op, "memory_attention", dropout_p=0.9),
     "paper layer": functools.partial(_layer, "paper"),
     "release layer": functools.partial(_layer, "release"),
     "training step": functools.partial(_model_work, "training step"),
@@ -473,7 +489,7 @@ WORKS: dict[str, Callable[[Shape, torch.dtype, str], Work]] = {
 
 def fits(name: str, shape: Shape) -> bool:
     """Whether a work makes sense at a shape."""
-    if name in backends.OPS:
+    if name in (*backends.OPS, DROPOUT):
         return True
     if name in ("training step", "prefill", "decode step"):
         return shape.tokens == shape.slots

@@ -1,0 +1,51 @@
+"""Every kernel of a backend in every dtype, under the error rule of ``lm2_kernels.testing``."""
+
+import functools
+
+from entries import Context, Entry
+
+import lm2_kernels as lm2
+from lm2_kernels import testing
+from lm2_kernels.backends import triton  # noqa: F401 - once, before entries are forked
+
+
+def entries(context: Context, backend: str) -> list[Entry]:
+    dtypes = ("bfloat16", "float32", "float16")
+    cases = _cases()
+    if context.is_rehearsal:
+        dtypes, cases = ("float32",), testing.SMALL_CASES[2::4]
+    return [
+        Entry(f"{dtype} {case.id}", functools.partial(_check, case, dtype, backend, context), 45.0)
+        for dtype in dtypes
+        for case in cases
+    ]
+
+
+def _cases() -> list[testing.Case]:
+    """The layers' shapes with eight segments cut to two, and what the kernels have branches for."""
+    attention = functools.partial(testing.Case, "memory_attention")
+    large = testing.GPU_SHAPES[0]._replace(batch=2).cases()
+    update, norm, pool = large[1:]
+    return [
+        *(attention(2, 2048, 2048, 2048 // width, width) for width in (256, 128, 64)),
+        attention(2, 515, 1027, 4, 192, (("dropout_p", 0.9),)),
+        attention(6, 77, 130, 4, 96, (("slot_mask", "random"),)),
+        attention(2, 1, 2048, 8, 256, (("slot_offset", 2047),)),
+        attention(1, 33, 40, 2, 17, (("slot_offset", 7),)),
+        *(update, update._replace(options=(("gate_bias", "segment"),))),
+        *(norm, norm._replace(tokens=33, width=16_384)),
+        *(pool, pool._replace(options=(("prefix", True),))),
+    ]
+
+
+def _check(case: testing.Case, dtype: str, backend: str, context: Context, end: float) -> dict:
+    with lm2.recording() as ran:
+        comparisons = testing.check_case(case, testing.DTYPES[dtype], backend, context.device)
+    names = {name for _, name in ran}
+    worst = max(comparisons, key=lambda comparison: comparison.share)
+    passed = all(comparison.passed for comparison in comparisons)
+    return {
+        "ok": passed and names <= {backend, f"{backend}/composite"},
+        "line": f"{worst.name} has {worst.share:.2f} of the allowed error, by {sorted(names)}",
+        "comparisons": [repr(comparison) for comparison in comparisons],
+    }
