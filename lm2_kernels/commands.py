@@ -93,82 +93,84 @@ def run_demo(options: argparse.Namespace) -> int:
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, and write the model into ``--out``."""
-    with parallel.process_group() as (rank, world, device):
-        _check(options)
-        data = corpus.Corpus.open(options.data, options.vocab_size)
-        config = _configuration(options, data)
-        length = _or(options.length, 4 * config.memory_slots)
-        seen, kept = data.split(options.validation, length)
-        if options.batch < 1 or options.batch % world:
-            raise ValueError(
-                f"--batch must be a multiple of the number of processes, {world}, got "
-                f"{options.batch}"
-            )
-        torch.manual_seed(options.seed)
-        model = LM2ForCausalLM(config).to(device)
-        wrapped = parallel.wrap(model, options.parallel, device)
-        optimizer = torch.optim.AdamW(
-            training.optimizer_groups(wrapped, options.weight_decay), lr=options.lr
-        )
-        first = 0
-        if options.resume:
-            first = parallel.load_progress(options.out / _PROGRESS, wrapped, optimizer)
-        if rank == 0:
-            left_out = len(data.files) - len(seen.files)
-            if left_out:
-                print(f"{left_out} files are too short for windows of {length} tokens: left out")
-            if not options.resume:
-                _remove_run(options.out)
-            # a run that is cut short can be gone on with by this
-            checkpoint.save_config(options.out, dataclasses.asdict(config))
-            corpus.save_tokenizer(options.out, data.tokenizer)
-            count = sum(parameter.numel() for parameter in model.parameters())
-            print(
-                f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {world} processes of "
-                f"{device.type}, steps {first + 1} to {options.steps}",
-                flush=True,
-            )
-        bar = StepBar("train", first) if rank == 0 else None
-
-        def after_step(done: int, total: int, loss: float) -> None:
-            if options.save_every and done % options.save_every == 0 and done < total:
-                parallel.save_progress(options.out / _PROGRESS, wrapped, optimizer, done)
-            if bar is not None:
-                bar(done, total, loss)
-
-        autocast = None if options.dtype == "float32" else torch.bfloat16
-        try:
-            training.train(
-                wrapped,
-                seen.batches(
-                    options.batch, length, options.seed, first=first, rank=rank, world=world
-                ),
-                steps=options.steps,
-                first=first,
-                optimizer=optimizer,
-                lr=options.lr,
-                warmup=_or(options.warmup, max(options.steps // 20, 1)),
-                clip=options.clip,
-                autocast=autocast,
-                bptt_segments=options.bptt_segments,
-                progress=after_step,
-            )
-        finally:
-            if bar is not None:
-                bar.close()
-        if options.save_every:
-            parallel.save_progress(options.out / _PROGRESS, wrapped, optimizer, options.steps)
-        windows = kept.batches(options.batch, length, 0, rank=rank, world=world)
-        loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
-        loss = parallel.mean(loss, device)
-        weights = parallel.full_state_dict(wrapped)
-        if rank == 0:
-            model.save(options.out, weights)
-            print(
-                f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
-                f"{math.exp(loss):.2f}); the model is in {options.out}"
-            )
+    with parallel.process_group() as place:
+        # a function of its own: nothing of a wrapped model may outlive the group
+        _train(options, *place)
     return 0
+
+
+def _train(options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
+    _check(options)
+    data = corpus.Corpus.open(options.data, options.vocab_size)
+    config = _configuration(options, data)
+    length = _or(options.length, 4 * config.memory_slots)
+    seen, kept = data.split(options.validation, length)
+    if options.batch < 1 or options.batch % world:
+        raise ValueError(
+            f"--batch must be a multiple of the number of processes, {world}, got {options.batch}"
+        )
+    torch.manual_seed(options.seed)
+    model = LM2ForCausalLM(config).to(device)
+    wrapped = parallel.wrap(model, options.parallel, device)
+    optimizer = torch.optim.AdamW(
+        training.optimizer_groups(wrapped, options.weight_decay), lr=options.lr
+    )
+    first = 0
+    if options.resume:
+        first = parallel.load_progress(options.out / _PROGRESS, wrapped, optimizer)
+    if rank == 0:
+        left_out = len(data.files) - len(seen.files)
+        if left_out:
+            print(f"{left_out} files are too short for windows of {length} tokens: left out")
+        if not options.resume:
+            _remove_run(options.out)
+        # a run that is cut short can be gone on with by this
+        checkpoint.save_config(options.out, dataclasses.asdict(config))
+        corpus.save_tokenizer(options.out, data.tokenizer)
+        count = sum(parameter.numel() for parameter in model.parameters())
+        print(
+            f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {world} processes of "
+            f"{device.type}, steps {first + 1} to {options.steps}",
+            flush=True,
+        )
+    bar = StepBar("train", first) if rank == 0 else None
+
+    def after_step(done: int, total: int, loss: float) -> None:
+        if options.save_every and done % options.save_every == 0 and done < total:
+            parallel.save_progress(options.out / _PROGRESS, wrapped, optimizer, done)
+        if bar is not None:
+            bar(done, total, loss)
+
+    autocast = None if options.dtype == "float32" else torch.bfloat16
+    try:
+        training.train(
+            wrapped,
+            seen.batches(options.batch, length, options.seed, first=first, rank=rank, world=world),
+            steps=options.steps,
+            first=first,
+            optimizer=optimizer,
+            lr=options.lr,
+            warmup=_or(options.warmup, max(options.steps // 20, 1)),
+            clip=options.clip,
+            autocast=autocast,
+            bptt_segments=options.bptt_segments,
+            progress=after_step,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    if options.save_every:
+        parallel.save_progress(options.out / _PROGRESS, wrapped, optimizer, options.steps)
+    windows = kept.batches(options.batch, length, 0, rank=rank, world=world)
+    loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
+    loss = parallel.mean(loss, device)
+    weights = parallel.full_state_dict(wrapped)
+    if rank == 0:
+        model.save(options.out, weights)
+        print(
+            f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
+            f"{math.exp(loss):.2f}); the model is in {options.out}"
+        )
 
 
 def run_generate(options: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ model (DistributedDataParallel), with ``fsdp`` a share of every parameter (FSDP2
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import warnings
@@ -43,6 +44,9 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
     try:
         yield dist.get_rank(), world, device
     finally:
+        # A group lives for as long as a model that was wrapped with it, which only a collection
+        # frees; its threads, alive when Python ends, now and then abort the process.
+        gc.collect()
         dist.destroy_process_group()
 
 

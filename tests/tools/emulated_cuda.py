@@ -62,7 +62,7 @@ def _build(folder: Path) -> Path:
     commands, objects = [], []
     for source in sorted(CUDA_SOURCES.glob("*.cu")):
         objects.append(folder / f"{source.stem}.o")
-        commands.append(emulator_command(source, objects[-1], "-O2"))
+        commands.append(emulator_command(source, objects[-1], "-O1"))
     objects.append(folder / "emulated_runtime.o")
     commands.append(emulator_command(NATIVE / "emulated_runtime.cpp", objects[-1], "-O1"))
     objects.append(folder / "bindings.o")

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia import compiler
 from triton.runtime import driver as driver_config
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
@@ -354,7 +355,9 @@ def ptxas_log(ptx: str, arch: str) -> str:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "-lineinfo", "--regAllocOptLevel=2"]
+        # releases differ in which assembler serves which generation
+        ptxas = compiler.get_ptxas(int(arch.removeprefix("sm_").rstrip("a"))).path
+        command = [ptxas, "-v", "-lineinfo", "--regAllocOptLevel=2"]
         command += [f"--gpu-name={arch}", file.name, "-o", os.devnull]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
@@ -463,15 +466,29 @@ def _cpu_launches_allowed() -> Iterator[None]:
         forget_target()
 
 
+def _run_interpreted(
+    self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any
+) -> None:
+    """Replaces ``JITFunction.run``: a launch that is interpreted without having been compiled."""
+    constants = {name: value for name, value in options.items() if name in self.arg_names}
+    scope = interpreter._patch_lang(_SEES_BOTH_MODULES)
+    try:
+        _interpreted(self).run(*args, grid=grid, warmup=False, **constants)
+    finally:
+        scope.restore()
+
+
 @contextlib.contextmanager
 def fake_gpu(
-    target: GPUTarget | str = TARGETS["sm_90"], *, execute: bool = True
+    target: GPUTarget | str = TARGETS["sm_90"], *, execute: bool = True, compile: bool = True
 ) -> Iterator[FakeDriver]:
     """Makes Triton compile for `target` and, if `execute`, interpret each launch on its tensors.
 
     Args:
         target: A target, or its name in `TARGETS` or `SMALL_TARGETS`.
         execute: Whether to run the kernels too. Launches on fake tensors are only ever compiled.
+        compile: Whether to compile them. Else they are interpreted alone, in a tenth of the time,
+            and no launch is recorded.
 
     Yields:
         The driver; its ``launches`` are in launch order.
@@ -491,6 +508,8 @@ def fake_gpu(
         # `_active`, because reading `active` would look for a real driver
         patch(driver_config, "_active", driver)
         patch(JITFunction, "__call__", _call_jit_helper)
+        if not compile:
+            patch(JITFunction, "run", _run_interpreted)
         builder = interpreter.interpreter_builder
         # without debug mode the interpreter computes its overflow checks, a third of its time,
         # and ignores them

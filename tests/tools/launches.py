@@ -18,17 +18,27 @@ _KNOWN_SPILLS = {("3.6", "cuda:80", "_memory_attention_bwd_dkey_value_kernel"): 
 # spills is reported and not refused.
 _RELEASES = ("3.6", "3.8")
 
-__all__ = ["TARGETS", "assert_resources", "checked", "compiled"]
+__all__ = ["TARGETS", "assert_resources", "checked", "compiled", "interpreted"]
 
 
 @contextlib.contextmanager
-def checked(target: str, *, shuffle: int = 0, resources: bool = True) -> Iterator[FakeDriver]:
+def checked(target: str, *, shuffle: int = 0) -> Iterator[FakeDriver]:
     """Compile each launch for ``target``, then interpret it: addresses, races, overflow checked."""
     interpreter_bf16.install()
     with fake_gpu(target) as gpu, sanitize(shuffle=shuffle):
         yield gpu
-    if resources:
-        assert_resources(gpu)
+    assert_resources(gpu)
+
+
+@contextlib.contextmanager
+def interpreted(target: str, *, shuffle: int = 0) -> Iterator[None]:
+    """As :func:`checked`, but for the compiler: most of its time, and for numbers it is not needed.
+
+    The launch tables' configuration for the target is the one that is interpreted.
+    """
+    interpreter_bf16.install()
+    with fake_gpu(target, compile=False), sanitize(shuffle=shuffle):
+        yield
 
 
 @contextlib.contextmanager

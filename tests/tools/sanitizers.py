@@ -114,7 +114,7 @@ def emulator_test(sanitizer: str) -> Path:
     """The program of the emulator's own tests."""
 
     def build(folder: Path) -> Path:
-        flags = (f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g1", "-O1")
+        flags = (f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all", "-g1", "-O0")
         commands, objects = [], []
         for name in ("emulator_test", "emulated_runtime"):
             objects.append(folder / f"{name}.o")
