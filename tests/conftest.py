@@ -27,6 +27,9 @@ REQUIRED_BACKENDS = [
     if reason is None
 ]
 
+# what takes longest by itself begins first: begun last, one worker would end the run alone
+_LONGEST = ("test_sanitizers", "test_nvcc", "test_gpu_programme", "test_build", "test_commands")
+
 _cases: collections.Counter[str] = collections.Counter()
 
 # the suite's tensors are small: waking a second thread costs more than it does, and the cores are
@@ -87,3 +90,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for name in REQUIRED_BACKENDS:
         if _cases[name] == 0 and _whole_run(config):
             terminalreporter.write_line(f"FAILED: backend {name} ran no case", red=True)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in _LONGEST)

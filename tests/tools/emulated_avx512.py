@@ -56,7 +56,7 @@ def _build(folder: Path) -> Path:
             continue
         command = ["g++", "-c", "-std=c++20", *flags, *torch_flags(), HAS_EVERY_LEVEL]
         if source.name in ("level_base.cpp", "level_avx2.cpp"):
-            command.append("-O0")  # never run: a higher level is there
+            command.append("-O0")  # not run: a higher level is there
         namespace = f"-Dlm2_kernels_cpp={NAMESPACE}"
         commands.append([*command, namespace, str(source), "-o", str(objects[-1])])
     run_all(commands)
