@@ -1,11 +1,12 @@
 """The hardware suite: what only a GPU can show. Run with ``pytest -m gpu``.
 
 For the Triton and the CUDA C++ kernels: the numerics of every case, at every dtype; sizes past 2^31
-elements; bitwise repeats; CUDA graphs, streams, inductor, and training against the eager backend.
+elements; bitwise repeats; CUDA graphs, streams, inductor, and training beside the oracle.
 compute-sanitizer looks over the CUDA C++ kernels where the toolkit has it.
 """
 
 import concurrent.futures
+import copy
 import functools
 import shutil
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 import torch
 
 import lm2_kernels as lm2
-from lm2_kernels import backends, functional, testing
+from lm2_kernels import backends, functional, reference, testing
+from tools import curves
+from tools.rounding import assert_rule
 
 pytestmark = pytest.mark.gpu
 
@@ -111,12 +114,17 @@ def test_memory_attention_past_2_31_elements(backend):
     query = torch.randn(1, tokens, 8, 128, device="cuda", dtype=torch.bfloat16)
     key, value = torch.randn(2, 1, slots, 8, 128, device="cuda", dtype=torch.bfloat16)
     out = lm2.memory_attention(query, key, value, causal=False, backend=backend)
-    tail = lm2.memory_attention(query[:, -9:], key, value, causal=False, backend=backend)
-    torch.testing.assert_close(out[:, -9:], tail)
+    # fewer rows take other tiles, and round elsewhere
+    tail = query[:, -9:], key, value
+    plain = reference.memory_attention(*tail, causal=False)
+    exact = reference.memory_attention(*(t.double() for t in tail), causal=False)
+    comparison = testing.compare("output", out[:, -9:], exact, plain)
+    # one draw: more would take too long
+    assert comparison.share < testing.NARROW, comparison
 
 
-def _layers(**options):
-    torch.manual_seed(0)
+def _layers(seed=0, **options):
+    torch.manual_seed(seed)
     yield lm2.PaperMemory(512, 4, device="cuda", **options)
     yield lm2.ReleaseMemory(512, 4, pooled_gate="prefix", num_blocks=2, device="cuda", **options)
 
@@ -198,14 +206,23 @@ def test_layers_without_synchronisation(backend):
 def test_layers_compiled_by_inductor(backend):
     for layer in _layers(backend=backend):
         compiled = torch.compile(layer, fullgraph=True)
-        x = torch.randn(2, 64, 512, device="cuda", requires_grad=True)
-        memory = lm2.initial_memory(2, 96, 512, device="cuda")
-        output, _ = compiled(x, memory)
-        want, _ = layer(x, memory)
-        torch.testing.assert_close(output, want)
-        torch.testing.assert_close(
-            torch.autograd.grad(output.sum(), x), torch.autograd.grad(want.sum(), x)
-        )
+        exact, plain = copy.deepcopy(layer).double(), copy.deepcopy(layer)
+        exact.backend = plain.backend = "eager"
+        dtypes = (torch.float32, torch.float64, torch.float32)
+
+        def run(seed, layers=(compiled, exact, plain), dtypes=dtypes):
+            torch.manual_seed(seed)
+            inputs = torch.randn(2, 64, 512, device="cuda")
+            memory = lm2.initial_memory(2, 96, 512, device="cuda")
+            found = []
+            for each, dtype in zip(layers, dtypes, strict=True):
+                x = inputs.to(dtype, copy=True).requires_grad_()
+                output, _ = each(x, memory.to(dtype))
+                (dx,) = torch.autograd.grad(output.sum(), x)
+                found.append({"output": output, "dx": dx})
+            return [testing.compare(name, *(each[name] for each in found)) for name in found[0]]
+
+        assert_rule(run)
 
 
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))
@@ -221,27 +238,30 @@ def test_layers_under_autocast(backend, autocast_dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_training_follows_eager(backend, dtype):
-    losses = {}
-    for name in ("eager", backend):
-        for layer in _layers(dtype=testing.DTYPES[dtype], backend=name):
-            optimizer = torch.optim.SGD(layer.parameters(), lr=0.05)
-            generator = torch.Generator("cuda").manual_seed(0)
-            for _ in range(100):
-                x = torch.randn(2, 32, 512, device="cuda", generator=generator).to(
-                    testing.DTYPES[dtype]
-                )
-                memory = lm2.initial_memory(2, 32, 512, device="cuda", dtype=x.dtype)
-                output, new_memory = layer(x, memory)
-                loss = (output - x.roll(1, 1)).square().mean() + new_memory.square().mean()
-                optimizer.zero_grad()
-                loss.float().backward()
-                optimizer.step()
-            losses.setdefault(name, []).append(loss.detach().double())
-    for eager, fused in zip(losses["eager"], losses[backend], strict=True):
-        # both paths round at every one of 100 steps: a few ulps of the dtype apart at the end
-        eps = torch.finfo(testing.DTYPES[dtype]).eps
-        assert abs(eager - fused) <= 100 * eps * abs(eager)
+def test_training_follows_the_oracle(backend, dtype):
+    dtype = testing.DTYPES[dtype]
+
+    def run(seed, index):
+        models = [
+            list(_layers(seed, dtype=dtype, backend=name))[index]
+            for name in ("eager", "eager", backend)
+        ]
+        models[0].double()
+
+        def loss(layer, step):
+            generator = torch.Generator("cuda").manual_seed(1000 * seed + step)
+            x = torch.randn(2, 32, 512, device="cuda", generator=generator).to(dtype)
+            x = x.to(next(layer.parameters()).dtype)
+            memory = lm2.initial_memory(2, 32, 512, device="cuda", dtype=x.dtype)
+            output, new_memory = layer(x, memory)
+            loss = (output - x.roll(1, 1)).square().mean() + new_memory.square().mean()
+            return loss if loss.dtype == torch.float64 else loss.float()
+
+        oracle, eager, fused = curves.losses(models, loss, lr=0.05)
+        return [testing.compare("losses", fused, oracle, eager)]
+
+    for index in range(2):
+        assert_rule(functools.partial(run, index=index))
 
 
 def test_ops_in_threads(backend):
