@@ -166,7 +166,8 @@ class _MemoryLayer(nn.Module):
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
         check_nonempty(op, "x", x, {"tokens T": 1})
         if (self.backend or requested_backend()) != "auto":
-            # which always finds one; attention and update run in what autocast makes of x
+            # "auto" always finds one. Judged by what autocast makes of x, in which attention and
+            # update run, and by which a reason against a dtype is the layer's
             computed = x.new_empty((0, self.dim), dtype=computed_dtype(x))
             for name in self.OPS:
                 select(name, (computed,), self.backend)

@@ -111,6 +111,9 @@ def test_a_wrong_row_is_timed_and_marked(tiny, monkeypatch, tmp_path, capsys, na
     assert report.compare(measured, measured).count("!") == 2
     if name == "eager":
         assert "mermaid" not in report.readme(measured)
+    # with ours wrong, nothing is left to draw
+    drawn = {path.name for path in report.plot(measured, tmp_path)}
+    assert drawn == (set() if name == "eager" else {"speedup.png"})
 
 
 def test_a_row_of_nan_is_wrong_and_still_json(tiny, monkeypatch):
@@ -119,6 +122,12 @@ def test_a_row_of_nan_is_wrong_and_still_json(tiny, monkeypatch):
     measured = suite.run(selection, 100.0)
     assert all("has inf times" in result["wrong"] for result in measured["results"])
     json.dumps(measured, allow_nan=False)
+
+
+def test_graphs_need_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["bench", "memory_update", "--graphs"]) != 0
+    assert "--graphs needs a GPU" in capsys.readouterr().err
 
 
 def test_shapes_for_gpus_alone():

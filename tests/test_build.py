@@ -197,8 +197,8 @@ def test_without_compiler(tree, tmp_path, environment, reason):
     said = _said(built)
     assert len(said) == (0 if "LM2_KERNELS_BUILD" in environment else 1)
     assert all("The package installs and runs without" in line for line in said)
-    if said:
-        return
+    if environment.get("CXX", "/nonexistent/c++") != "/nonexistent/c++":
+        return  # to run it, one compiler that is missing is like another
     run = _python(SMOKE, tmp_path / "site")
     assert f"{{'eager'}}|its C++ kernels were not built: {record['cpu']}|" in run.stdout
 

@@ -63,6 +63,7 @@ def _weights(folder):
 
 def _same(got, want):
     got, want = _weights(got), _weights(want)
+    assert got.keys() == want.keys()
     total = sum((got[name] - want[name]).abs().sum().item() for name in want)
     # Sums of gradients come in another order, and AdamW makes a whole step, up or down, also of a
     # gradient that is rounding alone: few of many thousand weights may have gone the other way.

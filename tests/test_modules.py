@@ -15,7 +15,7 @@ import lm2_kernels as lm2
 from lm2_kernels import backends, reference, testing
 from tools import golden
 from tools.emulated_avx512 import every_level
-from tools.native import needs_cpp
+from tools.native import cpu_default, needs_cpp
 from tools.rounding import assert_round_off, assert_rule
 
 B, T, N, D, H = 2, 4, 6, 12, 3
@@ -379,7 +379,9 @@ def test_autocast(kind, options, x_dtype, environment):
         memory = memory.detach().float().requires_grad_()
         parameters = own_parameters(layer)
         with torch.autocast("cpu", torch.bfloat16):
-            outputs = layer(x, memory)
+            with lm2.recording() as ran:
+                outputs = layer(x, memory)
+            assert {name for _, name in ran} == {cpu_default()}
             yardstick = oracle(layer, parameters, x, memory)[:2]
         assert [output.dtype for output in outputs] == [x_dtype, torch.float32]
         inputs = {"x": x, "memory": memory}

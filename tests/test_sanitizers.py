@@ -135,10 +135,18 @@ def test_cpu_kernels(sanitizer):
 
 
 @_emulated
-@pytest.mark.parametrize("sanitizer", sanitizers.SANITIZERS)
-def test_cuda_kernels(sanitizer):
+@pytest.mark.parametrize(
+    ("sanitizer", "environment"),
+    [
+        ("address", {}),
+        ("thread", {}),
+        pytest.param("thread", {"HARNESS_ALL": "1"}, marks=pytest.mark.slow),
+    ],
+    ids=("address", "thread", "thread-all"),
+)
+def test_cuda_kernels(sanitizer, environment):
     with sanitizers.harness("cuda", sanitizer) as program:
-        done = sanitizers.run(program)
+        done = sanitizers.run(program, **environment)
         assert (done.returncode, done.stdout) == (0, "clean\n"), done.stdout + done.stderr
 
 

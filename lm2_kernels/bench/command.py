@@ -99,6 +99,8 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.graphs and device != "cuda":
+        raise ValueError("--graphs needs a GPU")
     # works that are named are measured wherever they fit
     shapes = () if options.works or options.all else _DEFAULT_SHAPES[device]
     selection = suite.Selection(

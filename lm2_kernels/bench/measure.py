@@ -229,9 +229,12 @@ def captured(row: Row, pass_name: str, cotangents: Outputs) -> tuple[Row, bool]:
     if row.is_checked:
         with torch.no_grad():
             row.leaves[0].neg_()
+        # rows that drop drop the same, each time it is drawn anew
+        torch.manual_seed(0)
         graph.replay()
         # before anything else runs: a graph's results are only good until its next replay
         replayed = [tensor.detach().clone() for tensor in results]
+        torch.manual_seed(0)
         is_equal = all(map(torch.equal, replayed, work()))
         with torch.no_grad():
             row.leaves[0].neg_()

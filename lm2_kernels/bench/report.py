@@ -338,10 +338,12 @@ def figure_class() -> type:
 def plot(report: dict, folder: Path) -> list[Path]:
     """Draw speed-up bars, the roofline, and time and memory against T. Returns the files.
 
+    Rows that disagree with the oracle, and what is a ratio to one, are left out.
+
     Raises:
         ValueError: matplotlib is not there.
     """
-    figure_type = figure_class()
+    figure_type, report = figure_class(), _right(report)
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
 
@@ -358,12 +360,16 @@ def plot(report: dict, folder: Path) -> list[Path]:
     return drawn
 
 
+def _right(report: dict) -> dict:
+    """The report without what is not to be drawn: rows that disagree, or are a ratio to one."""
+    groups = _groups(report).values()
+    results = [r for group in groups for name, r in group.items() if not _mark(group, name)]
+    lengths = [entry for entry in report["lengths"] if not entry.get("wrong")]
+    return report | {"results": results, "lengths": lengths}
+
+
 def _bars(figure_type: type, report: dict):
-    groups = {
-        key: {name: result for name, result in group.items() if not _mark(group, name)}
-        for key, group in _groups(report).items()
-        if key[3] in ("forward", "both")
-    }
+    groups = {k: g for k, g in _groups(report).items() if k[3] in ("forward", "both")}
     count = len(groups)
     figure = figure_type(figsize=(8, 1.5 + 0.6 * count), layout="constrained")
     axes = figure.subplots()

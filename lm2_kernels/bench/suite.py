@@ -84,9 +84,9 @@ def run(
 
     Args:
         selection: what.
-        budget: seconds in all, about: a work that was begun is finished. What is left when they
-            are spent is listed as skipped; so is what cannot be made here. A row that disagrees
-            with the oracle is timed, and its results say so ("wrong").
+        budget: seconds, about, from the first ceilings on: a work that was begun is finished. What
+            is left when they are spent is listed as skipped; so is what cannot be made here. A row
+            that disagrees with the oracle is timed, and its results say so ("wrong").
         progress: called with how many pieces are done, of how many, and the next one's name.
         save: called with the report so far before the first piece and after each.
 
@@ -248,7 +248,8 @@ def _captured(
     found = {}
     for name, row in rows.items():
         if row.restart is not None:
-            continue  # its calls go on from one another
+            skipped.append(f"{work.id}, {name} in a CUDA graph: its calls go on from one another")
+            continue
         try:
             found[name], is_equal = measure.captured(row, pass_name, work.cotangents)
         # whatever a capture raises, as of other rows

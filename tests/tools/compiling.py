@@ -1,5 +1,6 @@
 """Compilers for tests: what setup.py would take, commands run side by side, results kept."""
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -87,8 +88,10 @@ def cached(label: str, suffix: str, build: Callable[[Path], Path]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not result.exists():
             for old in cache.iterdir():
-                if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
-                    shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+                # other processes build here too, and rename what they have built
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - old.stat().st_mtime > _KEPT_SECONDS:
+                        shutil.rmtree(old, True) if old.is_dir() else old.unlink()
             folder = Path(tempfile.mkdtemp(dir=cache))
             try:
                 # a file in the folder, or the folder itself

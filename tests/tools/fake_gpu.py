@@ -404,10 +404,10 @@ def _with_index(patch_lang_tensor: Any) -> Any:
     return patch
 
 
-def _interpret(jit_function: JITFunction, grid: tuple[int, int, int], args: tuple) -> None:
+def _interpret(jit_function: JITFunction, grid: Any, args: tuple, **constants: Any) -> None:
     scope = interpreter._patch_lang(_SEES_BOTH_MODULES)
     try:
-        _interpreted(jit_function).run(*args, grid=grid, warmup=False)
+        _interpreted(jit_function).run(*args, grid=grid, warmup=False, **constants)
     finally:
         scope.restore()
 
@@ -471,11 +471,7 @@ def _run_interpreted(
 ) -> None:
     """Replaces ``JITFunction.run``: a launch that is interpreted without having been compiled."""
     constants = {name: value for name, value in options.items() if name in self.arg_names}
-    scope = interpreter._patch_lang(_SEES_BOTH_MODULES)
-    try:
-        _interpreted(self).run(*args, grid=grid, warmup=False, **constants)
-    finally:
-        scope.restore()
+    _interpret(self, grid, args, **constants)
 
 
 @contextlib.contextmanager

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 import triton
 
 from tools import interpreter_bf16
-from tools.fake_gpu import TARGETS, FakeDriver, fake_gpu
+from tools.fake_gpu import TARGETS, FakeDriver, Launch, fake_gpu
 from tools.interpreter_sanitizer import sanitize
 
 # words: ptxas leaves a stack frame of 8 bytes in some kernels far below the register limit
 _SPILL_ALLOWANCE = 4
-# by release, target and kernel: what the launch tables say of one entry
-_KNOWN_SPILLS = {("3.6", "cuda:80", "_memory_attention_bwd_dkey_value_kernel"): 8}
-# Each release gives out registers anew: the tables are kept free of spills for these. What another
-# spills is reported and not refused.
+# Each release of Triton gives out registers anew. The tables are kept free of spills for these; on
+# others what is spilled is reported, and refused where it is gross.
 _RELEASES = ("3.6", "3.8")
+_GROSS_SPILLS = 64
 
 __all__ = ["TARGETS", "assert_resources", "checked", "compiled", "interpreted"]
 
@@ -32,9 +31,10 @@ def checked(target: str, *, shuffle: int = 0) -> Iterator[FakeDriver]:
 
 @contextlib.contextmanager
 def interpreted(target: str, *, shuffle: int = 0) -> Iterator[None]:
-    """As :func:`checked`, but for the compiler: most of its time, and for numbers it is not needed.
+    """As :func:`checked`, but nothing is compiled, which takes most of its time.
 
-    The launch tables' configuration for the target is the one that is interpreted.
+    Numbers do not need it: what is interpreted is the configuration that the tables have for the
+    target.
     """
     interpreter_bf16.install()
     with fake_gpu(target, compile=False), sanitize(shuffle=shuffle):
@@ -51,14 +51,25 @@ def compiled(target: str) -> Iterator[FakeDriver]:
 
 def assert_resources(gpu: FakeDriver) -> None:
     """What every kernel promises: no spills to speak of, no fp64, TF32 or float atomics."""
-    release = triton.__version__.rpartition(".")[0]
+    release = ".".join(triton.__version__.split(".")[:2])
     for launch in gpu.launches:
         text = f"{launch.kernel} on {launch.target}, warps={launch.num_warps}: {launch}"
-        known = _KNOWN_SPILLS.get((release, launch.target, launch.kernel), _SPILL_ALLOWANCE)
-        if release in _RELEASES:
-            assert launch.spills <= known, text
-        elif launch.spills > known:
-            warnings.warn(f"triton {triton.__version__} spills: {text}", stacklevel=2)
+        allowed = _allowed_spills(release, launch)
+        assert launch.spills <= (allowed if release in _RELEASES else _GROSS_SPILLS), text
+        if launch.spills > allowed:
+            warnings.warn(
+                f"triton {release} spills {launch.spills} words: {launch.kernel} on "
+                f"{launch.target}, {launch.num_warps} warps, {launch.num_stages} stages",
+                stacklevel=2,
+            )
         assert launch.f64 == 0, text
         assert launch.tf32 == 0, text
         assert launch.atomics == 0, text
+
+
+def _allowed_spills(release: str, launch: Launch) -> int:
+    kind = (release, launch.target, launch.kernel)
+    if kind == ("3.6", "cuda:80", "_memory_attention_bwd_dkey_value_kernel"):
+        # the launch table says why, of the one entry that takes so much shared memory
+        return 8 if launch.shared > 96 * 1024 else _SPILL_ALLOWANCE
+    return _SPILL_ALLOWANCE

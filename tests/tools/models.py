@@ -5,6 +5,7 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, reference
 from lm2_kernels.testing import Comparison, compare
+from tools.native import cpu_default
 
 SMALL = {
     "vocab_size": 61,
@@ -48,11 +49,14 @@ def compare_logits(read, sizes, seed, dtype, **options) -> list[Comparison]:
         other.load_state_dict(model.state_dict())
     ids = random_ids(4, sum(sizes), seed + 1)
     with torch.autocast("cpu", enabled=False):
-        oracle = exact(ids).logits
+        oracle = use_oracle(exact)(ids).logits
     eager = read(plain, ids, ids.shape[1])
+    with lm2.recording() as ran:
+        pieces, whole = read(model, ids, *sizes), read(model, ids, ids.shape[1])
+    assert {name for _, name in ran} == {cpu_default()}
     return [
-        compare("logits in pieces", read(model, ids, *sizes), oracle, eager),
-        compare("logits in one pass", read(model, ids, ids.shape[1]), oracle, eager),
+        compare("logits in pieces", pieces, oracle, eager),
+        compare("logits in one pass", whole, oracle, eager),
     ]
 
 

@@ -8,12 +8,13 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
-
-from setuptools import Extension
+from typing import TYPE_CHECKING, NamedTuple
 
 from tools.compiling import cached, cuda_home, run_all
 from tools.emulated_cuda import CUDA_SOURCES
+
+if TYPE_CHECKING:
+    from setuptools import Extension
 
 ARCHS = (75, 80, 90, 100, 120)
 SOURCES = tuple(sorted(CUDA_SOURCES.glob("*.cu")))
@@ -60,10 +61,13 @@ def compiled(source: Path, archs: tuple[int, ...]) -> Path:
         (folder / "log").write_text(answer.stderr, encoding="utf-8")
         return folder
 
-    return cached(f"nvcc-{archs}-{source.read_text()}", "", build)
+    version = subprocess.run(
+        [str(nvcc_path()), "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    return cached(f"nvcc-{archs}-{source.name}-{version}", "", build)
 
 
-def link(objects: list[Path], extension: Extension, folder: Path) -> Path:
+def link(objects: list[Path], extension: "Extension", folder: Path) -> Path:
     """The library of kernels and bindings, linked as setup.py's extension says."""
     bindings = folder / "bindings.o"
     include = [f"-I{path}" for path in extension.include_dirs]
@@ -107,10 +111,10 @@ def ptx(source: Path, arch: int) -> str:
 
 if __name__ == "__main__":
     with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(compile_source, SOURCES))
+        reports = list(pool.map(compile_source, SOURCES))
     names = [f"sm_{arch}" for arch in ARCHS]
     print(*(f"{name:>7}" for name in names), " registers/spilled bytes")
-    for kernels, warnings in compiled:
+    for kernels, warnings in reports:
         used = {(k.name, k.arch): f"{k.registers}/{k.spilled_bytes}" for k in kernels}
         for kernel in dict.fromkeys(kernel.name for kernel in kernels):
             row = (f"{used[kernel, arch]:>7}" for arch in names)

@@ -2,8 +2,8 @@
 
 ``PYTHONPATH=tests python -m tools.processors`` runs each environment in turn, about a minute each
 on two cores, and ends with a line for each; arguments go to pytest. A level that this processor
-lacks is the best it has. What an interpreter or an emulator computes is left out, as no
-environment moves it.
+lacks is the best it has. Left out is what takes long and what no environment moves but by its
+yardstick: Triton's interpreter, the emulated GPU, torch.compile.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 FILES = (
     *("autograd", "backends", "curves", "dropout", "functional", "generation", "invariants"),
-    *("model", "modules", "operators", "patching", "products", "projections", "random_cases"),
-    *("recompute", "reference", "streaming", "training"),
+    *("bench", "cli", "demo", "model", "modules", "operators", "patching", "products"),
+    *("projections", "random_cases", "recompute", "reference", "streaming", "training"),
 )
 ENVIRONMENTS: tuple[dict[str, str], ...] = (
     {},
@@ -43,15 +43,17 @@ def main(arguments: list[str]) -> int:
     files = [f"{TESTS.name}/test_{name}.py" for name in FILES]
     chosen = ["-k", "not triton and not cpp-cuda and not compile"]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *chosen, *files, *arguments]
-    if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", "auto", "--dist", "worksteal"]
+    # but where the tests have all cores themselves
+    has_xdist = importlib.util.find_spec("xdist") is not None
+    side_by_side = ["-n", "auto", "--dist", "worksteal"] if has_xdist else []
     lines = []
     for variables in ENVIRONMENTS:
         title = " ".join(f"{name}={value}" for name, value in variables.items()) or "as it is"
         print(f"=== {title}", flush=True)
+        workers = [] if "LM2_KERNELS_TEST_THREADS" in variables else side_by_side
         start = time.monotonic()
         code = subprocess.run(
-            command, env=os.environ | variables, cwd=TESTS.parent, check=False
+            command + workers, env=os.environ | variables, cwd=TESTS.parent, check=False
         ).returncode
         verdict = "passed" if code == 0 else f"FAILED ({code})"
         lines.append(f"{title}: {verdict} in {time.monotonic() - start:.0f} s")
