@@ -139,7 +139,6 @@ class Programme:
         self.out, self.results, self.cache = out, work / "results", work / "cache"
         self.end, self.is_rehearsal = time.time() + budget, is_rehearsal
         self.build: entries.Child | None = None
-        self.num_cached = 0
         out.mkdir(parents=True, exist_ok=True)
         for file in sorted(out.glob("*.tar.xz")):
             try:
@@ -148,11 +147,14 @@ class Programme:
             except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
                 print(f"{file.name} is of no use: {type(error).__name__}")
         self.results.mkdir(exist_ok=True)
+        self.num_cached = len(list(self.cache.glob("*")))
 
     def run(self, names: Iterable[str]) -> int:
         find = functools.partial(machine, self.is_rehearsal, self.results)
         if self.do("machine", find, 120.0) != 0:
             return 2
+        for name in PRELOADED:
+            importlib.import_module(name)
         found = entries.load(self.results, "machine")
         folder = entries.file_of(self.results, found["key"], "")
         folder.mkdir(exist_ok=True)
@@ -243,7 +245,9 @@ def main() -> int:
         os.environ |= {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "TRITON_CACHE_DIR": str(programme.cache),
-            # asking whether there is a GPU must not touch it: a process that did cannot fork
+            # what forks has no threads, which NumPy would start, and asking whether there is a GPU
+            # does not touch it
+            "OPENBLAS_NUM_THREADS": "1",
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
         if options.rehearse:
@@ -251,8 +255,6 @@ def main() -> int:
         sys.path.insert(1, str(ROOT))
         os.chdir(ROOT)
         try:
-            for name in PRELOADED:
-                importlib.import_module(name)
             return programme.run(dict.fromkeys(options.only or SITTINGS[options.sitting]))
         finally:
             # asked to end once more, it would leave half of it

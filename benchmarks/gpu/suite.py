@@ -42,7 +42,9 @@ def entries(context: Context, phase: str) -> list[Entry]:
 
 def _suite(context: Context, phase: str, end: float) -> dict:
     command = [sys.executable, "-m", "pytest", TESTS, "-m", "gpu", "-v", "--color=no"]
-    if importlib.util.find_spec("xdist") is not None:
+    # the programme does without it too, as a rehearsal shows
+    rehearsed_alone = context.is_rehearsal and phase != "suite"
+    if importlib.util.find_spec("xdist") is not None and not rehearsed_alone:
         # a worker that leaves is replaced, however often
         workers = str(min(_WORKERS[phase], os.cpu_count() or 1))
         command += ["-n", workers, "--max-worker-restart", "1000"]
@@ -88,14 +90,14 @@ def outcomes_of(output: str) -> dict[str, str]:
 
 def _ncu(context: Context, phase: str, end: float) -> dict:
     """NVIDIA's profiler over what is to be tuned."""
-    names = {"shape": "GPU_SHAPES[0]", "backend": "triton"}
-    # clocks stay as they are, and our kernels alone
-    profiler = ["ncu", "--clock-control", "none", "--kernel-name", "regex:_memory_|_residual_"]
-    profiler += [option for section in _SECTIONS for option in ("--section", section)]
     if context.is_rehearsal:
-        names, profiler = {"shape": "SHAPES[-2]", "backend": "cpp"}, []
-    elif shutil.which("ncu") is None:
+        exec(_PROFILED.format(shape="SHAPES[-2]", device="cpu", backend="cpp"), {})
+        return {"line": "only what it would profile"}
+    if shutil.which("ncu") is None:
         return {"ok": False, "line": "no ncu on PATH: it is part of the CUDA toolkit"}
-    code = _PROFILED.format(**names, device=context.device)
-    done = subprocess.run([*profiler, sys.executable, "-c", code], check=False)
+    code = _PROFILED.format(shape="GPU_SHAPES[0]", device="cuda", backend="triton")
+    # clocks stay as they are, and our kernels alone
+    command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:_memory_|_residual_"]
+    command += [option for section in _SECTIONS for option in ("--section", section)]
+    done = subprocess.run([*command, sys.executable, "-c", code], check=False)
     return {"ok": done.returncode == 0, "line": f"exit code {done.returncode}, see its log"}
