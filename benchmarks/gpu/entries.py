@@ -6,28 +6,28 @@ says "again" is of an entry that failed to end, which a later run tries again, l
 """
 
 import contextlib
+import ctypes
+import functools
 import json
+import math
 import os
 import re
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-_TAIL = 2000
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Context(NamedTuple):
     """Where entries run."""
 
     is_rehearsal: bool  # on the CPU at tiny shapes
-    folder: Path
-    machine: dict
-    tests: str  # the file of the hardware suite
-    limit: float | None  # seconds for an entry, in place of its own
+    folder: Path  # with a folder for each phase
+    target: str  # of Triton's launch tables
 
     @property
     def device(self) -> str:
@@ -42,7 +42,7 @@ class Entry(NamedTuple):
 
     key: str
     work: Callable[[float], dict]
-    limit: float | None = 60.0  # None: the phase's
+    limit: float = math.inf  # seconds; the phase's is kept too
 
 
 def file_of(folder: Path, key: str, suffix: str = ".json") -> Path:
@@ -61,9 +61,58 @@ def save(file: Path, content: dict) -> None:
     part.replace(file)
 
 
-def run(
-    entries: list[Entry], folder: Path, until: float, at_once: int = 1, limit: float | None = None
-) -> int:
+def shown(row: dict) -> str:
+    return f"{'ok  ' if row['ok'] else 'FAIL'} {row['key']}: {row['line']} ({row['spent']:.1f} s)"
+
+
+class Child:
+    """A forked process in a group of its own, which dies with its parent."""
+
+    def __init__(self, work: Callable[[], int | None], log: Path | None = None):
+        self.code: int | None = None  # once it ended; less than 0 if by a signal
+        self.pid = os.fork()
+        if self.pid:
+            with contextlib.suppress(OSError):
+                os.setpgid(self.pid, self.pid)  # here too: whichever of the two comes first
+            return
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            with contextlib.suppress(AttributeError):
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if log is not None:
+                file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+            code = work() or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            # whatever happened: what the parent does next is not for this process
+            os._exit(code)
+
+    def wait(self, seconds: float = 0.0) -> bool:
+        """Whether it ended, at the latest after so many seconds."""
+        end = time.time() + seconds
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.time() >= end:
+                return False
+            else:
+                time.sleep(0.02)
+        return True
+
+    def stop(self, grace: float = 5.0) -> None:
+        """End it and what it started; not waiting long, as a driver may hold what hangs."""
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+            self.wait(grace)
+
+
+def run(entries: list[Entry], folder: Path, until: float, at_once: int = 1) -> int:
     """Run what has no row yet, then what is to be tried again, so many at a time.
 
     Returns how many are left for want of time.
@@ -72,80 +121,49 @@ def run(
     rows = {entry.key: load(folder, entry.key) for entry in entries}
     waiting = [entry for entry in entries if rows[entry.key] is None]
     waiting += [entry for entry in entries if (rows[entry.key] or {}).get("again")]
-    running: dict[int, tuple[Entry, float, float]] = {}
-    cut = 0
+    running: dict[Child, tuple[Entry, float]] = {}
+    left = 0
     try:
         while running or (waiting and time.time() < until):
-            while waiting and len(running) < at_once and time.time() < until:
+            while waiting and len(running) < at_once:
                 entry, start = waiting.pop(0), time.time()
-                end = min(until, start + (limit or entry.limit) if entry.limit else until)
-                running[_start(entry, folder, end)] = (entry, start, end)
-            for pid, (entry, start, end) in list(running.items()):
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if not ended and time.time() < end:
+                work = functools.partial(_work, entry, folder, min(until, start + entry.limit))
+                running[Child(work, file_of(folder, entry.key, ".txt"))] = (entry, start)
+            for child, (entry, start) in list(running.items()):
+                spent, is_late = time.time() - start, time.time() >= until
+                if not child.wait() and spent < entry.limit and not is_late:
                     continue
-                _stop(pid, wait=not ended)
-                del running[pid]
-                if not ended and time.time() >= until:
-                    cut += 1  # out of the phase's time, not of its own: no row
-                else:
-                    _finish(entry, folder, start, status if ended else None)
+                code = child.code
+                child.stop()
+                del running[child]
+                if code is None and is_late:
+                    left += 1  # out of the phase's time, not of its own: no row
+                    continue
+                if code != 0:
+                    log = file_of(folder, entry.key, ".txt").read_text(errors="replace")
+                    line = _reason(code, spent, log)
+                    row = {"key": entry.key, "ok": False, "again": True, "line": line}
+                    save(file_of(folder, entry.key), row | {"spent": spent})
+                print(shown(load(folder, entry.key)))
             time.sleep(0.02)
     finally:
-        for pid in running:
-            _stop(pid, wait=False)
-    return len(waiting) + cut
+        for child in running:
+            child.stop(grace=0.0)
+    return len(waiting) + left
 
 
-def _stop(pid: int, wait: bool) -> None:
-    """With all that it started; not waiting long, as a driver may hold a process that hangs."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    end = time.time() + 5.0
-    while wait and time.time() < end and not os.waitpid(pid, os.WNOHANG)[0]:
-        time.sleep(0.02)
+def _work(entry: Entry, folder: Path, end: float) -> None:
+    # the phase's handler would wait for a kernel that hangs
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    start = time.time()
+    row = {"key": entry.key, "ok": True} | entry.work(end)
+    save(file_of(folder, entry.key), row | {"spent": time.time() - start})
 
 
-def _start(entry: Entry, folder: Path, end: float) -> int:
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        with contextlib.suppress(OSError):
-            os.setpgid(pid, pid)  # here too: whichever of the two comes first
-        return pid
-    code = 1
-    try:
-        with contextlib.suppress(OSError):
-            os.setpgid(0, 0)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        log = os.open(file_of(folder, entry.key, ".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        start = time.time()
-        row = {"key": entry.key, "ok": True} | entry.work(end)
-        save(file_of(folder, entry.key), row | {"spent": time.time() - start})
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _finish(entry: Entry, folder: Path, start: float, status: int | None) -> None:
-    row = load(folder, entry.key) or {"key": entry.key}
-    if status != 0:
-        log = file_of(folder, entry.key, ".txt").read_text(encoding="utf-8", errors="replace")
-        if status is None:
-            line = f"stopped after {time.time() - start:.0f} s"
-        elif os.WIFSIGNALED(status):
-            line = f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-        else:
-            line = (log.strip().splitlines() or [f"exit code {os.WEXITSTATUS(status)}"])[-1]
-        # with what an earlier try found, if there was one
-        row |= {"ok": False, "again": True, "line": line[:300], "log": log[-_TAIL:]}
-        row |= {"spent": time.time() - start}
-        save(file_of(folder, entry.key), row)
-    mark = "ok  " if row["ok"] else "FAIL"
-    print(f"{mark} {entry.key}: {row.get('line', '')} ({row['spent']:.1f} s)", flush=True)
+def _reason(code: int | None, spent: float, log: str) -> str:
+    """Why an entry has written no row."""
+    if code is None:
+        return f"stopped after {spent:.0f} s"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return (log.strip().splitlines() or [f"exit code {code}"])[-1][:300]

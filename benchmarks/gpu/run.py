@@ -5,17 +5,19 @@
     python benchmarks/gpu/run.py --out FOLDER --only sweep       # one phase
     python benchmarks/gpu/run.py --out FOLDER --rehearse         # on a CPU, tiny, interpreted
 
-A bare clone will do. Each phase is a process with a time limit, and so is each of its entries
-(``entries.py``). FOLDER gets seven files at most, written again all the time: ``results.tgz``
-with a JSON file and a log an entry, all benchmarks as ``bench.json``, and the built extension;
-``summary.txt``; Triton's cache. The same command goes on from them, also on another machine of the
-same GPU, torch and triton, while lm2_kernels/ and csrc/ are what they were.
+A bare clone will do. This process imports torch and never touches the GPU; each phase is forked
+from it with a time limit, and so is each entry from its phase (``entries.py``). FOLDER gets six
+files at most, written again all the time: ``summary.txt``; ``results.tar.xz`` with a JSON file and
+a log an entry, all benchmarks as ``bench.json``, and the built extension; Triton's cache. The same
+command goes on from them, also on another machine of the same GPU, torch and triton, while
+lm2_kernels/ and csrc/ are what they were.
 
 Exit code 1 if something failed or was left for want of time, 2 without a GPU.
 """
 
 import argparse
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -27,47 +29,49 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import entries
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 560.0
-_PACK_SECONDS = 20.0
-# Triton's cache comes in up to four pieces of so many bytes
-_PIECES, _PIECE = 4, 15 * 2**20
-# seconds: without which a phase is not begun, to which it may exceed its limit, of the build
-_LEAST, _GRACE, _BUILD_SECONDS = 5.0, 10.0, 240.0
-_LEFT_OVER = 3  # the exit code of a phase that was out of time
+# imports that take long, once for all; torch._dynamo may ask a GPU something, so it is not one
+PRELOADED = ("torch.fx.experimental.symbolic_shapes", "triton")
+# Triton's cache comes in so many archives, of 15 MB or less each
+_CACHE_FILES = 4
+# seconds: between two packings, without which a phase is not begun, to which it may exceed its
+# limit, of the build
+_PACK, _LEAST, _GRACE, _BUILD = 20.0, 5.0, 10.0, 240.0
 
 
 class Phase(NamedTuple):
+    """Entries of a module, with a limit in seconds."""
+
     module: str
-    what: str
     limit: float
     at_once: int = 1
     needs_build: bool = False
 
 
 PHASES = {
-    "smoke": Phase("smoke", "triton", 100, 8),
-    "headline": Phase("headline", "plain", 110),
-    "attention": Phase("attention", "plain", 90),
-    "smoke_cpp": Phase("smoke", "cpp", 60, 8, needs_build=True),
-    "suite": Phase("suite", "suite", 130, needs_build=True),
-    "big": Phase("suite", "big", 60, needs_build=True),
-    "sanitizer": Phase("sanitizer", "sanitizer", 190, needs_build=True),
-    "compile": Phase("sweep", "compile", 60, 8),
-    "sweep": Phase("sweep", "eight", 150),
-    "ncu": Phase("sanitizer", "ncu", 60),
-    "graphs": Phase("graphs", "graphs", 60),
-    "sweep_one": Phase("sweep", "one", 150),
-    "where": Phase("attention", "where", 80),
-    "peers": Phase("headline", "peers", 300, needs_build=True),
-    "model": Phase("headline", "model", 80, needs_build=True),
+    "smoke": Phase("smoke", 100, at_once=8),
+    "headline": Phase("timings", 110),
+    "attention": Phase("timings", 90),
+    "smoke_cpp": Phase("smoke", 60, at_once=8, needs_build=True),
+    "suite": Phase("suite", 130, needs_build=True),
+    "big": Phase("suite", 60, needs_build=True),
+    "sanitizer": Phase("suite", 190, needs_build=True),
+    "compile": Phase("sweep", 60, at_once=8),
+    "sweep": Phase("sweep", 150),
+    "ncu": Phase("suite", 60),
+    "graphs": Phase("timings", 60),
+    "sweep_one": Phase("sweep", 150),
+    "where": Phase("timings", 80),
+    "peers": Phase("timings", 300, needs_build=True),
+    "model": Phase("timings", 80, needs_build=True),
 }
 SITTINGS = {
     "first": ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "peers"),
@@ -76,214 +80,186 @@ SITTINGS = {
 }
 
 
-def machine(is_rehearsal: bool) -> dict:
-    """What results depend on, and by "key" the folder that they are kept in."""
-    import torch  # noqa: PLC0415 - the scheduler does without
+# --- what is forked: it imports the package, and what is built of the extension by then -----------
 
+
+def machine(is_rehearsal: bool, folder: Path) -> int:
+    """Record what results depend on, and by "key" the folder that they are kept in."""
+    import torch  # noqa: PLC0415
+
+    if not is_rehearsal and not torch.cuda.is_available():
+        print(f"it needs an NVIDIA GPU, and torch {torch.__version__} sees none")
+        return 2
     from lm2_kernels.backends.triton import launch  # noqa: PLC0415
     from lm2_kernels.bench import suite  # noqa: PLC0415
     from lm2_kernels.version import sources_digest  # noqa: PLC0415
 
-    if not is_rehearsal and not torch.cuda.is_available():
-        raise SystemExit(f"it needs an NVIDIA GPU, and torch {torch.__version__} sees none")
     found = suite.machine()
     gpu, versions = found["devices"][-1], found["versions"]
     digests = (sources_digest(ROOT / "lm2_kernels", "*.py"), sources_digest(ROOT / "csrc"))
     key = [gpu["name"], versions["torch"], versions["triton"], *(text[:8] for text in digests)]
     target = launch.target(None if is_rehearsal else 0)
-    return found | {"key": " ".join(key), "digests": digests, "target": target}
+    found |= {"key": " ".join(key), "digests": digests, "target": target}
+    entries.save(folder / "machine.json", found)
+    return 0
 
 
-def inside(options: argparse.Namespace) -> int:
-    """A phase's process: it imports what its entries need, and forks them."""
-    name, folder, until = options.inside[0], Path(options.inside[1]), float(options.inside[2])
-    if name == "machine":
-        entries.save(folder / "machine.json", machine(options.rehearse))
-        return 0
-    phase, record = PHASES[name], entries.load(folder, "machine")
-    context = entries.Context(options.rehearse, folder, record, options.tests, options.limit)
-    found = importlib.import_module(phase.module).entries(context, phase.what)
-    left = entries.run(found, folder / name, until, phase.at_once, options.limit)
-    if "headline" in sys.modules:
-        sys.modules["headline"].join_reports(folder)
-    return _LEFT_OVER if left else 0
+def run_phase(context: entries.Context, name: str, until: float) -> int:
+    """Fork the entries of a phase, one after the other or some at once."""
+    module, folder = importlib.import_module(PHASES[name].module), context.folder / name
+    left = entries.run(module.entries(context, name), folder, until, PHASES[name].at_once)
+    if PHASES[name].module == "timings":
+        module.join_reports(context.folder)
+    rows = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    good = sum(row["ok"] for row in rows)
+    print(f"{name}: {good} of {len(rows)} well, {left} left")
+    return int(good < len(rows) or left > 0)
+
+
+def build_extension(folder: Path, capability: str) -> None:
+    """Build it, and keep it for the next sitting."""
+    command = ["nice", sys.executable, "setup.py", "build_ext", "--inplace"]
+    # half of the cores: the other half launches what is measured
+    os.environ["MAX_JOBS"] = str(max(1, (os.cpu_count() or 2) // 2))
+    subprocess.run(command, env=os.environ | {"TORCH_CUDA_ARCH_LIST": capability}, check=True)
+    part = folder / "built.part"
+    part.mkdir(exist_ok=True)
+    for file in (*ROOT.glob("lm2_kernels/*.so"), ROOT / "lm2_kernels" / "_build.json"):
+        shutil.copy(file, part)
+    part.rename(folder / "built")
+
+
+# --- what forks: no thread, no package, no GPU ----------------------------------------------------
 
 
 class Programme:
     """Runs phases, and packs what there is all the while."""
 
-    def __init__(self, options: argparse.Namespace, work: Path):
-        self.options, self.out = options, options.out.resolve()
-        self.end = time.time() + options.budget
-        self.results, self.cache = work / "results", work / "cache"
-        self.cache_size, self.said = 0, []
-        self.lock, self.build = threading.Lock(), None
-        paths = (str(ROOT), os.environ.get("PYTHONPATH"))
-        self.environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "TRITON_CACHE_DIR": str(self.cache),
-            # a process that only asks whether there is a GPU must not touch it: it forks others
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        }
-        if options.rehearse:
-            self.environment["TRITON_INTERPRET"] = "1"
-        self.out.mkdir(parents=True, exist_ok=True)
-        for pattern, folder in (("results.tgz", self.results), ("cache.tar.xz.*", self.cache)):
-            pieces = sorted((options.earlier or self.out).glob(pattern))
-            data = io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))
+    def __init__(self, out: Path, work: Path, budget: float, is_rehearsal: bool):
+        self.out, self.results, self.cache = out, work / "results", work / "cache"
+        self.end, self.is_rehearsal = time.time() + budget, is_rehearsal
+        self.build: entries.Child | None = None
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(out.glob("*.tar.xz")):
             try:
-                if pieces:
-                    with tarfile.open(fileobj=data) as archive:
-                        archive.extractall(work, filter="data")
+                with tarfile.open(file) as archive:
+                    archive.extractall(work, filter="data")
             except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-                # its machine went as it was written: half of it is no use
-                shutil.rmtree(folder, ignore_errors=True)
-                self.say(f"nothing of {pattern}: {type(error).__name__}")
+                print(f"{file.name} is of no use: {type(error).__name__}")
         self.results.mkdir(exist_ok=True)
+        self.num_cached = len(list(self.cache.glob("*")))
 
-    def run(self, phases: tuple[str, ...]) -> int:
-        if self.start("machine", self.results, 120.0):
+    def run(self, names: Iterable[str]) -> int:
+        find = functools.partial(machine, self.is_rehearsal, self.results)
+        if self.do("machine", find, 120.0) != 0:
             return 2
-        key = json.loads((self.results / "machine.json").read_text(encoding="utf-8"))["key"]
-        folder = entries.file_of(self.results, key, "")
+        for name in PRELOADED:
+            importlib.import_module(name)
+        found = entries.load(self.results, "machine")
+        folder = entries.file_of(self.results, found["key"], "")
         folder.mkdir(exist_ok=True)
-        (self.results / "machine.json").replace(folder / "machine.json")
-        threading.Thread(target=self.pack_always, daemon=True).start()
-        self.start_build(folder)
-        codes: dict[str, int] = {}
-        while len(codes) < len(phases):
-            left = [name for name in phases if name not in codes]
-            building = self.build is not None and self.build.poll() is None
-            # while the extension is built, what can do without it
-            name = next((n for n in left if not (building and PHASES[n].needs_build)), left[0])
-            if PHASES[name].needs_build:
-                self.end_build(folder)
-            limit = max(0.0, min(PHASES[name].limit, self.end - time.time()))
-            self.say(f"--- {name}: {limit:.0f} s at most")
-            codes[name] = self.start(name, folder, limit) if limit > _LEAST else _LEFT_OVER
-            # beside the next phase
-            threading.Thread(target=self.pack, args=(True,)).start()
-        failed = False
-        for name, code in codes.items():
-            rows = [json.loads(file.read_text()) for file in sorted(folder.glob(f"{name}/*.json"))]
-            good = sum(row["ok"] for row in rows)
-            failed = failed or code != 0 or good < len(rows)
-            how = {0: "", _LEFT_OVER: ", out of time"}.get(code, f", exit code {code}")
-            self.say(f"{name}: {good} of {len(rows)} well{how}")
-        return int(failed)
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-        print(text, flush=True)
-
-    def start(self, name: str, folder: Path, limit: float) -> int:
-        """Run a phase in its process; returns the exit code."""
-        command = [sys.executable, __file__, *sys.argv[1:], "--inside", name, str(folder)]
-        with (folder / f"{name}.txt").open("w+", encoding="utf-8") as log:
-            process = self._popen([*command, repr(time.time() + limit)], log)
-            try:
-                process.wait(limit + _GRACE)
-            except subprocess.TimeoutExpired:
-                log.write(f"{name}: stopped\n")
-            finally:
-                stop(process)
-            log.seek(0)
-            self.say(log.read().rstrip())
-        return process.returncode
-
-    def _popen(self, command: list[str], log: TextIO, **environment: str) -> subprocess.Popen:
-        pipes = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-        return subprocess.Popen(command, cwd=ROOT, env=self.environment | environment, **pipes)
-
-    def start_build(self, folder: Path) -> None:
-        """Build the extension in the background, if an earlier sitting did not."""
+        context = entries.Context(self.is_rehearsal, folder, found["target"])
         if (folder / "built").is_dir():
             shutil.copytree(folder / "built", ROOT / "lm2_kernels", dirs_exist_ok=True)
-        elif not self.options.rehearse:
-            gpu = entries.load(folder, "machine")["devices"][-1]
-            command = ["nice", sys.executable, "setup.py", "build_ext", "--inplace"]
-            with (folder / "build.txt").open("w", encoding="utf-8") as log:
-                # half of the cores: the other half launches what is measured
-                jobs = {"MAX_JOBS": str(max(1, (os.cpu_count() or 2) // 2))}
-                arch = {"TORCH_CUDA_ARCH_LIST": gpu["capability"]}
-                self.build = self._popen(command, log, **jobs, **arch)
+        elif not self.is_rehearsal:
+            build = functools.partial(build_extension, folder, found["devices"][-1]["capability"])
+            self.build = entries.Child(build, folder / "build.txt")
+        codes = []
+        for name in names:
+            if PHASES[name].needs_build:
+                self.end_build(_BUILD)
+            limit = min(PHASES[name].limit, self.end - time.time())
+            print(f"--- {name}: {limit:.0f} s at most")
+            work = functools.partial(run_phase, context, name, time.time() + limit)
+            codes.append(self.do(name, work, limit) if limit > _LEAST else None)
+        return int(any(code != 0 for code in codes))
 
-    def end_build(self, folder: Path) -> None:
-        if self.build is None:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.build.wait(max(0.0, min(_BUILD_SECONDS, self.end - time.time())))
-        stop(self.build)
-        self.say(f"the extension's build: exit code {self.build.returncode}")
-        if self.build.returncode == 0:
-            (folder / "built").mkdir()
-            for file in (*ROOT.glob("lm2_kernels/*.so"), ROOT / "lm2_kernels" / "_build.json"):
-                shutil.copy(file, folder / "built")
-        self.build = None
+    def do(self, name: str, work: Callable[[], int], limit: float) -> int | None:
+        """Do it in a process, and pack meanwhile; returns the exit code."""
+        child, end = entries.Child(work), time.time() + limit + _GRACE
+        try:
+            # seconds of this process, which has nothing else to do
+            self.pack(and_cache=True)
+            while not child.wait(max(0.0, min(_PACK, end - time.time()))) and time.time() < end:
+                self.pack()
+        finally:
+            child.stop(_GRACE)
+        if child.code != 0:
+            print(f"{name}: exit code {child.code}")
+        return child.code
 
-    def pack_always(self) -> None:
-        while True:
-            time.sleep(_PACK_SECONDS)
-            self.pack()
+    def end_build(self, seconds: float) -> None:
+        if self.build is not None:
+            self.build.wait(max(0.0, min(seconds, self.end - time.time())))
+            self.build.stop()
+            print(f"the extension's build: exit code {self.build.code}")
+            self.build = None
 
     def pack(self, and_cache: bool = False) -> None:
         # what is written meanwhile may spoil an archive: then the one before it stays
-        with self.lock, contextlib.suppress(OSError):
-            self._put("summary.txt", "\n".join(self.said).encode())
-            self._put("results.tgz", _archive(self.results, "w:gz"))
-            size = sum(file.stat().st_size for file in self.cache.rglob("*") if file.is_file())
-            if and_cache and size > self.cache_size:
-                # seconds, which are well spent only when it has grown
-                data = _archive(self.cache, "w:xz", preset=0)
-                pieces = [data[start : start + _PIECE] for start in range(0, len(data), _PIECE)]
-                for index, piece in enumerate(pieces if len(pieces) <= _PIECES else []):
-                    self._put(f"cache.tar.xz.{index}", piece)
-                self.cache_size = size
+        with contextlib.suppress(OSError):
+            lines = [
+                f"{name}: {entries.shown(json.loads(file.read_text()))}\n"
+                for name in PHASES
+                for file in sorted(self.results.glob(f"*/{name}/*.json"))
+            ]
+            self._put("summary.txt", "".join(lines).encode())
+            self._put("results.tar.xz", _archive([self.results], self.results.parent))
+            kernels = sorted(self.cache.glob("*"))
+            if and_cache and len(kernels) > self.num_cached:
+                for index in range(_CACHE_FILES):
+                    data = _archive(kernels[index::_CACHE_FILES], self.cache.parent)
+                    self._put(f"cache{index}.tar.xz", data)
+                self.num_cached = len(kernels)
 
     def _put(self, name: str, data: bytes) -> None:
         (self.out / "part").write_bytes(data)
         (self.out / "part").replace(self.out / name)
 
 
-def _archive(folder: Path, mode: str, **options: int) -> bytes:
+def _archive(paths: list[Path], root: Path) -> bytes:
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode=mode, **options) as archive:
-        archive.add(folder, folder.name)
+    with tarfile.open(fileobj=data, mode="w:xz", preset=0) as archive:
+        for path in paths:
+            archive.add(path, path.relative_to(root))
     return data.getvalue()
-
-
-def stop(process: subprocess.Popen) -> None:
-    """A process and what it started; first it may stop its own."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(_GRACE)
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--earlier", type=Path, help="go on from the files of that folder (--out)")
     parser.add_argument("--sitting", choices=SITTINGS, default="first")
     parser.add_argument("--only", action="append", choices=PHASES, help="a phase; repeatable")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds ({BUDGET:.0f})")
-    parser.add_argument("--limit", type=float, help="seconds of an entry, in place of its own")
-    parser.add_argument("--tests", default="tests/test_gpu.py", help="the hardware suite's file")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, interpreted")
-    parser.add_argument("--inside", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    # what is forked ends without a flush
+    sys.stdout.reconfigure(line_buffering=True)
     # an exception, so that all that was started is stopped, and what was found is packed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if options.inside:
-        return inside(options)
-    with tempfile.TemporaryDirectory() as work:
-        programme = Programme(options, Path(work))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        out = options.out.resolve()
+        programme = Programme(out, Path(work), options.budget, options.rehearse)
+        paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+        os.environ |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "TRITON_CACHE_DIR": str(programme.cache),
+            # what forks has no threads, which NumPy would start, and asking whether there is a GPU
+            # does not touch it
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
+        if options.rehearse:
+            os.environ["TRITON_INTERPRET"] = "1"
+        sys.path.insert(1, str(ROOT))
+        os.chdir(ROOT)
         try:
-            return programme.run(tuple(dict.fromkeys(options.only or SITTINGS[options.sitting])))
+            return programme.run(dict.fromkeys(options.only or SITTINGS[options.sitting]))
         finally:
-            if programme.build is not None:
-                stop(programme.build)
+            # asked to end once more, it would leave half of it
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            programme.end_build(seconds=0.0)
             programme.pack(and_cache=True)
 
 

@@ -5,12 +5,14 @@ import functools
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
-from entries import Context, Entry, file_of, load
+from entries import Context, Entry, file_of
 
+TESTS = "tests/test_gpu.py"
 _SELECTED = {
     "suite": "not past_2_31 and not inductor and not sanitizer",
     "big": "past_2_31 or inductor",
@@ -20,48 +22,82 @@ _WORKERS = {"suite": 8, "big": 2, "sanitizer": 3}
 # to write what was found
 _LAST_SECONDS = 3.0
 
+# forward and backward of what takes a layer's time beside its products
+_PROFILED = """
+import torch
+from lm2_kernels import testing
+shape = testing.{shape}
+for case in (shape.cases()[0], shape.cases()[2]):
+    inputs = testing.make_inputs(case, torch.bfloat16, "{device}")
+    testing.run_case(case, inputs, "{backend}")
+"""
+_SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 
-def entries(context: Context, what: str) -> list[Entry]:
-    return [Entry(what, functools.partial(_suite, context, what), None)]
+
+def entries(context: Context, phase: str) -> list[Entry]:
+    work = _ncu if phase == "ncu" else _suite
+    # as long as the phase lasts: what was found is written before
+    return [Entry(phase, functools.partial(work, context, phase), float("inf"))]
 
 
-def _suite(context: Context, what: str, end: float) -> dict:
-    folder = context.folder / what
-    outcomes = (load(folder, what) or {}).get("outcomes", {})
-    passed = [test for test, outcome in outcomes.items() if outcome == "PASSED"]
-    command = [sys.executable, "-m", "pytest", context.tests, "-m", "gpu", "-v", "--color=no"]
-    command += ["-k", _SELECTED[what], *(f"--deselect={test}" for test in passed)]
-    if importlib.util.find_spec("xdist") is not None:
+def _suite(context: Context, phase: str, end: float) -> dict:
+    command = [sys.executable, "-m", "pytest", TESTS, "-m", "gpu", "-v", "--color=no"]
+    # the programme does without it too, as a rehearsal shows
+    rehearsed_alone = context.is_rehearsal and phase != "suite"
+    if importlib.util.find_spec("xdist") is not None and not rehearsed_alone:
         # a worker that leaves is replaced, however often
-        workers = str(min(_WORKERS[what], os.cpu_count() or 1))
+        workers = str(min(_WORKERS[phase], os.cpu_count() or 1))
         command += ["-n", workers, "--max-worker-restart", "1000"]
-    if importlib.util.find_spec("pytest_timeout") is not None:
-        command += ["--timeout", f"{context.limit or 60:.0f}", "--timeout-method", "thread"]
+    # all that pytest ever said: a process that is killed, this one too, loses nothing
+    output = file_of(context.folder / phase, f"{phase} pytest", ".txt")
+    before = outcomes_of(output.read_text(errors="replace") if output.exists() else "")
+    passed = [test for test, outcome in before.items() if outcome == "PASSED"]
+    command += ["-k", _SELECTED[phase], *(f"--deselect={test}" for test in passed)]
     # the tests ask for the interpreter themselves
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    output = file_of(folder, f"{what} pytest", ".txt")
-    with output.open("w", encoding="utf-8") as file:
+    with output.open("ab") as file:
+        file.write(b"\n")
+        file.flush()
         try:
-            seconds = end - time.time() - _LAST_SECONDS
             done = subprocess.run(
-                command, stdout=file, stderr=file, env=environment, timeout=seconds, check=False
+                command,
+                stdout=file,
+                stderr=file,
+                env=environment,
+                timeout=end - time.time() - _LAST_SECONDS,
+                check=False,
             )
             code = done.returncode
         except subprocess.TimeoutExpired:
             code = None
-    outcomes |= outcomes_of(output.read_text(encoding="utf-8", errors="replace"))
+    outcomes = outcomes_of(output.read_text(errors="replace"))
     counts = collections.Counter(outcomes.values())
     line = ", ".join(f"{count} {name.lower()}" for name, count in sorted(counts.items()))
     failed = sorted(test for test, outcome in outcomes.items() if outcome in ("FAILED", "ERROR"))
-    # without a test left, pytest's exit code is 5
-    ok = not failed and (code == 0 or (code == 5 and bool(passed)))
+    # without a test left, or without a GPU, pytest's exit code is 5
+    ok = not failed and (code == 0 or (code == 5 and (bool(passed) or context.is_rehearsal)))
     line += " (stopped by the time limit)" if code is None else f" (exit code {code})"
     return {"ok": ok, "again": not ok, "line": line, "failed": failed, "outcomes": outcomes}
 
 
 def outcomes_of(output: str) -> dict[str, str]:
-    """Of each test that ended, from the output of ``pytest -v``, with and without pytest-xdist."""
-    outcome = "PASSED|FAILED|ERROR|SKIPPED"
-    found = re.findall(rf"^\[gw\d+\] \[.*?\] ({outcome}) (.+::.+?) *$", output, re.M)
-    found += [pair[::-1] for pair in re.findall(rf"^(.+::.+) ({outcome}) +\[", output, re.M)]
-    return {test: outcome for outcome, test in found}
+    """Of each test its last end in the output of ``pytest -v``, with and without pytest-xdist."""
+    outcome = "(PASSED|FAILED|ERROR|SKIPPED)"
+    line = rf"^(?:\[gw\d+\] \[.*?\] {outcome} (.+::.+?) *|(\S.*::.+) {outcome} +\[.*)$"
+    found = re.findall(line, output, re.M)
+    return {test or other_test: one or other for one, test, other_test, other in found}
+
+
+def _ncu(context: Context, phase: str, end: float) -> dict:
+    """NVIDIA's profiler over what is to be tuned."""
+    if context.is_rehearsal:
+        exec(_PROFILED.format(shape="SHAPES[-2]", device="cpu", backend="cpp"), {})
+        return {"line": "only what it would profile"}
+    if shutil.which("ncu") is None:
+        return {"ok": False, "line": "no ncu on PATH: it is part of the CUDA toolkit"}
+    code = _PROFILED.format(shape="GPU_SHAPES[0]", device="cuda", backend="triton")
+    # clocks stay as they are, and our kernels alone
+    command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:_memory_|_residual_"]
+    command += [option for section in _SECTIONS for option in ("--section", section)]
+    done = subprocess.run([*command, sys.executable, "-c", code], check=False)
+    return {"ok": done.returncode == 0, "line": f"exit code {done.returncode}, see its log"}

@@ -16,24 +16,25 @@ from lm2_kernels.bench.works import Row
 
 KERNELS = ("forward", "dkey_value", "dquery")
 _WIDTH, _TOKENS = 2048, 2048
+# eight segments are what is tuned for; "compile" fills Triton's cache for both
+_BATCHES = {"compile": (8, 1), "sweep": (8,), "sweep_one": (1,)}
 
 
-def entries(context: Context, what: str) -> list[Entry]:
-    """Times at eight segments, or "one"; or "compile", which fills Triton's cache for them."""
-    widths, batch, count = (256, 128, 64), 1 if what == "one" else 8, 99
+def entries(context: Context, phase: str) -> list[Entry]:
+    widths, batches, chosen = (256, 128, 64), _BATCHES[phase], slice(None)
     if context.is_rehearsal:
-        widths, batch, count = (64,), 1, 2
-    run = _compile if what == "compile" else _time
-    found = []
-    for kernel, width in itertools.product(KERNELS, widths):
-        own = own_config(kernel, context.machine["target"], width, batch)
-        for index, config in enumerate(neighbours(own)[:count]):
+        widths, batches, chosen = (64,), (1,), slice(1, 2)
+    found = {}
+    for batch, kernel, width in itertools.product(batches, KERNELS, widths):
+        own = own_config(kernel, context.target, width, batch)
+        for index, config in enumerate(neighbours(own)[chosen]):
             key = f"{kernel} K={width} {config.block_tokens}x{config.block_slots}"
             key += f" warps {config.num_warps} stages {config.num_stages}"
-            work = functools.partial(run, context, kernel, width, batch, own, config)
-            found.append((index, Entry(key, work, 20.0)))
+            options = (context.device, kernel, width, batch, own, config)
+            work = functools.partial(_compile if phase == "compile" else _time, *options)
+            found.setdefault(key, (index, Entry(key, work, 20.0)))
     # the nearest of all kernels before the next ones of any: time may run out
-    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+    return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
 
 
 def own_config(kernel: str, target: str, width: int, batch: int) -> tables.AttentionConfig:
@@ -46,25 +47,22 @@ def neighbours(own: tables.AttentionConfig) -> list[tables.AttentionConfig]:
     """The table's own configuration, and those one step away. The compiler refuses some."""
     stages = (own.num_stages - 1, own.num_stages + 1, own.num_stages + 2)
     found = [own, *(own._replace(num_stages=count) for count in stages if count >= 1)]
-    for name, low, high in (
-        ("block_slots", 16, 256),
-        ("block_tokens", 16, 256),
-        ("num_warps", 4, 16),
-    ):
+    limits = (("block_slots", 16, 256), ("block_tokens", 16, 256), ("num_warps", 4, 16))
+    for name, low, high in limits:
         size = getattr(own, name)
         found += [own._replace(**{name: n}) for n in (size // 2, 2 * size) if low <= n <= high]
     return found
 
 
 def _call(
-    context: Context, kernel: str, width: int, batch: int, tokens: int
+    device: str, kernel: str, width: int, batch: int, tokens: int
 ) -> Callable[[tables.AttentionConfig], list[Tensor]]:
     """A kernel by its configuration; those of the backward run after the delta pass."""
     torch.manual_seed(0)
-    shape = (batch, tokens, 1 if context.is_rehearsal else _WIDTH // width, width)
-    # the interpreter has float16 alone of 16 bits
-    dtype = torch.float16 if context.is_rehearsal else torch.bfloat16
-    dout, *inputs = (torch.randn(shape, device=context.device, dtype=dtype) for _ in range(4))
+    # the interpreter has float16 alone of 16 bits, and one head is enough for it
+    heads, dtype = (1, torch.float16) if device == "cpu" else (_WIDTH // width, torch.bfloat16)
+    shape = (batch, tokens, heads, width)
+    dout, *inputs = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
     inputs += [None, None]
     options = (True, 0, width**-0.5, None, 0.0)
     # below the layer that rewords Triton's errors
@@ -81,20 +79,20 @@ def _call(
     return under
 
 
-def _compile(context, kernel, width, batch, own, config, end: float) -> dict:
-    _call(context, kernel, width, 1, 32)(config)
+def _compile(device, kernel, width, batch, own, config, end: float) -> dict:
+    _call(device, kernel, width, 1, 32)(config)
     return {"line": "compiled"}
 
 
-def _time(context, kernel, width, batch, own, config, end: float) -> dict:
-    call = _call(context, kernel, width, batch, 32 if context.is_rehearsal else _TOKENS)
+def _time(device, kernel, width, batch, own, config, end: float) -> dict:
+    call = _call(device, kernel, width, batch, 32 if device == "cpu" else _TOKENS)
     pairs = [(g.double(), w.double()) for g, w in zip(call(config), call(own), strict=True)]
     error = max(float((got - want).norm() / want.norm()) for got, want in pairs)
     # kernels differ by half an ulp or so, wrong ones by far more; NaN is no less than anything
     agrees = error <= 2 * torch.finfo(torch.bfloat16).eps
-    rows = {"table": own, "candidate": config}
-    rows = {name: Row(functools.partial(call, choice), ()) for name, choice in rows.items()}
-    times = measure.measure(rows, "forward", (), context.device, 0.3)
+    calls = {"table": functools.partial(call, own), "candidate": functools.partial(call, config)}
+    rows = {name: Row(run, ()) for name, run in calls.items()}
+    times = measure.measure(rows, "forward", (), device, 0.0 if device == "cpu" else 0.3)
     speedup = measure.ratio(times["table"], times["candidate"])
     spent = statistics.median(times["candidate"])
     line = f"{1e6 * spent:.1f} us, {speedup:.3f} x the table"
