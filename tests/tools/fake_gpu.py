@@ -194,6 +194,8 @@ class FakeDriver(DriverBase):
         self.target = target
         self.execute = execute
         self.launches: list[Launch] = []
+        # of every launch that was not compiled
+        self.grids: list[tuple[int, ...]] = []
         self.current_index = 0
         # Triton calls the methods on binaries and device properties through `driver.utils`
         self.utils = self
@@ -470,8 +472,11 @@ def _run_interpreted(
     self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any
 ) -> None:
     """Replaces ``JITFunction.run``: a launch that is interpreted without having been compiled."""
-    constants = {name: value for name, value in options.items() if name in self.arg_names}
-    _interpret(self, grid, args, **constants)
+    driver = driver_config.active
+    driver.grids.append(grid)
+    if driver.execute:
+        constants = {name: value for name, value in options.items() if name in self.arg_names}
+        _interpret(self, grid, args, **constants)
 
 
 @contextlib.contextmanager
@@ -483,8 +488,8 @@ def fake_gpu(
     Args:
         target: A target, or its name in `TARGETS` or `SMALL_TARGETS`.
         execute: Whether to run the kernels too. Launches on fake tensors are only ever compiled.
-        compile: Whether to compile them. Else they are interpreted alone, in a tenth of the time,
-            and no launch is recorded.
+        compile: Whether to compile them. Else they are interpreted alone, in a tenth of the time;
+            of a launch its grid is recorded, which must be a tuple.
 
     Yields:
         The driver; its ``launches`` are in launch order.

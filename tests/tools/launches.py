@@ -17,7 +17,7 @@ _SPILL_ALLOWANCE = 4
 _RELEASES = ("3.6", "3.8")
 _GROSS_SPILLS = 64
 
-__all__ = ["TARGETS", "assert_resources", "checked", "compiled", "interpreted"]
+__all__ = ["TARGETS", "assert_resources", "checked", "compiled", "grids", "interpreted"]
 
 
 @contextlib.contextmanager
@@ -39,6 +39,13 @@ def interpreted(target: str, *, shuffle: int = 0) -> Iterator[None]:
     interpreter_bf16.install()
     with fake_gpu(target, compile=False), sanitize(shuffle=shuffle):
         yield
+
+
+@contextlib.contextmanager
+def grids(target: str) -> Iterator[list[tuple[int, ...]]]:
+    """The grids of all launches, which are neither compiled nor run."""
+    with fake_gpu(target, execute=False, compile=False) as gpu:
+        yield gpu.grids
 
 
 @contextlib.contextmanager
