@@ -35,7 +35,9 @@ def suite(module):
 
 def limits(module):
     right = module.run
-    module.run = lambda found, *args: right([e._replace(limit=LIMIT) for e in found], *args)
+    # pytest and its workers take longer to start
+    limit = lambda entry: 2 * LIMIT if entry.key == "suite" else LIMIT
+    module.run = lambda found, *args: right([e._replace(limit=limit(e)) for e in found], *args)
 
 def broken(module):
     right = module.memory_update_forward
@@ -120,7 +122,7 @@ def rehearse(tmp_path):
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert not done.stderr
-        assert len(list(out.iterdir())) <= 8
+        assert len(list(out.iterdir())) <= 6
         rows = {phase: {} for phase in phases}
         for name, content in _packed(out).items():
             if name.endswith(".json") and name.count("/") == 3:
@@ -217,7 +219,7 @@ def wrong(end):
     return {"ok": False, "line": "differs"}
 
 sys.stdout.reconfigure(line_buffering=True)
-found = [entries.Entry(work.__name__, work, 1.0) for work in (hangs, bad, dies, wrong, good)]
+found = [entries.Entry(work.__name__, work, 2.0) for work in (hangs, bad, dies, wrong, good)]
 print(entries.run(found, folder, until, int(sys.argv[3])), "left")
 """
 
@@ -316,6 +318,17 @@ def test_what_a_gpu_would_be_given(tmp_path):
     assert counts["smoke"] == counts["smoke_cpp"] == "39"
     assert counts["headline"] == counts["graphs"] == "6"
     assert int(counts["compile"]) >= int(counts["sweep"]) > 70
+
+
+def test_a_row_of_ours_that_is_missing_is_tried_again(modules, monkeypatch):
+    timings = modules("timings")
+    row = {"row": "triton", "pass": "forward", "seconds": 1.0, "is_ours": True}
+    report = {"results": [row], "skipped": ["cpp: it does not compile"]}
+    monkeypatch.setattr(timings.suite, "run", lambda *_: report)
+    for rows, ok in ((("triton", "SDPA"), True), (("triton", "cpp"), False)):
+        found = timings._bench(timings.suite.Selection(rows=rows), 1.0, 0.0)
+        assert (found["ok"], found["again"]) == (ok, not ok)
+    assert "without ['cpp']" in found["line"] and "it does not compile" in found["line"]
 
 
 def test_outcomes_of_pytest(modules):
@@ -434,7 +447,7 @@ def test_going_on_after_a_stop(tmp_path):
     assert json.loads(packed()["tiny/good.json"])["ok"] and "tiny/last.json" not in packed()
     assert packed()["built/_C.so"] == b"for 9.0"
     caches = sorted(out.glob("cache*"))
-    assert len(caches) == 4 and len(list(out.iterdir())) <= 8
+    assert len(caches) == 4 and len(list(out.iterdir())) == 6
 
     # it goes on with what was built, which it could not build now; killed, it leaves no process
     (tree / "setup.py").unlink()

@@ -65,6 +65,12 @@ def shown(row: dict) -> str:
     return f"{'ok  ' if row['ok'] else 'FAIL'} {row['key']}: {row['line']} ({row['spent']:.1f} s)"
 
 
+def die_with_parent() -> None:
+    """In a new process: whatever ends the one that started it ends it too. Not its own children."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Child:
     """A forked process in a group of its own, which dies with its parent."""
 
@@ -78,8 +84,7 @@ class Child:
         code = 1
         try:
             os.setpgid(0, 0)
-            with contextlib.suppress(AttributeError):
-                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            die_with_parent()
             if log is not None:
                 file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
                 os.dup2(file, 1)
@@ -121,15 +126,17 @@ def run(entries: list[Entry], folder: Path, until: float, at_once: int = 1) -> i
     rows = {entry.key: load(folder, entry.key) for entry in entries}
     waiting = [entry for entry in entries if rows[entry.key] is None]
     waiting += [entry for entry in entries if (rows[entry.key] or {}).get("again")]
-    running: dict[Child, tuple[Entry, float]] = {}
+    running: dict[Child, tuple[Entry, float, int]] = {}
     left = 0
     try:
         while running or (waiting and time.time() < until):
-            while waiting and len(running) < at_once:
+            while waiting and len(running) < at_once and time.time() < until:
                 entry, start = waiting.pop(0), time.time()
                 work = functools.partial(_work, entry, folder, min(until, start + entry.limit))
-                running[Child(work, file_of(folder, entry.key, ".txt"))] = (entry, start)
-            for child, (entry, start) in list(running.items()):
+                log = file_of(folder, entry.key, ".txt")
+                said = log.stat().st_size if log.exists() else 0
+                running[Child(work, log)] = (entry, start, said)
+            for child, (entry, start, said) in list(running.items()):
                 spent, is_late = time.time() - start, time.time() >= until
                 if not child.wait() and spent < entry.limit and not is_late:
                     continue
@@ -140,8 +147,9 @@ def run(entries: list[Entry], folder: Path, until: float, at_once: int = 1) -> i
                     left += 1  # out of the phase's time, not of its own: no row
                     continue
                 if code != 0:
-                    log = file_of(folder, entry.key, ".txt").read_text(errors="replace")
-                    line = _reason(code, spent, log)
+                    # what this try said, behind what earlier ones did
+                    log = file_of(folder, entry.key, ".txt").read_bytes()[said:]
+                    line = _reason(code, spent, log.decode(errors="replace"))
                     row = {"key": entry.key, "ok": False, "again": True, "line": line}
                     save(file_of(folder, entry.key), row | {"spent": spent})
                 print(shown(load(folder, entry.key)))

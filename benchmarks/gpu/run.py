@@ -30,7 +30,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +40,8 @@ ROOT = Path(__file__).resolve().parents[2]
 BUDGET = 560.0
 # imports that take long, once for all; torch._dynamo may ask a GPU something, so it is not one
 PRELOADED = ("torch.fx.experimental.symbolic_shapes", "triton")
-# Triton's cache comes in so many archives, of 15 MB or less each
-_CACHE_FILES = 4
+# what was found; Triton's cache comes in so many archives beside it
+_RESULTS, _CACHE_FILES = "results.tar.xz", 4
 # seconds: between two packings, without which a phase is not begun, to which it may exceed its
 # limit, of the build
 _PACK, _LEAST, _GRACE, _BUILD = 20.0, 5.0, 10.0, 240.0
@@ -121,7 +121,8 @@ def build_extension(folder: Path, capability: str) -> None:
     command = ["nice", sys.executable, "setup.py", "build_ext", "--inplace"]
     # half of the cores: the other half launches what is measured
     os.environ["MAX_JOBS"] = str(max(1, (os.cpu_count() or 2) // 2))
-    subprocess.run(command, env=os.environ | {"TORCH_CUDA_ARCH_LIST": capability}, check=True)
+    environment = os.environ | {"TORCH_CUDA_ARCH_LIST": capability}
+    subprocess.run(command, env=environment, preexec_fn=entries.die_with_parent, check=True)
     part = folder / "built.part"
     part.mkdir(exist_ok=True)
     for file in (*ROOT.glob("lm2_kernels/*.so"), ROOT / "lm2_kernels" / "_build.json"):
@@ -139,6 +140,7 @@ class Programme:
         self.out, self.results, self.cache = out, work / "results", work / "cache"
         self.end, self.is_rehearsal = time.time() + budget, is_rehearsal
         self.build: entries.Child | None = None
+        self.folder: Path | None = None  # of this machine and these sources
         out.mkdir(parents=True, exist_ok=True)
         for file in sorted(out.glob("*.tar.xz")):
             try:
@@ -146,26 +148,34 @@ class Programme:
                     archive.extractall(work, filter="data")
             except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
                 print(f"{file.name} is of no use: {type(error).__name__}")
+                if file.name == _RESULTS:
+                    # perhaps it was the disk: it is not written over
+                    file.rename(file.with_suffix(".spoilt"))
         self.results.mkdir(exist_ok=True)
         self.num_cached = len(list(self.cache.glob("*")))
 
-    def run(self, names: Iterable[str]) -> int:
+    def run(self, names: Collection[str]) -> int:
         find = functools.partial(machine, self.is_rehearsal, self.results)
-        if self.do("machine", find, 120.0) != 0:
-            return 2
+        code = self.do("machine", find, 120.0)
+        if code != 0:
+            return code or 1
         for name in PRELOADED:
             importlib.import_module(name)
         found = entries.load(self.results, "machine")
-        folder = entries.file_of(self.results, found["key"], "")
+        folder = self.folder = entries.file_of(self.results, found["key"], "")
         folder.mkdir(exist_ok=True)
         context = entries.Context(self.is_rehearsal, folder, found["target"])
         if (folder / "built").is_dir():
             shutil.copytree(folder / "built", ROOT / "lm2_kernels", dirs_exist_ok=True)
-        elif not self.is_rehearsal:
+        elif not self.is_rehearsal and any(PHASES[name].needs_build for name in names):
             build = functools.partial(build_extension, folder, found["devices"][-1]["capability"])
             self.build = entries.Child(build, folder / "build.txt")
-        codes = []
-        for name in names:
+        codes, left = [], list(names)
+        while left:
+            # while the extension is built, what can do without it
+            building = self.build is not None and not self.build.wait()
+            name = next((n for n in left if not (building and PHASES[n].needs_build)), left[0])
+            left.remove(name)
             if PHASES[name].needs_build:
                 self.end_build(_BUILD)
             limit = min(PHASES[name].limit, self.end - time.time())
@@ -178,19 +188,22 @@ class Programme:
         """Do it in a process, and pack meanwhile; returns the exit code."""
         child, end = entries.Child(work), time.time() + limit + _GRACE
         try:
-            # seconds of this process, which has nothing else to do
-            self.pack(and_cache=True)
-            while not child.wait(max(0.0, min(_PACK, end - time.time()))) and time.time() < end:
-                self.pack()
+            self._await(child, end)
         finally:
             child.stop(_GRACE)
         if child.code != 0:
             print(f"{name}: exit code {child.code}")
         return child.code
 
+    def _await(self, child: entries.Child, end: float) -> None:
+        """Pack what there is until it ends: this process has nothing else to do."""
+        self.pack(and_cache=True)
+        while not child.wait(max(0.0, min(_PACK, end - time.time()))) and time.time() < end:
+            self.pack()
+
     def end_build(self, seconds: float) -> None:
         if self.build is not None:
-            self.build.wait(max(0.0, min(seconds, self.end - time.time())))
+            self._await(self.build, min(self.end, time.time() + seconds))
             self.build.stop()
             print(f"the extension's build: exit code {self.build.code}")
             self.build = None
@@ -198,13 +211,14 @@ class Programme:
     def pack(self, and_cache: bool = False) -> None:
         # what is written meanwhile may spoil an archive: then the one before it stays
         with contextlib.suppress(OSError):
-            lines = [
-                f"{name}: {entries.shown(json.loads(file.read_text()))}\n"
-                for name in PHASES
-                for file in sorted(self.results.glob(f"*/{name}/*.json"))
-            ]
-            self._put("summary.txt", "".join(lines).encode())
-            self._put("results.tar.xz", _archive([self.results], self.results.parent))
+            if self.folder is not None:
+                lines = [
+                    f"{name}: {entries.shown(json.loads(file.read_text()))}\n"
+                    for name in PHASES
+                    for file in sorted(self.folder.glob(f"{name}/*.json"))
+                ]
+                self._put("summary.txt", "".join([f"{self.folder.name}\n", *lines]).encode())
+            self._put(_RESULTS, _archive([self.results], self.results.parent))
             kernels = sorted(self.cache.glob("*"))
             if and_cache and len(kernels) > self.num_cached:
                 for index in range(_CACHE_FILES):

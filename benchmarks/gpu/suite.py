@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from entries import Context, Entry, file_of
+from entries import Context, Entry, die_with_parent, file_of
 
 TESTS = "tests/test_gpu.py"
 _SELECTED = {
@@ -64,6 +64,7 @@ def _suite(context: Context, phase: str, end: float) -> dict:
                 stdout=file,
                 stderr=file,
                 env=environment,
+                preexec_fn=die_with_parent,
                 timeout=end - time.time() - _LAST_SECONDS,
                 check=False,
             )
@@ -94,10 +95,13 @@ def _ncu(context: Context, phase: str, end: float) -> dict:
         exec(_PROFILED.format(shape="SHAPES[-2]", device="cpu", backend="cpp"), {})
         return {"line": "only what it would profile"}
     if shutil.which("ncu") is None:
-        return {"ok": False, "line": "no ncu on PATH: it is part of the CUDA toolkit"}
+        line = "no ncu on PATH: it is part of the CUDA toolkit"
+        return {"ok": False, "again": True, "line": line}
     code = _PROFILED.format(shape="GPU_SHAPES[0]", device="cuda", backend="triton")
     # clocks stay as they are, and our kernels alone
     command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:_memory_|_residual_"]
     command += [option for section in _SECTIONS for option in ("--section", section)]
-    done = subprocess.run([*command, sys.executable, "-c", code], check=False)
-    return {"ok": done.returncode == 0, "line": f"exit code {done.returncode}, see its log"}
+    command += [sys.executable, "-c", code]
+    done = subprocess.run(command, preexec_fn=die_with_parent, check=False)
+    ok = done.returncode == 0
+    return {"ok": ok, "again": not ok, "line": f"exit code {done.returncode}, see its log"}

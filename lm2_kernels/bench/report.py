@@ -351,10 +351,10 @@ def plot(report: dict, folder: Path) -> list[Path]:
         drawn.append(folder / name)
         figure.savefig(drawn[-1], dpi=150)
 
-    if report["results"]:
+    if any(result["pass"] in ("forward", "both") for result in report["results"]):
         save(_bars(figure_type, report), "speedup.png")
-        if any(map(_has_intensity, report["results"])):
-            save(_roofline(figure_type, report), "roofline.png")
+    if any(map(_has_intensity, report["results"])):
+        save(_roofline(figure_type, report), "roofline.png")
     if report["lengths"]:
         save(_lengths(figure_type, report), "lengths.png")
     return drawn
