@@ -166,11 +166,10 @@ def check_slot_mask(op: str, slot_mask: Tensor, batch: int, slots: int, device) 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under autocast, the tensors in its dtype, as torch does for its own matrix products."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    dtype = backends.autocast_dtype(device)
-    if dtype is None:
+    if backends.autocast_dtype(device) is None:
         return tensors
     return tuple(
-        tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype)
+        tensor if tensor is None else tensor.to(backends.computed_dtype(tensor))
         for tensor in tensors
     )
 

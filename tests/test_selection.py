@@ -12,10 +12,10 @@ import lm2_kernels as lm2
 from lm2_kernels import backends, extension, functional
 from lm2_kernels.backends import eager
 from tools.interpreter import run_python
-from tools.native import cpp_reason
+from tools.native import cpu_default
 
 # what "auto" takes for CPU tensors here
-DEFAULT = "cpp" if cpp_reason() is None else "eager"
+DEFAULT = cpu_default()
 
 
 @pytest.fixture(autouse=True)
