@@ -242,8 +242,9 @@ def _archive(paths: list[Path], root: Path) -> bytes:
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--sitting", choices=SITTINGS, default="first")
+    out = ROOT / "benchmarks" / "results" / "gpu"
+    parser.add_argument("--out", type=Path, default=out, help="folder of results, to go on from")
+    parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which phases (first)")
     parser.add_argument("--only", action="append", choices=PHASES, help="a phase; repeatable")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds ({BUDGET:.0f})")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, interpreted")
