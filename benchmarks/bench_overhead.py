@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from lm2_kernels import functional
-from lm2_kernels.modules import PaperMemory, ReleaseMemory
+from lm2_kernels.layers.paper import PaperMemory
+from lm2_kernels.layers.release import ReleaseMemory
 
 _ROUNDS = 3
 # 256 tokens of width 256: the first large product of a process is timed both ways

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lm2_kernels.bench import measure, suite, works
-from lm2_kernels.testing import SHAPES
+from lm2_kernels.testing.cases import SHAPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _LAYERS = ("paper layer", "release layer")

@@ -1,11 +1,11 @@
 """What every benchmark's JSON says of the machine, and the ratio table after the run."""
 
 from lm2_kernels.bench import suite
-from lm2_kernels.info import columns
+from lm2_kernels.terminal import columns
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["lm2_kernels"] = suite.machine()
+    machine_info["lm2_kernels"] = suite.conditions()
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lm2_kernels import extension
-from lm2_kernels.ops import run
+from lm2_kernels.backends import extension
+from lm2_kernels.operators import run
 
 
 class _Refusals:

@@ -1,7 +1,9 @@
-"""What the commands show while they work."""
+"""What the commands show while they work, and what they write."""
 
+import json
 import sys
 import time
+from pathlib import Path
 
 _WIDTH = 79
 _BAR = 24
@@ -50,3 +52,26 @@ class StepBar:
     def close(self) -> None:
         """Leave an empty line behind."""
         self._line.close()
+
+
+def columns(rows: list[list[str]]) -> list[str]:
+    """The rows as lines of left-aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def write_json(path: Path | None, content: dict) -> None:
+    """Write ``content`` where a ``--json`` option says; None is nowhere.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error

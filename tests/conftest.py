@@ -7,14 +7,14 @@ import warnings
 import pytest
 import torch
 
-from lm2_kernels import projections
+from lm2_kernels import linear
 from tools import hardware
 from tools.emulated_avx512 import avx512_reason
 from tools.emulated_cuda import emulation_reason
 from tools.native import cpp_reason
 
-# the backends that the common suite (test_backends.py) must have run on a machine without a GPU,
-# but for what was not built here, whose reason every skipped test prints
+# the backends that the common suite (backends/test_backends.py) must have run on a machine without
+# a GPU, but for what was not built here, whose reason every skipped test prints
 REQUIRED_BACKENDS = [
     name
     for name, reason in (
@@ -45,7 +45,7 @@ def _fixed_seed():
 @pytest.fixture(autouse=True)
 def _packed_projections(monkeypatch):
     """Projections are packed at the suite's small sizes too."""
-    monkeypatch.setattr(projections, "_MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(linear, "_MIN_MULTIPLICATIONS", 0)
 
 
 @pytest.fixture(autouse=True)

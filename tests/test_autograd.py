@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lm2_kernels as lm2
 from lm2_kernels import functional, testing
-from lm2_kernels.testing import Case
+from lm2_kernels.testing.cases import Case
 from tools.native import needs_cpp
 
 BACKENDS = ("eager", pytest.param("cpp", marks=needs_cpp))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from lm2_kernels import extension
+from lm2_kernels.backends import extension
 from lm2_kernels.version import sources_digest
 from tools import nvcc
 from tools.compiling import ROOT, load_setup
@@ -95,7 +95,7 @@ def _warnings(run: subprocess.CompletedProcess[str]) -> list[str]:
 # an op forward and backward on each backend that runs here
 SMOKE = """
 import torch, lm2_kernels as lm2
-from lm2_kernels import extension
+from lm2_kernels.backends import extension
 from lm2_kernels.version import sources_digest
 print(lm2.__file__)
 x = torch.ones(2, 3, 4, requires_grad=True)
@@ -241,7 +241,7 @@ def test_what_is_asked_for_by_name_is_required(tree, environment, message):
 
 def test_a_source_tree_takes_the_installed_libraries_of_the_same_sources(tree, tmp_path):
     """README's commands run in the source tree, where `python -m` imports what is not built."""
-    code = "from lm2_kernels import extension; print(extension.cpu_reason(), extension._folder)"
+    code = "from lm2_kernels.backends import extension; print(extension.cpu_reason(), extension._folder)"
 
     def run() -> str:
         found = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
@@ -250,7 +250,7 @@ def test_a_source_tree_takes_the_installed_libraries_of_the_same_sources(tree, t
             command, cwd=tree, env=found, capture_output=True, text=True, check=True
         ).stdout
 
-    shutil.copytree(Path(extension.__file__).parent, tmp_path / "site" / "lm2_kernels")
+    shutil.copytree(Path(lm2_kernels.__file__).parent, tmp_path / "site" / "lm2_kernels")
     record = tmp_path / "site" / "lm2_kernels" / "_build.json"
     digest = sources_digest(ROOT / "csrc")
     record.write_text(json.dumps({"cpu": None, "cuda": "no", "sources": digest}))

@@ -254,7 +254,7 @@ def test_out_of_memory_is_an_error_and_no_more():
     """It names the op, and the next call works: no buffer is left half allocated."""
     code = """
 import resource, torch
-from lm2_kernels import extension
+from lm2_kernels.backends import extension
 attend = torch.ops.lm2_kernels_cpp.memory_attention_forward
 query, bank = torch.ones(1, 5, 1, 64), torch.ones(1, 1, 1, 64)
 options = dict(causal=False, slot_offset=0, scale=1.0, top_k=None, dropout_p=0.0)

@@ -94,7 +94,7 @@ def machine(is_rehearsal: bool, folder: Path) -> int:
     from lm2_kernels.bench import suite  # noqa: PLC0415
     from lm2_kernels.version import sources_digest  # noqa: PLC0415
 
-    found = suite.machine()
+    found = suite.conditions()
     gpu, versions = found["devices"][-1], found["versions"]
     digests = (sources_digest(ROOT / "lm2_kernels", "*.py"), sources_digest(ROOT / "csrc"))
     key = [gpu["name"], versions["torch"], versions["triton"], *(text[:8] for text in digests)]

@@ -12,7 +12,7 @@ import time
 
 from entries import Context, Entry, die_with_parent, file_of
 
-TESTS = "tests/test_gpu.py"
+TESTS = "tests/backends/test_gpu.py"
 _SELECTED = {
     "suite": "not past_2_31 and not inductor and not sanitizer",
     "big": "past_2_31 or inductor",

@@ -12,7 +12,7 @@ from lm2_kernels import backends
 from lm2_kernels.backends import triton  # noqa: F401 - once, before entries are forked
 from lm2_kernels.bench import suite, works
 from lm2_kernels.bench.peers import SDPA_KERNELS
-from lm2_kernels.testing import GPU_SHAPES, SHAPES, Shape
+from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES, Shape
 
 _SHAPES = {shape.name: shape for shape in (*SHAPES, *GPU_SHAPES)}
 _TINY = Shape("tiny", 1, 32, 32, 2, 32, "a rehearsal")

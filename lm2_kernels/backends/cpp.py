@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lm2_kernels import backends, extension
-from lm2_kernels.backends import composite, constant_when_compiled
+from lm2_kernels import backends
+from lm2_kernels.backends import composite, constant_when_compiled, extension
 
 __all__ = [
     "memory_attention_backward",

@@ -8,7 +8,7 @@ from the 64-bit seed; each slot of the row is hashed under them:
 
 with ``mix`` a bijective 32-bit finaliser and ``half`` its first half. It needs 3 multiplications an
 element where Philox needs 40, and passes the tests of rate and independence in
-``tests/test_dropout.py``. All arithmetic is modulo 2**32.
+``tests/backends/test_dropout.py``. All arithmetic is modulo 2**32.
 """
 
 import torch

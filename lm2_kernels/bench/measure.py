@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm2_kernels import products, testing
-from lm2_kernels.backends import OPS
+from lm2_kernels import testing
+from lm2_kernels.backends import OPS, cpu_products
 from lm2_kernels.bench.works import (
     DROPOUT,
     NO_CACHE,
@@ -247,7 +247,8 @@ def captured(row: Row, pass_name: str, cotangents: Outputs) -> tuple[Row, bool]:
 def ceilings(dtypes: Sequence[torch.dtype], device: str) -> dict[str, float]:
     """The machine's limits in this run: bytes a second of a large copy, FLOPs of a large product.
 
-    The product is the best of the libraries that :mod:`lm2_kernels.products` chooses from.
+    The product is the best of the libraries that :mod:`lm2_kernels.backends.cpu_products` chooses
+    from.
     """
     elements = (2**26 if device == "cpu" else 2**28) // 4
     source = torch.ones(elements, device=device)
@@ -257,7 +258,7 @@ def ceilings(dtypes: Sequence[torch.dtype], device: str) -> dict[str, float]:
     for dtype in dtypes:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         with torch.no_grad():
-            spent = _best(lambda a=a, b=b: products.product(a, b.t()), device)
+            spent = _best(lambda a=a, b=b: cpu_products.product(a, b.t()), device)
         found[dtype_name(dtype)] = 2.0 * size**3 / spent
     return found
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lm2_kernels.bench import works
 from lm2_kernels.bench.suite import FORMAT, GRAPH
-from lm2_kernels.info import columns
+from lm2_kernels.terminal import columns
 
 _TITLES = {"forward": "forward", "backward": "backward", "both": "forward and backward"}
 _TITLES |= {name + GRAPH: f"{_TITLES[name]} in a CUDA graph" for name in ("forward", "both")}

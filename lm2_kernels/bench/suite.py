@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from lm2_kernels import extension, info, products
+from lm2_kernels import machine
+from lm2_kernels.backends import cpu_products, extension
 from lm2_kernels.bench import measure, works
 from lm2_kernels.bench.works import PASSES, Row, Work, dtype_name
-from lm2_kernels.testing import GPU_SHAPES, SHAPES, Shape
+from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES, Shape
 
 FORMAT = 1
 # time and memory of attention as the segment grows, which has no other shapes and float32 alone;
@@ -50,7 +51,7 @@ class Selection:
     device: str = "cpu"
     # CUDA graphs of forward and of both passes, beside eager launches
     graphs: bool = False
-    # beside those of testing.py
+    # beside those of testing/cases.py
     more_shapes: tuple[Shape, ...] = ()
 
     @property
@@ -97,7 +98,7 @@ def run(
     dtypes = [getattr(torch, dtype) for dtype in selection.dtypes]
     report = {
         "format": FORMAT,
-        "machine": machine(),
+        "machine": conditions(),
         "device": device,
         "selection": dataclasses.asdict(selection) | {"budget": budget},
         "ceilings": measure.ceilings(dtypes, device),
@@ -145,14 +146,14 @@ def raise_ceilings(report: dict, measured: dict[str, float]) -> None:
         result["light_share"] = _light_share(result, ceilings)
 
 
-def machine() -> dict:
+def conditions() -> dict:
     """What results depend on: versions, devices, threads and how memory is allocated."""
     tunables = ("GLIBC_TUNABLES", "LD_PRELOAD", "MALLOC_CONF")
     return {
-        "versions": info.versions(),
-        "devices": info.devices(),
+        "versions": machine.versions(),
+        "devices": machine.devices(),
         "cpu_level": extension.build_info().get("SIMD level", "none"),
-        "cpu_products": products.report(),
+        "cpu_products": cpu_products.report(),
         "allocator": {name: os.environ[name] for name in tunables if os.environ.get(name)},
         "machine": platform.machine(),
     }

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lm2_kernels import backends, functional, products, reference, testing
+from lm2_kernels import backends, functional, reference, testing
+from lm2_kernels.backends import cpu_products
 from lm2_kernels.bench.peers import (
     SDPA_KERNELS,
     ReleasedStyleMemory,
@@ -24,9 +25,11 @@ from lm2_kernels.bench.peers import (
     sdpa_options,
 )
 from lm2_kernels.functional import initial_memory
-from lm2_kernels.model import LM2Config, LM2ForCausalLM
-from lm2_kernels.modules import PaperMemory, ReleaseMemory
-from lm2_kernels.testing import Shape
+from lm2_kernels.layers.paper import PaperMemory
+from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.model.config import LM2Config
+from lm2_kernels.model.decoder import LM2ForCausalLM
+from lm2_kernels.testing.cases import Shape
 
 PASSES = ("forward", "backward", "both")
 ORACLE = "oracle"
@@ -335,10 +338,10 @@ def _limit(sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, 
     def multiply(backward: bool) -> None:
         for x, weight, dy in operands:
             if not backward:
-                products.product(x, weight.t())
+                cpu_products.product(x, weight.t())
                 continue
-            products.product(dy, weight)
-            products.product(dy.t(), x)
+            cpu_products.product(dy, weight)
+            cpu_products.product(dy.t(), x)
 
     def forward() -> Outputs:
         multiply(backward=False)

@@ -4,7 +4,7 @@ One number at a time: Python loops over tokens, slots, heads and channels, with 
 inside a dot product, and autograd for the gradients. Written from arXiv 2502.06049, equations 1 to
 6, and the definitions of slot offset and slot mask; imports torch and safetensors alone.
 
-    python tests/data/make_paper_golden.py      # rewrites lm2_kernels/data/paper_d12_h3.safetensors
+    python tests/data/make_paper_golden.py      # rewrites it in lm2_kernels/testing/golden
 """
 
 import math
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 BATCH, TOKENS, SLOTS, WIDTH, HEADS, OFFSET = 2, 5, 9, 12, 3, 2
 PROJECTIONS = ("query", "key", "value", "output_gate", "input_gate", "forget_gate")
-TARGET = Path(__file__).parents[2] / "lm2_kernels" / "data" / "paper_d12_h3.safetensors"
+TARGET = Path(__file__).parents[2] / "lm2_kernels/testing/golden/paper_d12_h3.safetensors"
 
 
 def project(weight, vector):

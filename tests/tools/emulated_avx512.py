@@ -15,8 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from lm2_kernels import extension
-from lm2_kernels.backends import cpp
+from lm2_kernels.backends import cpp, extension
 from tools.compiling import CSRC, NATIVE, cached, link_operators, run_all, torch_flags
 
 NAMESPACE = "lm2_kernels_avx512"

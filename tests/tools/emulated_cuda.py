@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lm2_kernels import extension
-from lm2_kernels.backends import cpp
+from lm2_kernels.backends import cpp, extension
 from tools.compiling import (
     CSRC,
     NATIVE,

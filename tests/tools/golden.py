@@ -6,7 +6,7 @@ from typing import NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-from lm2_kernels.testing import packaged_golden
+from lm2_kernels.testing.verify import packaged_golden
 
 FILES = [*packaged_golden(), *sorted((Path(__file__).parent.parent / "data").glob("*.safetensors"))]
 

@@ -4,7 +4,7 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, reference
-from lm2_kernels.testing import Comparison, compare
+from lm2_kernels.testing.rule import Comparison, compare
 from tools.native import cpu_default
 
 SMALL = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lm2_kernels import extension
+from lm2_kernels.backends import extension
 
 
 def cpp_reason() -> str | None:

@@ -13,11 +13,29 @@ import sys
 import time
 from pathlib import Path
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = (
-    *("autograd", "backends", "curves", "dropout", "functional", "generation", "invariants"),
-    *("bench", "cli", "demo", "model", "modules", "operators", "patching", "products"),
-    *("projections", "random_cases", "recompute", "reference", "streaming", "training"),
+    "tests/backends/test_backends.py",
+    "tests/backends/test_cpu_products.py",
+    "tests/backends/test_dropout.py",
+    "tests/backends/test_random_cases.py",
+    "tests/bench/test_bench.py",
+    "tests/cli/test_cli.py",
+    "tests/cli/test_demo.py",
+    "tests/layers/test_layers.py",
+    "tests/layers/test_recompute.py",
+    "tests/model/test_decoder.py",
+    "tests/model/test_generation.py",
+    "tests/patching/test_patching.py",
+    "tests/state/test_segments.py",
+    "tests/test_autograd.py",
+    "tests/test_functional.py",
+    "tests/test_linear.py",
+    "tests/test_operators.py",
+    "tests/test_reference.py",
+    "tests/testing/test_invariants.py",
+    "tests/training/test_curves.py",
+    "tests/training/test_loop.py",
 )
 ENVIRONMENTS: tuple[dict[str, str], ...] = (
     {},
@@ -40,9 +58,8 @@ ENVIRONMENTS: tuple[dict[str, str], ...] = (
 
 def main(arguments: list[str]) -> int:
     """Returns how many environments failed."""
-    files = [f"{TESTS.name}/test_{name}.py" for name in FILES]
     chosen = ["-k", "not triton and not cpp-cuda and not compile"]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *chosen, *files, *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *chosen, *FILES, *arguments]
     # but where the tests have all cores themselves
     has_xdist = importlib.util.find_spec("xdist") is not None
     side_by_side = ["-n", "auto", "--dist", "worksteal"] if has_xdist else []
@@ -53,7 +70,7 @@ def main(arguments: list[str]) -> int:
         workers = [] if "LM2_KERNELS_TEST_THREADS" in variables else side_by_side
         start = time.monotonic()
         code = subprocess.run(
-            command + workers, env=os.environ | variables, cwd=TESTS.parent, check=False
+            command + workers, env=os.environ | variables, cwd=ROOT, check=False
         ).returncode
         verdict = "passed" if code == 0 else f"FAILED ({code})"
         lines.append(f"{title}: {verdict} in {time.monotonic() - start:.0f} s")

@@ -1,0 +1,42 @@
+"""``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, ``demo``
+what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
+your own.
+
+Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lm2_kernels.cli.bench import add_bench
+from lm2_kernels.cli.demo import add_demo
+from lm2_kernels.cli.generate import add_generate
+from lm2_kernels.cli.info import add_info
+from lm2_kernels.cli.train import add_train
+from lm2_kernels.cli.verify import add_verify
+from lm2_kernels.testing.cases import Case
+from lm2_kernels.version import __version__
+
+PROGRAM = "python -m lm2_kernels"
+
+
+def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> int:
+    """Run the command line and return its exit code; ``cases`` replaces those ``verify`` runs."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = argparse.Namespace(arguments=arguments, cases=cases)
+    _parser().parse_args(arguments, options)
+    try:
+        return options.run(options)
+    except (OSError, TypeError, ValueError, ArithmeticError) as error:
+        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=PROGRAM, description="LM2 memory layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"lm2_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (add_info, add_verify, add_demo, add_train, add_generate, add_bench):
+        add(commands)
+    return parser

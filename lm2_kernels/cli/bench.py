@@ -1,0 +1,121 @@
+"""``python -m lm2_kernels bench``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from lm2_kernels.bench import report, suite, works
+from lm2_kernels.terminal import Progress, write_json
+from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
+
+_DEFAULT_SHAPES = {"cpu": ("256",), "cuda": ("512", "1024", "2048", "2048x8")}
+_WORKS = (*works.WORKS, suite.GROWTH)
+_DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
+_BUDGET, _BUDGET_FOR_ALL = 300.0, 3600.0
+
+
+def add_bench(commands: argparse._SubParsersAction) -> None:
+    """The ``bench`` command's arguments."""
+    parser = commands.add_parser("bench", help="measure this package against what else there is")
+    parser.add_argument(
+        "works",
+        nargs="*",
+        metavar="WORK",
+        help=f"{', '.join(_WORKS)} (attention to 16384 tokens: time and peak memory); "
+        f"{', '.join(_DEFAULT_WORKS)} unless given",
+    )
+    parser.add_argument("--all", action="store_true", help="every work at every shape")
+    names = [shape.name for shape in (*SHAPES, *GPU_SHAPES)]
+    parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
+    parser.add_argument("--row", action="append", choices=works.ROWS, help="only this (repeatable)")
+    parser.add_argument(
+        "--graphs", action="store_true", help="on a GPU also replays of CUDA graphs"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where; else the best there is")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        help=f"for it all, about ({_BUDGET:.0f}; with --all {_BUDGET_FOR_ALL:.0f})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw it into this folder")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="show this JSON")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON files"
+    )
+    parser.add_argument(
+        "--readme", action="store_true", help="README's tables and charts, in Markdown"
+    )
+    parser.set_defaults(run=run_bench)
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measure, or show what was measured."""
+    if options.compare:
+        print(report.compare(*map(report.load, options.compare)))
+        return 0
+    if options.source is not None:
+        measured = report.load(options.source)
+    else:
+        selection, budget = _selection(options), _budget(options)
+        if options.plots is not None:
+            # before the work, not after it
+            report.figure_class()
+
+        def save(measured: dict) -> None:
+            write_json(options.json, measured)
+
+        progress = Progress()
+
+        def show(done: int, total: int, title: str) -> None:
+            progress.update(f"[{done + 1}/{total}] {title}", title)
+
+        try:
+            measured = suite.run(selection, budget, show, save)
+        finally:
+            progress.close()
+    print(report.readme(measured) if options.readme else report.render(measured))
+    if options.plots is not None:
+        print(*report.plot(measured, options.plots), sep="\n")
+    wrong = report.wrong_rows(measured, is_ours=True)
+    for reason in wrong:
+        print(f"bench: {reason}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def _selection(options: argparse.Namespace) -> suite.Selection:
+    unknown = sorted(set(options.works) - set(_WORKS))
+    if unknown:
+        raise ValueError(f"unknown works {unknown}; there are {', '.join(_WORKS)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no GPU")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.graphs and device != "cuda":
+        raise ValueError("--graphs needs a GPU")
+    # works that are named are measured wherever they fit
+    shapes = () if options.works or options.all else _DEFAULT_SHAPES[device]
+    selection = suite.Selection(
+        works=tuple(options.works) or (() if options.all else _DEFAULT_WORKS),
+        shapes=tuple(options.shape or shapes),
+        dtypes=tuple(options.dtype or ("float32", "bfloat16")),
+        rows=tuple(options.row or ()),
+        passes=tuple(options.passes or works.PASSES),
+        device=device,
+        graphs=options.graphs,
+    )
+    if not selection.pieces() and not selection.has_lengths:
+        raise ValueError(f"no work of {selection.works} fits shapes {selection.shapes}")
+    return selection
+
+
+def _budget(options: argparse.Namespace) -> float:
+    if options.budget is None:
+        return _BUDGET_FOR_ALL if options.all else _BUDGET
+    if options.budget <= 0.0:
+        raise ValueError(f"--budget must be above 0, got {options.budget}")
+    return options.budget

@@ -1,0 +1,54 @@
+"""How often a model's likeliest token is the right one."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from lm2_kernels.training.loop import Batch, _autocast, _moved
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """How many predicted tokens were right."""
+
+    right: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1; NaN of nothing."""
+        return self.right / self.total if self.total else math.nan
+
+    def __str__(self) -> str:
+        return f"{100 * self.share:.1f} % ({self.right} of {self.total})"
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
+) -> Accuracy:
+    """How often the likeliest token is the label, over all labels that are not -100.
+
+    Args:
+        model: called as ``model(input_ids, ...)``; its result has ``logits`` (B, L, V).
+        batches: dicts of tensors with "input_ids" and "labels", all of them used.
+        autocast: run the model under autocast in this dtype; None does not.
+    """
+    device = next(model.parameters()).device
+    was_training, right, total = model.training, 0, 0
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = _moved(batch, device)
+            targets = inputs.pop("labels")[:, 1:]
+            with _autocast(device, autocast):
+                predicted = model(**inputs).logits[:, :-1].argmax(-1)
+            counted = targets != -100
+            right += int(((predicted == targets) & counted).sum())
+            total += int(counted.sum())
+    finally:
+        model.train(was_training)
+    return Accuracy(right, total)

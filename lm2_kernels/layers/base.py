@@ -1,0 +1,298 @@
+"""What both memory layers share: options, checks of inputs, reading and writing."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lm2_kernels import functional
+from lm2_kernels.backends import (
+    autocast_dtype,
+    check_choice,
+    computed_dtype,
+    requested_backend,
+    select,
+    use_backend,
+)
+from lm2_kernels.checks import (
+    check_bool,
+    check_dropout,
+    check_int,
+    check_nonempty,
+    check_scale,
+    check_shape,
+    check_slot_mask,
+    check_tensors,
+)
+from lm2_kernels.linear import pack, project
+from lm2_kernels.state.memory import SegmentCache, write_rows
+
+Read = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class MemoryLayer(nn.Module):
+    """What both layers share: their options, the checks of their inputs, reading and writing."""
+
+    # names of Linear layers that read one input: each group is one matrix product
+    PACKED: tuple[tuple[str, ...], ...] = ()
+    OPS: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        causal: bool,
+        scale: float | None,
+        top_k: int | None,
+        dropout: float,
+        write: str,
+        recompute: bool,
+        backend: str | None,
+    ):
+        super().__init__()
+        op = type(self).__name__
+        check_int(op, "dim", dim, 1)
+        check_int(op, "num_heads", num_heads, 1)
+        if dim % num_heads:
+            raise ValueError(f"{op}: num_heads ({num_heads}) must divide dim ({dim})")
+        if top_k is not None:
+            check_int(op, "top_k", top_k, 1)
+        if scale is not None:
+            check_scale(op, scale)
+        check_bool(op, "causal", causal)
+        check_dropout(op, dropout)
+        check_bool(op, "recompute", recompute)
+        if write != "position":
+            raise ValueError(f"{op}: write must be 'position', got {write!r}")
+        if backend is not None:
+            check_choice(backend)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.causal = causal
+        self.scale = scale
+        self.top_k = top_k
+        self.dropout = dropout
+        self.write = write
+        self.recompute = recompute
+        self.backend = backend
+
+    def _pack(self) -> None:
+        for names in self.PACKED:
+            pack(*(getattr(self, name) for name in names))
+
+    def _apply(self, fn, recurse=True):
+        # .to(), .cuda() and the like move parameters one by one
+        super()._apply(fn, recurse)
+        self._pack()
+        return self
+
+    def __setstate__(self, state):
+        # copied or unpickled parameters lie apart
+        super().__setstate__(state)
+        self._pack()
+
+    def extra_repr(self) -> str:
+        options = {
+            "causal": (self.causal, True),
+            "scale": (self.scale, None),
+            "top_k": (self.top_k, None),
+            "dropout": (self.dropout, 0.0),
+            "recompute": (self.recompute, False),
+            "backend": (self.backend, None),
+        }
+        text = f"dim={self.dim}, num_heads={self.num_heads}"
+        for name, (value, default) in options.items():
+            if value != default:
+                text += f", {name}={value!r}"
+        return text
+
+    def _check(self, x: Tensor, memory: Tensor, slot_offset: int, slot_mask: Tensor | None) -> None:
+        op = type(self).__name__
+        self._check_tensors(x, memory)
+        check_nonempty(op, "memory", memory, {"slots N": 1})
+        num_tokens, num_slots = x.shape[1], memory.shape[1]
+        check_int(op, "slot_offset", slot_offset, 0)
+        if slot_offset + num_tokens > num_slots:
+            raise ValueError(
+                f"{op}: slot_offset + T must be at most N = {num_slots}, got {slot_offset} + "
+                f"{num_tokens}; feed longer inputs in segments of at most N tokens, carrying the "
+                f"memory over"
+            )
+        if self.top_k is not None and self.top_k > num_slots:
+            raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
+        if slot_mask is not None:
+            check_slot_mask(op, slot_mask, x.shape[0], num_slots, x.device)
+
+    def _check_piece(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        cache: SegmentCache,
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> None:
+        op = type(self).__name__
+        self._check_tensors(x, rows)
+        check_shape(op, "memory (with a cache, the rows)", rows, "(B, T, D)", tuple(x.shape))
+        if x.shape[1] != cache.num_tokens:
+            raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
+        if self.top_k is not None and self.top_k > cache.slots:
+            raise ValueError(
+                f"{op}: top_k must be between 1 and N = {cache.slots}, got {self.top_k}"
+            )
+        if slot_offset != 0 or slot_mask is not None:
+            raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
+        if not self.causal:
+            raise ValueError(
+                f"{op}: causal=False cannot stream: its tokens read slots that are not bound yet"
+            )
+
+    def _check_tensors(self, x: Tensor, memory: Tensor) -> None:
+        op = type(self).__name__
+        # any parameter will do: a projection may have been replaced by a module without weights
+        weight = next(self.parameters())
+        check_tensors(op, x=x, memory=memory, parameters=weight)
+        check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
+        check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
+        check_nonempty(op, "x", x, {"tokens T": 1})
+        if (self.backend or requested_backend()) != "auto":
+            # "auto" always finds one. Judged by what autocast makes of x, in which attention and
+            # update run, and by which a reason against a dtype is the layer's
+            computed = x.new_empty((0, self.dim), dtype=computed_dtype(x))
+            for name in self.OPS:
+                select(name, (computed,), self.backend)
+        autocast = autocast_dtype(x.device.type)
+        if autocast is not None and weight.dtype != torch.float64:
+            allowed = (torch.float32, autocast)
+            for name, tensor in (("x", x), ("memory", memory)):
+                if tensor.dtype not in allowed:
+                    raise TypeError(
+                        f"{op}: {name} is {tensor.dtype}, but under autocast it must be one of "
+                        f"{allowed}; cast it"
+                    )
+            return
+        if x.dtype != weight.dtype:
+            raise TypeError(
+                f"{op}: x is {x.dtype} but the parameters are {weight.dtype}; cast one or use "
+                f"torch.autocast"
+            )
+        if memory.dtype not in (x.dtype, torch.float32) or (
+            memory.dtype == torch.float32 and x.dtype == torch.float64
+        ):
+            raise TypeError(
+                f"{op}: memory must be {x.dtype}, the dtype of x, or float32 beside a 16-bit x, "
+                f"got {memory.dtype}"
+            )
+
+    def _run(
+        self, function: Callable[..., tuple[Tensor, ...]], cache: SegmentCache | None, *inputs
+    ) -> tuple[Tensor, ...]:
+        """``function(*inputs)``; with ``recompute``, keeping the inputs alone for backward.
+
+        ``inputs`` are all tensors that the function reads besides the layer's parameters.
+        """
+        # a second run would extend an open cache again; a closed one neither has nor keeps anything
+        is_open = cache is not None and cache.is_open
+        if not self.recompute or is_open or not torch.is_grad_enabled():
+            return function(*inputs)
+        parameters = tuple(self.parameters())
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in (*inputs, *parameters)):
+            return function(*inputs)
+        # imports torch._dynamo, which importing the package does not wait for
+        from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
+
+        options = {
+            "use_reentrant": False,
+            # the same dropout mask: its seed is drawn again
+            "preserve_rng_state": self.training and self.dropout > 0.0,
+        }
+        if torch.compiler.is_compiling():
+            return checkpoint(function, *inputs, **options)
+        backend = requested_backend()
+
+        def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+            own = tuple(parameter.data_ptr() for parameter in self.parameters())
+            if own != tuple(tensor.data_ptr() for tensor in tensors[len(inputs) :]):
+                raise RuntimeError(
+                    f"{type(self).__name__}: with recompute=True, backward needs the parameters "
+                    f"that forward had, but they were replaced; use recompute=False here"
+                )
+            # backward may run outside of the caller's use_backend
+            with use_backend(backend):
+                return function(*tensors[: len(inputs)])
+
+        # the parameters as inputs: autograd then notices if they change before backward
+        return checkpoint(again, *inputs, *parameters, **options)
+
+    def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
+        """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
+        if autocast_dtype(x.device.type) is not None:
+            return tensor
+        return tensor.to(x.dtype)
+
+    def _heads(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.num_heads, self.dim // self.num_heads))
+
+    def _read_bank(
+        self,
+        query: Tensor,  # (B, T, D)
+        rows: Tensor,  # (B, T, D)
+        block: int,
+        *,
+        bank: Tensor,  # (B, N, D)
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> Tensor:
+        """Read a whole bank, with the rows that the ``block`` blocks before have made. (B, T, D)"""
+        if block > 0:
+            bank = write_rows(bank, rows, slot_offset)
+        if self.causal:
+            # later slots are hidden from every token: no need to project them
+            end = slot_offset + query.shape[1]
+            bank = bank[:, :end]
+            slot_mask = None if slot_mask is None else slot_mask[:, :end]
+        if slot_mask is not None:
+            # 0 * NaN is NaN in the gradients of the projections too
+            bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
+        key, value = project(bank, self.key_proj, self.value_proj)
+        return self._attention(
+            query, self._heads(key), self._heads(value), self.causal, slot_offset, slot_mask
+        )
+
+    def _read_cache(
+        self, query: Tensor, rows: Tensor, block: int, *, cache: SegmentCache
+    ) -> Tensor:
+        """Read the piece's rows, and the earlier ones by their cached keys and values. (B, T, D)"""
+        key, value = project(self._operand(rows, query), self.key_proj, self.value_proj)
+        key = cache.extend(f"key{block}", self._heads(key))
+        value = cache.extend(f"value{block}", self._heads(value))
+        if cache.start is None:
+            return self._attention(query, key, value, False, 0, cache.visible(query.device))
+        return self._attention(query, key, value, True, cache.start, None)
+
+    def _attention(
+        self,
+        query: Tensor,  # (B, T, D)
+        key: Tensor,  # (B, N, H, K)
+        value: Tensor,  # (B, N, H, K)
+        causal: bool,
+        slot_offset: int,
+        slot_mask: Tensor | None,
+    ) -> Tensor:
+        """Memory attention of projected queries. (B, T, D)"""
+        num_slots = key.shape[1]
+        read = functional.memory_attention(
+            self._heads(query),
+            key,
+            value,
+            causal=causal,
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+            scale=self.scale,
+            # of fewer slots all are kept
+            top_k=None if self.top_k is None or self.top_k >= num_slots else self.top_k,
+            dropout_p=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        return read.flatten(-2)

@@ -1,0 +1,183 @@
+"""The memory layer of the LM2 paper."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from lm2_kernels import functional
+from lm2_kernels.layers.base import MemoryLayer, Read
+from lm2_kernels.linear import project
+from lm2_kernels.state.memory import SegmentCache, write_rows
+
+
+class PaperMemory(MemoryLayer):
+    """The memory layer of the LM2 paper (arXiv 2502.06049, equations 1 to 6).
+
+    With R the memory attention of ``x`` over ``memory`` and P the rows ``o .. o + T`` of memory::
+
+        output = x + sigma(R Wout) * R
+        M'[o : o+T] = sigma(x Win) * tanh(R) + sigma(R Wf) * P
+
+    Row ``t`` of the segment is bound to slot ``o + t``. All tokens read the memory as it entered;
+    with ``causal`` row ``t`` depends on tokens and slots ``<= t`` only, so a segment fed in pieces
+    (``slot_offset`` advancing, each piece given the same incoming memory) gives what one pass
+    gives. ``x`` is the block's self-attention output and ``output`` what the block adds to its
+    residual stream.
+
+    Parameters are ``query_proj``, ``key_proj``, ``value_proj``, ``output_gate_proj``,
+    ``input_gate_proj``, ``forget_gate_proj``: ``nn.Linear(dim, dim)``.
+
+    Args:
+        dim: model width D.
+        num_heads: memory heads H; must divide ``dim``.
+        bias: whether the projections have a bias.
+        causal: whether the slots of later tokens are hidden.
+        scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
+        top_k: keep only the k largest probabilities of each row.
+        dropout: on the attention probabilities, while training.
+        output: "read", or "memory" for equation 3 read literally: ``x + sigma(R Wout) * P``.
+        write: which token writes which slot; "position" is the only rule so far.
+        recompute: keep x and memory alone for backward, instead of about 9 tensors of their size
+            (T = N), and compute the rest again there: the same gradients bit for bit, for a second
+            forward pass. Options, ``training`` and parameters must then be in backward what they
+            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
+            anyway, is not recomputed; one fed whole is.
+        backend: force a backend for this layer; None takes the default (``use_backend``).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    OPS = ("memory_attention", "memory_update")
+    PACKED = (
+        ("query_proj", "input_gate_proj"),
+        ("key_proj", "value_proj"),
+        # in the order in which memory_update writes their gradients
+        ("forget_gate_proj", "output_gate_proj"),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        bias: bool = False,
+        causal: bool = True,
+        scale: float | None = None,
+        top_k: int | None = None,
+        dropout: float = 0.0,
+        output: str = "read",
+        write: str = "position",
+        recompute: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_heads,
+            causal=causal,
+            scale=scale,
+            top_k=top_k,
+            dropout=dropout,
+            write=write,
+            recompute=recompute,
+            backend=backend,
+        )
+        if output not in ("read", "memory"):
+            raise ValueError(f"PaperMemory: output must be 'read' or 'memory', got {output!r}")
+        self.output = output
+
+        def projection() -> nn.Linear:
+            return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
+
+        self.query_proj = projection()
+        self.key_proj = projection()
+        self.value_proj = projection()
+        self.output_gate_proj = projection()
+        self.input_gate_proj = projection()
+        self.forget_gate_proj = projection()
+        self.reset_parameters()
+        self._pack()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention`` starts."""
+        for layer in self.children():
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        memory: Tensor,  # (B, N, D)
+        *,
+        slot_offset: int = 0,
+        slot_mask: Tensor | None = None,  # (B, N)
+        cache: SegmentCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Read and rewrite the memory.
+
+        With ``cache``, which has the keys and values of the segment's earlier tokens, x is the
+        segment's next piece and ``memory`` only the rows (B, T, D) that it is bound to, as the
+        segment found them. Pieces one after the other give what one call gives for the segment from
+        slot 0 on (:meth:`lm2_kernels.MemoryState.piece`).
+
+        Args:
+            x: (B, T, D).
+            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            slot_offset: the slot that row 0 is bound to; the cache knows its own.
+            slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
+            cache: the piece's; it is extended.
+
+        Returns:
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
+            ``cache`` the new rows).
+
+        Raises:
+            TypeError, ValueError: an input does not fit; the text names it.
+        """
+        if cache is not None:
+            self._check_piece(x, memory, cache, slot_offset, slot_mask)
+            read = functools.partial(self._read_cache, cache=cache)
+            return self._run(functools.partial(self._rewrite, read=read), cache, x, memory)
+        self._check(x, memory, slot_offset, slot_mask)
+        function = functools.partial(self._forward, slot_offset)
+        return self._run(function, None, x, memory, slot_mask)
+
+    def _forward(
+        self, slot_offset: int, x: Tensor, memory: Tensor, slot_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` without a cache, its inputs checked."""
+        read = functools.partial(
+            self._read_bank,
+            bank=self._operand(memory, x),
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+        )
+        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+        output, new_rows = self._rewrite(x, rows, read)
+        return output, write_rows(memory, new_rows, slot_offset)
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the layer keeps of a token in a cache: name -> shape."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        return {"key0": heads, "value0": heads}
+
+    def _rewrite(self, x: Tensor, rows: Tensor, read: Read) -> tuple[Tensor, Tensor]:
+        query, input_gate = project(x, self.query_proj, self.input_gate_proj)
+        candidate = read(query, rows, 0)
+        forget_gate, output_gate = project(candidate, self.forget_gate_proj, self.output_gate_proj)
+        return functional.memory_update(
+            x,
+            candidate,
+            rows,
+            input_gate,
+            forget_gate,
+            output_gate,
+            output=self.output,
+            backend=self.backend,
+        )

@@ -1,0 +1,304 @@
+"""The memory layer of the authors' released code."""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from lm2_kernels import functional
+from lm2_kernels.backends import (
+    OPS,
+)
+from lm2_kernels.checks import (
+    check_eps,
+    check_int,
+)
+from lm2_kernels.layers.base import MemoryLayer, Read
+from lm2_kernels.linear import project, split_columns
+from lm2_kernels.state.memory import SegmentCache, write_rows
+
+
+class _GateProjector(nn.Module):
+    """A Linear to both gates under the released module's names; ``w`` scales the pooled input."""
+
+    def __init__(self, dim: int, *, scaled: bool, device=None, dtype=None):
+        super().__init__()
+        if scaled:
+            self.w = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+
+
+class ReleaseMemory(MemoryLayer):
+    """The memory layer that the LM2 authors' released code computes, at any shape.
+
+    ``num_blocks`` times, from C = memory: with R the memory attention of ``x`` over C,
+    ``C1 = LayerNorm1(C_P + R)``, ``h`` the ReLU MLP of ``C1`` (one shared Linear, applied
+    ``attention_mlp_layers`` times), ``C_P <- LayerNorm2(C1 + h)``, where P are the rows
+    ``o .. o + T``. Then, with sigma(input + b_in) and sigma(forget + b_f) as i and f::
+
+        gates = Linear_in(mean_t relu(w * x)) + Linear_mem(tanh(P))      # [input | forget]
+        M'[P] = i * tanh(C_P) + f * P,   output = x + M'[P]
+
+    At T = N = D this is the released module exactly, and ``load_state_dict`` takes its state dict
+    key for key (the shared Linear under both its names). **The released gate pools over the whole
+    segment, so early tokens see later ones**; ``pooled_gate="prefix"`` is the causal repair with
+    the same parameters, and the one to stream with (with a cache; without one at ``num_blocks=1``,
+    as a second block reads rows that the first one rewrote, which later pieces of a segment
+    lack).
+
+    Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
+    a token that sees no slot reads 0 (released: NaN).
+
+    Args:
+        dim: model width D.
+        num_heads: memory heads H; must divide ``dim``.
+        num_blocks: how often the memory is attended before it is written.
+        attention_mlp_layers: applications of the shared MLP Linear in each block.
+        pooled_gate: "segment" (released) or "prefix" (causal).
+        causal: whether the slots of later tokens are hidden in the attention.
+        scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
+        top_k: keep only the k largest probabilities of each row.
+        dropout: on the attention probabilities, while training.
+        eps: of both LayerNorms.
+        write: which token writes which slot; "position" is the only rule so far.
+        recompute: keep x and memory alone for backward, instead of about 13 tensors of their size
+            (T = N), and compute the rest again there: the same gradients bit for bit, for a second
+            forward pass. Options, ``training`` and parameters must then be in backward what they
+            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
+            anyway, is not recomputed; one fed whole is.
+        backend: force a backend for this layer; None takes the default (``use_backend``).
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an option of the wrong type or out of range.
+    """
+
+    OPS = OPS
+    PACKED = (("key_proj", "value_proj"),)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_blocks: int = 1,
+        attention_mlp_layers: int = 2,
+        pooled_gate: str = "segment",
+        causal: bool = True,
+        scale: float | None = None,
+        top_k: int | None = None,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        write: str = "position",
+        recompute: bool = False,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(
+            dim,
+            num_heads,
+            causal=causal,
+            scale=scale,
+            top_k=top_k,
+            dropout=dropout,
+            write=write,
+            recompute=recompute,
+            backend=backend,
+        )
+        check_int("ReleaseMemory", "num_blocks", num_blocks, 1)
+        check_int("ReleaseMemory", "attention_mlp_layers", attention_mlp_layers, 1)
+        check_eps("ReleaseMemory", eps)
+        if pooled_gate not in ("segment", "prefix"):
+            raise ValueError(
+                f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got {pooled_gate!r}"
+            )
+        self.num_blocks = num_blocks
+        self.pooled_gate = pooled_gate
+        like = {"device": device, "dtype": dtype}
+        self.query_proj = nn.Linear(dim, dim, **like)
+        self.key_proj = nn.Linear(dim, dim, **like)
+        self.value_proj = nn.Linear(dim, dim, **like)
+        # one Linear under several names, as in the released state dict
+        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim, **like)] * attention_mlp_layers)
+        self.attended_memory_layernorm = nn.LayerNorm(dim, eps=eps, **like)
+        self.attended_memory_layernorm2 = nn.LayerNorm(dim, eps=eps, **like)
+        self.input_gate_projector = _GateProjector(dim, scaled=True, **like)
+        self.memory_gate_projector = _GateProjector(dim, scaled=False, **like)
+        self.input_bias = nn.Parameter(torch.empty((), **like))
+        self.forget_bias = nn.Parameter(torch.empty((), **like))
+        self.reset_parameters()
+        self._pack()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights and zero biases; ``w`` 1, input bias 0, forget bias 1."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        nn.init.ones_(self.input_gate_projector.w)
+        nn.init.zeros_(self.input_bias)
+        nn.init.ones_(self.forget_bias)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, num_blocks={self.num_blocks}"
+        return f"{text}, pooled_gate={self.pooled_gate!r}"
+
+    def forward(
+        self,
+        x: Tensor,  # (B, T, D)
+        memory: Tensor,  # (B, N, D)
+        *,
+        slot_offset: int = 0,
+        slot_mask: Tensor | None = None,  # (B, N)
+        cache: SegmentCache | None = None,
+        pooled_sum: Tensor | None = None,  # (B, D)
+        return_pooled_sum: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """Read and rewrite the memory.
+
+        With ``cache`` as :meth:`PaperMemory.forward`: exact for ``pooled_gate="prefix"``, any
+        ``num_blocks``. The "segment" gate takes a whole segment in one piece, and no second one.
+
+        Args:
+            x: (B, T, D).
+            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            slot_offset: the slot that row 0 is bound to.
+            slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
+            cache: the piece's; it is extended, and holds the pooled sum too.
+            pooled_sum: (B, D) float32 (float64 for float64), for a later piece of a segment that
+                began at slot 0: what the piece before returned. Needs ``pooled_gate="prefix"``.
+            return_pooled_sum: also return the sum for the next piece.
+
+        Returns:
+            output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
+            ``cache`` the new rows), and with ``return_pooled_sum`` the pooled sum (B, D).
+
+        Raises:
+            TypeError, ValueError: an input does not fit; the text names it.
+        """
+        if cache is not None:
+            if pooled_sum is not None or return_pooled_sum:
+                raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
+            self._check_piece(x, memory, cache, slot_offset, slot_mask)
+            return self._run(functools.partial(self._forward_piece, cache), cache, x, memory)
+        self._check(x, memory, slot_offset, slot_mask)
+        if pooled_sum is not None and self.pooled_gate != "prefix":
+            raise ValueError(
+                "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole segment "
+                "cannot be continued in pieces"
+            )
+        function = functools.partial(self._forward, slot_offset)
+        output, new_memory, new_sum = self._run(function, None, x, memory, slot_mask, pooled_sum)
+        return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    def _forward(
+        self,
+        slot_offset: int,
+        x: Tensor,
+        memory: Tensor,
+        slot_mask: Tensor | None,
+        pooled_sum: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`forward` without a cache, its inputs checked; with the pooled sum."""
+        # first, as it checks pooled_sum: attention must not run on inputs that are refused
+        pooled, new_sum = functional.pooled_gate(
+            x,
+            self.input_gate_projector.w,
+            prefix=self.pooled_gate == "prefix",
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else slot_offset,
+            backend=self.backend,
+        )
+        read = functools.partial(
+            self._read_bank,
+            bank=self._operand(memory, x),
+            slot_offset=slot_offset,
+            slot_mask=slot_mask,
+        )
+        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+        output, new_rows = self._rewrite(x, rows, pooled, read)
+        return output, write_rows(memory, new_rows, slot_offset), new_sum
+
+    def _forward_piece(self, cache: SegmentCache, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` with a cache, its inputs checked."""
+        pooled = self._pool_piece(x, cache)
+        return self._rewrite(x, rows, pooled, functools.partial(self._read_cache, cache=cache))
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the layer keeps of a token in a cache: name -> shape."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
+        return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
+
+    def _pool_piece(self, x: Tensor, cache: SegmentCache) -> Tensor:
+        """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
+        if self.pooled_gate == "segment" and cache.start != 0:
+            raise ValueError(
+                "ReleaseMemory: pooled_gate='segment' cannot stream: its gate is a mean over the "
+                "whole segment, later tokens included; use pooled_gate='prefix', which has the "
+                "same parameters"
+            )
+        real, is_prefix = cache.real(x.device), self.pooled_gate == "prefix"
+        if real is not None:
+            # relu(w * 0) adds nothing to the sum
+            x = torch.where(real, x, 0.0)
+        pooled_sum = cache.running_sum("pooled")
+        pooled, new_sum = functional.pooled_gate(
+            x,
+            self.input_gate_projector.w,
+            prefix=is_prefix,
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else cache.start or 0,
+            backend=self.backend,
+        )
+        cache.set_running_sum("pooled", new_sum)
+        if cache.start is None or (real is not None and not is_prefix):
+            # rows have pooled different numbers of tokens
+            counts = cache.counts(x.shape[0], x.device)
+            pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
+        return pooled
+
+    def _rewrite(
+        self, x: Tensor, rows: Tensor, pooled: Tensor, read: Read
+    ) -> tuple[Tensor, Tensor]:
+        gate_bias = self._gate_bias(pooled)
+        candidate = self._attend(x, rows, read)
+        (gates,) = project(torch.tanh(self._operand(rows, x)), self.memory_gate_projector.linear)
+        input_gate, forget_gate = split_columns(gates, 2)
+        return functional.memory_update(
+            x,
+            candidate,
+            rows,
+            input_gate,
+            forget_gate,
+            gate_bias=gate_bias,
+            backend=self.backend,
+        )
+
+    def _attend(self, x: Tensor, rows: Tensor, read: Read) -> Tensor:
+        """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
+        (query,) = project(x, self.query_proj)
+        for block in range(self.num_blocks):
+            attended = self._normalise(
+                read(query, rows, block), rows, self.attended_memory_layernorm
+            )
+            mixed = attended
+            for layer in self.attention_mlp:
+                (mixed,) = project(mixed, layer, relu=True)
+            rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
+        return rows
+
+    def _normalise(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        return functional.residual_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, backend=self.backend
+        )
+
+    def _gate_bias(self, pooled: Tensor) -> Tensor:
+        """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
+        (gates,) = project(pooled, self.input_gate_projector.linear)
+        biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
+        return gates + biases.to(gates.dtype)

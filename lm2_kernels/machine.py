@@ -1,0 +1,66 @@
+"""What a result can depend on: versions of software, and the devices of this machine."""
+
+import importlib
+import platform
+import subprocess
+
+import torch
+
+from lm2_kernels.version import __version__
+
+
+def versions() -> dict[str, str]:
+    """Of everything a result can depend on; what is absent says why."""
+    toolkit = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip}
+    return {
+        "lm2_kernels": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "torch built for": next((f"{k} {v}" for k, v in toolkit.items() if v), "CPU"),
+        "gpu driver": _driver(),
+        "triton": _module_version("triton"),
+        "numpy": _module_version("numpy"),
+    }
+
+
+def _module_version(name: str) -> str:
+    try:
+        return importlib.import_module(name).__version__
+    except ImportError as error:
+        return f"absent: {error}"
+
+
+def _driver() -> str:
+    if not torch.cuda.is_available():
+        return "absent: torch sees no GPU"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
+        return answer.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        return f"unknown: {error}"
+
+
+def devices() -> list[dict]:
+    """The CPU and every GPU that torch sees."""
+    found = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

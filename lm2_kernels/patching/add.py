@@ -1,0 +1,251 @@
+"""``add_memory``: a memory layer behind the self-attention of a host's blocks, and back."""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lm2_kernels.checks import check_bool, check_int
+from lm2_kernels.layers.paper import PaperMemory
+from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.patching.follow import MEMORY, AddedMemory
+from lm2_kernels.patching.hosts import find_blocks, is_block
+from lm2_kernels.patching.report import Report, module_names, report_on
+from lm2_kernels.patching.swap import SwappedMemory, replace_modules, share_parameters
+from lm2_kernels.state import files
+
+# the attribute of a host's config that save_pretrained writes for load_memory
+_OPTIONS = "lm2_memory"
+
+
+class _Repeated(nn.ModuleList):
+    """One module, iterated several times. transformers saves no module that has two names."""
+
+    def __init__(self, module: nn.Module, times: int):
+        super().__init__([module])
+        self.times = times
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return itertools.repeat(self[0], self.times)
+
+
+class _AddedRelease(ReleaseMemory):
+    def __init__(self, dim: int, num_heads: int, **options):
+        super().__init__(dim, num_heads, pooled_gate="prefix", **options)
+        self.attention_mlp = _Repeated(self.attention_mlp[0], len(self.attention_mlp))
+
+
+def add_memory(
+    model: nn.Module,
+    *,
+    memory_slots: int = 2048,
+    num_heads: int = 8,
+    layers: Sequence[int] | None = None,
+    formulation: str = "paper",
+    memory_init: str | None = None,
+    zero_init: bool = True,
+    freeze: bool = True,
+    dropout: float = 0.0,
+    backend: str | None = None,
+) -> Report:
+    """Give a Llama-style model of ``transformers`` a memory, in place.
+
+    A memory layer acts on a block's self-attention output, before that is added to the residual
+    stream, and is the block's submodule ``memory``: ``state_dict``, ``to`` and optimisers see it.
+    The blocks are found by their structure, whatever the model's class. Each block has a bank of
+    its own, carried from segment to segment of ``memory_slots`` tokens (``flow="time"``;
+    ``"depth"`` is impossible, as the host runs all tokens through a block before the next one).
+    The host's own attention is unchanged. Padding, wherever ``attention_mask`` has it, is neither
+    read nor written.
+
+    The state follows the key/value cache, through ``generate`` and beam search too; see
+    :class:`AddedMemory`, which the report has as ``memory``. After ``save_pretrained``, load the
+    model without memory and call :func:`load_memory`.
+
+    Args:
+        model: any module that holds one list of decoder blocks.
+        memory_slots: slots N of each bank, and the tokens of a segment.
+        num_heads: heads of the memory attention; must divide the model's width.
+        layers: which blocks; None is all that have a self-attention.
+        formulation: "paper" (:class:`PaperMemory`) or "release" (:class:`ReleaseMemory` with
+            ``pooled_gate="prefix"``).
+        memory_init: what a bank starts from, "identity" or "zeros" (release formulation alone, and
+            there the default with ``zero_init``).
+        zero_init: initialise the layers so that the model computes bit for bit what it computed
+            before. The release formulation then learns one bias first, and the rest from sequences
+            of several segments.
+        freeze: require gradients of the memory layers alone. Gradient checkpointing then needs
+            ``use_reentrant=False``, or transformers' ``enable_input_require_grads``.
+        dropout: on the memory attention's probabilities, while training.
+        backend: of the memory layers; None takes the default (``use_backend``).
+
+    Returns:
+        What was added, with parameter groups for an optimiser.
+
+    Raises:
+        TypeError, ValueError: nothing matches, there is a memory already, or an option does not
+            fit; the model is unchanged.
+    """
+    if any(hasattr(module, MEMORY) for module in model.modules()):
+        raise ValueError("add_memory: the model has a memory already; see remove_memory")
+    check_int("add_memory", "memory_slots", memory_slots, 1)
+    check_bool("add_memory", "zero_init", zero_init)
+    check_bool("add_memory", "freeze", freeze)
+    if formulation not in ("paper", "release"):
+        raise ValueError(
+            f"add_memory: formulation must be 'paper' or 'release', got {formulation!r}"
+        )
+    is_paper = formulation == "paper"
+    if memory_init is None:
+        memory_init = "zeros" if zero_init and not is_paper else "identity"
+    if memory_init not in ("identity", "zeros"):
+        raise ValueError(
+            f"add_memory: memory_init must be 'identity' or 'zeros', got {memory_init!r}"
+        )
+    if is_paper and memory_init == "zeros":
+        raise ValueError(
+            "add_memory: memory_init='zeros' is for the release formulation: without biases, what "
+            "the paper's reads from zeros and writes back is zeros for ever"
+        )
+    if zero_init and not is_paper and memory_init != "zeros":
+        raise ValueError(
+            "add_memory: zero_init of the release formulation needs memory_init='zeros': its "
+            "output is x plus the new memory, to which the old one contributes"
+        )
+    list_name, decoder, blocks = find_blocks(model)
+    if layers is None:
+        layers = [index for index, block in enumerate(blocks) if is_block(block)]
+    layers = list(layers)
+    for index in layers:
+        check_int("add_memory", "layers", index, 0)
+        if index >= len(blocks) or not is_block(blocks[index]):
+            raise ValueError(
+                f"add_memory: layers has {index}, but {list_name} has {len(blocks)} blocks, and "
+                f"with a self-attention: {[i for i, b in enumerate(blocks) if is_block(b)]}"
+            )
+        if hasattr(blocks[index], "memory"):
+            raise ValueError(f"add_memory: {list_name}.{index} has an attribute 'memory' already")
+    if (
+        not layers
+        or layers != sorted(set(layers))
+        or len({blocks[i] for i in layers}) < len(layers)
+    ):
+        raise ValueError(f"add_memory: layers must ascend, without repeats, got {layers}")
+
+    new = []
+    for index in layers:
+        block = blocks[index]
+        like = next(p for p in block.parameters() if p.is_floating_point() and p.itemsize > 1)
+        kind = PaperMemory if is_paper else _AddedRelease
+        layer = kind(
+            block.self_attn.o_proj.out_features,
+            num_heads,
+            dropout=dropout,
+            backend=backend,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        if zero_init:
+            nn.init.zeros_(
+                (layer.value_proj if is_paper else layer.attended_memory_layernorm2).weight
+            )
+        new.append(layer.train(block.training))
+
+    options = {
+        "memory_slots": memory_slots,
+        "num_heads": num_heads,
+        "layers": layers,
+        "formulation": formulation,
+        "memory_init": memory_init,
+        "zero_init": zero_init,
+        "dropout": dropout,
+    }
+    memory = AddedMemory(decoder, {index: blocks[index] for index in layers}, options)
+    if freeze:
+        memory.frozen = [p for p in model.parameters() if p.requires_grad]
+    for parameter in memory.frozen:
+        parameter.requires_grad_(False)
+    for index, layer in zip(layers, new, strict=True):
+        blocks[index].memory = layer
+    setattr(decoder, MEMORY, memory)
+    if hasattr(model, "config"):
+        setattr(model.config, _OPTIONS, options)
+    return report_on("added", model, module_names(model, memory.layers), memory)
+
+
+def get_memory(model: nn.Module) -> AddedMemory:
+    """The memory that :func:`add_memory` gave a model; ValueError if there is none."""
+    for module in model.modules():
+        if hasattr(module, MEMORY):
+            return getattr(module, MEMORY)
+    raise ValueError(f"get_memory: {type(model).__name__} has no added memory; see add_memory")
+
+
+def load_memory(
+    model: nn.Module, folder: str | Path, *, freeze: bool = True, backend: str | None = None
+) -> Report:
+    """Give a model the memory that a model had when ``save_pretrained`` wrote it to a folder.
+
+    Args:
+        model: the host, as ``from_pretrained`` of the same folder makes it.
+        folder: has ``config.json`` and safetensors files.
+        freeze: as of :func:`add_memory`.
+        backend: as of :func:`add_memory`.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: there is no memory in the folder, it does not fit, or weights are missing.
+    """
+    from safetensors import safe_open  # noqa: PLC0415 - computing needs torch alone
+
+    folder = Path(folder)
+    options = json.loads((folder / files.CONFIG).read_text(encoding="utf-8")).get(_OPTIONS)
+    if options is None:
+        raise ValueError(f"load_memory: {folder / files.CONFIG} has no '{_OPTIONS}'")
+    saved: dict[int, dict[str, Tensor]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                match = re.search(r"(\d+)\.memory\.(.+)$", name)
+                if match:
+                    saved.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name)
+    report = add_memory(model, **options, freeze=freeze, backend=backend)
+    try:
+        for index, layer in zip(options["layers"], report.memory.layers, strict=True):
+            layer.load_state_dict(saved.get(index, {}))
+    except RuntimeError as error:
+        remove_memory(model)
+        raise ValueError(f"load_memory: block {index} in {folder} does not fit: {error}") from None
+    return dataclasses.replace(report, action="loaded")
+
+
+def remove_memory(model: nn.Module) -> Report:
+    """Undo :func:`add_memory` and :func:`swap_memory`: the model is as it was before.
+
+    Raises:
+        ValueError: there is nothing to remove.
+    """
+    added = [module for module in model.modules() if hasattr(module, MEMORY)]
+    layers = [layer for module in added for layer in getattr(module, MEMORY).layers]
+    swapped = [module for module in model.modules() if isinstance(module, SwappedMemory)]
+    if not layers and not swapped:
+        raise ValueError(
+            f"remove_memory: {type(model).__name__} has no memory of add_memory or swap_memory"
+        )
+    before = report_on("removed", model, module_names(model, [*layers, *swapped]))
+    for module in added:
+        getattr(module, MEMORY).remove()
+        delattr(module, MEMORY)
+    if added and hasattr(getattr(model, "config", None), _OPTIONS):
+        delattr(model.config, _OPTIONS)
+    for module in swapped:
+        # the same, unless something put others in their places
+        share_parameters(module, module.released[0])
+        module.released[0].train(module.training)
+    replace_modules(model, {id(module): module.released[0] for module in swapped})
+    after = report_on("removed", model, [])
+    return dataclasses.replace(after, modules=before.modules, parameters=before.parameters)

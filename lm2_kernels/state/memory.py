@@ -1,0 +1,645 @@
+"""The state that a model carries from call to call, as one explicit value.
+
+Between segments it is the memory banks alone. Within a segment it also has each row's position, and
+what the layers keep of the segment's tokens (keys, values, running sums) in the tensors of a
+:class:`SegmentCache`.
+"""
+
+import copy
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.state.files import replace_file
+
+__all__ = ["MemoryState", "SegmentCache"]
+
+_FORMAT = "lm2_kernels.MemoryState"
+_SUM = "sum"
+# entries of a cache that grows, at least
+_MIN_CAPACITY = 64
+
+
+class _Stream:
+    """Which of the states that share buffers is the last one: it alone may write into them."""
+
+    def __init__(self):
+        self.last = 0
+
+
+class SegmentCache:
+    """One piece of a segment: where it begins, and what was kept of the segment's earlier tokens.
+
+    Cached tensors are (B, entries, ...) with entry ``j`` for the token of slot ``j``; entries from
+    a row's position on mean nothing. Without gradients new entries are written into the tensors, if
+    the state they came from is the last of its stream; else they are copied.
+
+    Args:
+        tensors: what was kept.
+        starts: each row's position, or None where all are at 0. If they differ, the piece is one
+            token long.
+        num_tokens: T, the piece's length.
+        slots: N, the most entries there can be.
+        lengths: how many of the T tokens of each row are real (the first ones); None is all.
+        keep: whether the segment goes on after the piece.
+        in_place: whether ``tensors`` may be written to.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        starts: Sequence[int] | None,
+        num_tokens: int,
+        slots: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        keep: bool = True,
+        in_place: bool = False,
+    ):
+        self.tensors = dict(tensors)
+        self.starts = starts
+        # where all rows begin, None if they differ
+        self.start = 0 if starts is None else starts[0] if len(set(starts)) == 1 else None
+        if self.start is None and num_tokens != 1:
+            raise ValueError(
+                f"SegmentCache: rows at different positions take one token at a time, got "
+                f"{num_tokens}"
+            )
+        self.num_tokens = num_tokens
+        # entries that a row can have, with this piece
+        self.size = (max(starts) if self.start is None else self.start) + num_tokens
+        if self.size > slots:
+            raise ValueError(
+                f"SegmentCache: a segment has at most {slots} tokens, one a slot, got {self.size}"
+            )
+        self.slots = slots
+        self.lengths = lengths
+        self.keep = keep
+        # a whole segment in one piece neither finds nor leaves anything
+        self.is_open = keep or self.start != 0
+        self.in_place = in_place
+        self._prefix = ""
+        # what all layers ask for: made once a piece, as each is a copy to the device
+        self._made: dict[tuple[str, torch.device], object] = {}
+
+    def scope(self, prefix: str) -> "SegmentCache":
+        """The same cache, in which every name begins with ``prefix``."""
+        scoped = copy.copy(self)
+        scoped._prefix = f"{self._prefix}{prefix}."
+        return scoped
+
+    def _once(self, name: str, device: torch.device, make: Callable[[], object]) -> object:
+        if (name, device) not in self._made:
+            self._made[name, device] = make()
+        return self._made[name, device]
+
+    def positions(self, device: torch.device) -> Tensor:
+        """The slots of the piece's tokens: (T,), or (B, 1) where rows differ."""
+
+        def make() -> Tensor:
+            if self.start is not None:
+                return torch.arange(self.start, self.start + self.num_tokens, device=device)
+            return torch.tensor(self.starts, device=device)[:, None]
+
+        return self._once("positions", device, make)
+
+    def visible(self, device: torch.device) -> Tensor:
+        """For rows that differ: which entries the piece's one token sees, (B, entries) bool."""
+
+        def make() -> Tensor:
+            return torch.arange(self.size, device=device) <= self.positions(device)
+
+        return self._once("visible", device, make)
+
+    def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """For rows that differ: the row and the slot of each one's token."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            position = self.positions(device)[:, 0]
+            return torch.arange(len(position), device=device), position
+
+        return self._once("index", device, make)
+
+    def real(self, device: torch.device) -> Tensor | None:
+        """Which tokens are real, (B, T, 1) bool; None if all are."""
+        if self.lengths is None:
+            return None
+
+        def make() -> Tensor:
+            lengths = torch.tensor(self.lengths, device=device)[:, None, None]
+            return torch.arange(self.num_tokens, device=device)[:, None] < lengths
+
+        return self._once("real", device, make)
+
+    def counts(self, batch: int, device: torch.device) -> Tensor:
+        """How many tokens of its segment each row has read with the piece, at least 1. (B,)"""
+        return self._once(
+            "counts", device, lambda: torch.tensor(self.ends(batch), device=device).clamp(min=1)
+        )
+
+    def ends(self, batch: int) -> list[int]:
+        """Each row's position after the piece."""
+        starts, lengths = self.starts or [0] * batch, self.lengths or [self.num_tokens] * batch
+        return [start + length for start, length in zip(starts, lengths, strict=True)]
+
+    def extend(self, name: str, new: Tensor) -> Tensor:
+        """Keep the piece's entries.
+
+        Args:
+            name: of the tensor.
+            new: (B, T, ...).
+
+        Returns:
+            (B, entries, ...), those of all tokens so far, perhaps a view.
+        """
+        if not self.is_open:
+            return new
+        old = self._get(name, new)
+        if torch.is_grad_enabled():
+            kept = self._joined(old, new)
+        else:
+            kept = self._room(old, new)
+            if self.start is None:
+                kept[self.index(new.device)] = new[:, 0]
+            else:
+                kept[:, self.start : self.size] = new
+        self.tensors[self._prefix + name] = kept
+        return kept[:, : self.size]
+
+    def running_sum(self, name: str) -> Tensor | None:
+        """What :meth:`set_running_sum` kept: (B, ...), 0 for rows at the start of a segment."""
+        kept = self.tensors.get(f"{self._prefix}{name}.{_SUM}")
+        if kept is None or self.start == 0:
+            return None
+        kept = kept[:, 0]
+        if self.start is not None:
+            return kept
+        begun = self.positions(kept.device) > 0
+        return torch.where(begun.view(-1, *[1] * (kept.dim() - 1)), kept, 0.0)
+
+    def set_running_sum(self, name: str, value: Tensor) -> None:
+        """Keep a sum over the segment's real tokens, (B, ...)."""
+        if self.is_open:
+            self.tensors[f"{self._prefix}{name}.{_SUM}"] = value[:, None]
+
+    def _get(self, name: str, new: Tensor) -> Tensor | None:
+        old = self.tensors.get(self._prefix + name)
+        if old is None:
+            if self.start != 0:
+                raise ValueError(
+                    f"SegmentCache: the segment has tokens but no '{self._prefix}{name}': the "
+                    f"state is of another model"
+                )
+            return None
+        for what, got, wanted in (
+            ("dtype", old.dtype, new.dtype),
+            ("device", old.device, new.device),
+            ("shape", tuple(old.shape[2:]), tuple(new.shape[2:])),
+        ):
+            if got != wanted:
+                raise ValueError(
+                    f"SegmentCache: '{self._prefix}{name}' was kept with {what} {got}, but the "
+                    f"piece has {wanted}; go on as the segment began, or end it with "
+                    f"MemoryState.end_segment()"
+                )
+        return old
+
+    def _joined(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """Old and new entries as a tensor of its own, through which gradients flow."""
+        if self.start == 0:
+            return new
+        if self.start is not None:
+            return torch.cat([old[:, : self.start], new], dim=1)
+        missing = self.size - old.shape[1]
+        if missing > 0:
+            padding = old.new_zeros(old.shape[0], missing, *old.shape[2:])
+            old = torch.cat([old, padding], dim=1)
+        return old.index_put(self.index(new.device), new[:, 0])
+
+    def _room(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """A tensor with the old entries, and with room for the piece's."""
+        usable = (
+            old is not None
+            and self.in_place
+            and old.shape[1] >= self.size
+            and old.is_inference() == torch.is_inference_mode_enabled()
+        )
+        if usable:
+            return old
+        capacity = min(self.slots, max(2 * self.size, _MIN_CAPACITY))
+        # zeros: entries that mean nothing still meet a factor of 0 in some attention
+        room = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
+        if old is not None:
+            num_old = min(old.shape[1], self.size)
+            room[:, :num_old] = old[:, :num_old]
+        return room
+
+
+class MemoryState:
+    """The memory between two calls, and within a segment what streaming needs. Never changed: every
+    method returns a new state.
+
+    Args:
+        banks: tensors (B, N, D): one where the memory flows through depth, one a memory layer where
+            it flows through time.
+
+    Raises:
+        TypeError, ValueError: the banks are not tensors of one shape.
+    """
+
+    def __init__(self, banks: Sequence[Tensor]):
+        banks = tuple(banks)
+        for bank in banks:
+            if not isinstance(bank, Tensor) or not bank.is_floating_point():
+                raise TypeError("MemoryState: banks must be floating-point tensors")
+            if bank.dim() != 3 or bank.shape != banks[0].shape or bank.dtype != banks[0].dtype:
+                shapes = [(tuple(bank.shape), bank.dtype) for bank in banks]
+                raise ValueError(
+                    f"MemoryState: banks must all be of one (B, N, D) and dtype, got {shapes}"
+                )
+        if not banks:
+            raise ValueError("MemoryState: no bank")
+        self._set(banks, None, {}, banks[0].shape[0], None)
+
+    def _set(self, incoming, starts, cache, batch, stream) -> None:
+        # the banks as the segment found them; what it wrote is in the cache
+        self._incoming: tuple[Tensor, ...] = incoming
+        # None: every row is between two segments, and the cache is empty
+        self._starts: tuple[int, ...] | None = starts
+        self._cache: dict[str, Tensor] = cache
+        self._batch: int = batch
+        # None: others may hold the cache's tensors
+        self._stream: _Stream | None = stream
+        self._number = 0 if stream is None else stream.last
+
+    @classmethod
+    def _make(
+        cls,
+        incoming: Sequence[Tensor],
+        starts: Sequence[int] | None,
+        cache: Mapping[str, Tensor],
+        batch: int,
+        stream: _Stream | None = None,
+    ) -> "MemoryState":
+        state = cls.__new__(cls)
+        if starts is None or not any(starts):
+            starts, cache, stream = None, {}, None
+        state._set(
+            tuple(incoming), None if starts is None else tuple(starts), dict(cache), batch, stream
+        )
+        return state
+
+    @classmethod
+    def without_banks(cls, batch: int) -> "MemoryState":
+        """The state of a model that has no memory layer, but keeps a segment's tokens."""
+        return cls._make((), None, {}, batch)
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self._batch
+
+    @property
+    def position(self) -> Tensor:
+        """(B,) int64 on the CPU: how many tokens of its segment each row has read."""
+        return torch.tensor(self._starts or [0] * self.batch, dtype=torch.int64)
+
+    @property
+    def start(self) -> int | None:
+        """The position of every row, None where they differ."""
+        if self._starts is None:
+            return 0
+        return self._starts[0] if len(set(self._starts)) == 1 else None
+
+    @property
+    def banks(self) -> tuple[Tensor, ...]:
+        """The banks (B, N, D), with the rows that the segment has written so far."""
+        if self._starts is None:
+            return self._incoming
+        return tuple(
+            self._written(bank, self._cache[_rows_name(index)])
+            for index, bank in enumerate(self._incoming)
+        )
+
+    def _written(self, bank: Tensor, rows: Tensor) -> Tensor:
+        rows = rows[:, : bank.shape[1]]
+        slots = torch.arange(rows.shape[1], device=bank.device)
+        is_new = slots < self.position.to(bank.device)[:, None]
+        old, rest = bank[:, : rows.shape[1]], bank[:, rows.shape[1] :]
+        return torch.cat([torch.where(is_new[:, :, None], rows, old), rest], dim=1)
+
+    def __repr__(self) -> str:
+        text = f"MemoryState(batch {self.batch}"
+        if self._incoming:
+            bank = self._incoming[0]
+            text += f", {len(self._incoming)} banks {tuple(bank.shape)}, {bank.dtype}"
+            text += f", {bank.device}"
+        return f"{text}, position {list(self._starts)})" if self._starts else f"{text})"
+
+    def check(self, num_banks: int, batch: int, slots: int, dim: int) -> None:
+        """Raise ValueError unless the state is of these sizes; a batch of 1 is not expanded."""
+        if len(self._incoming) != num_banks:
+            raise ValueError(
+                f"MemoryState: the model has {num_banks} memory banks, the state "
+                f"{len(self._incoming)}: it is of another configuration"
+            )
+        wanted = (slots, dim)
+        got = tuple(self._incoming[0].shape[1:]) if self._incoming else wanted
+        if got != wanted:
+            raise ValueError(
+                f"MemoryState: the model's banks are (slots, width) = {wanted}, the state's "
+                f"{got}: it is of another configuration"
+            )
+        if max(self._starts or [0]) >= slots:
+            raise ValueError(
+                f"MemoryState: the state stands at {max(self._starts)}, but the model's segments "
+                f"have {slots} tokens: it is of another configuration"
+            )
+        if self.batch != batch:
+            raise ValueError(
+                f"MemoryState: the input has {batch} rows, the state {self.batch}; give each row "
+                f"its own with select() or expand()"
+            )
+
+    def check_cache(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError unless a segment that has begun kept tensors (B, entries, *shape)."""
+        if self._starts is None:
+            return
+        own = {_rows_name(index) for index in range(len(self._incoming))}
+        got = {
+            name: tuple(tensor.shape[2:]) for name, tensor in self._cache.items() if name not in own
+        }
+        if got != dict(shapes):
+            names = sorted(set(got.items()) ^ set(shapes.items()))
+            raise ValueError(
+                f"MemoryState: within the segment the state keeps other tensors than the model: "
+                f"{names}; it is of another configuration"
+            )
+
+    def _map(self, function: Callable[[Tensor], Tensor], batch: int) -> "MemoryState":
+        cache = {name: function(tensor) for name, tensor in self._cache.items()}
+        return self._make(map(function, self._incoming), self._starts, cache, batch)
+
+    def detach(self) -> "MemoryState":
+        """Without its history: gradients stop here."""
+        if not any(t.requires_grad for t in (*self._incoming, *self._cache.values())):
+            return self
+        return self._map(torch.Tensor.detach, self.batch)
+
+    def to(self, *args, **kwargs) -> "MemoryState":
+        """On another device or in another dtype, as ``Tensor.to``.
+
+        The dtype is the memory's. Keys, values and sums of a segment that has begun stay as the
+        model computed them.
+        """
+        moved = self._map(lambda tensor: tensor.to(*args, **kwargs), self.batch)
+        own = {_rows_name(index) for index in range(len(self._incoming))}
+        for name, tensor in self._cache.items():
+            if name not in own:
+                moved._cache[name] = tensor.to(moved._cache[name].device)
+        return moved
+
+    def end_segment(self) -> "MemoryState":
+        """Between two segments: the next token of every row starts a new one."""
+        return self._make(self.banks, None, {}, self.batch)
+
+    def select(self, rows: Tensor | Sequence[int]) -> "MemoryState":
+        """The batch rows of these indices, in this order and as often as they come."""
+        index = self._index(rows)
+        return self._select(index.tolist(), index)
+
+    def _select(self, rows: list[int], index: Tensor) -> "MemoryState":
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index.to(tensor.device))
+
+        state = self._map(chosen, len(rows))
+        starts = None if self._starts is None else [self._starts[row] for row in rows]
+        # index_select copies: the buffers are this state's own
+        return self._make(state._incoming, starts, state._cache, len(rows), _Stream())
+
+    def expand(self, times: int) -> "MemoryState":
+        """Each batch row this many times in a row, as beam search wants them."""
+        if not isinstance(times, int) or times < 1:
+            raise ValueError(f"MemoryState.expand: times must be an int of at least 1, got {times}")
+        rows = [row for row in range(self.batch) for _ in range(times)]
+        return self._select(rows, torch.tensor(rows, dtype=torch.int64))
+
+    def reset(self, rows: Tensor | Sequence[int], initial: "MemoryState") -> "MemoryState":
+        """These batch rows as they are before the first segment, the others as they are.
+
+        Args:
+            rows: indices, or a bool tensor (B,).
+            initial: what to reset to, of batch 1: ``model.initial_state(1)``.
+        """
+        if initial.batch != 1:
+            raise ValueError(f"MemoryState.reset: initial must be of batch 1, got {initial.batch}")
+        sizes = self._incoming[0].shape[1:] if self._incoming else (1, 0)
+        initial.check(len(self._incoming), 1, *sizes)
+        chosen = set(self._index(rows).tolist())
+        starts = [
+            0 if row in chosen else start
+            for row, start in enumerate(self._starts or [0] * self.batch)
+        ]
+        mask = torch.tensor([row in chosen for row in range(self.batch)])
+        # not a product with 0 or 1: what is reset may be NaN
+        banks = [
+            torch.where(mask.to(old.device)[:, None, None], new.to(old), old)
+            for old, new in zip(self._incoming, initial.banks, strict=True)
+        ]
+        cache = {
+            name: tensor.masked_fill(
+                mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
+            )
+            for name, tensor in self._cache.items()
+        }
+        return self._make(banks, starts, cache, self.batch, _Stream())
+
+    @classmethod
+    def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
+        """The batch rows of several states of one model, one state after the other."""
+        states = list(states)
+        if not states:
+            raise ValueError("MemoryState.cat: no state")
+        kinds = {(tuple(b.shape[1:]), b.dtype, b.device) for s in states for b in s._incoming}
+        numbers = {len(state._incoming) for state in states}
+        kept = {frozenset(state._cache) for state in states if state._starts is not None}
+        if max(len(kinds), len(numbers), len(kept)) > 1:
+            raise ValueError(f"MemoryState.cat: states of several configurations: {states}")
+        incoming = [torch.cat(banks) for banks in zip(*(s._incoming for s in states), strict=True)]
+        starts = [start for state in states for start in state._starts or [0] * state.batch]
+        cache = {}
+        for name in dict.fromkeys(itertools.chain(*(state._cache for state in states))):
+            like = next(state._cache[name] for state in states if name in state._cache)
+            entries = max(s._cache[name].shape[1] for s in states if name in s._cache)
+            cache[name] = torch.cat([state._padded(name, like, entries) for state in states])
+        return cls._make(incoming, starts, cache, len(starts), _Stream())
+
+    def _padded(self, name: str, like: Tensor, entries: int) -> Tensor:
+        """A tensor of the cache with so many entries; zeros where there is none."""
+        kept = self._cache.get(name, like[:0])
+        shape = (self.batch, entries - kept.shape[1] if kept.shape[0] else entries, *like.shape[2:])
+        if 0 in shape[1:2]:
+            return kept
+        padding = like.new_zeros(shape)
+        return torch.cat([kept, padding], dim=1) if kept.shape[0] else padding
+
+    def _index(self, rows: Tensor | Sequence[int]) -> Tensor:
+        index = torch.as_tensor(rows, device="cpu")
+        if index.dtype == torch.bool and index.shape == (self.batch,):
+            return index.nonzero()[:, 0]
+        if index.numel() == 0:
+            index = index.long()
+        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+            raise TypeError(
+                f"MemoryState: rows must be integer indices, or a bool tensor ({self.batch},), got "
+                f"{index.dtype} {tuple(index.shape)}"
+            )
+        if ((index < 0) | (index >= self.batch)).any():
+            raise ValueError(
+                f"MemoryState: rows must be from 0 to {self.batch - 1}, got {index.tolist()}"
+            )
+        return index.long()
+
+    def piece(
+        self, num_tokens: int, slots: int, *, lengths: Sequence[int] | None = None, keep: bool
+    ) -> tuple[list[Tensor], SegmentCache]:
+        """For the layers: the next T tokens' rows of each bank (B, T, D), and their cache.
+
+        Arguments as of :class:`SegmentCache`.
+        """
+        may_write = self._stream is not None and self._stream.last == self._number
+        in_place = may_write and not torch.is_grad_enabled()
+        cache = SegmentCache(
+            self._cache,
+            self._starts,
+            num_tokens,
+            slots,
+            lengths=lengths,
+            keep=keep,
+            in_place=in_place,
+        )
+        if cache.start is not None:
+            return [bank[:, cache.start : cache.size] for bank in self._incoming], cache
+        return [bank[cache.index(bank.device)][:, None] for bank in self._incoming], cache
+
+    def after(self, cache: SegmentCache, new_rows: Sequence[Tensor]) -> "MemoryState":
+        """The state after a piece, from its cache and the rows (B, T, D) it writes to each bank."""
+        if not cache.is_open:
+            banks = []
+            for bank, new in zip(self._incoming, new_rows, strict=True):
+                real = cache.real(new.device)
+                rows = new if real is None else torch.where(real, new, bank[:, : cache.size])
+                banks.append(write_rows(bank, rows, 0))
+            return self._make(banks, None, {}, self.batch)
+        for index, rows in enumerate(new_rows):
+            cache.extend(_rows_name(index), rows)
+        stream = None
+        if not torch.is_grad_enabled():
+            # from here on this state's own cache is another's to write to
+            stream = self._stream if cache.in_place else _Stream()
+            stream.last += 1
+        starts = cache.ends(self.batch)
+        if not cache.keep:
+            return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
+        if cache.slots in starts:
+            full = torch.tensor([start == cache.slots for start in starts])
+            banks = []
+            for index, bank in enumerate(self._incoming):
+                # a segment's buffer has room for all slots once a row has filled them
+                written = cache.tensors[_rows_name(index)][:, : cache.slots]
+                is_full = full.to(bank.device)[:, None, None]
+                banks.append(written if full.all() else torch.where(is_full, written, bank))
+            # the rows that begin anew will write over entries that earlier states still read
+            starts = [start % cache.slots for start in starts]
+            return self._make(banks, starts, cache.tensors, self.batch)
+        return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
+
+        entries = max(self._starts or [0])
+        tensors = {
+            **{f"bank.{index}": bank for index, bank in enumerate(self._incoming)},
+            **{f"cache.{name}": tensor[:, :entries] for name, tensor in self._cache.items()},
+            "position": self.position,
+        }
+        # one copy each: they may share their memory
+        copies = {
+            name: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        replace_file(path, lambda part: save_file(copies, part, metadata={"format": _FORMAT}))
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryState":
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            ValueError: the file is damaged, or holds something else.
+        """
+        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                found = (file.metadata() or {}).get("format")
+        except SafetensorError as error:
+            raise ValueError(
+                f"MemoryState.load: {path} is not a safetensors file: {error}"
+            ) from None
+        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            groups.get(kind, {})[rest] = tensor
+        banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
+        position = groups["position"].get("")
+        if found != _FORMAT or not _fits(banks, position, groups["cache"]):
+            raise ValueError(f"MemoryState.load: {path} holds no memory state")
+        starts = position.tolist()
+        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+
+
+def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, Tensor]) -> bool:
+    """Whether tensors of a file go together as a state."""
+    if position is None or position.dtype != torch.int64 or position.dim() != 1:
+        return False
+    starts = position.tolist()
+    most, batch = max(starts, default=0), len(starts)
+    return (
+        min(starts, default=0) >= 0
+        and all(
+            bank is not None
+            and bank.is_floating_point()
+            and bank.dim() == 3
+            and bank.shape == banks[0].shape
+            and bank.dtype == banks[0].dtype
+            and bank.shape[0] == batch
+            and most < bank.shape[1]
+            for bank in banks
+        )
+        and all(
+            tensor.is_floating_point()
+            and tensor.dim() >= 3
+            and tensor.shape[0] == batch
+            and tensor.shape[1] >= (1 if name.endswith(f".{_SUM}") else most)
+            for name, tensor in cache.items()
+        )
+        and (most == 0 or all(_rows_name(index) in cache for index in range(len(banks))))
+    )
+
+
+def _rows_name(index: int) -> str:
+    """Where the cache keeps what a segment has written to a bank so far."""
+    return f"bank{index}"
+
+
+def write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
+    """The bank (B, N, D) with the rows from ``slot_offset`` on replaced by (B, T, D)."""
+    end = slot_offset + rows.shape[1]
+    if slot_offset == 0 and end == memory.shape[1]:
+        return rows
+    return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)

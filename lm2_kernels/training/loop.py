@@ -1,0 +1,152 @@
+"""A small training loop, and accuracy: for the demo and for your own data.
+
+Of the model they use the call ``model(**batch)`` with its loss or logits, and ``parameters()``; so
+a model wrapped for several devices trains the same way.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lm2_kernels.checks import check_int, check_scale
+
+Batch = dict[str, Tensor]  # the arguments of the model
+
+
+def learning_rate(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
+    """The factor on the peak learning rate at a step from 0 to ``steps - 1``.
+
+    Up to 1 in ``warmup`` equal steps, then a half cosine that would meet ``floor`` at ``steps``.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups in which weights decay, but biases, gates' scales and norms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    lr: float,
+    first: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+    warmup: int = 0,
+    floor: float = 0.1,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
+    clip: float | None = 1.0,
+    autocast: torch.dtype | None = None,
+    bptt_segments: int | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Train with AdamW, the learning rate warmed up and then a cosine.
+
+    Every batch starts from the model's initial memory.
+
+    Args:
+        model: called as ``model(**batch, bptt_segments=bptt_segments)``; its result has ``loss``.
+        batches: dicts of tensors with "input_ids" and "labels", at least as many as there are steps
+            to do. They are moved to where the parameters are.
+        steps: of the whole run, a batch each.
+        lr: the peak learning rate.
+        first: steps of the run that were done before.
+        optimizer: with groups whose "lr" is set at every step; AdamW with
+            :func:`optimizer_groups` unless given, and then ``weight_decay`` and ``betas`` are its.
+        warmup: steps up to it.
+        floor: the share of ``lr`` that is left at the end.
+        weight_decay: of parameters with two dimensions or more.
+        betas: of AdamW.
+        clip: the largest norm of all gradients together; None does not clip.
+        autocast: run the model under autocast in this dtype; None does not.
+        bptt_segments: over how many segments gradients reach back; None is all.
+        progress: called after each step with the steps done, ``steps`` and the step's loss.
+
+    Returns:
+        The loss of every step that was done.
+
+    Raises:
+        TypeError, ValueError: an option does not fit, or there are too few batches.
+        FloatingPointError: a loss is not finite. The parameters are those before its step.
+    """
+    check_int("train", "steps", steps, 1)
+    check_int("train", "first", first, 0, steps)
+    check_int("train", "warmup", warmup, 0)
+    check_scale("train", lr)
+    if clip is not None:
+        check_scale("train", clip)
+        if clip <= 0.0:
+            raise ValueError(f"train: clip must be above 0, or None, got {clip}")
+    device = next(model.parameters()).device
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(optimizer_groups(model, weight_decay), lr=lr, betas=betas)
+    was_training, losses, source = model.training, [], iter(batches)
+    model.train()
+    try:
+        for step in range(first, steps):
+            batch = next(source, None)
+            if batch is None:
+                raise ValueError(
+                    f"train: {steps - first} steps need as many batches, got {step - first}"
+                )
+            for group in optimizer.param_groups:
+                group["lr"] = lr * learning_rate(step, steps, warmup, floor)
+            with _autocast(device, autocast):
+                loss = model(**_moved(batch, device), bptt_segments=bptt_segments).loss
+            value = loss.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"train: the loss of step {step + 1} is {value}; try a lower lr, a longer "
+                    f"warmup or a smaller clip"
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            if clip is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            losses.append(value)
+            if progress is not None:
+                progress(step + 1, steps, value)
+    finally:
+        model.train(was_training)
+    return losses
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
+) -> float:
+    """The mean of the batches' losses; arguments as of :func:`evaluate`."""
+    device = next(model.parameters()).device
+    was_training, losses = model.training, []
+    model.eval()
+    try:
+        for batch in batches:
+            with _autocast(device, autocast):
+                losses.append(model(**_moved(batch, device)).loss.item())
+    finally:
+        model.train(was_training)
+    return sum(losses) / len(losses) if losses else math.nan
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)

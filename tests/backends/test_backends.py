@@ -1,0 +1,361 @@
+"""The common suite: every op on every backend against the float64 oracle, forward and gradients.
+
+Triton's kernels run on the CPU: the launches of the cases are compiled for a GPU target as the
+launcher asks for it, and their resources are checked; all are interpreted with every address
+checked and the programs in shuffled order. The CUDA C++ kernels run on the CPU as "cpp-cuda", in an
+emulator that takes blocks and threads in random order; "cpp-avx512" emulates what this processor
+may lack.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+import lm2_kernels as lm2
+from lm2_kernels import testing
+from tools import launches
+from tools.emulated_avx512 import avx512_reason, emulated_avx512
+from tools.emulated_cuda import emulated_cuda, emulation_reason
+from tools.interpreter import run_python
+from tools.native import cpp_reason, needs_cpp
+from tools.rounding import assert_rule
+
+CPU_DTYPES = ("float32", "bfloat16", "float16", "float64")
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+# which dtypes each backend is tested in here, and why it cannot be
+BACKENDS = {
+    "eager": (CPU_DTYPES, None),
+    "cpp": (CPU_DTYPES, cpp_reason()),
+    "triton": (GPU_DTYPES, None),
+    "cpp-avx512": (CPU_DTYPES, avx512_reason()),
+    "cpp-cuda": (GPU_DTYPES, emulation_reason()),
+}
+CPU_LEVELS = ("base", "avx2", "avx512", "avx512_bf16")
+# Triton compiles every case in bfloat16 and float32; in float16 attention once a target, and the
+# other ops once: the rest is numbers
+_FLOAT16_COMPILED = {case.op: case for case in reversed(testing.SMALL_CASES)}.values()
+_FLOAT16_COMPILED = (*testing.SMALL_CASES[2:6], *_FLOAT16_COMPILED)
+# these run in an emulator or interpreter
+SLOW_BACKENDS = ("triton", "cpp-cuda")
+
+
+def _param(backend, *values, id):
+    reason = BACKENDS[backend][1]
+    marks = pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")
+    return pytest.param(backend, *values, id=f"{backend}-{id}", marks=marks)
+
+
+def _every_backend():
+    params = [_param(backend, id="") for backend in BACKENDS]
+    return pytest.mark.parametrize("backend", params)
+
+
+@contextlib.contextmanager
+def _on(backend: str, index: int = 0, compiled: bool = False):
+    """The backend made runnable on this machine, and a check of which one ran."""
+    environment = contextlib.nullcontext()
+    if backend == "triton":
+        # the numerics of a case do not depend on the target, its tiles do: take turns
+        targets = tuple(launches.TARGETS)
+        run = launches.checked if compiled else launches.interpreted
+        environment = run(targets[index % len(targets)], shuffle=index)
+    elif backend == "cpp-avx512":
+        environment = emulated_avx512()
+    elif backend == "cpp-cuda":
+        environment = emulated_cuda(seed=index)
+    with lm2.recording() as ran, environment:
+        yield
+    names = {name for _, name in ran}
+    assert names and names <= {_name(backend), f"{_name(backend)}/composite"}, names
+
+
+def _name(backend):
+    return backend.split("-")[0]
+
+
+def _check(case, dtype, backend, **options):
+    comparisons = testing.check_case(case, dtype, _name(backend), **options)
+    worst = [c for c in comparisons if not c.passed]
+    assert not worst, "\n".join(f"{c.name}: {c.max_share:.2f}, {c.rms_share:.2f}" for c in worst)
+
+
+@pytest.mark.parametrize(
+    ("shares", "passed", "draws"),
+    (
+        ([0.5], True, 1),
+        ([1.1] + 8 * [0.8], True, 9),
+        (4 * [1.1] + 5 * [0.8], True, 9),
+        (5 * [1.1] + 4 * [0.8], False, 9),
+        # luck does not explain a factor of two
+        ([2.5], False, 1),
+        ([1.1] + 7 * [0.8] + [2.5], False, 9),
+        ([1.1] + 7 * [0.8] + [float("inf")], False, 9),
+    ),
+)
+def test_narrow_failure_is_judged_by_the_median(monkeypatch, shares, passed, draws):
+    taken = iter(shares)
+
+    def compare_case(*_, **__):
+        return [testing.Comparison("output", 0.5, next(taken))]
+
+    monkeypatch.setattr(testing, "compare_case", compare_case)
+    (comparison,) = testing.check_case(testing.SMALL_CASES[0], torch.float32, "eager")
+    assert comparison.passed == passed
+    assert len(shares) - len(list(taken)) == draws
+
+
+def _parameters():
+    for backend, (dtypes, _) in BACKENDS.items():
+        for index, case in enumerate(testing.CASES):
+            if backend in SLOW_BACKENDS and case not in testing.SMALL_CASES:
+                continue
+            for dtype in dtypes:
+                yield _param(backend, case, dtype, index, id=f"{dtype}-{case.id}")
+
+
+@pytest.mark.parametrize(("backend", "case", "dtype", "index"), list(_parameters()))
+def test_op_matches_oracle(backend, case, dtype, index, record_property):
+    record_property("backend", backend)
+    with _on(backend, index, compiled=dtype != "float16" or case in _FLOAT16_COMPILED):
+        _check(case, testing.DTYPES[dtype], backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize("case", testing.SHAPE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("backend", [_param(name, id="") for name in ("eager", "cpp")])
+def test_op_matches_oracle_as_benchmarked(backend, case, dtype, record_property):
+    record_property("backend", backend)
+    with _on(backend):
+        _check(case, testing.DTYPES[dtype], backend)
+
+
+@pytest.mark.parametrize("scale", (5.0, 30.0))
+@pytest.mark.parametrize("case", testing.SMALL_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("backend", [_param(name, id="") for name in ("eager", "cpp")])
+def test_op_large_values(backend, case, scale, record_property):
+    record_property("backend", backend)
+    # in a few nearly one-hot rows, who rounds better is luck, and no factor is too large for it
+    _check(case, torch.float32, backend, scale=scale, narrow=math.inf)
+
+
+@needs_cpp
+@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=lambda case: case.id)
+def test_op_same_bits_for_any_number_of_threads(case, record_property):
+    record_property("backend", "cpp")
+    # enough batch rows and heads that the work is shared out
+    case = case._replace(batch=2 * case.batch)
+    inputs = testing.make_inputs(case, torch.float32)
+    threads = torch.get_num_threads()
+    runs = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            runs.append(testing.run_case(case, inputs, "cpp"))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for name, tensor in runs[0].items():
+            assert torch.equal(run[name], tensor), name
+
+
+@needs_cpp
+@pytest.mark.parametrize("level", CPU_LEVELS)
+def test_every_simd_level(level, record_property):
+    """The level is chosen once a process; a processor without it runs the best it has."""
+    record_property("backend", "cpp")
+    code = """
+import torch
+from lm2_kernels import testing
+from lm2_kernels.backends import extension
+for case in testing.SMALL_CASES:
+    for dtype in testing.DTYPES.values():
+        worst = [c for c in testing.check_case(case, dtype, "cpp") if not c.passed]
+        assert not worst, (case.id, dtype, worst)
+print(extension.build_info()["SIMD level"])
+"""
+    result = run_python(code, LM2_KERNELS_CPU_LEVEL=level)
+    assert result.returncode == 0, result.stderr
+    assert CPU_LEVELS.index(result.stdout.strip()) <= CPU_LEVELS.index(level)
+
+
+@needs_cpp
+def test_unknown_simd_level_is_refused():
+    code = "import torch, lm2_kernels as lm2; x = torch.ones(1, 1, 4); "
+    code += "lm2.memory_update(x, x, x, x, x, backend='cpp')"
+    result = run_python(code, LM2_KERNELS_CPU_LEVEL="neon")
+    assert result.returncode == 1
+    assert (
+        "LM2_KERNELS_CPU_LEVEL must be base, avx2, avx512 or avx512_bf16, got neon" in result.stderr
+    )
+
+
+def _transposed(tensor):
+    return tensor.transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 1 else tensor
+
+
+def _last_axis_strided(tensor):
+    return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _column_slice(tensor):
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 13), float("nan"))
+    wide = wide.to(tensor.dtype)
+    wide[..., 5 : 5 + tensor.shape[-1]] = tensor
+    return wide[..., 5 : 5 + tensor.shape[-1]]
+
+
+def _offset_by_one(tensor):
+    return torch.cat([tensor.new_full((1,), float("nan")), tensor.reshape(-1)])[1:].view(
+        tensor.shape
+    )
+
+
+def _expanded(tensor):
+    return tensor[:1].expand(tensor.shape) if tensor.dim() > 1 else tensor
+
+
+LAYOUTS = (_transposed, _last_axis_strided, _column_slice, _offset_by_one, _expanded)
+
+
+def _layout_parameters():
+    smallest_first = sorted(testing.SMALL_CASES, key=lambda case: case.batch * case.tokens)
+    one_each = {case.op: case for case in smallest_first if case.batch == 2}
+    for backend in BACKENDS:
+        for case in one_each.values():
+            for layout in LAYOUTS:
+                yield _param(backend, case, layout, id=f"{case.op}{layout.__name__}")
+
+
+@pytest.mark.parametrize(("backend", "case", "layout"), list(_layout_parameters()))
+def test_op_strided(backend, case, layout, record_property):
+    record_property("backend", backend)
+    given = []
+
+    def remembered(tensor):
+        tensor = layout(tensor)
+        given.append((tensor, tensor.clone()))
+        return tensor
+
+    with _on(backend):
+        _check(case, torch.float32, backend, layout=remembered)
+    for tensor, copy in given:
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
+
+
+@_every_backend()
+@pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
+def test_op_deterministic(backend, case, record_property):
+    record_property("backend", backend)
+    inputs = testing.make_inputs(case, torch.float32)
+    runs = []
+    for index in (0, 4):
+        # the same target, another order of programs
+        with _on(backend, index):
+            runs.append(testing.run_case(case, inputs, _name(backend)))
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+
+
+@_every_backend()
+@pytest.mark.parametrize("op", lm2.backends.OPS)
+def test_op_empty_batch(backend, op, record_property):
+    record_property("backend", backend)
+    case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(batch=0)
+    inputs = testing.make_inputs(case, torch.float32)
+    with _on(backend):
+        results = testing.run_case(case, inputs, _name(backend))
+    for name, tensor in inputs.tensors.items():
+        assert results[f"d{name}"].shape == tensor.shape
+        assert not results[f"d{name}"].any()
+
+
+@_every_backend()
+def test_residual_layer_norm_large_mean(backend, record_property):
+    """Rows that are nearly constant: E[x^2] - E[x]^2 would have no digits left."""
+    record_property("backend", backend)
+    case = testing.Case("residual_layer_norm", 2, 9, 0, 0, 96)
+    ramp = 1e3 + 1e-3 * torch.arange(96.0).expand(2, 9, 96)
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        inputs = inputs._replace(tensors={**inputs.tensors, "x": ramp, "residual": ramp.flip(1)})
+        results = testing.run_case(case, inputs, _name(backend))
+        return testing.compare_case(case, inputs, results)
+
+    with _on(backend):
+        assert_rule(run)
+
+
+@_every_backend()
+def test_scores_of_minus_infinity_are_no_hidden_slots(backend, record_property):
+    """A row that sees slots whose scores overflow is NaN, as in any softmax; one that sees no slot
+    is 0. To confuse them would hide a divergence."""
+    record_property("backend", backend)
+    query, key = torch.full((1, 2, 1, 16), 1e20), torch.full((1, 4, 1, 16), -1e20)
+    value = torch.ones(1, 4, 1, 16)
+    with _on(backend):
+        seen = lm2.memory_attention(query, key, value, causal=False, backend=_name(backend))
+        hidden = lm2.memory_attention(
+            query,
+            key,
+            value,
+            causal=False,
+            slot_mask=torch.zeros(1, 4, dtype=torch.bool),
+            backend=_name(backend),
+        )
+    assert seen.isnan().all()
+    assert not hidden.any()
+
+
+@_every_backend()
+@pytest.mark.parametrize("tokens", (3, 9))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+def test_what_masked_slots_hold_does_not_matter(backend, tokens, dtype, record_property):
+    record_property("backend", backend)
+    options = (("slot_mask", "random"), ("slot_offset", 28))
+    case = testing.Case("memory_attention", 2, tokens, 40, 2, 16, options)
+    inputs = testing.make_inputs(case, testing.DTYPES[dtype])
+    runs = []
+    for poison in (0.0, float("nan")):
+        for name in ("key", "value"):
+            inputs.tensors[name][~inputs.constants["slot_mask"]] = poison
+        with _on(backend):
+            runs.append(testing.run_case(case, inputs, _name(backend)))
+    for name, result in runs[0].items():
+        assert torch.equal(result, runs[1][name]), name
+
+
+@pytest.mark.parametrize("backend", [_param("cpp", id=""), _param("cpp-avx512", id="")])
+def test_few_rows_reach_only_the_slots_they_see(backend, record_property):
+    """Not a finite gradient times a weight of 0: 0 * NaN is NaN."""
+    record_property("backend", backend)
+    options = (("slot_mask", "prefix"),)
+    case = testing.Case("memory_attention", 1, 4, 6, 2, 8, options)
+    inputs = testing.make_inputs(case, torch.float32)
+    first = int(inputs.constants["slot_mask"][0].int().argmax())
+    assert 0 < first < 3
+    inputs.tensors["query"][0, 0] = float("nan")  # sees nothing
+    inputs.cotangents[0][0, first] = float("nan")  # sees the first slot that takes part
+    with _on(backend):
+        results = testing.run_case(case, inputs, _name(backend))
+    for name in ("dkey", "dvalue"):
+        assert results[name][0, first].isnan().all(), name
+        assert results[name][0, :first].isfinite().all(), name
+        assert results[name][0, first + 1 :].isfinite().all(), name
+
+
+@_every_backend()
+def test_strong_dropout_does_not_overflow_float16(backend, record_property):
+    record_property("backend", backend)
+    query = torch.zeros(1, 64, 1, 16, dtype=torch.float16, requires_grad=True)
+    bank = torch.randn(1, 128, 1, 16, dtype=torch.float16)
+    with _on(backend):
+        out = lm2.memory_attention(
+            query, bank, bank, causal=False, dropout_p=0.99999, backend=_name(backend)
+        )
+        out.sum().backward()
+    assert out.isfinite().all()
+    assert query.grad.isfinite().all()

@@ -1,0 +1,260 @@
+"""Matrix products of CPU tensors: right by either way, chosen by measurement."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import lm2_kernels as lm2
+from lm2_kernels import testing
+from lm2_kernels.backends import cpu_products
+from lm2_kernels.linear import project
+from tools.rounding import assert_rule
+
+
+def _no_minimum(monkeypatch):
+    for dtype in cpu_products._MIN_MULTIPLICATIONS:
+        monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, dtype, 0)
+    monkeypatch.setattr(cpu_products, "_MIN_ROWS", 0)
+
+
+@pytest.fixture(params=("torch", "onednn"))
+def library(request, monkeypatch):
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, request.param)
+    _no_minimum(monkeypatch)
+    return request.param
+
+
+def _onednn_calls(monkeypatch):
+    calls = []
+    original = cpu_products._onednn
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(cpu_products, "_onednn", counted)
+    return calls
+
+
+@pytest.mark.parametrize("transposed_a", (False, True))
+@pytest.mark.parametrize("transposed_b", (False, True))
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("relu", (False, True))
+def test_product(library, transposed_a, transposed_b, has_bias, relu, monkeypatch):
+    calls = _onednn_calls(monkeypatch)
+
+    def run(seed):
+        torch.manual_seed(seed)
+        a = torch.randn(33, 65).t() if transposed_a else torch.randn(65, 33)
+        b = torch.randn(17, 33).t() if transposed_b else torch.randn(33, 17)
+        bias = torch.randn(17) if has_bias else None
+        calls.clear()
+        with torch.no_grad():
+            got = cpu_products.product(a, b, bias, relu=relu)
+        assert len(calls) == (library == "onednn")
+        want = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+        eager = a @ b + (0.0 if bias is None else bias)
+        if relu:
+            want, eager = want.relu(), eager.relu()
+        return [testing.compare("product", got, want, eager)]
+
+    assert_rule(run)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_relu_keeps_nan(library, dtype, monkeypatch):
+    """A diverged weight has to show."""
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, "float32")
+    layer = nn.Linear(32, 32).to(dtype)
+    with torch.no_grad():
+        layer.weight[3] = float("nan")
+    x = torch.randn(40, 32, dtype=dtype, requires_grad=True)
+    (y,) = project(x, layer, relu=True)
+    y.sum().backward()
+    assert torch.equal(y.isnan().nonzero()[:, 1], torch.full((40,), 3))
+    assert x.grad.isnan().all()
+
+
+def test_layers_and_gradients(monkeypatch):
+    _no_minimum(monkeypatch)
+    calls = _onednn_calls(monkeypatch)
+
+    def gradients(layer, x, memory):
+        x = x.clone().requires_grad_()
+        output, new_memory = layer(x, memory, slot_offset=2)
+        loss = output.square().sum() + new_memory.square().sum()
+        leaves = {"x": x, **dict(layer.named_parameters())}
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        # a scalar's error is a matter of luck
+        return {f"d{n}": d for n, d in zip(leaves, found, strict=True) if d.dim() > 0}
+
+    for layer in (lm2.PaperMemory(24, 3, bias=True), lm2.ReleaseMemory(24, 3)):
+        exact = copy.deepcopy(layer).double()
+
+        def run(seed, layer=layer, exact=exact):
+            torch.manual_seed(seed)
+            x, memory = torch.randn(2, 5, 24), torch.randn(2, 9, 24)
+            found = {}
+            for library in ("torch", "onednn"):
+                monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, library)
+                calls.clear()
+                found[library] = gradients(layer, x, memory)
+                assert bool(calls) == (library == "onednn")
+            oracle = gradients(exact, x.double(), memory.double())
+            return [
+                testing.compare(name, got, oracle[name], found["torch"][name])
+                for name, got in found["onednn"].items()
+            ]
+
+        assert_rule(run)
+
+
+def test_three_dimensions_and_double_backward(library):
+    linear = nn.Linear(24, 16)
+    exact = copy.deepcopy(linear).double()
+
+    def derivatives(y, x, weight):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return {"y": y, "dx": dx, "ddx": torch.autograd.grad(dx.sum(), weight)[0]}
+
+    def run(seed):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 3, 24, requires_grad=True)
+        wide = x.detach().double().requires_grad_()
+        (y,) = project(x, linear)
+        found = derivatives(y, x, linear.weight)
+        plain = derivatives(linear(x), x, linear.weight)
+        oracle = derivatives(exact(wide), wide, exact.weight)
+        return [testing.compare(n, found[n], oracle[n], plain[n]) for n in found]
+
+    assert_rule(run)
+
+
+def test_other_dtypes_and_small_products_are_torchs_own(monkeypatch):
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    calls = _onednn_calls(monkeypatch)
+    with torch.no_grad():
+        cpu_products.product(torch.randn(4, 4), torch.randn(4, 4))
+        large = torch.randn(512, 512, dtype=torch.float64)
+        cpu_products.product(large, large)
+    assert not calls
+
+
+@pytest.mark.parametrize("error", (AttributeError, RuntimeError))
+def test_without_the_operator(error, monkeypatch):
+    def absent(*args):
+        raise error("no such operator")
+
+    monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    monkeypatch.setattr(cpu_products, "_onednn", absent)
+    a = torch.randn(512, 512)
+    with torch.no_grad():
+        assert torch.equal(cpu_products.product(a, a), a @ a)
+
+
+def test_a_wrong_operator_is_not_taken(monkeypatch):
+    monkeypatch.setattr(
+        cpu_products, "_onednn", lambda a, b, *_: torch.zeros(a.shape[0], b.shape[1])
+    )
+    assert cpu_products._measure(torch.float32, True, False) == 0.0
+
+
+def test_measured_once_for_each_layout(monkeypatch):
+    monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    measured = []
+    monkeypatch.setattr(cpu_products, "_measure", lambda *layout: measured.append(layout) or 2.0)
+    a = torch.randn(512, 512)
+    with torch.no_grad():
+        for _ in range(2):
+            cpu_products.product(a, a)
+            cpu_products.product(a, a.t())
+    assert measured == [(torch.float32, True, True), (torch.float32, True, False)]
+
+
+def test_unknown_choice(monkeypatch):
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "blas")
+    a = torch.randn(512, 512)
+    with torch.no_grad(), pytest.raises(ValueError, match=cpu_products.FLOAT32_VARIABLE):
+        cpu_products.product(a, a)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("way", ("torch", "float32"))
+@pytest.mark.parametrize("has_bias", (False, True))
+@pytest.mark.parametrize("relu", (False, True))
+def test_16_bit(dtype, way, has_bias, relu, monkeypatch):
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, way)
+    _no_minimum(monkeypatch)
+    widened = []
+    original = cpu_products._widened
+    monkeypatch.setattr(
+        cpu_products, "_widened", lambda *args: widened.append(args) or original(*args)
+    )
+
+    def run(seed):
+        torch.manual_seed(seed)
+        a, b = torch.randn(2, 40, 65).to(dtype), torch.randn(17, 65).to(dtype).t()
+        bias = torch.randn(17).to(dtype) if has_bias else None
+        widened.clear()
+        with torch.no_grad():
+            got = cpu_products.product(a, b, bias, relu=relu)
+        assert got.dtype == dtype
+        assert len(widened) == (way == "float32")
+        want = a.double() @ b.double() + (0.0 if bias is None else bias.double())
+        want = want.relu() if relu else want
+        return [testing.compare("product", got, want, want.to(dtype))]
+
+    assert_rule(run)
+
+
+def test_16_bit_way_is_measured(monkeypatch):
+    monkeypatch.delenv(cpu_products._16_BIT_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    assert cpu_products._ratio(torch.bfloat16, True, False) > 0.0
+    seconds = iter((1.0, 0.1, 1.0, 0.1))
+    monkeypatch.setattr(cpu_products, "_seconds", lambda *args: next(seconds))
+    # two rounds are enough where it is clear
+    assert cpu_products._measure(torch.bfloat16, True, False) == pytest.approx(10.0)
+
+
+def test_nothing_is_measured_of_fake_tensors(monkeypatch):
+    monkeypatch.delenv(cpu_products._16_BIT_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    with FakeTensorMode(), torch.no_grad():
+        a = torch.randn(512, 512, dtype=torch.bfloat16)
+        assert cpu_products.product(a, a).shape == (512, 512)
+    assert not cpu_products._ratios
+
+
+def test_autocast_does_not_narrow_again(monkeypatch):
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, "float32")
+    _no_minimum(monkeypatch)
+    a = torch.randn(40, 65).bfloat16()
+    dtypes = []
+    original = cpu_products._torch
+    monkeypatch.setattr(
+        cpu_products, "_torch", lambda a, *args: dtypes.append(a.dtype) or original(a, *args)
+    )
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "torch")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got = cpu_products.product(a, a.t())
+    assert dtypes == [torch.float32]
+    torch.testing.assert_close(got, (a.float() @ a.float().t()).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("way", ("torch", "float32"))
+def test_autocast_layers(way, monkeypatch):
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, way)
+    _no_minimum(monkeypatch)
+    layer = lm2.ReleaseMemory(24, 3, pooled_gate="prefix")
+    x, memory = torch.randn(2, 9, 24, requires_grad=True), torch.randn(2, 9, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, new_memory = layer(x, memory)
+    (output.float().square().sum() + new_memory.square().sum()).backward()
+    assert x.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

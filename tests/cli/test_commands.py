@@ -1,0 +1,200 @@
+"""``train`` and ``generate``: own data, one process and two, runs that go on."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lm2_kernels import LM2ForCausalLM, cli, training
+
+TEXT = "the memory reads what it wrote, and writes what it read. " * 40
+_LR = 0.01
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "memory_slots": 8,
+    "memory_heads": 2,
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    return path
+
+
+def _arguments(text, out, *more):
+    config = text.with_name("config.json")
+    options = ["--steps", "6", "--batch", "4", "--lr", str(_LR), "--length", "20", *more]
+    data = [str(text), *(option for option in more if option.endswith(".npy"))]
+    options = [option for option in options if option not in data]
+    return ["train", *data, "--config", str(config), "--out", str(out), *options]
+
+
+def _run(arguments, processes=1):
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, "lm2_kernels", *arguments],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def _weights(folder):
+    return LM2ForCausalLM.load(folder).state_dict()
+
+
+def _same(got, want):
+    got, want = _weights(got), _weights(want)
+    assert got.keys() == want.keys()
+    total = sum((got[name] - want[name]).abs().sum().item() for name in want)
+    # Sums of gradients come in another order, and AdamW makes a whole step, up or down, also of a
+    # gradient that is rounding alone: few of many thousand weights may have gone the other way.
+    assert total <= 10 * _LR, total
+
+
+def test_text_trains_and_generates(text, tmp_path, capsys):
+    out = tmp_path / "model"
+    assert cli.main(_arguments(text, out, "--steps", "60")) == 0
+    printed = capsys.readouterr()
+    assert "bits a token" in printed.out
+    assert "60/60" in printed.err
+    loss = float(printed.out.split("validation loss ")[1].split()[0])
+    assert loss < 4.0 < np.log(256)
+    for more in (["--temperature", "0"], ["--top-k", "5", "--top-p", "0.9"]):
+        prompt = ["generate", str(out), "--prompt", "the mémo", "--tokens", "12", *more]
+        assert cli.main(prompt) == 0
+        assert capsys.readouterr().out.startswith("the mémo")
+    model = LM2ForCausalLM.load(out)
+    assert model.config.vocab_size == 256
+
+
+def test_token_arrays_train_and_generate(tmp_path, capsys):
+    for number, dtype in enumerate((np.uint16, np.int64)):
+        np.save(tmp_path / f"{number}.npy", np.tile(np.arange(11, dtype=dtype), 30))
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    more = [str(tmp_path / "1.npy"), "--dtype", "bfloat16"]
+    arguments = _arguments(tmp_path / "0.npy", tmp_path / "model", *more)
+    options = ["--formulation", "release", "--flow", "time", "--slots", "5"]
+    assert cli.main([*arguments, *options]) == 0
+    config = LM2ForCausalLM.load(tmp_path / "model").config
+    assert (config.vocab_size, config.formulation, config.memory_slots) == (11, "release", 5)
+    capsys.readouterr()
+    assert (
+        cli.main(["generate", str(tmp_path / "model"), "--prompt", "1, 2 3", "--tokens", "4"]) == 0
+    )
+    assert len(capsys.readouterr().out.split()) == 7
+    assert cli.main([*arguments, "--no-memory"]) == 0
+    assert LM2ForCausalLM.load(tmp_path / "model").config.memory_layers == ()
+
+
+@pytest.mark.parametrize("kind", ("ddp", "fsdp"))
+def test_two_processes_are_one(text, tmp_path, kind):
+    """Two processes with half of each batch give the weights of one process."""
+    _run(_arguments(text, tmp_path / "two", "--parallel", kind), processes=2)
+    _run(_arguments(text, tmp_path / "one"))
+    _same(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_run_goes_on(text, tmp_path, monkeypatch):
+    """Cut short and gone on with, also with another number of processes, it is the whole run."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(_arguments(text, whole)) == 0
+    real = training.train
+
+    def killed(*args, progress, **options):
+        def stop(done, total, loss):
+            progress(done, total, loss)
+            if done == 5:
+                raise KeyboardInterrupt
+
+        return real(*args, progress=stop, **options)
+
+    monkeypatch.setattr(training, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(_arguments(text, cut, "--save-every", "2"))
+    monkeypatch.undo()
+    assert [path.name for path in (cut / "progress").iterdir()] == ["step-4"]
+    assert not (cut / "model.safetensors").exists()
+    resumed = _arguments(text, cut, "--resume")
+    # the model is as it was
+    del resumed[resumed.index("--config") : resumed.index("--out")]
+    assert cli.main(resumed) == 0
+    _same(cut, whole)
+    # once more, from the same place, by two
+    (cut / "model.safetensors").unlink()
+    _run([*resumed, "--parallel", "fsdp"], processes=2)
+    _same(cut, whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        (["--config", "absent.json"], "No such file"),
+        (["--batch", "0"], "batch"),
+        (["--length", "3000"], "windows of 3000 tokens"),
+        (["--vocab-size", "9"], "text has 256 tokens"),
+        (["--steps", "0"], "steps"),
+        (["--length", "1"], "--length must be at least 2"),
+        (["--save-every", "0"], "--save-every must be"),
+        (["--weight-decay", "-1"], "--weight-decay must be"),
+        (["--validation", "nan"], "validation share"),
+        (["--seed", "-1"], "--seed must be"),
+        (["--lr", "1e30"], "the loss of step"),
+        (["more.npy"], "not both"),
+        (["--flow", "time", "--bptt-segments", "0"], "bptt_segments"),
+    ),
+)
+def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):
+    assert cli.main(_arguments(text, tmp_path / "out", *options)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("python -m lm2_kernels train: error:")
+    assert message in error
+
+
+def test_wrong_runs_are_refused(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    resumed = ["train", str(text), "--out", str(out), "--resume"]
+    config = text.with_name("config.json")
+    for content, arguments, message in (
+        (SIZES, resumed, "No such file"),
+        (SIZES, [*resumed, "--slots", "9"], "--slots does not fit"),
+        ([1], _arguments(text, out), "must hold an object"),
+        ({**SIZES, "vocab_size": 300}, _arguments(text, out), "text has 256 tokens"),
+        ({**SIZES, "vocab_size": 200}, _arguments(text, out), "the data has 256 tokens"),
+    ):
+        config.write_text(json.dumps(content))
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    # a new run leaves nothing of an earlier one
+    config.write_text(json.dumps(SIZES))
+    assert cli.main(_arguments(text, out, "--save-every", "2")) == 0
+    assert cli.main(_arguments(text, out)) == 0
+    assert cli.main(resumed) == 2
+    assert "holds no saved run" in capsys.readouterr().err
+    for options, message in (
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--temperature", "nan"], "--temperature must be"),
+        (["--temperature", "0", "--top-k", "3"], "above 0"),
+        (["--tokens", "0"], "max_new_tokens"),
+    ):
+        capsys.readouterr()
+        assert cli.main(["generate", str(out), "--prompt", "the", *options]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert message in printed.err

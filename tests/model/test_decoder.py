@@ -1,0 +1,476 @@
+"""The reference model and its state: parity with the released one, segments, loss, no leaks."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import lm2_kernels as lm2
+from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
+from tools.models import KINDS, SMALL, random_ids, small_model
+from tools.native import needs_cpp
+from tools.rounding import assert_round_off, assert_rule
+
+GOLDEN = Path(__file__).parents[1] / "data" / "models" / "release_model_s32_l3.safetensors"
+
+
+def _changed(model, length, position):
+    """How much the logits of each token change with the token at a position. (length,)"""
+    ids, other = random_ids(1, length), random_ids(1, length)
+    other[:, position] = (other[:, position] + 1) % SMALL["vocab_size"]
+    return (model(ids).logits - model(other).logits).abs().amax(-1)[0]
+
+
+every_kind = pytest.mark.parametrize(("formulation", "flow"), KINDS)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with safe_open(GOLDEN, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(file.metadata()["config"])
+
+
+def _group(tensors, prefix):
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _released_model(config, backend) -> LM2ForCausalLM:
+    names = (f.name for f in dataclasses.fields(LM2Config) if f.name in config)
+    sizes = {name: config[name] for name in names}
+    return LM2ForCausalLM(
+        LM2Config(
+            **sizes,
+            memory_heads=config["num_mem_heads"],
+            formulation="release",
+            flow="depth",
+            pooled_gate="segment",
+            backend=backend,
+        )
+    ).double()
+
+
+@pytest.mark.parametrize("backend", ("eager", "auto"))
+def test_released_model(golden, backend):
+    """Logits, memory over two steps, and gradients, at the float32 the numbers went through."""
+    tensors, config = golden
+    model = _released_model(config, backend)
+    model.load_state_dict(lm2.release_state_dict(_group(tensors, "weights.")))
+    memory = None
+    for step in ("step0.", "step1."):
+        want = _group(tensors, step)
+        output = model(want["input_ids"], memory=memory)
+        memory = output.memory.detach()
+        loss = F.cross_entropy(output.logits.flatten(0, 1), want["targets"].flatten())
+        for got, name in ((output.logits, "logits"), (memory.banks[0], "memory"), (loss, "loss")):
+            error = (got - want[name]).abs().max() / want[name].abs().max()
+            assert error < 2 * torch.finfo(torch.float32).eps, (name, error)
+    loss.backward()
+    gradients = lm2.release_state_dict(_group(tensors, "grads."))
+    parameters = dict(model.named_parameters())
+    assert set(gradients) == set(parameters)
+    for name, want in gradients.items():
+        # the gradient of the keys' bias is 0, as it moves all scores of a row alike
+        floor = testing.ZERO_FLOOR * torch.finfo(torch.float64).eps
+        error = (parameters[name].grad - want).abs().max()
+        # sums over what the rounding of the logits moved, whose terms cancel
+        bound = 8 * torch.finfo(torch.float32).eps * want.abs().max()
+        assert error <= max(floor, bound), (name, error)
+
+
+def test_release_state_dict(golden):
+    tensors, _ = golden
+    weights = _group(tensors, "weights.")
+    attention = {k: v for k, v in weights.items() if ".self_attn." in k}
+    doubled = {k.replace(".self_attn.", ".mem_attn.self_attn."): v for k, v in attention.items()}
+    stored = {"model.memory_bank": torch.zeros(7, 32, 32)}
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    want = lm2.release_state_dict(weights)
+    got = lm2.release_state_dict({**weights, **doubled, **stored})
+    assert set(got) == set(want)
+    alone = {k: v for k, v in weights.items() if k not in attention}
+    assert set(lm2.release_state_dict({**alone, **doubled})) == set(want)
+    name, tensor = next(iter(doubled.items()))
+    with pytest.raises(ValueError, match="differs from the same weight"):
+        lm2.release_state_dict({**weights, name: tensor + 1.0})
+    with pytest.raises(ValueError, match="no checkpoint of the released model"):
+        lm2.release_state_dict({"model.norm.weight": torch.ones(3)})
+
+
+def test_checkpoint_of_other_keys_lists_them_all(golden):
+    tensors, config = golden
+    weights = lm2.release_state_dict(_group(tensors, "weights."))
+    model = _released_model(config, None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights["model.extra"] = weights.pop("model.norm.weight")
+    weights["model.more"] = weights.pop("lm_head.weight")
+    with pytest.raises(RuntimeError) as raised:
+        model.load_state_dict(weights)
+    for name in ("model.extra", "model.more", "model.norm.weight", "lm_head.weight"):
+        assert name in str(raised.value)
+    with pytest.raises(ValueError, match="hidden_size"):
+        LM2Config(**{**SMALL, "hidden_size": 25})
+    for name in ("model.norm.weight", "lm_head.weight"):
+        assert torch.equal(model.state_dict()[name], before[name])
+
+
+@pytest.mark.parametrize(
+    ("options", "billions"),
+    (
+        ({"memory_layers": ()}, 1.236),
+        ({"formulation": "release"}, 1.236 + 0.537),
+        ({"formulation": "paper"}, 1.236 + 0.403),
+    ),
+)
+def test_published_sizes(options, billions):
+    with torch.device("meta"):
+        model = LM2ForCausalLM(LM2Config.published(**options))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+@every_kind
+def test_a_long_input_is_its_segments(formulation, flow):
+    """One call over three segments, the last one short, is three calls with the state between."""
+    model, ids = small_model(formulation=formulation, flow=flow), random_ids(2, 15)
+    whole = model(ids)
+    state, logits = None, []
+    for piece in ids.split(SMALL["memory_slots"], dim=1):
+        output = model(piece, memory=state)
+        state = output.memory
+        logits.append(output.logits)
+    assert_round_off(torch.cat(logits, dim=1), whole.logits)
+    for got, want in zip(state.banks, whole.memory.banks, strict=True):
+        assert_round_off(got, want)
+    assert len(state.banks) == (1 if flow == "depth" else SMALL["num_hidden_layers"])
+
+
+@every_kind
+def test_memory_reaches_later_segments(formulation, flow):
+    model = small_model(formulation=formulation, flow=flow)
+    changed = _changed(model, 12, 2)
+    # token t of a segment sees the slots up to t: the change was at slot 2
+    assert not changed[6:8].any()
+    assert (changed[8:] > 0).all()
+    without = small_model(memory_layers=())
+    changed = _changed(without, 12, 2)
+    assert (changed[2:6] > 0).all()
+    assert not changed[6:].any()
+    assert without(random_ids(1, 12)).memory is None
+
+
+@every_kind
+def test_model_is_causal(formulation, flow):
+    model = small_model(formulation=formulation, flow=flow)
+    changed = _changed(model, 12, 9)
+    assert not changed[:9].any()
+    assert (changed[9:] > 0).all()
+
+
+def test_released_gate_is_not_causal():
+    model = small_model(formulation="release", pooled_gate="segment")
+    assert _changed(model, 6, 5)[:5].max() > 0
+
+
+@every_kind
+@pytest.mark.parametrize("tied", (False, True))
+def test_loss_is_the_mean_cross_entropy(formulation, flow, tied, monkeypatch):
+    from lm2_kernels.model import decoder as module
+
+    monkeypatch.setattr(module, "_LOSS_ROWS", 7)
+    model = small_model(formulation=formulation, flow=flow, tie_word_embeddings=tied)
+    ids = random_ids(2, 14)
+    labels = ids.clone()
+    labels[0, :9] = -100
+    output = model(ids, labels, return_logits=True)
+    want = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert_round_off(output.loss, want)
+    got = torch.autograd.grad(output.loss, list(model.parameters()), retain_graph=True)
+    for a, b in zip(got, torch.autograd.grad(want, list(model.parameters())), strict=True):
+        assert_round_off(a, b)
+    assert model(ids, labels).logits is None
+
+
+@every_kind
+def test_truncated_backpropagation(formulation, flow):
+    """The last of four segments reaches back to the last cut."""
+    model = small_model(formulation=formulation, flow=flow)
+    ids = random_ids(1, 24)
+    for segments, reached in ((1, 3), (2, 2), (3, 3), (4, 0), (None, 0)):
+        embedded = []
+
+        def keep(_, __, output, embedded=embedded):
+            embedded.append(output)
+
+        handle = model.model.embed_tokens.register_forward_hook(keep)
+        logits = model(ids, bptt_segments=segments).logits
+        handle.remove()
+        gradients = torch.autograd.grad(logits[:, -1].sum(), embedded, allow_unused=True)
+        is_reached = [gradient is not None and bool(gradient.any()) for gradient in gradients]
+        assert is_reached == [index >= reached for index in range(4)], segments
+
+
+@every_kind
+def test_zero_init_changes_nothing(formulation, flow):
+    """A fresh memory is an exact no-op, and yet it learns."""
+    start = "zeros" if formulation == "release" else "identity"
+    options = {"formulation": formulation, "flow": flow, "memory_init": start}
+    model = small_model(torch.float32, zero_init=True, **options)
+    plain = small_model(torch.float32, memory_layers=())
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if ".memory." not in k})
+    ids = random_ids(2, 15)
+    output = model(ids, ids, return_logits=True)
+    assert torch.equal(output.logits, plain(ids).logits)
+    output.loss.backward()
+    for layer in model.memory_layers():
+        assert any(p.grad is not None and p.grad.any() for p in layer.parameters())
+
+
+@every_kind
+def test_batch_rows_are_alone(formulation, flow):
+    """No row sees another, nor what a reset row saw before, even where that is NaN."""
+    model, ids = small_model(formulation=formulation, flow=flow), random_ids(3, 18)
+    first, second = ids[:, :12], ids[:, 12:]
+    state = model(first).memory
+    for row in range(3):
+        alone = model(first[row : row + 1])
+        for bank, want in zip(state.banks, alone.memory.banks, strict=True):
+            assert_round_off(bank[row : row + 1], want)
+    spoilt = MemoryState([bank.index_fill(0, torch.tensor([1]), torch.nan) for bank in state.banks])
+    fresh = spoilt.reset([1], model.initial_state(1))
+    got, want = model(second, memory=fresh).logits, model(second, memory=state).logits
+    assert_round_off(got[[0, 2]], want[[0, 2]])
+    assert_round_off(got[1:2], model(second[1:2]).logits)
+
+
+def test_learned_memory_learns():
+    model = small_model(memory_init="learned", flow="time")
+    assert model.initial_memory.shape == (3, 6, 24)
+    ids = random_ids(2, 12)
+    model(ids, ids).loss.backward()
+    # the identity at first
+    identity = lm2.initial_memory(1, 6, 24, dtype=torch.float64)[0]
+    assert torch.equal(model.initial_memory[0].detach(), identity)
+    assert model.initial_memory.grad.abs().amax((1, 2)).min() > 0
+
+
+@needs_cpp
+@every_kind
+def test_backends_agree(formulation, flow):
+    """The model is blind to its backend: what differs is rounding."""
+    ids = random_ids(2, 15)
+    results = []
+    for backend in ("eager", "cpp"):
+        model = small_model(torch.float64, formulation=formulation, flow=flow, backend=backend)
+        with lm2.recording() as ran:
+            output = model(ids, ids, return_logits=True)
+            output.loss.backward()
+        assert {name for _, name in ran} == {backend}
+        results.append([output.logits, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert_round_off(a, b)
+
+
+def test_loss_without_labels_is_zero():
+    model, ids = small_model(), random_ids(2, 6)
+    assert model(ids, torch.full_like(ids, -100)).loss == 0.0
+    assert model(ids[:, :1], ids[:, :1]).loss == 0.0
+
+
+def test_loss_holds_some_rows_of_logits_at_once(monkeypatch):
+    from lm2_kernels.model import decoder as module
+
+    monkeypatch.setattr(module, "_LOSS_ROWS", 8)
+    model, ids = small_model(vocab_size=61), random_ids(2, 30)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: saved.append(t.shape) or t, lambda t: t
+    ):
+        model(ids, ids)
+    # the weight has a vocabulary's rows; nothing has its columns
+    assert saved
+    assert all(shape[-1] != 61 for shape in saved if len(shape) > 1)
+
+
+def test_options_reach_the_layers():
+    model = small_model(memory_dropout=0.5, backend="eager", initializer_range=0.5)
+    assert {layer.dropout for layer in model.memory_layers()} == {0.5}
+    assert {layer.backend for layer in model.memory_layers()} == {"eager"}
+    ids = random_ids(1, 6)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    model.eval()
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    for parameter in (model.lm_head.weight, model.memory_layers()[0].key_proj.weight):
+        assert parameter.std().item() == pytest.approx(0.5, rel=0.1)
+
+
+def test_tied_embeddings():
+    model = small_model(tie_word_embeddings=True)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "lm_head.weight" not in weights
+    ids = random_ids(1, 4)
+    want = model(ids).logits
+    other = small_model(seed=5, tie_word_embeddings=True)
+    embedding = weights["model.embed_tokens.weight"]
+    for head in ({}, {"lm_head.weight": embedding.clone()}):
+        for assign in (False, True):
+            other.load_state_dict({**weights, **head}, assign=assign)
+            assert torch.equal(other(ids).logits, want)
+    with pytest.raises(ValueError, match=r"differs from model\.embed_tokens"):
+        other.load_state_dict({**weights, "lm_head.weight": embedding + 1.0})
+    assert len(list(model.parameters())) + 1 == len(list(small_model().parameters()))
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_autocast_and_bfloat16_train(formulation, flow, dtype):
+    """float32 weights under autocast, and weights of bfloat16: losses by the rule."""
+
+    def run(seed):
+        options = {"formulation": formulation, "flow": flow}
+        model = small_model(dtype, seed, **options)
+        exact, plain = small_model(**options), small_model(dtype, backend="eager", **options)
+        for other in (exact, plain):
+            other.load_state_dict(model.state_dict())
+        found = []
+        for each in (model, exact, plain):
+            is_autocast = next(each.parameters()).dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+                outputs = [each(ids, ids) for ids in random_ids(16, 15, seed + 1).split(2)]
+            found.append(torch.stack([output.loss for output in outputs]))
+            if each is model:
+                assert outputs[0].memory.banks[0].dtype == dtype
+                assert outputs[0].loss.dtype == torch.float32
+                found[0].sum().backward()
+                gradients = [p.grad for p in model.parameters() if p.grad is not None]
+                assert all(gradient.isfinite().all() for gradient in gradients)
+        return [testing.compare("losses", *(losses.detach() for losses in found))]
+
+    # of so few numbers, whose errors cancel, who is nearer is luck
+    assert_rule(run, narrow=math.inf)
+
+
+def test_memory_in_some_blocks():
+    model = small_model(memory_layers=(1,), flow="time")
+    assert [block.memory is not None for block in model.model.layers] == [False, True, False]
+    assert len(model(random_ids(1, 3)).memory.banks) == 1
+
+
+def test_state_rows():
+    state = MemoryState([torch.randn(3, 4, 5), torch.randn(3, 4, 5)])
+    for got, bank in zip(state.select([2, 0, 0, 1]).banks, state.banks, strict=True):
+        assert torch.equal(got, bank[[2, 0, 0, 1]])
+    for got, bank in zip(state.expand(2).banks, state.banks, strict=True):
+        assert torch.equal(got, bank[[0, 0, 1, 1, 2, 2]])
+    zeros = MemoryState([torch.zeros(1, 4, 5)] * 2)
+    for rows in ([1], torch.tensor([False, True, False]), torch.tensor([1], dtype=torch.int32)):
+        for got, bank in zip(state.reset(rows, zeros).banks, state.banks, strict=True):
+            assert not got[1].any()
+            assert torch.equal(got[[0, 2]], bank[[0, 2]])
+    for got, bank in zip(state.reset([], zeros).banks, state.banks, strict=True):
+        assert torch.equal(got, bank)
+    assert state.to(torch.bfloat16).banks[0].dtype == torch.bfloat16
+    tracked = MemoryState([torch.ones(1, 2, 2, requires_grad=True)])
+    assert not tracked.detach().banks[0].requires_grad
+
+
+def test_state_file(tmp_path):
+    model = small_model(flow="time")
+    state = model(random_ids(2, 6)).memory
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    again = MemoryState.load(path)
+    assert len(again.banks) == 3
+    for a, b in zip(again.banks, state.banks, strict=True):
+        assert torch.equal(a, b)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        MemoryState.load(path)
+    save_file({"bank.0": torch.zeros(1, 2, 3)}, path)
+    with pytest.raises(ValueError, match="holds no memory state"):
+        MemoryState.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (lambda state: state.select([0]), "the input has 2 rows, the state 1"),
+        (lambda state: MemoryState(state.banks[:1]), "3 memory banks, the state 1"),
+        (lambda state: MemoryState([b[:, :5] for b in state.banks]), "another configuration"),
+        (lambda state: MemoryState([b[..., :5] for b in state.banks]), "another configuration"),
+    ),
+)
+def test_wrong_state_is_refused(change, message):
+    model = small_model(flow="time")
+    state = model.initial_state(2)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(2, 6), memory=change(state))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    (
+        ({"input_ids": torch.full((1, 2), 61)}, ValueError, "below vocab_size = 61"),
+        ({"input_ids": torch.full((1, 2), -1)}, ValueError, "got -1"),
+        ({"input_ids": torch.zeros(1, 2)}, TypeError, "int64 tensor, got torch.float32"),
+        ({"input_ids": [[1]]}, TypeError, "int64 tensor, got list"),
+        ({"input_ids": torch.zeros(2, dtype=torch.int64)}, ValueError, r"\(B, L\)"),
+        ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, ValueError, "L >= 1"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, "labels the same"),
+        ({"labels": torch.full((2, 6), 61)}, ValueError, "labels must be below"),
+        ({"memory": torch.zeros(2, 6, 24)}, TypeError, "must be a MemoryState"),
+        ({"bptt_segments": 0}, ValueError, "bptt_segments"),
+    ),
+)
+def test_wrong_input_is_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        small_model()(**{"input_ids": random_ids(2, 6), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"num_attention_heads": 5}, r"num_attention_heads \(5\) must divide hidden_size"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) must divide num_attention_heads"),
+        ({"memory_heads": 5}, r"memory_heads \(5\) must divide"),
+        ({"num_attention_heads": 8, "num_key_value_heads": 8}, "must be even"),
+        ({"memory_layers": (3,)}, "memory_layers has 3"),
+        ({"memory_layers": (1, 0)}, "must ascend"),
+        ({"formulation": "other"}, "formulation must be one of"),
+        ({"flow": "up"}, "flow must be one of"),
+        ({"memory_init": "ones"}, "memory_init must be one of"),
+        ({"zero_init": True, "formulation": "release"}, "needs memory_init='zeros'"),
+        ({"memory_init": "zeros"}, "zeros for ever"),
+        ({"memory_slots": 0}, "memory_slots"),
+        ({"rope_theta": 0.0}, "rope_theta must be above 0"),
+        ({"initializer_range": -1.0}, "initializer_range must be above 0"),
+        ({"memory_dropout": 2.0}, "dropout"),
+        ({"backend": "nope"}, "nope"),
+    ),
+)
+def test_wrong_config_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LM2Config(**{**SMALL, **options})
+
+
+def test_state_refuses_what_is_no_bank():
+    for banks, error in (
+        ([], ValueError),
+        ([torch.zeros(2, 3)], ValueError),
+        ([torch.zeros(1, 2, 3), torch.zeros(1, 3, 3)], ValueError),
+        ([torch.zeros(1, 2, 3, dtype=torch.int64)], TypeError),
+        (["bank"], TypeError),
+    ):
+        with pytest.raises(error, match="MemoryState"):
+            MemoryState(banks)
+    state = MemoryState([torch.zeros(2, 3, 4)])
+    for rows, error in (([2], ValueError), ([-1], ValueError), ([0.5], TypeError)):
+        with pytest.raises(error, match="MemoryState"):
+            state.select(rows)
+    with pytest.raises(ValueError, match="times"):
+        state.expand(0)

@@ -1,0 +1,107 @@
+"""Saved models: what comes back, and what a damaged or foreign folder says."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lm2_kernels import LM2ForCausalLM
+from lm2_kernels.state import files
+from tools.models import KINDS, random_ids, small_model
+
+
+@pytest.mark.parametrize(("formulation", "flow"), KINDS)
+@pytest.mark.parametrize("tied", (False, True))
+def test_a_saved_model_comes_back(formulation, flow, tied, tmp_path):
+    options = {"formulation": formulation, "flow": flow, "tie_word_embeddings": tied}
+    model = small_model(memory_init="learned", backend="eager", **options)
+    model.save(tmp_path / "new" / "model")
+    model.save(tmp_path / "new" / "model")
+    again = LM2ForCausalLM.load(tmp_path / "new" / "model", backend="eager")
+    assert again.config == model.config
+    assert LM2ForCausalLM.load(tmp_path / "new" / "model").config.backend is None
+    ids = random_ids(2, 9)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    half = LM2ForCausalLM.load(tmp_path / "new" / "model", dtype=torch.bfloat16)
+    assert half(ids).logits.dtype == torch.bfloat16
+    # what was loaded trains
+    again(ids, ids).loss.backward()
+    assert all(parameter.grad is not None for parameter in again.parameters())
+    assert sorted(p.name for p in (tmp_path / "new" / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_all_wrong_keys_are_listed(tmp_path):
+    small_model().save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    weights["extra.one"] = weights.pop("model.norm.weight")
+    weights["extra.two"] = weights.pop("lm_head.weight")
+    weights["model.embed_tokens.weight"] = torch.zeros(3, 4)
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="does not fit the configuration") as raised:
+        LM2ForCausalLM.load(tmp_path)
+    for text in (
+        "missing: lm_head.weight, model.norm.weight",
+        "unexpected: extra.one, extra.two",
+        "of another shape: model.embed_tokens.weight (3, 4) for (61, 24)",
+    ):
+        assert text in str(raised.value)
+    small_model().save(tmp_path)
+    weights = load_file(path)
+    save_file({**weights, "model.norm.weight": torch.ones(24, dtype=torch.int64)}, path)
+    with pytest.raises(ValueError, match=r"not floating-point: model\.norm\.weight"):
+        LM2ForCausalLM.load(tmp_path)
+
+
+def test_a_tied_head_may_be_saved_too(tmp_path):
+    model = small_model(tie_word_embeddings=True)
+    weights = model.state_dict()
+    model.save(tmp_path, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
+    ids = random_ids(1, 4)
+    assert torch.equal(LM2ForCausalLM.load(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        LM2ForCausalLM.load(tmp_path / "absent")
+    small_model().save(tmp_path)
+    config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-9], whole[:5], b""):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            LM2ForCausalLM.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
+        LM2ForCausalLM.load(tmp_path)
+    values = json.loads(config.read_text())
+    for text, message in (
+        (config.read_text()[:-9], "is not JSON"),
+        ("[]", "is not the configuration"),
+        (json.dumps({"hidden_size": 3}), "is not the configuration"),
+        (json.dumps({**values, "new_option": 1}), r"unknown options \['new_option'\]"),
+        (json.dumps({k: v for k, v in values.items() if k != "vocab_size"}), "missing options"),
+        (json.dumps({**values, "hidden_size": 25}), "must divide hidden_size"),
+    ):
+        config.write_text(text)
+        weights.write_bytes(whole)
+        with pytest.raises(ValueError, match=message):
+            LM2ForCausalLM.load(tmp_path)
+
+
+def test_pickled_weights_hold_tensors_alone(tmp_path):
+    path = tmp_path / "weights.pt"
+    tensors = {"a": torch.arange(3.0)}
+    torch.save(tensors, path)
+    assert torch.equal(files.load_tensors(path)["a"], tensors["a"])
+    for content in ({"a": object()}, [1], {"a": 1}):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=r"weights\.pt"):
+            files.load_tensors(path)
+    path.write_bytes(b"what")
+    with pytest.raises(ValueError, match="damaged or holds more than tensors"):
+        files.load_tensors(path)
