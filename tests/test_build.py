@@ -250,7 +250,7 @@ def test_a_source_tree_takes_the_installed_libraries_of_the_same_sources(tree, t
             command, cwd=tree, env=found, capture_output=True, text=True, check=True
         ).stdout
 
-    shutil.copytree(Path(lm2_kernels.__file__).parent, tmp_path / "site" / "lm2_kernels")
+    shutil.copytree(extension._PACKAGE, tmp_path / "site" / "lm2_kernels")
     record = tmp_path / "site" / "lm2_kernels" / "_build.json"
     digest = sources_digest(ROOT / "csrc")
     record.write_text(json.dumps({"cpu": None, "cuda": "no", "sources": digest}))
