@@ -1,4 +1,5 @@
-// The operators' schemas: the contract of lm2_kernels/backends/__init__.py in torch's words.
+// The operators' schemas: the signatures of lm2_kernels/backends/eager.py in torch's words, with
+// which tests/test_operators.py compares them.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,12 +10,12 @@ template <class Library>
 void define_schemas(Library& m) {
   m.def(
       "memory_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? slot_mask, "
-      "Tensor? seed, bool causal, SymInt slot_offset, float scale, int? top_k, float dropout_p) "
-      "-> (Tensor, Tensor)");
+      "Tensor? seed, bool causal, SymInt slot_offset, float scale, SymInt? top_k, "
+      "float dropout_p) -> (Tensor, Tensor)");
   m.def(
       "memory_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, "
       "Tensor? slot_mask, Tensor? seed, Tensor out, Tensor lse, bool causal, SymInt slot_offset, "
-      "float scale, int? top_k, float dropout_p, bool needs_dquery, bool needs_dkey_value) "
+      "float scale, SymInt? top_k, float dropout_p, bool needs_dquery, bool needs_dkey_value) "
       "-> (Tensor, Tensor)");
   m.def(
       "memory_update_forward(Tensor hidden, Tensor candidate, Tensor memory, Tensor input_gate, "

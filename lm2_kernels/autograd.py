@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lm2_kernels.backends import extension
+from lm2_kernels.backends import cpp
 from lm2_kernels.operators import run
 
 
@@ -54,6 +54,11 @@ class _FirstOrderOnly(_Refusals, torch.autograd.Function):
             f"{ctx.op}: double backward is not supported; for second derivatives use the ops of "
             f"lm2_kernels.reference"
         )
+
+
+def _forward(op: str, *args) -> tuple[Tensor, ...]:
+    *args, backend = args
+    return run(backend, f"{op}_forward", *args)
 
 
 def _run_backward(backend: str, function: str, *args):
@@ -99,33 +104,8 @@ class MemoryAttentionFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        slot_mask: Tensor | None,
-        seed: Tensor | None,
-        causal: bool,
-        slot_offset: int,
-        scale: float,
-        top_k: int | None,
-        dropout_p: float,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return run(
-            backend,
-            "memory_attention_forward",
-            query,
-            key,
-            value,
-            slot_mask,
-            seed,
-            causal,
-            slot_offset,
-            scale,
-            top_k,
-            dropout_p,
-        )
+    def forward(*args) -> tuple[Tensor, ...]:
+        return _forward("memory_attention", *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -167,29 +147,8 @@ class MemoryUpdateFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        hidden: Tensor,
-        candidate: Tensor,
-        memory: Tensor,
-        input_gate: Tensor,
-        forget_gate: Tensor,
-        output_gate: Tensor | None,
-        gate_bias: Tensor | None,
-        output: str,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return run(
-            backend,
-            "memory_update_forward",
-            hidden,
-            candidate,
-            memory,
-            input_gate,
-            forget_gate,
-            output_gate,
-            gate_bias,
-            output,
-        )
+    def forward(*args) -> tuple[Tensor, ...]:
+        return _forward("memory_update", *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -254,10 +213,8 @@ class ResidualLayerNormFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return run(backend, "residual_layer_norm_forward", x, residual, weight, bias, eps)
+    def forward(*args) -> tuple[Tensor, ...]:
+        return _forward("residual_layer_norm", *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -301,15 +258,8 @@ class PooledGateFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        x: Tensor,
-        weight: Tensor,
-        pooled_sum: Tensor | None,
-        prefix: bool,
-        num_pooled: int,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        return run(backend, "pooled_gate_forward", x, weight, pooled_sum, prefix, num_pooled)
+    def forward(*args) -> tuple[Tensor, ...]:
+        return _forward("pooled_gate", *args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -352,13 +302,17 @@ def _register(op: str, function: type[torch.autograd.Function]) -> None:
     torch.library.register_autograd(
         f"lm2_kernels::{op}_forward", function.backward, setup_context=setup_context_of(())
     )
-    if extension.cpu_reason() is None:
+    if cpp.has(f"{op}_forward"):
         torch.library.register_autograd(
-            f"lm2_kernels_cpp::{op}_forward", backward, setup_context=setup_context_of(("cpp",))
+            f"{cpp.NAMESPACE}::{op}_forward", backward, setup_context=setup_context_of(("cpp",))
         )
 
 
-_register("memory_attention", MemoryAttentionFunction)
-_register("memory_update", MemoryUpdateFunction)
-_register("residual_layer_norm", ResidualLayerNormFunction)
-_register("pooled_gate", PooledGateFunction)
+FUNCTIONS = {
+    "memory_attention": MemoryAttentionFunction,
+    "memory_update": MemoryUpdateFunction,
+    "residual_layer_norm": ResidualLayerNormFunction,
+    "pooled_gate": PooledGateFunction,
+}
+for _op, _function in FUNCTIONS.items():
+    _register(_op, _function)

@@ -172,7 +172,7 @@ def test_sdist(tree, tmp_path):
     (path,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
-    for name in ("setup.py", "build_backend/lm2_build.py", "LICENSE", "lm2_kernels/data"):
+    for name in ("setup.py", "build_backend/lm2_build.py", "LICENSE", "lm2_kernels/testing/golden"):
         assert name in names
     for folder in ("csrc", "tests", "benchmarks"):
         for file in (tree / folder).rglob("*.*"):
@@ -241,7 +241,7 @@ def test_what_is_asked_for_by_name_is_required(tree, environment, message):
 
 def test_a_source_tree_takes_the_installed_libraries_of_the_same_sources(tree, tmp_path):
     """README's commands run in the source tree, where `python -m` imports what is not built."""
-    code = "from lm2_kernels.backends import extension; print(extension.cpu_reason(), extension._folder)"
+    code = "from lm2_kernels.backends import extension as e; print(e.cpu_reason(), e._folder)"
 
     def run() -> str:
         found = os.environ | {"PYTHONPATH": str(tmp_path / "site")}

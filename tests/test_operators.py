@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from lm2_kernels import backends, reference, testing
+from lm2_kernels import backends, operators, reference, testing
+from lm2_kernels.backends.contract import FUNCTIONS
 from tools.interpreter import run_python
 from tools.native import needs_cpp
 from tools.rounding import assert_rule
@@ -304,3 +305,10 @@ def test_no_long_chain_of_roundings():
 def test_every_operator_is_here():
     names = {f"{op}_{way}" for op in backends.OPS for way in ("forward", "backward")}
     assert set(ARGUMENTS) == names
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_the_extension_has_the_schema(function):
+    """csrc/schemas.h says the same as the signature that all other schemas are made from."""
+    compiled = getattr(torch.ops.lm2_kernels_cpp, function).default._schema
+    assert str(compiled) == f"lm2_kernels_cpp::{function}{operators.schema(function)}"

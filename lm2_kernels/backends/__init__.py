@@ -1,45 +1,5 @@
-"""The backends: one contract, several implementations, and the choice between them.
-
-**The contract.** A backend is a module ``lm2_kernels.backends.<name>`` with, for each op in
-:data:`OPS`, the two functions below. Arguments are positional, in this order, already validated
-and of canonical rank (shapes as in :mod:`lm2_kernels.reference`); tensors may have any strides
-whose last axis is contiguous. Results are new contiguous tensors. ``None`` stands for an optional
-input that is absent, or for the gradient of an output that was not used. A gradient that is not
-needed (``needs_*`` False) comes back as an empty tensor. float64 is computed in float64, every
-other dtype is accumulated in float32.
-
-``memory_attention_forward(query, key, value, slot_mask, seed, causal, slot_offset, scale, top_k,
-dropout_p) -> (out, lse)``
-    ``lse`` (B, H, T), float32 (float64 for float64): the natural log-sum-exp of a row's visible
-    scores, +inf for a row that sees no slot. ``seed``: int64 scalar tensor on the device, or None
-    without dropout; the keep mask is the one of :mod:`lm2_kernels.backends.dropout`.
-``memory_attention_backward(dout, query, key, value, slot_mask, seed, out, lse, causal, slot_offset,
-scale, top_k, dropout_p, needs_dquery, needs_dkey_value) -> (dquery, dkey_value)``
-    ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer, ready for a packed projection.
-
-``memory_update_forward(hidden, candidate, memory, input_gate, forget_gate, output_gate, gate_bias,
-output) -> (output, new_memory)``
-    ``candidate``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and ``memory``
-    have it or float32, and give their dtype to the two results. ``output``: "read" or "memory".
-``memory_update_backward(doutput, dnew_memory, candidate, memory, input_gate, forget_gate,
-output_gate, gate_bias, output, needs_dcandidate, needs_dmemory, needs_dgates)
--> (dcandidate, dmemory, dgates)``
-    ``dgates`` (B, T, G, D): of the input, forget and (G = 3) output gate, not yet summed over a
-    broadcast T. The gradient of ``hidden`` is ``doutput`` itself.
-
-``residual_layer_norm_forward(x, residual, weight, bias, eps) -> (out, mean, rstd)``
-    ``mean``, ``rstd`` (B, T), float32 (float64 for float64).
-``residual_layer_norm_backward(dout, x, residual, weight, mean, rstd, needs_dx, needs_dparams)
--> (dx, dweight, dbias)``
-    ``dx`` serves both summands; it is float32 where their dtypes differ.
-
-``pooled_gate_forward(x, weight, pooled_sum, prefix, num_pooled) -> (pooled, new_sum)``
-    ``new_sum`` (B, D), float32 (float64 for float64).
-``pooled_gate_backward(dpooled, dnew_sum, x, weight, prefix, num_pooled, needs_dx, needs_dweight,
-needs_dpooled_sum) -> (dx, dweight, dpooled_sum)``
-
-``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
-tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+"""The backends: one contract (:mod:`lm2_kernels.backends.contract`), several implementations, and
+the choice between them.
 
 Backends never import one another. What two of them share lives in
 :mod:`lm2_kernels.backends.composite` and :mod:`lm2_kernels.backends.dropout`.
@@ -55,7 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
+from lm2_kernels.backends.contract import OPS  # noqa: F401 - handed on
+
 # in the order of preference
 NAMES = ("triton", "cpp", "eager")
 CHOICES = (*NAMES, "auto")
@@ -108,7 +69,10 @@ def unsupported_reason(name: str, op: str, *tensors: Tensor) -> str | None:
     reason = _load(name)
     if reason is not None:
         return reason
-    return _modules[name].unsupported_reason(op, *tensors)
+    module = _modules[name]
+    if not hasattr(module, f"{op}_forward"):
+        return f"it has no {op}"
+    return module.unsupported_reason(op, *tensors)
 
 
 def check_choice(backend: str, source: str = "backend") -> None:

@@ -12,16 +12,12 @@ import torch
 from torch import Tensor
 
 from lm2_kernels.backends import dropout
+from lm2_kernels.backends.contract import accumulation_dtype
 
 # elements of one block of scores, 16 MiB in float32, unless _MIN_BLOCK_ROWS asks for more
 _BLOCK_ELEMENTS = 1 << 22
 # fewer rows than this make the matrix products degenerate
 _MIN_BLOCK_ROWS = 32
-
-
-def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float64 for float64, else float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _row_blocks(
@@ -119,7 +115,7 @@ def memory_attention_forward(
     top_k: int | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     batch, num_tokens, num_heads, _ = query.shape
     num_slots = key.shape[1]
     keys, values = _by_head(key, slot_mask), _by_head(value, slot_mask)
@@ -161,7 +157,7 @@ def memory_attention_backward(
     needs_dquery: bool,
     needs_dkey_value: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`.
+    """See :mod:`lm2_kernels.backends.contract`.
 
     With A the probabilities, Z their top-k and dropout factor and dA = Z * (dR V^T):
     ``dS = A * (dA - rowsum(dA * A)) * scale``, ``dQ = dS K``, ``dK = dS^T Q``,

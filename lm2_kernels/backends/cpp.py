@@ -13,18 +13,7 @@ from torch import Tensor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import composite, constant_when_compiled, extension
-
-__all__ = [
-    "memory_attention_backward",
-    "memory_attention_forward",
-    "memory_update_backward",
-    "memory_update_forward",
-    "pooled_gate_backward",
-    "pooled_gate_forward",
-    "residual_layer_norm_backward",
-    "residual_layer_norm_forward",
-    "unsupported_reason",
-]
+from lm2_kernels.backends.contract import FUNCTIONS
 
 NAMESPACE = "lm2_kernels_cpp"
 _MAX_CUDA_HEAD_WIDTH = 256
@@ -34,8 +23,14 @@ _cuda_like = {"cuda"}
 
 
 @functools.cache
-def _operator(namespace: str, function: str) -> Callable:
-    return getattr(getattr(torch.ops, namespace), function).default
+def _operator(namespace: str, function: str) -> Callable | None:
+    operator = getattr(getattr(torch.ops, namespace), function, None)
+    return None if operator is None else operator.default
+
+
+def has(function: str) -> bool:
+    """Whether the extension is there and has an operator of this name."""
+    return extension.cpu_reason() is None and _operator(NAMESPACE, function) is not None
 
 
 def _call(function: str, *args):
@@ -52,7 +47,7 @@ def _composite(query: Tensor, top_k: int | None) -> bool:
 
 
 def memory_attention_forward(query, key, value, slot_mask, seed, *options):
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     _, _, _, top_k, _ = options
     if _composite(query, top_k):
         backends.record("memory_attention_forward", "cpp/composite")
@@ -61,7 +56,7 @@ def memory_attention_forward(query, key, value, slot_mask, seed, *options):
 
 
 def memory_attention_backward(dout, query, *args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     *_, top_k, _, _, _ = args
     if _composite(query, top_k):
         backends.record("memory_attention_backward", "cpp/composite")
@@ -69,52 +64,28 @@ def memory_attention_backward(dout, query, *args):
     return _call("memory_attention_backward", dout, query, *args)
 
 
-def memory_update_forward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("memory_update_forward", *args)
-
-
-def memory_update_backward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("memory_update_backward", *args)
-
-
-def residual_layer_norm_forward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("residual_layer_norm_forward", *args)
-
-
-def residual_layer_norm_backward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("residual_layer_norm_backward", *args)
-
-
-def pooled_gate_forward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("pooled_gate_forward", *args)
-
-
-def pooled_gate_backward(*args):
-    """See the contract in :mod:`lm2_kernels.backends`."""
-    return _call("pooled_gate_backward", *args)
+for _function in FUNCTIONS:
+    globals().setdefault(_function, functools.partial(_call, _function))
 
 
 # torch.compile takes the answer as it is: it cannot trace the extension
 @constant_when_compiled
-def _device_reason(device_type: str, device_index: int | None) -> str | None:
-    if device_type == "cpu":
-        return extension.cpu_reason()
-    if device_type == "cuda":
-        return extension.cuda_reason(device_index)
-    return f"the tensors are on {device_type}, it runs on CPUs and NVIDIA GPUs"
+def _reason(op: str, device_type: str, device_index: int | None) -> str | None:
+    if device_type not in ("cpu", "cuda"):
+        return f"the tensors are on {device_type}, it runs on CPUs and NVIDIA GPUs"
+    is_cpu = device_type == "cpu"
+    reason = extension.cpu_reason() if is_cpu else extension.cuda_reason(device_index)
+    if reason is None and not has(f"{op}_forward"):
+        return f"it has no {op}"
+    return reason
 
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     if not tensors:
         return extension.cpu_reason()
     device = tensors[0].device
-    reason = _device_reason(device.type, device.index)
+    reason = _reason(op, device.type, device.index)
     is_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
     if reason is None and is_float64 and device.type in _cuda_like:
         return "float64 is not implemented on CUDA, use float32"

@@ -7,23 +7,11 @@ step between the oracle's autograd and the kernels: the same formulas, in readab
 import torch
 from torch import Tensor
 
-from lm2_kernels.backends.composite import (
-    accumulation_dtype,
+from lm2_kernels.backends.composite import (  # noqa: F401 - this backend's own
     memory_attention_backward,
     memory_attention_forward,
 )
-
-__all__ = [
-    "memory_attention_backward",
-    "memory_attention_forward",
-    "memory_update_backward",
-    "memory_update_forward",
-    "pooled_gate_backward",
-    "pooled_gate_forward",
-    "residual_layer_norm_backward",
-    "residual_layer_norm_forward",
-    "unsupported_reason",
-]
+from lm2_kernels.backends.contract import accumulation_dtype
 
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
@@ -51,7 +39,7 @@ def memory_update_forward(
     gate_bias: Tensor | None,
     output: str,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     dtype = accumulation_dtype(candidate)
     c, p = candidate.to(dtype), memory.to(dtype)
     i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
@@ -79,7 +67,7 @@ def memory_update_backward(
     needs_dmemory: bool,
     needs_dgates: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`.
+    """See :mod:`lm2_kernels.backends.contract`.
 
     With i, f, g the gates after the sigmoid, u = tanh(C), dM the gradient that reaches M' (release:
     dM' + dout, as the output shows M'):
@@ -125,7 +113,7 @@ def memory_update_backward(
 def residual_layer_norm_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     dtype = accumulation_dtype(x)
     total = x.to(dtype) + residual.to(dtype)
     mean = total.mean(dim=-1)
@@ -145,7 +133,7 @@ def residual_layer_norm_backward(
     needs_dx: bool,
     needs_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`.
+    """See :mod:`lm2_kernels.backends.contract`.
 
     With n the normalised sum and g = dout * weight:
     ``dx = rstd * (g - mean(g) - n mean(g n))``, ``dweight = sum(dout n)``, ``dbias = sum(dout)``.
@@ -172,7 +160,7 @@ def residual_layer_norm_backward(
 def pooled_gate_forward(
     x: Tensor, weight: Tensor, pooled_sum: Tensor | None, prefix: bool, num_pooled: int
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     dtype = accumulation_dtype(x)
     active = torch.relu(weight.to(dtype) * x.to(dtype))
     if not prefix:
@@ -202,7 +190,7 @@ def pooled_gate_backward(
     needs_dweight: bool,
     needs_dpooled_sum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`.
+    """See :mod:`lm2_kernels.backends.contract`.
 
     da is the gradient of relu(w x): dpooled / T, or with ``prefix`` the sum over later tokens of
     dpooled / count, plus dnew_sum. ``dx = da w [w x > 0]``, ``dw = sum(da x [w x > 0])``,

@@ -11,6 +11,7 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional
 from lm2_kernels.backends import eager, extension
+from lm2_kernels.backends.contract import FUNCTIONS
 from tools.interpreter import run_python
 from tools.native import cpu_default
 
@@ -29,7 +30,7 @@ def _default_backend_afterwards():
 @pytest.fixture
 def second_backend(monkeypatch):
     """A stand-in for cpp that computes what eager does, so that there are two to choose from."""
-    functions = {name: getattr(eager, name) for name in eager.__all__}
+    functions = {name: getattr(eager, name) for name in (*FUNCTIONS, "unsupported_reason")}
     module = types.SimpleNamespace(**functions)
     monkeypatch.setitem(backends._modules, "cpp", module)
     monkeypatch.delitem(backends._import_errors, "cpp", raising=False)

@@ -12,23 +12,17 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lm2_kernels.backends import constant_when_compiled
-from lm2_kernels.backends.triton import launch
-from lm2_kernels.backends.triton import memory_attention as _memory_attention
-from lm2_kernels.backends.triton import memory_update as _memory_update
-from lm2_kernels.backends.triton import pooled_gate as _pooled_gate
-from lm2_kernels.backends.triton import residual_layer_norm as _residual_layer_norm
+from lm2_kernels.backends.contract import FUNCTIONS
+from lm2_kernels.backends.triton import (
+    launch,
+    memory_attention,
+    memory_update,
+    pooled_gate,
+    residual_layer_norm,
+)
 
-__all__ = [
-    "memory_attention_backward",
-    "memory_attention_forward",
-    "memory_update_backward",
-    "memory_update_forward",
-    "pooled_gate_backward",
-    "pooled_gate_forward",
-    "residual_layer_norm_backward",
-    "residual_layer_norm_forward",
-    "unsupported_reason",
-]
+# the ops that have kernels: each a module of its name
+_OPS = (memory_attention, memory_update, pooled_gate, residual_layer_norm)
 
 
 def _explained(function: Callable) -> Callable:
@@ -49,14 +43,9 @@ def _explained(function: Callable) -> Callable:
     return wrapper
 
 
-memory_attention_forward = _explained(_memory_attention.memory_attention_forward)
-memory_attention_backward = _explained(_memory_attention.memory_attention_backward)
-memory_update_forward = _explained(_memory_update.memory_update_forward)
-memory_update_backward = _explained(_memory_update.memory_update_backward)
-pooled_gate_forward = _explained(_pooled_gate.pooled_gate_forward)
-pooled_gate_backward = _explained(_pooled_gate.pooled_gate_backward)
-residual_layer_norm_forward = _explained(_residual_layer_norm.residual_layer_norm_forward)
-residual_layer_norm_backward = _explained(_residual_layer_norm.residual_layer_norm_backward)
+for _module in _OPS:
+    for _function in FUNCTIONS.keys() & vars(_module).keys():
+        globals()[_function] = _explained(getattr(_module, _function))
 
 
 # torch.compile takes the answer as it is: it cannot trace the driver
@@ -73,7 +62,7 @@ def _device_reason(device_type: str, device_index: int | None) -> str | None:
 
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     reason = launch.interpreter_reason()
     if reason is not None:
         return reason
@@ -89,6 +78,6 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
             return "float64 is not implemented, use float32"
         if tensor.dtype == torch.bfloat16 and launch.interpreted():
             return "Triton's interpreter computes bfloat16 wrongly, use float32 or float16"
-    if op == "residual_layer_norm" and tensors[0].shape[-1] > _residual_layer_norm.MAX_WIDTH:
-        return f"rows wider than {_residual_layer_norm.MAX_WIDTH} are not implemented"
+    if op == "residual_layer_norm" and tensors[0].shape[-1] > residual_layer_norm.MAX_WIDTH:
+        return f"rows wider than {residual_layer_norm.MAX_WIDTH} are not implemented"
     return None

@@ -569,7 +569,7 @@ def memory_attention_forward(
     top_k: int | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     if _composite_reason(query.shape[-1], top_k) is not None:
         backends.record("memory_attention_forward", "triton/composite")
         return composite.memory_attention_forward(
@@ -644,7 +644,7 @@ def memory_attention_backward(
     needs_dquery: bool,
     needs_dkey_value: bool,
 ) -> tuple[Tensor, Tensor]:
-    """See the contract in :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     if _composite_reason(query.shape[-1], top_k) is not None:
         backends.record("memory_attention_backward", "triton/composite")
         return composite.memory_attention_backward(

@@ -1,0 +1,131 @@
+"""What every backend implements: the table of ops.
+
+A backend is a module ``lm2_kernels.backends.<name>`` that has, for each op of :data:`TABLE`, the
+functions ``<op>_forward`` and ``<op>_backward``. Their signatures, the operators' schemas with
+them, are those of :mod:`lm2_kernels.backends.eager`; what comes back is said here.
+
+Arguments are positional, already validated and of canonical rank (shapes as in
+:mod:`lm2_kernels.reference`); tensors may have any strides whose last axis is contiguous. Results
+are new contiguous tensors. ``None`` stands for an optional input that is absent, or for the
+gradient of an output that was not used. A gradient that is not needed (``needs_*`` False) comes
+back as an empty tensor. float64 is computed in float64, every other dtype is accumulated in
+float32.
+
+``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
+tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Op(NamedTuple):
+    """The results of an op's two functions.
+
+    Each is a function of some of the arguments, taken by name, that makes empty tensors of the
+    results' shapes and dtypes.
+    """
+
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor, ...]]
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _like(tensor: Tensor, shape: tuple[int, ...], needed: bool, dtype=None) -> Tensor:
+    return tensor.new_empty(shape if needed else (0,), dtype=dtype)
+
+
+def _attention(query):
+    """``out`` (B, T, H, K), ``lse`` (B, H, T).
+
+    ``lse``, float32 (float64 for float64), is the natural log-sum-exp of a row's visible scores,
+    +inf for a row that sees no slot. ``seed`` is an int64 scalar tensor on the device, or None
+    without dropout; the keep mask is the one of :mod:`lm2_kernels.backends.dropout`.
+    """
+    batch, num_tokens, num_heads, _ = query.shape
+    lse = query.new_empty(batch, num_heads, num_tokens, dtype=accumulation_dtype(query))
+    return query.new_empty(query.shape), lse
+
+
+def _attention_gradients(query, key, needs_dquery, needs_dkey_value):
+    """``dquery``, ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer, ready for a packed
+    projection.
+    """
+    batch, num_slots, num_heads, head_width = key.shape
+    packed = (batch, num_slots, 2, num_heads, head_width)
+    return _like(query, query.shape, needs_dquery), _like(key, packed, needs_dkey_value)
+
+
+def _update(hidden, memory):
+    """``output``, ``new_memory`` (B, T, D) in the dtypes of ``hidden`` and ``memory``.
+
+    ``candidate``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and ``memory``
+    have it or float32.
+    """
+    return hidden.new_empty(hidden.shape), memory.new_empty(memory.shape)
+
+
+def _update_gradients(
+    candidate, memory, input_gate, output_gate, needs_dcandidate, needs_dmemory, needs_dgates
+):
+    """``dcandidate``, ``dmemory``, ``dgates`` (B, T, G, D): of the input, forget and (G = 3) output
+    gate, not yet summed over a broadcast T. The gradient of ``hidden`` is ``doutput`` itself.
+    """
+    batch, num_tokens, width = candidate.shape
+    gates = (batch, num_tokens, 2 if output_gate is None else 3, width)
+    return (
+        _like(candidate, candidate.shape, needs_dcandidate),
+        _like(memory, memory.shape, needs_dmemory),
+        _like(input_gate, gates, needs_dgates),
+    )
+
+
+def _layer_norm(x):
+    """``out``; ``mean`` and ``rstd`` (B, T), float32 (float64 for float64)."""
+    statistic = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _layer_norm_gradients(x, residual, weight, needs_dx, needs_dparams):
+    """``dx``, ``dweight``, ``dbias``; ``dx`` serves both summands: float32 where they differ."""
+    dtype = x.dtype if x.dtype == residual.dtype else accumulation_dtype(x)
+    return (
+        _like(x, x.shape, needs_dx, dtype),
+        _like(weight, weight.shape, needs_dparams),
+        _like(weight, weight.shape, needs_dparams),
+    )
+
+
+def _pooled(x, prefix):
+    """``pooled`` (B, T or 1, D); ``new_sum`` (B, D), float32 (float64 for float64)."""
+    batch, num_tokens, width = x.shape
+    pooled = x.new_empty(batch, num_tokens if prefix else 1, width)
+    return pooled, x.new_empty(batch, width, dtype=accumulation_dtype(x))
+
+
+def _pooled_gradients(x, weight, needs_dx, needs_dweight, needs_dpooled_sum):
+    """``dx``, ``dweight``, ``dpooled_sum`` (B, D) in ``new_sum``'s dtype."""
+    batch, _, width = x.shape
+    return (
+        _like(x, x.shape, needs_dx),
+        _like(weight, weight.shape, needs_dweight),
+        _like(x, (batch, width), needs_dpooled_sum, accumulation_dtype(x)),
+    )
+
+
+TABLE = {
+    "memory_attention": Op(_attention, _attention_gradients),
+    "memory_update": Op(_update, _update_gradients),
+    "residual_layer_norm": Op(_layer_norm, _layer_norm_gradients),
+    "pooled_gate": Op(_pooled, _pooled_gradients),
+}
+OPS = tuple(TABLE)
+# name of a backend's function -> its results
+FUNCTIONS = {f"{op}_{way}": getattr(TABLE[op], way) for op in OPS for way in Op._fields}
