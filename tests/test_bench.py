@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm2_kernels import __main__ as cli
-from lm2_kernels.bench import measure, report, suite, works
+from lm2_kernels.bench import measure, plots, report, suite, works
 from lm2_kernels.bench.peers import SDPA_KERNELS
 from lm2_kernels.testing import GPU_SHAPES, SHAPES, Shape
 
@@ -111,9 +111,8 @@ def test_a_wrong_row_is_timed_and_marked(tiny, monkeypatch, tmp_path, capsys, na
     assert report.compare(measured, measured).count("!") == 2
     if name == "eager":
         assert "mermaid" not in report.readme(measured)
-    # with ours wrong, nothing is left to draw
-    drawn = {path.name for path in report.plot(measured, tmp_path)}
-    assert drawn == (set() if name == "eager" else {"speedup.png"})
+    # with ours or the only peer wrong, nothing is left to draw
+    assert not plots.plot(measured, tmp_path)
 
 
 def test_a_row_of_nan_is_wrong_and_still_json(tiny, monkeypatch):
@@ -285,7 +284,9 @@ def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     for part in ("release layer, forward and backward", "geometric mean", "MiB kept", "T = N"):
         assert part in text
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    layers = {"speedup_memory_attention", "speedup_release_layer"}
+    assert drawn == {*layers, "roofline", "lengths"}
 
     for result in measured["results"]:
         result["seconds"] /= 2.0
@@ -310,7 +311,7 @@ def test_ceilings_are_the_better_of_two_measurements(tiny, monkeypatch):
 
 
 def test_numbers_have_three_digits_or_all():
-    assert [report._number(value) for value in (0.01234, 17.0, 512.0, 999.6, 1093.7)] == [
+    assert [report.number(value) for value in (0.01234, 17.0, 512.0, 999.6, 1093.7)] == [
         "0.0123",
         "17",
         "512",

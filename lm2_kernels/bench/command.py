@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lm2_kernels.bench import report, suite, works
+from lm2_kernels.bench import plots, report, suite, works
 from lm2_kernels.terminal import Progress
 from lm2_kernels.testing import GPU_SHAPES, SHAPES
 
@@ -67,7 +67,7 @@ def run_bench(options: argparse.Namespace) -> int:
         selection, budget = _selection(options), _budget(options)
         if options.plots is not None:
             # before the work, not after it
-            report.figure_class()
+            plots.figure_class()
 
         def save(measured: dict) -> None:
             if options.json is not None:
@@ -85,7 +85,7 @@ def run_bench(options: argparse.Namespace) -> int:
             progress.close()
     print(report.readme(measured) if options.readme else report.render(measured))
     if options.plots is not None:
-        print(*report.plot(measured, options.plots), sep="\n")
+        print(*plots.plot(measured, options.plots), sep="\n")
     wrong = report.wrong_rows(measured, is_ours=True)
     for reason in wrong:
         print(f"bench: {reason}", file=sys.stderr)
