@@ -51,7 +51,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON files"
     )
     parser.add_argument(
-        "--readme", action="store_true", help="README's tables and charts, in Markdown"
+        "--markdown", action="store_true", help="print it as benchmarks/README.md has it"
+    )
+    parser.add_argument(
+        "--headline",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="the layers in JSON files of one machine, as README has them",
     )
     parser.set_defaults(run=run_bench)
 
@@ -60,6 +67,9 @@ def run_bench(options: argparse.Namespace) -> int:
     """Measure, or show what was measured."""
     if options.compare:
         print(report.compare(*map(report.load, options.compare)))
+        return 0
+    if options.headline:
+        print(report.headline([report.load(path) for path in options.headline]), end="")
         return 0
     if options.source is not None:
         measured = report.load(options.source)
@@ -83,7 +93,10 @@ def run_bench(options: argparse.Namespace) -> int:
             measured = suite.run(selection, budget, show, save)
         finally:
             progress.close()
-    print(report.readme(measured) if options.readme else report.render(measured))
+    if options.markdown:
+        print(report.markdown(measured), end="")
+    else:
+        print(report.render(measured))
     if options.plots is not None:
         print(*plots.plot(measured, options.plots), sep="\n")
     wrong = report.wrong_rows(measured, is_ours=True)

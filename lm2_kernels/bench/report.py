@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lm2_kernels.bench import works
@@ -16,6 +16,12 @@ TITLES |= {name + GRAPH: f"{TITLES[name]} in a CUDA graph" for name in ("forward
 _MARK = "!"
 _GRAPHS = "eager launches and replays of a CUDA graph, ms"
 _LENGTHS = "attention forward and backward as T grows: time, peak memory beyond the inputs"
+# as wide as the names of eight bars take; the bars' colour and the line's, for light and dark pages
+_CHART_CONFIG = (
+    "xyChart: {width: 900, height: 450}, "
+    'themeVariables: {xyChart: {plotColorPalette: "#0072b2, #d55e00"}}'
+)
+_HEADLINE_PASSES = ("forward", "both")
 _Key = tuple[str, str, str, str]  # work, shape, dtype, pass
 
 
@@ -90,7 +96,7 @@ def group_results(report: dict) -> dict[_Key, dict[str, dict]]:
     return groups
 
 
-def tables(report: dict, names: Sequence[str] = ()) -> dict[str, list]:
+def tables(report: dict) -> dict[str, list]:
     """For each work and pass a table: a line a shape and dtype, a column a row.
 
     The columns of peers say how many times as fast our first backend is, as medians of paired
@@ -101,9 +107,8 @@ def tables(report: dict, names: Sequence[str] = ()) -> dict[str, list]:
     for work in dict.fromkeys(key[0] for key in groups):
         for pass_name, title in TITLES.items():
             own = {k: g for k, g in groups.items() if (k[0], k[3]) == (work, pass_name)}
-            if not own or (names and work not in names):
-                continue
-            found[f"{work}, {title}"] = _table(own)
+            if own:
+                found[f"{work}, {title}"] = _table(own)
     return found
 
 
@@ -237,12 +242,6 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
-def markdown(table: list[list[str]]) -> list[str]:
-    """A table in Markdown."""
-    lines = [f"| {' | '.join(line)} |" for line in table]
-    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:]]
-
-
 def compare(first: dict, second: dict) -> str:
     """How many times as fast the second report is, row by row.
 
@@ -265,56 +264,145 @@ def compare(first: dict, second: dict) -> str:
     return "\n".join(lines)
 
 
-# --- README ------------------------------------------------------------------------------------
+# --- Markdown ----------------------------------------------------------------------------------
 
 
-def readme(report: dict, layers: Sequence[str] = ("release layer", "paper layer")) -> str:
-    """README's tables and charts in Markdown: the layers, forward alone and with backward."""
+def markdown(report: dict) -> str:
+    """All of a report, for ``benchmarks/README.md``."""
     lines = [f"{machine_line(report)}; {_ceiling_line(report)}.", ""]
-    for title, table in tables(report, layers).items():
-        if not title.endswith(", backward"):
-            lines += [f"**{title}**", "", *markdown(table), ""]
-    for layer in layers:
-        lines += _chart(report, layer)
-    saved = _saved_table(report)
-    if saved:
-        title = "**MiB kept for backward, beside inputs and parameters**"
-        lines += [title, "", *markdown(saved), ""]
-    if report["lengths"]:
-        lines += [f"**{_LENGTHS}**", "", *markdown(_lengths_table(report)), ""]
-    lines += [f"{_MARK} {text}." for text in wrong_rows(report)]
-    lines += [f"Left out: {text}." for text in report["skipped"]]
+    titled = tables(report) | {
+        "MiB kept for backward, beside inputs and parameters": _saved_table(report),
+        _LENGTHS: _lengths_table(report) if report["lengths"] else [],
+        _GRAPHS: _graph_table(report),
+        "A peer is faster": _slower_table(report),
+    }
+    for dtype in _dtypes(report):
+        lines += _chart(report, dtype)
+    for title, table in titled.items():
+        lines += [f"**{title}**", "", *_markdown_table(table)] if table else []
+    lines += [f"- {_MARK} {text}." for text in wrong_rows(report)]
+    lines += [f"- Left out: {text}." for text in report["skipped"]]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _chart(report: dict, layer: str) -> list[str]:
-    """Forward and backward of a layer by each peer, ours being 1, for Mermaid to draw."""
-    groups = {k: g for k, g in group_results(report).items() if (k[0], k[3]) == (layer, "both")}
-    rows = {name: result for group in groups.values() for name, result in group.items()}
-    series = {
-        name: [None if mark(group, name) else _ratio(group, name) for group in groups.values()]
-        for name in rows
-    }
-    ours = our_row(groups)
-    # a chart has no gaps, and what is ours but not our best is no peer
-    peers = [
-        name
-        for name in rows
-        if not rows[name]["is_ours"] and name != works.LIMIT and None not in series[name]
+def headline(reports: Sequence[dict]) -> str:
+    """The layers beside their plainest peers, for README: a table and a chart.
+
+    Args:
+        reports: of one machine, say one for each dtype. The chart is of the first one.
+
+    Raises:
+        ValueError: they are of several machines, or no layer is in them.
+    """
+    machines = sorted(set(map(machine_line, reports)))
+    if len(machines) > 1:
+        raise ValueError(f"a headline is of one machine, these files are of {machines}")
+    head = ["", "dtype", "beside"]
+    for name in _HEADLINE_PASSES:
+        head += [TITLES[name], "of limit"]
+    table = [head, *(line for report in reports for line in _headline_lines(report))]
+    if len(table) == 1:
+        raise ValueError("a headline is of the layers, and these files have none")
+    lines = [f"{machines[0]}.", "", *_markdown_table(table)]
+    lines += _chart(reports[0], table[1][1])
+    lines += [f"- {_MARK} {text}." for report in reports for text in wrong_rows(report)]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(table: list[list[str]]) -> list[str]:
+    lines = [f"| {' | '.join(line)} |" for line in table]
+    return [lines[0], "|" + "---|" * len(table[0]), *lines[1:], ""]
+
+
+def _dtypes(report: dict) -> list[str]:
+    return list(dict.fromkeys(result["dtype"] for result in report["results"]))
+
+
+def _slower_table(report: dict) -> list[list[str]]:
+    """Where ours is not the fastest, the worst first; empty if it always is."""
+    found = [
+        (result["ratio"], [*key[:3], TITLES[key[3]], name, times(result["ratio"])])
+        for key, group in group_results(report).items()
+        for name, result in group.items()
+        if _is_peer(result) and result["ratio"] and result["ratio"] < 1.0 and not mark(group, name)
     ]
-    dtypes = {dtype for _, _, dtype, _ in groups}
-    if not peers or ours is None or None in series[ours] or len(dtypes) != 1:
+    lines = [line for _, line in sorted(found)]
+    return [["work", "shape", "dtype", "pass", "peer", "its time, ours = 1"], *lines] * bool(lines)
+
+
+def _is_peer(result: dict) -> bool:
+    return not result["is_ours"] and result["row"] != works.LIMIT
+
+
+def _layers(report: dict, dtype: str) -> dict[str, dict[_Key, dict[str, dict]]]:
+    """The results of each layer in a dtype, where ours was measured, as of group_results."""
+    layers: dict[str, dict[_Key, dict[str, dict]]] = {}
+    for key, group in group_results(report).items():
+        is_layer = key[0].endswith(" layer") and key[2] == dtype
+        if is_layer and any(result["is_ours"] for result in group.values()):
+            layers.setdefault(key[0], {})[key] = group
+    return layers
+
+
+def _plainest_peer(groups: dict[_Key, dict[str, dict]]) -> str | None:
+    """It comes first."""
+    results = (result for group in groups.values() for result in group.values())
+    return next((result["row"] for result in results if _is_peer(result)), None)
+
+
+def _headline_lines(report: dict) -> list[list[str]]:
+    lines = []
+    for dtype in _dtypes(report):
+        for layer, groups in _layers(report, dtype).items():
+            peer = _plainest_peer(groups)
+            line = [layer, dtype, peer or "-"]
+            for pass_name in _HEADLINE_PASSES:
+                own = {key[1]: group for key, group in groups.items() if key[3] == pass_name}
+                line += [_span(own, peer, times), _span(own, works.LIMIT, _percent)]
+            lines.append(line)
+    return lines
+
+
+def _span(
+    by_shape: dict[str, dict[str, dict]], name: str | None, text: Callable[[float | None], str]
+) -> str:
+    """A row's least and largest ratio, and the shapes that it was not measured at."""
+    ratios = [group[name]["ratio"] for group in by_shape.values() if name in group]
+    if not ratios:
+        return "-"
+    shown = " to ".join(dict.fromkeys(map(text, (min(ratios), max(ratios)))))
+    marked = _MARK if any(mark(group, name) for group in by_shape.values()) else ""
+    missing = [shape for shape, group in by_shape.items() if name not in group]
+    return shown + marked + (f" (without {', '.join(missing)})" if missing else "")
+
+
+def _chart(report: dict, dtype: str) -> list[str]:
+    """Forward and backward of the layers by their plainest peers, for Mermaid to draw.
+
+    Its charts have no legend and no gaps: one kind of bar, and only where there is a number.
+    """
+    bars, peers = {}, {}
+    for layer, groups in _layers(report, dtype).items():
+        peer = _plainest_peer(groups)
+        for (_, shape, _, pass_name), group in groups.items():
+            if pass_name == "both" and peer in group and not mark(group, peer):
+                bars[f"{layer.removesuffix(' layer')} {shape}"] = group[peer]["ratio"]
+                peers[peer] = None
+    if not bars:
         return []
-    top = math.ceil(2.0 * max(max(series[name]) for name in (*peers, ours))) / 2.0
-    drawn = [("bar", peers[0]), *(("line", name) for name in (*peers[1:], ours))]
-    label = ", ".join(f"{kind}: {name}" for kind, name in drawn)
+    top = math.ceil(2.0 * max(1.0, *bars.values())) / 2.0
+    ours = our_row(group_results(report))
     return [
         "```mermaid",
+        "---",
+        f"config: {{{_CHART_CONFIG}}}",
+        "---",
         "xychart-beta",
-        f'    title "{layer}, forward and backward"',
-        f"    x-axis [{', '.join(shape for _, shape, _, _ in groups)}]",
-        f'    y-axis "{label}" 0 --> {top:g}',
-        *(f"    {kind} [{', '.join(f'{r:.2f}' for r in series[name])}]" for kind, name in drawn),
+        f'    title "{TITLES["both"]} in {dtype}: time of the peer, ours = 1"',
+        f"    x-axis [{', '.join(json.dumps(name) for name in bars)}]",
+        f'    y-axis "bar: {" or ".join(peers)}, line: {ours}" 0 --> {top:g}',
+        f"    bar [{', '.join(f'{ratio:.2f}' for ratio in bars.values())}]",
+        f"    line [{', '.join(['1.00'] * len(bars))}]",
         "```",
         "",
     ]
