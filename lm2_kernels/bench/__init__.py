@@ -1,5 +1,5 @@
 """Benchmarks against everything a user could pick instead: ``python -m lm2_kernels bench``.
 
 ``works`` says what is measured and by which rows, ``measure`` how, ``suite`` runs a selection and
-``report`` shows it. The same works run under pytest-benchmark in ``benchmarks/``.
+``report`` and ``plots`` show it. The same works run under pytest-benchmark in ``benchmarks/``.
 """

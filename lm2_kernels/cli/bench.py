@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from lm2_kernels.bench import report, suite, works
+from lm2_kernels.bench import plots, report, suite, works
 from lm2_kernels.terminal import Progress, write_json
 from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 
+# some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
 _DEFAULT_SHAPES = {"cpu": ("256",), "cuda": ("512", "1024", "2048", "2048x8")}
 _WORKS = (*works.WORKS, suite.GROWTH)
 _DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
@@ -49,7 +50,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="two JSON files"
     )
     parser.add_argument(
-        "--readme", action="store_true", help="README's tables and charts, in Markdown"
+        "--markdown", action="store_true", help="print it as benchmarks/README.md has it"
+    )
+    parser.add_argument(
+        "--headline",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="the layers in JSON files of one machine, as README has them",
     )
     parser.set_defaults(run=run_bench)
 
@@ -59,13 +67,16 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.compare:
         print(report.compare(*map(report.load, options.compare)))
         return 0
+    if options.headline:
+        print(report.headline([report.load(path) for path in options.headline]), end="")
+        return 0
     if options.source is not None:
         measured = report.load(options.source)
     else:
         selection, budget = _selection(options), _budget(options)
         if options.plots is not None:
             # before the work, not after it
-            report.figure_class()
+            plots.figure_class()
 
         def save(measured: dict) -> None:
             write_json(options.json, measured)
@@ -79,9 +90,12 @@ def run_bench(options: argparse.Namespace) -> int:
             measured = suite.run(selection, budget, show, save)
         finally:
             progress.close()
-    print(report.readme(measured) if options.readme else report.render(measured))
+    if options.markdown:
+        print(report.markdown(measured), end="")
+    else:
+        print(report.render(measured))
     if options.plots is not None:
-        print(*report.plot(measured, options.plots), sep="\n")
+        print(*plots.plot(measured, options.plots), sep="\n")
     wrong = report.wrong_rows(measured, is_ours=True)
     for reason in wrong:
         print(f"bench: {reason}", file=sys.stderr)

@@ -33,6 +33,7 @@ from lm2_kernels.testing.cases import (
 )
 from lm2_kernels.testing.rule import ZERO_FLOOR, Comparison, check_case, compare
 
+# float64 against golden tensors, relative to a tensor's largest element: the numbers come from
 # other code in another order of operations, so the few ulps of FLOAT64_ULPS are too few
 GOLDEN_FLOAT64 = 1e-12
 # below this an element of a golden tensor is float64's rounding error of a 0

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm2_kernels import cli
-from lm2_kernels.bench import measure, report, suite, works
+from lm2_kernels.bench import measure, plots, report, suite, works
 from lm2_kernels.bench.peers import SDPA_KERNELS
 from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES, Shape
 
@@ -107,13 +107,10 @@ def test_a_wrong_row_is_timed_and_marked(tiny, monkeypatch, tmp_path, capsys, na
     # nothing is compared with what is wrong but under the mark
     (table,) = report.tables(measured).values()
     assert [cell.endswith("!") for cell in table[1][2:4]] == [name == "eager", True]
-    assert f"! {reason}" in report.readme(measured)
+    assert f"! {reason}" in report.markdown(measured)
     assert report.compare(measured, measured).count("!") == 2
-    if name == "eager":
-        assert "mermaid" not in report.readme(measured)
-    # with ours wrong, nothing is left to draw
-    drawn = {path.name for path in report.plot(measured, tmp_path)}
-    assert drawn == (set() if name == "eager" else {"speedup.png"})
+    # with ours or the only peer wrong, nothing is left to draw
+    assert not plots.plot(measured, tmp_path)
 
 
 def test_a_row_of_nan_is_wrong_and_still_json(tiny, monkeypatch):
@@ -285,7 +282,9 @@ def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
     text = capsys.readouterr().out
     for part in ("release layer, forward and backward", "geometric mean", "MiB kept", "T = N"):
         assert part in text
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
+    drawn = {path.stem for path in (tmp_path / "plots").glob("*.png")}
+    layers = {"speedup_memory_attention", "speedup_release_layer"}
+    assert drawn == {*layers, "roofline", "lengths"}
 
     for result in measured["results"]:
         result["seconds"] /= 2.0
@@ -310,7 +309,7 @@ def test_ceilings_are_the_better_of_two_measurements(tiny, monkeypatch):
 
 
 def test_numbers_have_three_digits_or_all():
-    assert [report._number(value) for value in (0.01234, 17.0, 512.0, 999.6, 1093.7)] == [
+    assert [report.number(value) for value in (0.01234, 17.0, 512.0, 999.6, 1093.7)] == [
         "0.0123",
         "17",
         "512",
@@ -337,7 +336,7 @@ def test_lengths_alone(tiny, tmp_path, monkeypatch):
     assert measured["lengths"] and not measured["results"]
     assert measured["selection"]["works"] == ["lengths"]
     assert measured["selection"]["budget"] == 50.0
-    assert "| T = N |" in report.readme(measured)
+    assert "| T = N |" in report.markdown(measured)
 
 
 def test_means_and_charts_take_no_gaps():
@@ -363,7 +362,8 @@ def test_means_and_charts_take_no_gaps():
     measured |= {"machine": suite.conditions(), "ceilings": CEILINGS}
     (table,) = report.tables(measured).values()
     assert table[-1][:5] == ["geometric mean", "float32", "", "2.00x", "-"]
-    text = report.readme(measured)
+    text = report.markdown(measured)
+    assert 'x-axis ["paper 256", "paper 512"]' in text
     assert "    bar [1.00, 4.00]\n    line [1.00, 1.00]\n```" in text
     assert '"bar: eager + SDPA, line: cpp" 0 --> 4' in text
     assert "Left out: this." in text
@@ -371,7 +371,37 @@ def test_means_and_charts_take_no_gaps():
     measured["results"] = [*results, result("256", "bfloat16", "cpp", 1.0)]
     (table,) = report.tables(measured).values()
     assert [line[1] for line in table if line[0] == "geometric mean"] == ["float32"]
-    assert "mermaid" not in report.readme(measured)
+    assert report.markdown(measured).count("mermaid") == 1
+    # the headline says where its peer was not measured, and what is not to be believed
+    measured["results"] = [*results, result("1024", "float32", "cpp", 1.0)]
+    line = "| paper layer | float32 | eager + SDPA | - | - | 1.00x to 4.00x (without 1024) | - |"
+    text = report.headline([measured])
+    assert line in text and "1024" not in text.partition("x-axis")[2]
+    results[2]["wrong"] = "this is wrong"
+    text = report.headline([measured])
+    assert "1.00x to 4.00x! (without 1024)" in text and "! this is wrong" in text
+    assert 'x-axis ["paper 512"]' in text
+
+
+def test_headline_is_of_one_machine(tmp_path, capsys):
+    path = ROOT / "benchmarks/results/cpu_avx2_float32.json"
+    measured = report.load(path)
+    measured["machine"]["cpu_level"] = "avx512"
+    (tmp_path / "other.json").write_text(json.dumps(measured))
+    assert cli.main(["bench", "--headline", str(path), str(tmp_path / "other.json")]) == 2
+    assert "a headline is of one machine" in capsys.readouterr().err
+
+
+def test_faster_peers_are_listed():
+    measured = report.load(ROOT / "benchmarks/results/cpu_avx2_ops.json")
+    (head, *lines) = report._slower_table(measured)
+    ratios = [float(line[-1].rstrip("x")) for line in lines]
+    assert ratios == sorted(ratios) and max(ratios) <= 1.0
+    slower = [r for r in measured["results"] if r["ratio"] < 1.0 and not r["is_ours"]]
+    assert len(lines) == len(slower) > 0 and len(head) == len(lines[0])
+    for result in measured["results"]:
+        result["ratio"] = 1.0 + result["ratio"]
+    assert not report._slower_table(measured)
 
 
 def test_out_of_time_is_said(tiny):
@@ -403,10 +433,12 @@ def test_a_row_that_cannot_be_made_is_said(tiny):
         (["--from", "{missing}"], "No such file"),
         (["--from", "{broken}"], "is no file that `bench --json` wrote"),
         (["--compare", "{other}", "{other}"], "has format 0"),
+        (["--headline", "{lengths}"], "these files have none"),
     ],
 )
 def test_bad_requests(arguments, text, tmp_path, capsys):
     files = {"missing": tmp_path / "missing", "broken": tmp_path / "b", "other": tmp_path / "o"}
+    files["lengths"] = ROOT / "benchmarks/results/cpu_avx2_lengths.json"
     files["broken"].write_text("{")
     files["other"].write_text('{"format": 0}')
     assert cli.main(["bench", *(argument.format(**files) for argument in arguments)]) == 2
@@ -422,12 +454,24 @@ def test_committed_results_can_be_read():
         assert report.render(measured)
 
 
-def test_readme_has_the_committed_tables():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- bench --from (\S+) -->\n\n(.*?)\n<!-- end -->", text, re.DOTALL)
-    assert blocks
-    for path, shown in blocks:
-        assert shown == report.readme(report.load(ROOT / path))
+@pytest.mark.parametrize("document", ("README.md", "benchmarks/README.md"))
+def test_documents_have_the_committed_tables(document, monkeypatch, capsys):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    block = re.compile(r"<!-- (bench [^>]+) -->\n\n(.*?)\n<!-- end -->", re.DOTALL)
+    blocks = block.findall(text)
+    assert blocks and text.count("<!-- end -->") == len(blocks)
+    monkeypatch.chdir(ROOT)
+    for command, shown in blocks:
+        assert cli.main(command.split()) == 0
+        assert shown == capsys.readouterr().out
+    # nor is there a result in a table of its own
+    assert not re.search(r"^\|.*\d(x| %) \|", block.sub("", text), re.MULTILINE)
+
+
+def test_all_committed_results_are_shown():
+    text = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        assert f"<!-- bench --from benchmarks/results/{path.name} --markdown -->" in text
 
 
 def test_shapes_say_where_they_come_from():

@@ -1,0 +1,329 @@
+"""Pictures of what :mod:`lm2_kernels.bench.suite` measured: speed-ups, rooflines, growth with T.
+
+One picture serves light pages and dark ones, as two files would have to be chosen between wherever
+one is shown: its ground is transparent, ink and colours lie between white and black. The colours
+are those of Okabe and Ito, which the colour-blind tell apart.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from lm2_kernels.bench import works
+from lm2_kernels.bench.report import TITLES, group_results, mark, number, our_row, times
+
+_INK, _GREY = "#777777", "#a6a6a6"
+_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
+_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY)
+_MARKERS = "osD^vPX*<>"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.transparent": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
+    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+}
+_DPI = 150
+_PASSES = ("forward", "both")  # those that users wait for
+_LINE_INCHES = 0.2  # of a bar, and of what stands above a shape's bars
+
+
+def figure_class() -> type:
+    """The class Figure of matplotlib: not pyplot, as nothing here asks for a display.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    try:
+        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
+    except ImportError as error:
+        raise ValueError('plots need matplotlib: pip install "lm2_kernels[demo]"') from error
+    return Figure
+
+
+def plot(report: dict, folder: Path) -> list[Path]:
+    """Draw :func:`figures` into files of a folder, which is made if need be. Returns the files.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    figure_class()
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    with style():
+        for name, figure in figures(report):
+            drawn.append(folder / f"{name}.png")
+            figure.savefig(drawn[-1], dpi=_DPI)
+    return drawn
+
+
+def style() -> contextlib.AbstractContextManager[None]:
+    """What :func:`figures` are to be made and drawn in."""
+    import matplotlib  # noqa: PLC0415 - an extra
+
+    return matplotlib.rc_context(_STYLE)
+
+
+def figures(report: dict) -> Iterator[tuple[str, object]]:
+    """Names and figures: of each work the speed-ups, the rooflines, time and memory against T.
+
+    Rows that disagree with the oracle, and what is a ratio to one, are left out. There is no figure
+    of what was not measured.
+
+    Raises:
+        ValueError: matplotlib is not there.
+    """
+    groups = group_results(report).values()
+    results = [r for group in groups for name, r in group.items() if not mark(group, name)]
+    right = report | {"results": results}
+    for work in dict.fromkeys(result["work"] for result in results):
+        ours, compared = _compared(right, work)
+        if compared:
+            yield f"speedup_{work.replace(' ', '_')}", _speedup(work, ours, compared)
+    panels = _roofline_panels(right)
+    if panels:
+        yield "roofline", _rooflines(report["ceilings"], panels)
+    lengths = [entry for entry in report["lengths"] if not entry.get("wrong")]
+    if lengths:
+        yield "lengths", _lengths(lengths)
+
+
+def _figure(size: tuple[float, float], title: str) -> object:
+    figure = figure_class()(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    return figure
+
+
+# --- speed-ups ---------------------------------------------------------------------------------
+
+
+_Groups = dict[tuple[str, str, str], dict[str, dict]]  # by dtype, shape and pass; each by row
+
+
+def _compared(report: dict, work: str) -> tuple[str | None, _Groups]:
+    """Our row of a work, and the groups that have others beside it."""
+    groups = {key: group for key, group in group_results(report).items() if key[0] == work}
+    ours = our_row(groups)
+    return ours, {
+        (dtype, shape, pass_name): group
+        for (_, shape, dtype, pass_name), group in groups.items()
+        if pass_name in _PASSES and ours in group and _others(group, ours)
+    }
+
+
+def _others(group: dict[str, dict], ours: str) -> list[str]:
+    # a limit is nothing that could be used in place of ours
+    return [name for name in group if name not in (ours, works.LIMIT)]
+
+
+def _speedup(work: str, ours: str, groups: _Groups) -> object:
+    """A line of panels a dtype, a column a pass: each with an axis of its own, from 0."""
+    passes = [name for name in _PASSES if any(key[2] == name for key in groups)]
+    places = {dtype: _places(groups, dtype, ours) for dtype, _, _ in groups}
+    heights = [_LINE_INCHES * (1.0 + max(lines.values())) for lines in places.values()]
+    size = (1.4 + 3.9 * len(passes), 0.9 + sum(0.75 + height for height in heights))
+    figure = _figure(size, f"{work}: time of others, {ours} = 1")
+    grid = figure.subplots(
+        len(places), len(passes), sharey="row", squeeze=False, height_ratios=heights
+    )
+    for (dtype, lines), panels in zip(places.items(), grid, strict=True):
+        for pass_name, axes in zip(passes, panels, strict=True):
+            axes.set_title(f"{TITLES[pass_name]}, {dtype}")
+            own = {key[1]: g for key, g in groups.items() if key[::2] == (dtype, pass_name)}
+            _draw_bars(axes, own, ours, lines)
+    _bar_legend(figure, ours, groups)
+    return figure
+
+
+def _places(groups: _Groups, dtype: str, ours: str) -> dict[tuple[str, str | None], float]:
+    """Where a dtype's bars stand, by shape and row, and the headings of shapes, by None."""
+    rows: dict[str, dict[str, None]] = {}
+    for (own_dtype, shape, _), group in groups.items():
+        if own_dtype == dtype:
+            rows.setdefault(shape, {}).update(dict.fromkeys(_others(group, ours)))
+    places, line = {}, 0.0
+    for shape, names in rows.items():
+        for name in (None, *names):
+            places[shape, name] = line
+            line += 1.0
+        line += 0.3
+    return places
+
+
+def _draw_bars(
+    axes, by_shape: dict[str, dict[str, dict]], ours: str, places: dict[tuple, float]
+) -> None:
+    def write(place: float, start: float, text: str, **options: object) -> None:
+        axes.text(start, place, f" {text}", va="center", fontsize=8, **options)
+
+    longest = 1.0
+    for (shape, name), place in places.items():
+        group = by_shape.get(shape, {})
+        if name is None:
+            took = f": {ours} takes {number(1e3 * group[ours]['seconds'])} ms" if group else ""
+            write(place, 0.0, shape + took, fontweight="bold")
+        elif name not in group:
+            write(place, 0.0, "-")
+        else:
+            ratio = group[name]["ratio"]
+            longest = max(longest, ratio)
+            axes.barh(place, ratio, 0.72, color=_bar_colour(group[name]))
+            axes.vlines(1.0, place - 0.5, place + 0.5, color=_INK, linewidth=1.0)
+            # clear of the line at 1
+            write(place, max(ratio, 1.0), times(ratio))
+    bars = {place: name for (_, name), place in places.items() if name is not None}
+    axes.set_yticks(list(bars), bars.values(), fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(max(bars) + 0.6, -0.6)
+    # the rest is for the number beside the longest bar
+    axes.set_xlim(0.0, 1.2 * longest)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _bar_colour(other: dict) -> str:
+    if other["is_ours"]:
+        return _GREY
+    return _VERMILLION if other["ratio"] < 1.0 else _BLUE
+
+
+def _bar_legend(figure, ours: str, groups: _Groups) -> None:
+    from matplotlib.patches import Patch  # noqa: PLC0415 - an extra
+
+    labels = {
+        _BLUE: f"slower than {ours}",
+        _VERMILLION: f"faster than {ours}",
+        _GREY: "another of ours",
+    }
+    used = {_bar_colour(g[name]) for g in groups.values() for name in _others(g, ours)}
+    handles = [Patch(color=colour, label=labels[colour]) for colour in labels if colour in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+
+
+# --- rooflines ---------------------------------------------------------------------------------
+
+
+def _roofline_panels(report: dict) -> dict[tuple[str, str], list[dict]]:
+    """What our best backend reached, by work and dtype, where FLOPs and bytes are known."""
+    panels: dict[tuple[str, str], list[dict]] = {}
+    for work in dict.fromkeys(result["work"] for result in report["results"]):
+        own = [result for result in report["results"] if result["work"] == work]
+        ours = next((result["row"] for result in own if result["is_ours"]), None)
+        for result in own:
+            # a replayed graph has the place of what is launched, all but
+            is_plain = result["row"] == ours and result["pass"] in works.PASSES
+            if is_plain and result["flops"] and result["bytes"]:
+                panels.setdefault((work, result["dtype"]), []).append(result)
+    return panels
+
+
+def _rooflines(ceilings: dict[str, float], panels: dict[tuple[str, str], list[dict]]) -> object:
+    """A panel a work and dtype; a point's colour is its pass, its marker its shape."""
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    results = [result for panel in panels.values() for result in panel]
+    ours = " and ".join(dict.fromkeys(result["row"] for result in results))
+    figure = _figure((4.6 * columns, 1.2 + 3.2 * lines), f"{ours} below the measured ceilings")
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    colours = dict(zip(works.PASSES, _COLOURS, strict=False))
+    shapes = dict.fromkeys(result["shape"] for result in results)
+    markers = {shape: _MARKERS[index % len(_MARKERS)] for index, shape in enumerate(shapes)}
+    for axes, ((work, dtype), panel) in zip(grid, panels.items(), strict=False):
+        axes.set_title(f"{work}, {dtype}")
+        _draw_roof(axes, ceilings["copy"], ceilings[dtype], panel)
+        for result in panel:
+            style = {"color": colours[result["pass"]], "marker": markers[result["shape"]]}
+            point = _point(result, _unit(ceilings[dtype])[0])
+            axes.plot(*point, linestyle="", markersize=7, alpha=0.9, **style)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    _point_legend(figure, {result["pass"]: colours[result["pass"]] for result in results}, markers)
+    return figure
+
+
+def _unit(rate: float) -> tuple[float, str]:
+    """What a panel with this ceiling counts FLOPs a second in."""
+    return (1e12, "TFLOP/s") if rate >= 1e13 else (1e9, "GFLOP/s")
+
+
+def _point(result: dict, unit: float) -> tuple[float, float]:
+    """FLOPs a byte and a second."""
+    return result["flops"] / result["bytes"], result["flops"] / result["seconds"] / unit
+
+
+def _draw_roof(axes, copy: float, rate: float, panel: list[dict]) -> None:
+    unit, unit_name = _unit(rate)
+    ridge, slope, top = rate / copy, copy / unit, rate / unit
+    xs, ys = zip(*(_point(result, unit) for result in panel), strict=True)
+    first, last = min(*xs, ridge) / 4.0, 2.0 * max(*xs, ridge)
+    axes.plot([first, ridge, last], [slope * first, top, top], color=_INK, linewidth=1.5)
+    axes.text(last, 1.05 * top, f"{number(top)} {unit_name}", ha="right", va="bottom")
+    middle = math.sqrt(first * ridge)
+    axes.text(
+        middle,
+        1.1 * slope * middle,
+        f"{number(copy / 1e9)} GB/s",
+        rotation=math.degrees(math.atan(slope)),
+        rotation_mode="anchor",
+        transform_rotates_text=True,
+        ha="center",
+        va="bottom",
+    )
+    _logarithmic(axes)
+    axes.set(xlabel="FLOPs per byte", ylabel=unit_name, xlim=(first, last))
+    axes.set_ylim(min(*ys, slope * first) / 1.3, 1.6 * max(*ys, top))
+
+
+def _logarithmic(axes) -> None:
+    """Both axes, with plain numbers that are few enough to stand apart."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter  # noqa: PLC0415
+
+    axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+
+
+def _point_legend(figure, colours: dict[str, str], markers: dict[str, str]) -> None:
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
+
+    handles = [Line2D([], [], color=c, linewidth=5, label=TITLES[n]) for n, c in colours.items()]
+    handles += [
+        Line2D([], [], color=_INK, linestyle="", marker=marker, label=shape)
+        for shape, marker in markers.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+
+
+# --- growth ------------------------------------------------------------------------------------
+
+
+def _lengths(entries: list[dict]) -> object:
+    figure = _figure((9.0, 4.2), "memory_attention, forward and backward")
+    panels = figure.subplots(1, 2)
+    rows = dict.fromkeys(entry["row"] for entry in entries)
+    tokens = list(dict.fromkeys(entry["tokens"] for entry in entries))
+    for axes, key, unit, title in zip(
+        panels,
+        ("seconds", "peak_bytes"),
+        (1.0, 2**20),
+        ("time, s", "peak memory beyond the inputs, MiB"),
+        strict=True,
+    ):
+        axes.set_title(title)
+        _logarithmic(axes)
+        for index, row in enumerate(rows):
+            # a peak that could not be measured is None
+            own = {e["tokens"]: e[key] / unit for e in entries if e["row"] == row and e[key]}
+            style = {"color": _COLOURS[index % 5], "marker": _MARKERS[index % len(_MARKERS)]}
+            axes.plot(own.keys(), own.values(), label=row, **style)
+        axes.set_xticks(tokens)
+        axes.set_xlabel("tokens = slots")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    return figure
