@@ -1,0 +1,82 @@
+"""Every example runs, at small sizes, and shows what it is there to show."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script with arguments, and return what it prints."""
+
+    def run_example(name: str, *arguments: object) -> str:
+        path = EXAMPLES / f"{name}.py"
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        runpy.run_path(str(path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_example
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    """What follows the pattern, wherever it is in the text."""
+    found = re.findall(pattern + r" ?(-?[\d.]+(?:e-?\d+)?)", text)
+    assert found, text
+    return [float(number) for number in found]
+
+
+def test_layer_in_your_block(run):
+    arguments = ("--dim", 16, "--heads", 2, "--tokens", 2, "--batch", 16, "--steps", 300)
+    first, *_, last = numbers("error", run("layer_in_your_block", *arguments, "--lr", 1e-2))
+    # who remembers nothing stays at 1, the variance of what was told
+    assert first > 0.9 and last < 0.8
+
+
+def test_train_from_scratch(run, tmp_path):
+    arguments = ("--hidden", 32, "--layers", 1, "--slots", 6, "--steps", 120, "--lr", 1e-2)
+    text = run("train_from_scratch", *arguments, "--out", tmp_path)
+    (guess,) = numbers("a loss of", text)
+    remembers, forgets = numbers("at last", text)
+    assert remembers < 0.5 * guess
+    # nothing that it sees tells the letter
+    assert forgets > 0.9 * guess
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_memory_in_llama(run, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    text = run("memory_in_llama", "--slots", 8, "--length", 24, "--steps", 8, "--out", tmp_path)
+    assert "2 memory layers added" in text
+    assert numbers("changed at first:", text) == [0.0]
+    first, last = numbers("loss", text)
+    assert last < first
+    assert numbers("changed by saving and loading:", text)[0] < 1e-5
+    assert numbers("changed at last:", text) == [0.0]
+
+
+def test_stream_a_long_document(run, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("What was read is remembered. " * 12)
+    text = run("stream_a_long_document", document, "--piece", 30, "--limit", 200)
+    assert "200 bytes in 7 pieces" in text
+    assert numbers("one pass:", text)[0] < 1e-4
+    # half of the bytes are in the state that was saved
+    assert re.search(r"position \[56\]", text)
+
+
+def test_swap_released(run):
+    text = run("swap_released", "--size", 16, "--heads", 2, "--rounds", 1)
+    assert "1 memory layers swapped: memory" in text
+    assert numbers("gradients:", text)[0] < 1e-12
+    assert "taken out again: ReleasedStyleMemory" in text
+
+
+def test_every_example_is_tested():
+    tests = Path(__file__).read_text("utf-8")
+    for path in EXAMPLES.glob("*.py"):
+        assert f'run("{path.stem}"' in tests, path.name
