@@ -141,13 +141,30 @@ def check_slot_mask(op: str, slot_mask: Tensor, batch: int, slots: int, device) 
         )
 
 
+def go_together(first: torch.dtype, second: torch.dtype) -> bool:
+    """Whether an op takes both side by side: one dtype, or a 16-bit dtype and float32."""
+    return first == second or (
+        torch.float32 in (first, second) and torch.float64 not in (first, second)
+    )
+
+
 def check_mixed(op: str, **pair: Tensor) -> None:
     """Two tensors of one dtype, or of a 16-bit dtype and float32."""
     (first_name, first), (second_name, second) = pair.items()
-    dtypes = {first.dtype, second.dtype}
-    if len(dtypes) == 1 or (torch.float32 in dtypes and torch.float64 not in dtypes):
+    if go_together(first.dtype, second.dtype):
         return
     raise TypeError(
         f"{op}: {first_name} is {first.dtype} but {second_name} is {second.dtype}; they must be "
         f"of one dtype, or one of them float32; cast one or use torch.autocast"
     )
+
+
+def check_pooled_sum(op: str, pooled_sum: Tensor, x: Tensor) -> None:
+    """A sum (B, D) in the dtype of sums, on the device of ``x`` (B, T, D)."""
+    check_tensors(op, x=x, pooled_sum=pooled_sum)
+    check_shape(op, "pooled_sum", pooled_sum, "(B, D)", (x.shape[0], x.shape[2]))
+    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if pooled_sum.dtype != wanted:
+        raise TypeError(
+            f"{op}: pooled_sum must be {wanted} for x of {x.dtype}, got {pooled_sum.dtype}"
+        )

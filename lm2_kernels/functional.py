@@ -1,23 +1,14 @@
-"""The public ops: check the inputs, choose the backend, call the autograd Function.
+"""The public ops: check the inputs, then :mod:`lm2_kernels.unchecked`.
 
 Every check happens before anything is computed, and every message names the op, what was expected,
 what came, and the way out. Only an autocast's casts come earlier, as dtypes and the backend are
 judged by the tensors that the op will compute with.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from lm2_kernels import backends
-from lm2_kernels.autograd import (
-    MemoryAttentionFunction,
-    MemoryUpdateFunction,
-    PooledGateFunction,
-    ResidualLayerNormFunction,
-    apply,
-)
+from lm2_kernels import backends, unchecked
 from lm2_kernels.checks import (
     check_bool,
     check_dropout,
@@ -26,6 +17,7 @@ from lm2_kernels.checks import (
     check_int,
     check_mixed,
     check_nonempty,
+    check_pooled_sum,
     check_scale,
     check_shape,
     check_slot_mask,
@@ -42,11 +34,6 @@ def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
         tensor if tensor is None else tensor.to(backends.computed_dtype(tensor))
         for tensor in tensors
     )
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with a contiguous last axis: itself, or a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def memory_attention(
@@ -114,36 +101,22 @@ def memory_attention(
     if top_k is not None:
         check_int(op, "top_k", top_k, 1, num_slots)
     check_dropout(op, dropout_p)
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_width)
-    else:
+    if scale is not None:
         check_scale(op, scale)
     query, key, value = _autocast(query, key, value)
     check_dtypes(op, query.dtype, (), query=query, key=key, value=value)
-    name = backends.select(op, (query, key, value), backend)
-    out, _ = apply(
-        MemoryAttentionFunction,
-        _rows(query),
-        _rows(key),
-        _rows(value),
-        slot_mask,
-        draw_seed(query.device) if dropout_p > 0.0 else None,
-        causal,
-        # further on every token sees every slot, and a kernel's 32-bit sums stay small
-        min(slot_offset, num_slots),
-        float(scale),
-        top_k,
-        float(dropout_p),
-        name,
+    return unchecked.memory_attention(
+        query,
+        key,
+        value,
+        causal=causal,
+        slot_offset=slot_offset,
+        slot_mask=slot_mask,
+        scale=scale,
+        top_k=top_k,
+        dropout_p=dropout_p,
+        backend=backend,
     )
-    return out
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A dropout seed as a tensor on the device: no synchronisation, and a replayed CUDA graph
-    draws a new one.
-    """
-    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def memory_update(
@@ -231,18 +204,16 @@ def memory_update(
         output_gate=output_gate,
         gate_bias=gate_bias,
     )
-    name = backends.select(op, (hidden, candidate, memory), backend)
-    return apply(
-        MemoryUpdateFunction,
-        _rows(hidden),
-        _rows(candidate),
-        _rows(memory),
-        _rows(input_gate),
-        _rows(forget_gate),
-        None if output_gate is None else _rows(output_gate),
-        None if gate_bias is None else _rows(gate_bias),
-        output,
-        name,
+    return unchecked.memory_update(
+        hidden,
+        candidate,
+        memory,
+        input_gate,
+        forget_gate,
+        output_gate,
+        gate_bias=gate_bias,
+        output=output,
+        backend=backend,
     )
 
 
@@ -287,11 +258,7 @@ def residual_layer_norm(
     check_mixed(op, x=x, residual=residual)
     check_mixed(op, x=x, weight=weight)
     check_dtypes(op, weight.dtype, (), weight=weight, bias=bias)
-    name = backends.select(op, (x, residual, weight, bias), backend)
-    out, _, _ = apply(
-        ResidualLayerNormFunction, _rows(x), _rows(residual), _rows(weight), _rows(bias), eps, name
-    )
-    return out
+    return unchecked.residual_layer_norm(x, residual, weight, bias, eps, backend=backend)
 
 
 def pooled_gate(
@@ -331,8 +298,7 @@ def pooled_gate(
     check_tensors(op, optional=("pooled_sum",), x=x, weight=weight, pooled_sum=pooled_sum)
     check_shape(op, "x", x, "(B, T, D)", (None,) * 3)
     check_nonempty(op, "x", x, {"tokens T": 1, "width D": 2})
-    batch, _, width = x.shape
-    check_shape(op, "weight", weight, "(D,)", (width,))
+    check_shape(op, "weight", weight, "(D,)", (x.shape[-1],))
     check_mixed(op, x=x, weight=weight)
     check_bool(op, "prefix", prefix)
     check_int(op, "num_pooled", num_pooled, 0)
@@ -342,23 +308,16 @@ def pooled_gate(
                 f"{op}: pooled_sum needs prefix=True: the mean of a whole segment cannot be "
                 f"continued"
             )
-        check_shape(op, "pooled_sum", pooled_sum, "(B, D)", (batch, width))
-        wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
-        if pooled_sum.dtype != wanted:
-            raise TypeError(
-                f"{op}: pooled_sum must be {wanted} for x of {x.dtype}, got {pooled_sum.dtype}"
-            )
+        check_pooled_sum(op, pooled_sum, x)
     elif num_pooled:
         raise ValueError(f"{op}: num_pooled is {num_pooled} but no pooled_sum was given")
-    name = backends.select(op, (x, weight), backend)
-    return apply(
-        PooledGateFunction,
-        _rows(x),
-        _rows(weight),
-        None if pooled_sum is None else _rows(pooled_sum),
-        prefix,
-        num_pooled,
-        name,
+    return unchecked.pooled_gate(
+        x,
+        weight,
+        prefix=prefix,
+        pooled_sum=pooled_sum,
+        num_pooled=num_pooled,
+        backend=backend,
     )
 
 

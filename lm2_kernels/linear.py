@@ -171,8 +171,8 @@ def project(x: Tensor, *layers: nn.Module, relu: bool = False) -> tuple[Tensor, 
     """``layer(x)`` for each of several Linear layers, or the ReLU of each."""
     parameters = _packed_parameters(x, layers)
     if parameters is None:
-        results = (layer(x) for layer in layers)
-        return tuple(F.relu(result) if relu else result for result in results)
+        results = [layer(x) for layer in layers]
+        return tuple(map(F.relu, results)) if relu else tuple(results)
     # cast here, so that what is saved for backward is the 16-bit copy
     x = x.to(computed_dtype(x))
     packed = apply(_PackedLinear, x, len(layers), relu, *parameters)

@@ -475,7 +475,7 @@ REFUSALS = [
 
 def op_name(refusal: Refusal) -> str:
     """The op that the message names."""
-    return "pooled_gate" if "prefix" in refusal.op else refusal.op.partition(".")[0]
+    return refusal.op.partition(".")[0]
 
 
 def refusal_id(refusal: Refusal) -> str:

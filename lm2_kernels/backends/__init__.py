@@ -6,6 +6,7 @@ Backends never import one another. What two of them share lives in
 """
 
 import contextlib
+import functools
 import importlib
 import os
 import warnings
@@ -83,6 +84,7 @@ def check_choice(backend: str, source: str = "backend") -> None:
 
 
 @constant_when_compiled
+@functools.cache
 def _has_autocast(device_type: str) -> bool:
     # asking whether it is enabled raises on a device without it (meta)
     return torch.amp.is_autocast_available(device_type)
@@ -152,7 +154,11 @@ def call(name: str, function: str, *args):
     """Run ``<op>_forward`` or ``<op>_backward`` of a backend, and record that it ran."""
     record(function, name)
     implementation = getattr(get(name), function)
-    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    for arg in args:
+        # the gradient of an output that was not used is None
+        if isinstance(arg, Tensor):
+            device = arg.device.type
+            break
     if autocast_dtype(device) is not None:
         # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
         with torch.autocast(device, enabled=False):

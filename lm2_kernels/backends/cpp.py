@@ -75,7 +75,7 @@ def _reason(op: str, device_type: str, device_index: int | None) -> str | None:
         return f"the tensors are on {device_type}, it runs on CPUs and NVIDIA GPUs"
     is_cpu = device_type == "cpu"
     reason = extension.cpu_reason() if is_cpu else extension.cuda_reason(device_index)
-    if reason is None and not has(f"{op}_forward"):
+    if reason is None and _operator(NAMESPACE, f"{op}_forward") is None:
         return f"it has no {op}"
     return reason
 
@@ -86,7 +86,8 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
         return extension.cpu_reason()
     device = tensors[0].device
     reason = _reason(op, device.type, device.index)
-    is_float64 = any(tensor.dtype == torch.float64 for tensor in tensors)
-    if reason is None and is_float64 and device.type in _cuda_like:
+    if reason is not None or device.type not in _cuda_like:
+        return reason
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
         return "float64 is not implemented on CUDA, use float32"
-    return reason
+    return None

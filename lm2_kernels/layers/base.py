@@ -1,11 +1,12 @@
 """What both memory layers share: options, checks of inputs, reading and writing."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels import functional
+from lm2_kernels import unchecked
 from lm2_kernels.backends import (
     autocast_dtype,
     check_choice,
@@ -17,6 +18,7 @@ from lm2_kernels.backends import (
 from lm2_kernels.checks import (
     check_bool,
     check_dropout,
+    check_dtypes,
     check_int,
     check_nonempty,
     check_scale,
@@ -26,8 +28,6 @@ from lm2_kernels.checks import (
 )
 from lm2_kernels.linear import pack, project
 from lm2_kernels.state.memory import SegmentCache, write_rows
-
-Read = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class MemoryLayer(nn.Module):
@@ -150,8 +150,10 @@ class MemoryLayer(nn.Module):
 
     def _check_tensors(self, x: Tensor, memory: Tensor) -> None:
         op = type(self).__name__
-        # any parameter will do: a projection may have been replaced by a module without weights
-        weight = next(self.parameters())
+        weight = getattr(self.query_proj, "weight", None)
+        if not isinstance(weight, Tensor):
+            # any parameter will do: the projection was replaced by a module without weights
+            weight = next(self.parameters())
         check_tensors(op, x=x, memory=memory, parameters=weight)
         check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
@@ -186,19 +188,25 @@ class MemoryLayer(nn.Module):
             )
 
     def _run(
-        self, function: Callable[..., tuple[Tensor, ...]], cache: SegmentCache | None, *inputs
+        self,
+        function: Callable[..., tuple[Tensor, ...]],
+        tensors: tuple[Tensor | None, ...],
+        place: "int | SegmentCache",
     ) -> tuple[Tensor, ...]:
-        """``function(*inputs)``; with ``recompute``, keeping the inputs alone for backward.
+        """``function(*tensors, place)``; with ``recompute``, which keeps the tensors alone.
 
-        ``inputs`` are all tensors that the function reads besides the layer's parameters.
+        Args:
+            function: computes the layer.
+            tensors: all that it reads besides the layer's parameters.
+            place: the slot that row 0 is bound to, or the piece's cache.
         """
         # a second run would extend an open cache again; a closed one neither has nor keeps anything
-        is_open = cache is not None and cache.is_open
+        is_open = isinstance(place, SegmentCache) and place.is_open
         if not self.recompute or is_open or not torch.is_grad_enabled():
-            return function(*inputs)
+            return function(*tensors, place)
         parameters = tuple(self.parameters())
-        if not any(isinstance(t, Tensor) and t.requires_grad for t in (*inputs, *parameters)):
-            return function(*inputs)
+        if not any(t is not None and t.requires_grad for t in (*tensors, *parameters)):
+            return function(*tensors, place)
         # imports torch._dynamo, which importing the package does not wait for
         from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
 
@@ -208,22 +216,22 @@ class MemoryLayer(nn.Module):
             "preserve_rng_state": self.training and self.dropout > 0.0,
         }
         if torch.compiler.is_compiling():
-            return checkpoint(function, *inputs, **options)
+            return checkpoint(function, *tensors, place, **options)
         backend = requested_backend()
 
-        def again(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+        def again(*inputs: Tensor | None) -> tuple[Tensor, ...]:
             own = tuple(parameter.data_ptr() for parameter in self.parameters())
-            if own != tuple(tensor.data_ptr() for tensor in tensors[len(inputs) :]):
+            if own != tuple(tensor.data_ptr() for tensor in inputs[len(tensors) :]):
                 raise RuntimeError(
                     f"{type(self).__name__}: with recompute=True, backward needs the parameters "
                     f"that forward had, but they were replaced; use recompute=False here"
                 )
             # backward may run outside of the caller's use_backend
             with use_backend(backend):
-                return function(*tensors[: len(inputs)])
+                return function(*inputs[: len(tensors)], place)
 
         # the parameters as inputs: autograd then notices if they change before backward
-        return checkpoint(again, *inputs, *parameters, **options)
+        return checkpoint(again, *tensors, *parameters, **options)
 
     def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
         """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
@@ -231,45 +239,33 @@ class MemoryLayer(nn.Module):
             return tensor
         return tensor.to(x.dtype)
 
+    def _project(
+        self, x: Tensor, *layers: nn.Module, width: int | None = None, relu: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Projections of x, each (B, T, width) in the dtype that x is computed in.
+
+        The ops take them as they are: what a module that somebody put in a Linear's place, or
+        hooked, made of x is checked here.
+        """
+        results = project(x, *layers, relu=relu)
+        shape = (*x.shape[:-1], self.dim if width is None else width)
+        dtype = computed_dtype(x)
+        for result in results:
+            if result.shape != shape or result.dtype != dtype:
+                break
+        else:
+            return results
+        if autocast_dtype(x.device.type) is not None:
+            results = tuple(result.to(dtype) for result in results)
+        names = {module: name for name, module in self.named_modules()}
+        for layer, result in zip(layers, results, strict=True):
+            op = f"{type(self).__name__}.{names[layer]}"
+            check_shape(op, "the result", result, "(B, T, width)", shape)
+            check_dtypes(op, dtype, (), result=result)
+        return results
+
     def _heads(self, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(-1, (self.num_heads, self.dim // self.num_heads))
-
-    def _read_bank(
-        self,
-        query: Tensor,  # (B, T, D)
-        rows: Tensor,  # (B, T, D)
-        block: int,
-        *,
-        bank: Tensor,  # (B, N, D)
-        slot_offset: int,
-        slot_mask: Tensor | None,
-    ) -> Tensor:
-        """Read a whole bank, with the rows that the ``block`` blocks before have made. (B, T, D)"""
-        if block > 0:
-            bank = write_rows(bank, rows, slot_offset)
-        if self.causal:
-            # later slots are hidden from every token: no need to project them
-            end = slot_offset + query.shape[1]
-            bank = bank[:, :end]
-            slot_mask = None if slot_mask is None else slot_mask[:, :end]
-        if slot_mask is not None:
-            # 0 * NaN is NaN in the gradients of the projections too
-            bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
-        key, value = project(bank, self.key_proj, self.value_proj)
-        return self._attention(
-            query, self._heads(key), self._heads(value), self.causal, slot_offset, slot_mask
-        )
-
-    def _read_cache(
-        self, query: Tensor, rows: Tensor, block: int, *, cache: SegmentCache
-    ) -> Tensor:
-        """Read the piece's rows, and the earlier ones by their cached keys and values. (B, T, D)"""
-        key, value = project(self._operand(rows, query), self.key_proj, self.value_proj)
-        key = cache.extend(f"key{block}", self._heads(key))
-        value = cache.extend(f"value{block}", self._heads(value))
-        if cache.start is None:
-            return self._attention(query, key, value, False, 0, cache.visible(query.device))
-        return self._attention(query, key, value, True, cache.start, None)
+        return tensor.view(*tensor.shape[:-1], self.num_heads, self.dim // self.num_heads)
 
     def _attention(
         self,
@@ -281,8 +277,7 @@ class MemoryLayer(nn.Module):
         slot_mask: Tensor | None,
     ) -> Tensor:
         """Memory attention of projected queries. (B, T, D)"""
-        num_slots = key.shape[1]
-        read = functional.memory_attention(
+        read = unchecked.memory_attention(
             self._heads(query),
             key,
             value,
@@ -291,8 +286,71 @@ class MemoryLayer(nn.Module):
             slot_mask=slot_mask,
             scale=self.scale,
             # of fewer slots all are kept
-            top_k=None if self.top_k is None or self.top_k >= num_slots else self.top_k,
+            top_k=None if self.top_k is None or self.top_k >= key.shape[1] else self.top_k,
             dropout_p=self.dropout if self.training else 0.0,
             backend=self.backend,
         )
         return read.flatten(-2)
+
+
+class Reader(Protocol):
+    """Where a layer's queries read."""
+
+    def read(self, query: Tensor, rows: Tensor, block: int) -> Tensor:
+        """What the queries (B, T, D) of the round ``block`` read, (B, T, D).
+
+        ``rows`` (B, T, D) are those that the tokens are bound to, as the rounds before left them.
+        """
+
+
+class BankReader:
+    """Reads a whole bank."""
+
+    def __init__(
+        self,
+        layer: MemoryLayer,
+        bank: Tensor,  # (B, N, D), a matrix operand
+        slot_offset: int,
+        slot_mask: Tensor | None,  # (B, N)
+    ):
+        self._layer = layer
+        self._bank = bank
+        self._slot_offset = slot_offset
+        self._slot_mask = slot_mask
+
+    def read(self, query: Tensor, rows: Tensor, block: int) -> Tensor:
+        """See :class:`Reader`."""
+        layer, bank, slot_mask = self._layer, self._bank, self._slot_mask
+        if block > 0:
+            bank = write_rows(bank, rows, self._slot_offset)
+        if layer.causal:
+            # later slots are hidden from every token: no need to project them
+            end = self._slot_offset + query.shape[1]
+            bank = bank[:, :end]
+            slot_mask = None if slot_mask is None else slot_mask[:, :end]
+        if slot_mask is not None:
+            # 0 * NaN is NaN in the gradients of the projections too
+            bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
+        key, value = layer._project(bank, layer.key_proj, layer.value_proj)
+        key, value = layer._heads(key), layer._heads(value)
+        return layer._attention(query, key, value, layer.causal, self._slot_offset, slot_mask)
+
+
+class PieceReader:
+    """Reads a piece's rows, and the segment's earlier ones by their cached keys and values."""
+
+    def __init__(self, layer: MemoryLayer, cache: SegmentCache):
+        self._layer = layer
+        self._cache = cache
+
+    def read(self, query: Tensor, rows: Tensor, block: int) -> Tensor:
+        """See :class:`Reader`."""
+        layer, cache = self._layer, self._cache
+        operand = layer._operand(rows, query)
+        key, value = layer._project(operand, layer.key_proj, layer.value_proj)
+        key = cache.extend(f"key{block}", layer._heads(key))
+        value = cache.extend(f"value{block}", layer._heads(value))
+        if cache.start is None:
+            visible = cache.visible(query.device)
+            return layer._attention(query, key, value, False, 0, visible)
+        return layer._attention(query, key, value, True, cache.start, None)

@@ -1,13 +1,10 @@
 """The memory layer of the LM2 paper."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels import functional
-from lm2_kernels.layers.base import MemoryLayer, Read
-from lm2_kernels.linear import project
+from lm2_kernels import unchecked
+from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -142,38 +139,30 @@ class PaperMemory(MemoryLayer):
         """
         if cache is not None:
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
-            read = functools.partial(self._read_cache, cache=cache)
-            return self._run(functools.partial(self._rewrite, read=read), cache, x, memory)
+            return self._run(self._forward_piece, (x, memory), cache)
         self._check(x, memory, slot_offset, slot_mask)
-        function = functools.partial(self._forward, slot_offset)
-        return self._run(function, None, x, memory, slot_mask)
+        return self._run(self._forward, (x, memory, slot_mask), slot_offset)
 
     def _forward(
-        self, slot_offset: int, x: Tensor, memory: Tensor, slot_mask: Tensor | None
+        self, x: Tensor, memory: Tensor, slot_mask: Tensor | None, slot_offset: int
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked."""
-        read = functools.partial(
-            self._read_bank,
-            bank=self._operand(memory, x),
-            slot_offset=slot_offset,
-            slot_mask=slot_mask,
-        )
+        reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + x.shape[1]]
-        output, new_rows = self._rewrite(x, rows, read)
+        output, new_rows = self._rewrite(x, rows, reader)
         return output, write_rows(memory, new_rows, slot_offset)
 
-    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the layer keeps of a token in a cache: name -> shape."""
-        heads = (self.num_heads, self.dim // self.num_heads)
-        return {"key0": heads, "value0": heads}
+    def _forward_piece(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` with a cache, its inputs checked."""
+        return self._rewrite(x, rows, PieceReader(self, cache))
 
-    def _rewrite(self, x: Tensor, rows: Tensor, read: Read) -> tuple[Tensor, Tensor]:
-        query, input_gate = project(x, self.query_proj, self.input_gate_proj)
-        candidate = read(query, rows, 0)
-        forget_gate, output_gate = project(candidate, self.forget_gate_proj, self.output_gate_proj)
-        return functional.memory_update(
+    def _rewrite(self, x: Tensor, rows: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
+        query, input_gate = self._project(x, self.query_proj, self.input_gate_proj)
+        read = reader.read(query, rows, 0)
+        forget_gate, output_gate = self._project(read, self.forget_gate_proj, self.output_gate_proj)
+        return unchecked.memory_update(
             x,
-            candidate,
+            read,
             rows,
             input_gate,
             forget_gate,
@@ -181,3 +170,8 @@ class PaperMemory(MemoryLayer):
             output=self.output,
             backend=self.backend,
         )
+
+    def cache_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the layer keeps of a token in a cache: name -> shape."""
+        heads = (self.num_heads, self.dim // self.num_heads)
+        return {"key0": heads, "value0": heads}

@@ -1,20 +1,13 @@
 """The memory layer of the authors' released code."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels import functional
-from lm2_kernels.backends import (
-    OPS,
-)
-from lm2_kernels.checks import (
-    check_eps,
-    check_int,
-)
-from lm2_kernels.layers.base import MemoryLayer, Read
-from lm2_kernels.linear import project, split_columns
+from lm2_kernels import unchecked
+from lm2_kernels.backends import OPS
+from lm2_kernels.checks import check_eps, check_int, check_pooled_sum, go_together
+from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
+from lm2_kernels.linear import split_columns
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -184,49 +177,56 @@ class ReleaseMemory(MemoryLayer):
             if pooled_sum is not None or return_pooled_sum:
                 raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
-            return self._run(functools.partial(self._forward_piece, cache), cache, x, memory)
+            self._check_vectors(x)
+            return self._run(self._forward_piece, (x, memory), cache)
         self._check(x, memory, slot_offset, slot_mask)
-        if pooled_sum is not None and self.pooled_gate != "prefix":
-            raise ValueError(
-                "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole segment "
-                "cannot be continued in pieces"
-            )
-        function = functools.partial(self._forward, slot_offset)
-        output, new_memory, new_sum = self._run(function, None, x, memory, slot_mask, pooled_sum)
+        self._check_vectors(x)
+        if pooled_sum is not None:
+            if self.pooled_gate != "prefix":
+                raise ValueError(
+                    "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole "
+                    "segment cannot be continued in pieces"
+                )
+            check_pooled_sum("ReleaseMemory", pooled_sum, x)
+        output, new_memory, new_sum = self._run(
+            self._forward, (x, memory, slot_mask, pooled_sum), slot_offset
+        )
         return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    def _check_vectors(self, x: Tensor) -> None:
+        """The parameters that the ops read as they are."""
+        norms = (self.attended_memory_layernorm, self.attended_memory_layernorm2)
+        pairs = [(norm.weight, norm.bias) for norm in norms]
+        for weight, bias in (*pairs, (self.input_gate_projector.w, None)):
+            is_fit = weight.shape == (self.dim,) and go_together(x.dtype, weight.dtype)
+            if bias is not None:
+                is_fit = is_fit and bias.shape == weight.shape and bias.dtype == weight.dtype
+            if not is_fit:
+                raise TypeError(
+                    f"ReleaseMemory: the layer norms' weights and biases, and w, must be "
+                    f"({self.dim},), of one dtype with each other and of {x.dtype} or float32, got "
+                    f"{tuple(weight.shape)} {weight.dtype}"
+                )
 
     def _forward(
         self,
-        slot_offset: int,
         x: Tensor,
         memory: Tensor,
         slot_mask: Tensor | None,
         pooled_sum: Tensor | None,
+        slot_offset: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked; with the pooled sum."""
-        # first, as it checks pooled_sum: attention must not run on inputs that are refused
-        pooled, new_sum = functional.pooled_gate(
-            x,
-            self.input_gate_projector.w,
-            prefix=self.pooled_gate == "prefix",
-            pooled_sum=pooled_sum,
-            num_pooled=0 if pooled_sum is None else slot_offset,
-            backend=self.backend,
-        )
-        read = functools.partial(
-            self._read_bank,
-            bank=self._operand(memory, x),
-            slot_offset=slot_offset,
-            slot_mask=slot_mask,
-        )
+        pooled, new_sum = self._pool(x, pooled_sum, slot_offset)
+        reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + x.shape[1]]
-        output, new_rows = self._rewrite(x, rows, pooled, read)
+        output, new_rows = self._rewrite(x, rows, pooled, reader)
         return output, write_rows(memory, new_rows, slot_offset), new_sum
 
-    def _forward_piece(self, cache: SegmentCache, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_piece(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
         pooled = self._pool_piece(x, cache)
-        return self._rewrite(x, rows, pooled, functools.partial(self._read_cache, cache=cache))
+        return self._rewrite(x, rows, pooled, PieceReader(self, cache))
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps of a token in a cache: name -> shape."""
@@ -242,34 +242,38 @@ class ReleaseMemory(MemoryLayer):
                 "whole segment, later tokens included; use pooled_gate='prefix', which has the "
                 "same parameters"
             )
-        real, is_prefix = cache.real(x.device), self.pooled_gate == "prefix"
+        real = cache.real(x.device)
         if real is not None:
             # relu(w * 0) adds nothing to the sum
             x = torch.where(real, x, 0.0)
         pooled_sum = cache.running_sum("pooled")
-        pooled, new_sum = functional.pooled_gate(
-            x,
-            self.input_gate_projector.w,
-            prefix=is_prefix,
-            pooled_sum=pooled_sum,
-            num_pooled=0 if pooled_sum is None else cache.start or 0,
-            backend=self.backend,
-        )
+        pooled, new_sum = self._pool(x, pooled_sum, cache.start or 0)
         cache.set_running_sum("pooled", new_sum)
-        if cache.start is None or (real is not None and not is_prefix):
+        if cache.start is None or (real is not None and self.pooled_gate == "segment"):
             # rows have pooled different numbers of tokens
             counts = cache.counts(x.shape[0], x.device)
             pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
         return pooled
 
+    def _pool(self, x: Tensor, pooled_sum: Tensor | None, num_pooled: int) -> tuple[Tensor, Tensor]:
+        return unchecked.pooled_gate(
+            x,
+            self.input_gate_projector.w,
+            prefix=self.pooled_gate == "prefix",
+            pooled_sum=pooled_sum,
+            num_pooled=0 if pooled_sum is None else num_pooled,
+            backend=self.backend,
+        )
+
     def _rewrite(
-        self, x: Tensor, rows: Tensor, pooled: Tensor, read: Read
+        self, x: Tensor, rows: Tensor, pooled: Tensor, reader: Reader
     ) -> tuple[Tensor, Tensor]:
         gate_bias = self._gate_bias(pooled)
-        candidate = self._attend(x, rows, read)
-        (gates,) = project(torch.tanh(self._operand(rows, x)), self.memory_gate_projector.linear)
+        candidate = self._attend(x, rows, reader)
+        opened = torch.tanh(self._operand(rows, x))
+        (gates,) = self._project(opened, self.memory_gate_projector.linear, width=2 * self.dim)
         input_gate, forget_gate = split_columns(gates, 2)
-        return functional.memory_update(
+        return unchecked.memory_update(
             x,
             candidate,
             rows,
@@ -279,26 +283,25 @@ class ReleaseMemory(MemoryLayer):
             backend=self.backend,
         )
 
-    def _attend(self, x: Tensor, rows: Tensor, read: Read) -> Tensor:
+    def _attend(self, x: Tensor, rows: Tensor, reader: Reader) -> Tensor:
         """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
-        (query,) = project(x, self.query_proj)
+        (query,) = self._project(x, self.query_proj)
         for block in range(self.num_blocks):
-            attended = self._normalise(
-                read(query, rows, block), rows, self.attended_memory_layernorm
-            )
+            read = reader.read(query, rows, block)
+            attended = self._normalise(read, rows, self.attended_memory_layernorm)
             mixed = attended
             for layer in self.attention_mlp:
-                (mixed,) = project(mixed, layer, relu=True)
+                (mixed,) = self._project(mixed, layer, relu=True)
             rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
         return rows
 
     def _normalise(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        return functional.residual_layer_norm(
+        return unchecked.residual_layer_norm(
             x, residual, norm.weight, norm.bias, norm.eps, backend=self.backend
         )
 
     def _gate_bias(self, pooled: Tensor) -> Tensor:
         """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
-        (gates,) = project(pooled, self.input_gate_projector.linear)
+        (gates,) = self._project(pooled, self.input_gate_projector.linear, width=2 * self.dim)
         biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
         return gates + biases.to(gates.dtype)

@@ -1,0 +1,123 @@
+"""The ops for callers who have checked their inputs: choose the backend, call the Function.
+
+What may be asked is what :mod:`lm2_kernels.functional` lets through, in the dtypes that an autocast
+casts to; a kernel that is handed anything else may read beyond its tensors.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.autograd import (
+    MemoryAttentionFunction,
+    MemoryUpdateFunction,
+    PooledGateFunction,
+    ResidualLayerNormFunction,
+    apply,
+)
+from lm2_kernels.backends import select
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with a contiguous last axis: itself, or a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed as a tensor on the device: no synchronisation, and a replayed CUDA graph
+    draws a new one.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+
+
+def memory_attention(
+    query: Tensor,  # (B, T, H, K)
+    key: Tensor,  # (B, N, H, K)
+    value: Tensor,  # (B, N, H, K)
+    *,
+    causal: bool,
+    slot_offset: int,
+    slot_mask: Tensor | None,  # (B, N)
+    scale: float | None,
+    top_k: int | None,
+    dropout_p: float,
+    backend: str | None,
+) -> Tensor:
+    """See :func:`lm2_kernels.memory_attention`."""
+    name = select("memory_attention", (query, key, value), backend)
+    out, _ = apply(
+        MemoryAttentionFunction,
+        _rows(query),
+        _rows(key),
+        _rows(value),
+        slot_mask,
+        draw_seed(query.device) if dropout_p > 0.0 else None,
+        causal,
+        # further on every token sees every slot, and a kernel's 32-bit sums stay small
+        min(slot_offset, key.shape[1]),
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        top_k,
+        float(dropout_p),
+        name,
+    )
+    return out
+
+
+def memory_update(
+    hidden: Tensor,  # (B, T, D)
+    candidate: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, T, D)
+    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
+    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    *,
+    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    output: str = "read",
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lm2_kernels.memory_update`."""
+    name = select("memory_update", (hidden, candidate, memory), backend)
+    return apply(
+        MemoryUpdateFunction,
+        _rows(hidden),
+        _rows(candidate),
+        _rows(memory),
+        _rows(input_gate),
+        _rows(forget_gate),
+        None if output_gate is None else _rows(output_gate),
+        None if gate_bias is None else _rows(gate_bias),
+        output,
+        name,
+    )
+
+
+def residual_layer_norm(
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    bias: Tensor,  # (D,)
+    eps: float,
+    *,
+    backend: str | None,
+) -> Tensor:
+    """See :func:`lm2_kernels.functional.residual_layer_norm`."""
+    name = select("residual_layer_norm", (x, residual, weight, bias), backend)
+    rows = (_rows(x), _rows(residual), _rows(weight), _rows(bias))
+    out, _, _ = apply(ResidualLayerNormFunction, *rows, eps, name)
+    return out
+
+
+def pooled_gate(
+    x: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    *,
+    prefix: bool,
+    pooled_sum: Tensor | None,  # (B, D)
+    num_pooled: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`lm2_kernels.functional.pooled_gate`."""
+    name = select("pooled_gate", (x, weight), backend)
+    pooled_sum = None if pooled_sum is None else _rows(pooled_sum)
+    return apply(PooledGateFunction, _rows(x), _rows(weight), pooled_sum, prefix, num_pooled, name)
