@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from lm2_kernels.backends import check_choice
 from lm2_kernels.checks import check_bool, check_dropout, check_eps, check_int, check_scale
+from lm2_kernels.layers.start import check_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,26 +117,13 @@ class LM2Config:
             raise ValueError(
                 f"LM2Config: memory_layers must ascend without repeats, got {self.memory_layers}"
             )
-        for name, choices in (
-            ("formulation", ("paper", "release")),
-            ("flow", ("depth", "time")),
-            ("pooled_gate", ("prefix", "segment")),
-            ("memory_init", ("identity", "zeros", "learned")),
-        ):
+        for name, choices in (("flow", ("depth", "time")), ("pooled_gate", ("prefix", "segment"))):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"LM2Config: {name} must be one of {choices}, got {getattr(self, name)!r}"
                 )
-        if self.formulation == "paper" and self.memory_init == "zeros":
-            raise ValueError(
-                "LM2Config: memory_init='zeros' is for the release formulation: the paper's has no "
-                "biases, so what is read from zeros and written back is zeros for ever"
-            )
-        if self.zero_init and self.formulation == "release" and self.memory_init != "zeros":
-            raise ValueError(
-                "LM2Config: zero_init of the release formulation needs memory_init='zeros': its "
-                "output is x plus the new memory, to which the old one contributes"
-            )
+        inits = ("identity", "zeros", "learned")
+        check_start("LM2Config", self.formulation, self.memory_init, self.zero_init, inits)
 
     @classmethod
     def published(cls, **changes: object) -> "LM2Config":

@@ -19,6 +19,7 @@ from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.layers.start import zero_init
 from lm2_kernels.linear import project
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.generation import Generated, generate
@@ -192,13 +193,9 @@ class LM2ForCausalLM(nn.Module):
             bank = initial_memory(config.num_banks, config.memory_slots, config.hidden_size)
             with torch.no_grad():
                 self.initial_memory.copy_(bank)
-        if not self.config.zero_init:
-            return
-        for layer in self.memory_layers():
-            if isinstance(layer, PaperMemory):
-                nn.init.zeros_(layer.value_proj.weight)
-            else:
-                nn.init.zeros_(layer.attended_memory_layernorm2.weight)
+        if self.config.zero_init:
+            for layer in self.memory_layers():
+                zero_init(layer)
 
     def memory_layers(self) -> list[nn.Module]:
         """The memory layers, first block first."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_bool, check_int
+from lm2_kernels.layers import start
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
@@ -95,27 +96,9 @@ def add_memory(
     check_int("add_memory", "memory_slots", memory_slots, 1)
     check_bool("add_memory", "zero_init", zero_init)
     check_bool("add_memory", "freeze", freeze)
-    if formulation not in ("paper", "release"):
-        raise ValueError(
-            f"add_memory: formulation must be 'paper' or 'release', got {formulation!r}"
-        )
-    is_paper = formulation == "paper"
     if memory_init is None:
-        memory_init = "zeros" if zero_init and not is_paper else "identity"
-    if memory_init not in ("identity", "zeros"):
-        raise ValueError(
-            f"add_memory: memory_init must be 'identity' or 'zeros', got {memory_init!r}"
-        )
-    if is_paper and memory_init == "zeros":
-        raise ValueError(
-            "add_memory: memory_init='zeros' is for the release formulation: without biases, what "
-            "the paper's reads from zeros and writes back is zeros for ever"
-        )
-    if zero_init and not is_paper and memory_init != "zeros":
-        raise ValueError(
-            "add_memory: zero_init of the release formulation needs memory_init='zeros': its "
-            "output is x plus the new memory, to which the old one contributes"
-        )
+        memory_init = "zeros" if zero_init and formulation == "release" else "identity"
+    start.check_start("add_memory", formulation, memory_init, zero_init, ("identity", "zeros"))
     list_name, decoder, blocks = find_blocks(model)
     if layers is None:
         layers = [index for index, block in enumerate(blocks) if is_block(block)]
@@ -140,7 +123,7 @@ def add_memory(
     for index in layers:
         block = blocks[index]
         like = next(p for p in block.parameters() if p.is_floating_point() and p.itemsize > 1)
-        kind = PaperMemory if is_paper else _AddedRelease
+        kind = PaperMemory if formulation == "paper" else _AddedRelease
         layer = kind(
             block.self_attn.o_proj.out_features,
             num_heads,
@@ -150,9 +133,7 @@ def add_memory(
             dtype=like.dtype,
         )
         if zero_init:
-            nn.init.zeros_(
-                (layer.value_proj if is_paper else layer.attended_memory_layernorm2).weight
-            )
+            start.zero_init(layer)
         new.append(layer.train(block.training))
 
     options = {

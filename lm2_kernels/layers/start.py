@@ -1,0 +1,40 @@
+"""What a memory may start from, and layers that start by computing nothing: for every model."""
+
+from torch import nn
+
+from lm2_kernels.layers.paper import PaperMemory
+from lm2_kernels.layers.release import ReleaseMemory
+
+FORMULATIONS = ("paper", "release")
+
+
+def check_start(
+    op: str, formulation: str, memory_init: str, zero_init: bool, choices: tuple[str, ...]
+) -> None:
+    """Raise ValueError unless the bank's start goes with the formulation and with ``zero_init``."""
+    for name, value, known in (
+        ("formulation", formulation, FORMULATIONS),
+        ("memory_init", memory_init, choices),
+    ):
+        if value not in known:
+            raise ValueError(f"{op}: {name} must be one of {known}, got {value!r}")
+    if formulation == "paper" and memory_init == "zeros":
+        raise ValueError(
+            f"{op}: memory_init='zeros' is for the release formulation: the paper's has no biases, "
+            f"so what is read from zeros and written back is zeros for ever"
+        )
+    if zero_init and formulation == "release" and memory_init != "zeros":
+        raise ValueError(
+            f"{op}: zero_init of the release formulation needs memory_init='zeros': its output is "
+            f"x plus the new memory, to which the old one contributes"
+        )
+
+
+def zero_init(layer: PaperMemory | ReleaseMemory) -> None:
+    """Have the layer give back ``x``: the paper's reads 0, the release's proposes 0.
+
+    Of the release formulation that holds for a bank of zeros.
+    """
+    is_paper = isinstance(layer, PaperMemory)
+    last = layer.value_proj if is_paper else layer.attended_memory_layernorm2
+    nn.init.zeros_(last.weight)
