@@ -38,7 +38,8 @@ def _fake(function: str, results: Callable[..., tuple[Tensor, ...]]) -> Callable
     places = [names.index(name) for name in inspect.signature(results).parameters]
 
     def fake(*args):
-        return results(*(args[place] for place in places))
+        made = results(*(args[place] for place in places))
+        return made if len(made) > 1 else made[0]
 
     return fake
 

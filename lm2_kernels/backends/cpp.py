@@ -83,7 +83,7 @@ def _reason(op: str, device_type: str, device_index: int | None) -> str | None:
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     """See :mod:`lm2_kernels.backends.contract`."""
     if not tensors:
-        return extension.cpu_reason()
+        return _reason(op, "cpu", None)
     device = tensors[0].device
     reason = _reason(op, device.type, device.index)
     if reason is not None or device.type not in _cuda_like:

@@ -479,8 +479,10 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
 
 # --- all ---------------------------------------------------------------------------------------
 
+_OPS = ("memory_attention", "memory_update", "residual_layer_norm")
+
 WORKS: dict[str, Callable[[Shape, torch.dtype, str], Work]] = {
-    **{op: functools.partial(_op, op) for op in backends.OPS if op != "pooled_gate"},
+    **{op: functools.partial(_op, op) for op in _OPS},
     DROPOUT: functools.partial(_op, "memory_attention", dropout_p=0.9),
     "paper layer": functools.partial(_layer, "paper"),
     "release layer": functools.partial(_layer, "release"),
@@ -492,7 +494,7 @@ WORKS: dict[str, Callable[[Shape, torch.dtype, str], Work]] = {
 
 def fits(name: str, shape: Shape) -> bool:
     """Whether a work makes sense at a shape."""
-    if name in (*backends.OPS, DROPOUT):
+    if name in (*_OPS, DROPOUT):
         return True
     if name in ("training step", "prefill", "decode step"):
         return shape.tokens == shape.slots

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.backends import OPS
 from lm2_kernels.checks import check_eps, check_int, check_pooled_sum, go_together
 from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
 from lm2_kernels.linear import split_columns
@@ -67,7 +66,7 @@ class ReleaseMemory(MemoryLayer):
         TypeError, ValueError: an option of the wrong type or out of range.
     """
 
-    OPS = OPS
+    OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
     PACKED = (("key_proj", "value_proj"),)
 
     def __init__(

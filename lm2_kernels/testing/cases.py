@@ -165,6 +165,90 @@ class Inputs(NamedTuple):
     cotangents: tuple[Tensor, ...]
 
 
+# draws a tensor of a shape, in the case's dtype or in the one that an option names
+_Draw = Callable[..., Tensor]
+
+
+def _attention_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> Inputs:
+    bank = (case.batch, case.slots, case.heads, case.width)
+    read = (case.batch, case.tokens, case.heads, case.width)
+    tensors = {"query": draw(*read), "key": draw(*bank), "value": draw(*bank)}
+    cotangents = (draw(*read),)
+    constants = {
+        name: value for name, value in case.options if name not in ("slot_mask", "dropout_p")
+    }
+    device = tensors["query"].device
+    if case.option("slot_mask") == "random":
+        mask = torch.rand(case.batch, case.slots, generator=generator) < 0.5
+        constants["slot_mask"] = mask.to(device)
+    elif case.option("slot_mask") == "prefix":
+        # the first tokens of a causal read see nothing at all
+        mask = torch.arange(case.slots) >= case.slots // 3
+        constants["slot_mask"] = mask.expand(case.batch, -1).to(device)
+    if case.option("dropout_p"):
+        constants["dropout_p"] = case.option("dropout_p")
+    return Inputs(tensors, constants, cotangents)
+
+
+def _update_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> Inputs:
+    batch, tokens, width = case.batch, case.tokens, case.width
+    rows = (batch, tokens, width)
+    gate = (batch, 1, width) if case.option("broadcast") else rows
+    tensors = {
+        "hidden": draw(*rows, like=case.option("hidden")),
+        "candidate": draw(*rows),
+        "memory": draw(*rows, like=case.option("memory")),
+        "input_gate": draw(*gate),
+        "forget_gate": draw(*rows),
+    }
+    constants: dict[str, object] = {}
+    if case.option("output_gate"):
+        tensors["output_gate"] = draw(*gate)
+        constants["output"] = case.option("output", "read")
+    if case.option("gate_bias"):
+        biased = tokens if case.option("gate_bias") == "prefix" else 1
+        tensors["gate_bias"] = draw(batch, biased, 2 * width)
+    cotangents = (
+        draw(*rows, like=case.option("hidden")),
+        draw(*rows, like=case.option("memory")),
+    )
+    return Inputs(tensors, constants, cotangents)
+
+
+def _layer_norm_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> Inputs:
+    rows = (case.batch, case.tokens, case.width)
+    tensors = {
+        "x": draw(*rows),
+        "residual": draw(*rows, like=case.option("residual")),
+        "weight": draw(case.width, like=case.option("parameters")),
+        "bias": draw(case.width, like=case.option("parameters")),
+    }
+    return Inputs(tensors, {}, (draw(*rows),))
+
+
+def _pool_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> Inputs:
+    batch, tokens, width = case.batch, case.tokens, case.width
+    prefix = bool(case.option("prefix"))
+    tensors = {"x": draw(batch, tokens, width), "weight": draw(width)}
+    constants: dict[str, object] = {"prefix": prefix}
+    if case.option("num_pooled"):
+        tensors["pooled_sum"] = draw(batch, width, like="float32")
+        constants["num_pooled"] = case.option("num_pooled")
+    cotangents = (
+        draw(batch, tokens if prefix else 1, width),
+        draw(batch, width, like="float32"),
+    )
+    return Inputs(tensors, constants, cotangents)
+
+
+INPUTS = {
+    "memory_attention": _attention_inputs,
+    "memory_update": _update_inputs,
+    "residual_layer_norm": _layer_norm_inputs,
+    "pooled_gate": _pool_inputs,
+}
+
+
 Layout = Callable[[Tensor], Tensor]
 # elements from which on a CPU thread's normal numbers take longer than a GPU's kernels
 _LARGE = 2**18
@@ -196,66 +280,7 @@ def make_inputs(
         tensor = tensor.to(wanted).to(device)
         return tensor if layout is None else layout(tensor)
 
-    batch, tokens, width = case.batch, case.tokens, case.width
-    rows = (batch, tokens, width)
-    constants: dict[str, object] = {}
-    accumulated = "float64" if dtype == torch.float64 else "float32"
-    if case.op == "memory_attention":
-        bank = (batch, case.slots, case.heads, width)
-        read = (batch, tokens, case.heads, width)
-        tensors = {"query": draw(*read), "key": draw(*bank), "value": draw(*bank)}
-        cotangents = (draw(*read),)
-        constants = {
-            name: value for name, value in case.options if name not in ("slot_mask", "dropout_p")
-        }
-        if case.option("slot_mask") == "random":
-            mask = torch.rand(batch, case.slots, generator=generator) < 0.5
-            constants["slot_mask"] = mask.to(device)
-        elif case.option("slot_mask") == "prefix":
-            # the first tokens of a causal read see nothing at all
-            mask = torch.arange(case.slots) >= case.slots // 3
-            constants["slot_mask"] = mask.expand(batch, -1).to(device)
-        if case.option("dropout_p"):
-            constants["dropout_p"] = case.option("dropout_p")
-    elif case.op == "memory_update":
-        gate = (batch, 1, width) if case.option("broadcast") else rows
-        tensors = {
-            "hidden": draw(*rows, like=case.option("hidden")),
-            "candidate": draw(*rows),
-            "memory": draw(*rows, like=case.option("memory")),
-            "input_gate": draw(*gate),
-            "forget_gate": draw(*rows),
-        }
-        if case.option("output_gate"):
-            tensors["output_gate"] = draw(*gate)
-            constants["output"] = case.option("output", "read")
-        if case.option("gate_bias"):
-            biased = tokens if case.option("gate_bias") == "prefix" else 1
-            tensors["gate_bias"] = draw(batch, biased, 2 * width)
-        cotangents = (
-            draw(*rows, like=case.option("hidden")),
-            draw(*rows, like=case.option("memory")),
-        )
-    elif case.op == "residual_layer_norm":
-        tensors = {
-            "x": draw(*rows),
-            "residual": draw(*rows, like=case.option("residual")),
-            "weight": draw(width, like=case.option("parameters")),
-            "bias": draw(width, like=case.option("parameters")),
-        }
-        cotangents = (draw(*rows),)
-    else:
-        prefix = bool(case.option("prefix"))
-        tensors = {"x": draw(*rows), "weight": draw(width)}
-        constants = {"prefix": prefix}
-        if case.option("num_pooled"):
-            tensors["pooled_sum"] = draw(batch, width, like=accumulated)
-            constants["num_pooled"] = case.option("num_pooled")
-        cotangents = (
-            draw(batch, tokens if prefix else 1, width),
-            draw(batch, width, like=accumulated),
-        )
-    return Inputs(tensors, constants, cotangents)
+    return INPUTS[case.op](case, draw, generator)
 
 
 def example_tensors(op: str, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:

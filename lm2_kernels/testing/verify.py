@@ -39,7 +39,7 @@ GOLDEN_FLOAT64 = 1e-12
 # below this an element of a golden tensor is float64's rounding error of a 0
 GOLDEN_ZERO = ZERO_FLOOR * torch.finfo(torch.float64).eps
 LAYERS = {"paper": "PaperMemory", "release": "ReleaseMemory"}
-LAYER_OPS = {"PaperMemory": ("memory_attention", "memory_update"), "ReleaseMemory": backends.OPS}
+LAYER_OPS = {layer.__name__: layer.OPS for layer in (PaperMemory, ReleaseMemory)}
 _MAX_FAILURES_SHOWN = 20
 
 
