@@ -1,7 +1,8 @@
 """The oracle: every op and both layers in plain differentiable PyTorch, equation by equation.
 
 This file is the specification. It imports torch alone, runs in any dtype, materialises what it
-likes, and is what every backend is tested against. Nothing else in the package calls it.
+likes, and is what every backend is tested against: ``testing`` and ``bench`` compare with it, and
+no layer or op computes with it.
 
 Shapes, used everywhere in the package:
 

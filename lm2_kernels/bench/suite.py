@@ -58,7 +58,7 @@ class Selection:
     def has_lengths(self) -> bool:
         return not self.works or GROWTH in self.works
 
-    def pieces(self) -> list[tuple[str, Shape, torch.dtype]]:
+    def jobs(self) -> list[tuple[str, Shape, torch.dtype]]:
         """The (work, shape, dtype) to measure, in order."""
         return [
             (name, shape, getattr(torch, dtype))
@@ -88,8 +88,8 @@ def run(
         budget: seconds, about, from the first ceilings on: a work that was begun is finished. What
             is left when they are spent is listed as skipped; so is what cannot be made here. A row
             that disagrees with the oracle is timed, and its results say so ("wrong").
-        progress: called with how many pieces are done, of how many, and the next one's name.
-        save: called with the report so far before the first piece and after each.
+        progress: called with how many jobs are done, of how many, and the next one's name.
+        save: called with the report so far before the first job and after each.
 
     Returns:
         What :mod:`lm2_kernels.bench.report` shows.
@@ -110,10 +110,10 @@ def run(
     end = time.monotonic() + budget
     save = save or (lambda report: None)
     save(report)
-    pieces = selection.pieces()
+    jobs = selection.jobs()
     lengths = LENGTHS if selection.has_lengths else ()
-    total = len(pieces) + len(lengths)
-    for index, (name, shape, dtype) in enumerate(pieces):
+    total = len(jobs) + len(lengths)
+    for index, (name, shape, dtype) in enumerate(jobs):
         title = f"{name} {shape.name} {dtype_name(dtype)}"
         left = end - time.monotonic()
         if left <= 0.0:
@@ -123,10 +123,10 @@ def run(
             progress(index, total, title)
         work = works.WORKS[name](shape, dtype, device)
         report["results"] += _measure(work, selection, left / (total - index), report)
-        # after every piece: what else the machine did may have hit the other measurements
+        # after every job: what else the machine did may have hit the other measurements
         raise_ceilings(report, measure.ceilings(dtypes, device))
         save(report)
-    for index, shape in enumerate(lengths, start=len(pieces)):
+    for index, shape in enumerate(lengths, start=len(jobs)):
         if end <= time.monotonic():
             report["skipped"].append(f"{_LENGTH_WORK} {shape.name}: out of time")
             continue

@@ -1,6 +1,6 @@
 """The works that are benchmarked, and for each the rows: everything that can do it.
 
-A work is a piece of computation at one shape in one dtype. Its rows share inputs and weights, and
+A work is a computation at one shape in one dtype. Its rows share inputs and weights, and
 each is held to the float64 oracle before it is timed.
 """
 

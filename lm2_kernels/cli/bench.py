@@ -122,7 +122,7 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
         device=device,
         graphs=options.graphs,
     )
-    if not selection.pieces() and not selection.has_lengths:
+    if not selection.jobs() and not selection.has_lengths:
         raise ValueError(f"no work of {selection.works} fits shapes {selection.shapes}")
     return selection
 

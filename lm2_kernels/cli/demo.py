@@ -213,7 +213,7 @@ def _models(seed: int) -> tuple[LM2ForCausalLM, LM2ForCausalLM]:
         num_hidden_layers=2,
         num_attention_heads=4,
         rope_theta=_ROPE_THETA,
-        memory_slots=TASK.slots,
+        memory_slots=TASK.segment_length,
         memory_heads=4,
         formulation="paper",
         flow="time",

@@ -72,7 +72,7 @@ class QATask:
     which of the two a story is for.
 
     Args:
-        slots: tokens of a segment, which are the model's ``memory_slots``.
+        segment_length: tokens of a segment, which are the model's ``memory_slots``.
         fact_segments: segments of facts before that of the questions.
         sentences: sentences of a segment of facts.
         people: how many people there are, at most 8.
@@ -85,7 +85,7 @@ class QATask:
         TypeError, ValueError: an option does not fit.
     """
 
-    slots: int = 24
+    segment_length: int = 24
     fact_segments: int = 1
     sentences: int = 6
     people: int = 3
@@ -94,9 +94,9 @@ class QATask:
     noise: float = 0.2
 
     def __post_init__(self):
-        check_int("QATask", "slots", self.slots, _QUESTION)
+        check_int("QATask", "segment_length", self.segment_length, _QUESTION)
         check_int("QATask", "fact_segments", self.fact_segments, 1)
-        check_int("QATask", "sentences", self.sentences, 1, self.slots // _SENTENCE)
+        check_int("QATask", "sentences", self.sentences, 1, self.segment_length // _SENTENCE)
         for name, known in (("people", _PEOPLE), ("places", _PLACES), ("objects", _OBJECTS)):
             check_int("QATask", name, getattr(self, name), int(name != "objects"), len(known))
         if self.places <= self.people:
@@ -119,7 +119,7 @@ class QATask:
     @property
     def length(self) -> int:
         """Tokens of an example."""
-        return (self.fact_segments + 1) * self.slots
+        return (self.fact_segments + 1) * self.segment_length
 
     def examples(
         self, seed: int, *, questions: int = 1, hops: int | None = None, validation: bool = False
@@ -175,12 +175,12 @@ class QATask:
             words += itertools.chain.from_iterable(
                 example.sentences[first : first + self.sentences]
             )
-            words += [PAD] * (-len(words) % self.slots)
+            words += [PAD] * (-len(words) % self.segment_length)
         asked = ["where"]
         for question in example.questions:
             asked += (question.subject, *question.answer[:-1])
         asked.append(PAD)
-        return " ".join(words + [PAD] * (self.slots - len(asked)) + asked)
+        return " ".join(words + [PAD] * (self.segment_length - len(asked)) + asked)
 
     def _example(self, generator: random.Random, questions: int, hops: int | None) -> Example:
         def choose(things: Sequence):

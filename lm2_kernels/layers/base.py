@@ -137,9 +137,9 @@ class MemoryLayer(nn.Module):
         check_shape(op, "memory (with a cache, the rows)", rows, "(B, T, D)", tuple(x.shape))
         if x.shape[1] != cache.num_tokens:
             raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
-        if self.top_k is not None and self.top_k > cache.slots:
+        if self.top_k is not None and self.top_k > cache.segment_length:
             raise ValueError(
-                f"{op}: top_k must be between 1 and N = {cache.slots}, got {self.top_k}"
+                f"{op}: top_k must be between 1 and N = {cache.segment_length}, got {self.top_k}"
             )
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")

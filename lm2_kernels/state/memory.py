@@ -42,7 +42,7 @@ class SegmentCache:
         starts: each row's position, or None where all are at 0. If they differ, the piece is one
             token long.
         num_tokens: T, the piece's length.
-        slots: N, the most entries there can be.
+        segment_length: the most tokens of a segment, and so entries that there can be.
         lengths: how many of the T tokens of each row are real (the first ones); None is all.
         keep: whether the segment goes on after the piece.
         in_place: whether ``tensors`` may be written to.
@@ -53,7 +53,7 @@ class SegmentCache:
         tensors: Mapping[str, Tensor],
         starts: Sequence[int] | None,
         num_tokens: int,
-        slots: int,
+        segment_length: int,
         *,
         lengths: Sequence[int] | None = None,
         keep: bool = True,
@@ -71,11 +71,11 @@ class SegmentCache:
         self.num_tokens = num_tokens
         # entries that a row can have, with this piece
         self.size = (max(starts) if self.start is None else self.start) + num_tokens
-        if self.size > slots:
+        if self.size > segment_length:
             raise ValueError(
-                f"SegmentCache: a segment has at most {slots} tokens, one a slot, got {self.size}"
+                f"SegmentCache: a segment has at most {segment_length} tokens, got {self.size}"
             )
-        self.slots = slots
+        self.segment_length = segment_length
         self.lengths = lengths
         self.keep = keep
         # a whole segment in one piece neither finds nor leaves anything
@@ -229,7 +229,7 @@ class SegmentCache:
         )
         if usable:
             return old
-        capacity = min(self.slots, max(2 * self.size, _MIN_CAPACITY))
+        capacity = min(self.segment_length, max(2 * self.size, _MIN_CAPACITY))
         # zeros: entries that mean nothing still meet a factor of 0 in some attention
         room = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
         if old is not None:
@@ -504,7 +504,12 @@ class MemoryState:
         return index.long()
 
     def piece(
-        self, num_tokens: int, slots: int, *, lengths: Sequence[int] | None = None, keep: bool
+        self,
+        num_tokens: int,
+        segment_length: int,
+        *,
+        lengths: Sequence[int] | None = None,
+        keep: bool,
     ) -> tuple[list[Tensor], SegmentCache]:
         """For the layers: the next T tokens' rows of each bank (B, T, D), and their cache.
 
@@ -516,7 +521,7 @@ class MemoryState:
             self._cache,
             self._starts,
             num_tokens,
-            slots,
+            segment_length,
             lengths=lengths,
             keep=keep,
             in_place=in_place,
@@ -544,16 +549,16 @@ class MemoryState:
         starts = cache.ends(self.batch)
         if not cache.keep:
             return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
-        if cache.slots in starts:
-            full = torch.tensor([start == cache.slots for start in starts])
+        if cache.segment_length in starts:
+            full = torch.tensor([start == cache.segment_length for start in starts])
             banks = []
             for index, bank in enumerate(self._incoming):
                 # a segment's buffer has room for all slots once a row has filled them
-                written = cache.tensors[_rows_name(index)][:, : cache.slots]
+                written = cache.tensors[_rows_name(index)][:, : cache.segment_length]
                 is_full = full.to(bank.device)[:, None, None]
                 banks.append(written if full.all() else torch.where(is_full, written, bank))
             # the rows that begin anew will write over entries that earlier states still read
-            starts = [start % cache.slots for start in starts]
+            starts = [start % cache.segment_length for start in starts]
             return self._make(banks, starts, cache.tensors, self.batch)
         return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
 

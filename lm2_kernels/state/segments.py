@@ -53,7 +53,7 @@ def run_segments(
     step: Step,
     inputs: Tensor,  # (B, L, ...)
     state: MemoryState,
-    slots: int,
+    segment_length: int,
     lengths: Sequence[int] | None = None,
     *,
     keep: bool,
@@ -65,7 +65,7 @@ def run_segments(
         step: computes one piece.
         inputs: (B, L, ...), each row's real tokens first.
         state: of batch B.
-        slots: N, the length of a segment.
+        segment_length: tokens of a segment.
         lengths: how many tokens of each row are real; None is all.
         keep: whether the returned state stands where the tokens end; else it stands between two
             segments.
@@ -76,7 +76,9 @@ def run_segments(
     """
     length = inputs.shape[1]
     longest = length if lengths is None else max(lengths, default=length)
-    outputs, state = _run(step, inputs[:, :longest], state, slots, lengths, keep, bptt_segments, 0)
+    outputs, state = _run(
+        step, inputs[:, :longest], state, segment_length, lengths, keep, bptt_segments, 0
+    )
     if longest < length:
         padding = outputs.new_zeros(outputs.shape[0], length - longest, *outputs.shape[2:])
         outputs = torch.cat([outputs, padding], dim=1)
@@ -87,7 +89,7 @@ def _run(
     step: Step,
     inputs: Tensor,
     state: MemoryState,
-    slots: int,
+    segment_length: int,
     lengths: Sequence[int] | None,
     keep: bool,
     bptt_segments: int | None,
@@ -100,16 +102,20 @@ def _run(
             state = state.detach()
         if state.start is None and inputs.shape[1] > 1:
             output, state = _run_groups(
-                step, inputs, state, slots, lengths, keep, bptt_segments, segments
+                step, inputs, state, segment_length, lengths, keep, bptt_segments, segments
             )
             outputs.append(output)
             break
-        num_tokens = 1 if state.start is None else min(slots - state.start, inputs.shape[1])
+        num_tokens = (
+            1 if state.start is None else min(segment_length - state.start, inputs.shape[1])
+        )
         here, left = _cut(lengths, num_tokens)
         # a row that has no more tokens must not lose its place while the others go on
         stays = keep or (here is not None and num_tokens < inputs.shape[1])
-        is_whole = here is None and num_tokens == slots
-        rows, cache = state.piece(num_tokens, slots, lengths=here, keep=stays and not is_whole)
+        is_whole = here is None and num_tokens == segment_length
+        rows, cache = state.piece(
+            num_tokens, segment_length, lengths=here, keep=stays and not is_whole
+        )
         output, new_rows = step(inputs[:, :num_tokens], rows, cache)
         state = state.after(cache, new_rows)
         outputs.append(output)
@@ -132,7 +138,7 @@ def _run_groups(
     step: Step,
     inputs: Tensor,
     state: MemoryState,
-    slots: int,
+    segment_length: int,
     lengths: Sequence[int] | None,
     keep: bool,
     bptt_segments: int | None,
@@ -154,7 +160,7 @@ def _run_groups(
                 step,
                 inputs[index, : max(own)],
                 part,
-                slots,
+                segment_length,
                 own,
                 keep,
                 bptt_segments,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 __all__ = ["Bytes", "Corpus", "Ids", "Words", "load_tokenizer", "save_tokenizer"]
 
-TOKENIZER = "tokenizer.json"
+# not tokenizer.json, which is what transformers calls a file of another format
+TOKENIZER = "lm2_tokenizer.json"
 
 
 class Bytes:
@@ -89,7 +90,7 @@ Tokenizer = Bytes | Words | Ids
 
 
 def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write ``tokenizer.json`` beside a model."""
+    """Write ``lm2_tokenizer.json`` beside a model."""
     content = {"kind": tokenizer.kind}
     if isinstance(tokenizer, Words):
         content["words"] = list(tokenizer.words)

@@ -131,7 +131,7 @@ def test_shapes_for_gpus_alone():
     (large,) = {shape.name for shape in GPU_SHAPES}
 
     def names(**options):
-        pieces = suite.Selection(("paper layer",), dtypes=("float32",), **options).pieces()
+        pieces = suite.Selection(("paper layer",), dtypes=("float32",), **options).jobs()
         return [shape.name for _, shape, _ in pieces]
 
     assert large not in names()

@@ -7,7 +7,7 @@ import torch
 
 from lm2_kernels.evaluation.stories import PAD, Example, QATask, Question
 
-SMALL = QATask(slots=24, fact_segments=2, sentences=5, people=3, places=5, objects=2)
+SMALL = QATask(segment_length=24, fact_segments=2, sentences=5, people=3, places=5, objects=2)
 
 
 def _examples(task, count, seed=0, **options):
@@ -56,7 +56,7 @@ def test_same_seed_same_examples():
 
 def test_validation_shares_no_story():
     # so few stories that streams of one set meet
-    task = QATask(slots=9, sentences=3, people=2, places=4, objects=1)
+    task = QATask(segment_length=9, sentences=3, people=2, places=4, objects=1)
     stories = [
         {example.sentences for example in _examples(task, 300, seed, validation=validation)}
         for seed in (0, 1)
@@ -71,7 +71,7 @@ def test_facts_and_questions_lie_in_different_segments():
     examples = _examples(SMALL, 50, questions=2)
     batch = SMALL.collate(examples)
     assert batch["input_ids"].shape == batch["labels"].shape == (50, SMALL.length) == (50, 72)
-    *facts, asked = batch["input_ids"].split(SMALL.slots, dim=1)
+    *facts, asked = batch["input_ids"].split(SMALL.segment_length, dim=1)
     decode = SMALL.vocabulary.decode
     for row, example in enumerate(examples):
         told = " ".join(decode(segment[row].tolist()) for segment in facts)
@@ -92,7 +92,7 @@ def test_labels_are_the_answers():
         (("mary", "entered", "cellar"), ("ball", "with", "mary")),
         (mary, Question("ball", ("mary", "cellar")), mary),
     )
-    batch = QATask(slots=8, sentences=2, people=1, objects=1).collate([example])
+    batch = QATask(segment_length=8, sentences=2, people=1, objects=1).collate([example])
     decode = QATask().vocabulary.decode
     asked = decode(batch["input_ids"][0, 8:].tolist()).split()
     assert asked == f"{PAD} {PAD} where mary ball mary mary {PAD}".split()
@@ -109,7 +109,7 @@ def test_labels_are_the_answers():
 def test_questions_hold_no_place(hops):
     batch = SMALL.collate(_examples(SMALL, 100, questions=2, hops=hops))
     decode = SMALL.vocabulary.decode
-    asked = decode(batch["input_ids"][:, -SMALL.slots :].flatten().tolist()).split()
+    asked = decode(batch["input_ids"][:, -SMALL.segment_length :].flatten().tolist()).split()
     places = set(decode(batch["labels"][:, -1].tolist()).split())
     assert len(places) == SMALL.places
     assert not places & set(asked)
@@ -143,8 +143,8 @@ def test_answers_are_balanced():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"slots": 3}, "slots must be at least 4"),
-        ({"slots": 13, "sentences": 5}, "sentences must be between 1 and 4"),
+        ({"segment_length": 3}, "segment_length must be at least 4"),
+        ({"segment_length": 13, "sentences": 5}, "sentences must be between 1 and 4"),
         ({"people": 9}, "people must be between 1 and 8"),
         ({"people": 3, "places": 3}, "more places than people"),
         ({"sentences": 4}, "need 5 sentences, there are 4"),

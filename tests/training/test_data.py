@@ -77,7 +77,7 @@ def test_tokenizers(tmp_path):
         Ids().encode("hello")
     with pytest.raises(ValueError, match="twice"):
         Words(["a", "a"])
-    path = tmp_path / "tokenizer.json"
+    path = tmp_path / "lm2_tokenizer.json"
     for text in ("{", "[]", '{"kind": "other"}', '{"kind": "words"}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="names no tokenizer"):

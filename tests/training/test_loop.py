@@ -45,7 +45,7 @@ def _factors(*factors):
 
 def _tiny():
     torch.manual_seed(0)
-    task = QATask(slots=8, sentences=2, people=1, places=2, objects=1)
+    task = QATask(segment_length=8, sentences=2, people=1, places=2, objects=1)
     config = LM2Config(task.vocabulary.vocab_size, 16, 32, 1, 2, memory_slots=8, memory_heads=2)
     return task, LM2ForCausalLM(config)
 
