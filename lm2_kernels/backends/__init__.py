@@ -6,7 +6,6 @@ Backends never import one another. What two of them share lives in
 """
 
 import contextlib
-import functools
 import importlib
 import os
 import warnings
@@ -83,16 +82,22 @@ def check_choice(backend: str, source: str = "backend") -> None:
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
 
 
+# by type of device: asking whether autocast is enabled raises on a device without it (meta)
+_has_autocast: dict[str, bool] = {}
+
+
 @constant_when_compiled
-@functools.cache
-def _has_autocast(device_type: str) -> bool:
-    # asking whether it is enabled raises on a device without it (meta)
-    return torch.amp.is_autocast_available(device_type)
+def _find_autocast(device_type: str) -> bool:
+    _has_autocast[device_type] = torch.amp.is_autocast_available(device_type)
+    return _has_autocast[device_type]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast in force on this type of device, or None."""
-    if _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+    available = _has_autocast.get(device_type)
+    if available is None:
+        available = _find_autocast(device_type)
+    if available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
 

@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -581,8 +582,11 @@ def test_compiled_in_one_graph_for_any_batch(kind, options):
     torch._dynamo.reset()
     layer, counter = make_layer(kind, **options), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
-    for batch in (2, 3, 4, 5, 7, 8):
-        check_compiled(layer, compiled, batch)
+    with warnings.catch_warnings():
+        # what torch.compile says of our code
+        warnings.filterwarnings("error", message="Dynamo")
+        for batch in (2, 3, 4, 5, 7, 8):
+            check_compiled(layer, compiled, batch)
     assert counter.frame_count <= 2
 
 
