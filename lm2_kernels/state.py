@@ -5,7 +5,6 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 :class:`SegmentCache`.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -48,6 +47,21 @@ class SegmentCache:
         in_place: whether ``tensors`` may be written to.
     """
 
+    # all but the prefix
+    _SHARED = (
+        "tensors",
+        "starts",
+        "start",
+        "num_tokens",
+        "size",
+        "slots",
+        "lengths",
+        "keep",
+        "is_open",
+        "in_place",
+        "_made",
+    )
+
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
@@ -87,7 +101,10 @@ class SegmentCache:
 
     def scope(self, prefix: str) -> "SegmentCache":
         """The same cache, in which every name begins with ``prefix``."""
-        scoped = copy.copy(self)
+        # not copy.copy: torch.compile of torch 2.11 does not trace it
+        scoped = object.__new__(SegmentCache)
+        for name in self._SHARED:
+            setattr(scoped, name, getattr(self, name))
         scoped._prefix = f"{self._prefix}{prefix}."
         return scoped
 
