@@ -8,8 +8,9 @@ slots is taken in segments. A segment is its own self-attention window, its toke
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -381,7 +382,7 @@ class LM2ForCausalLM(nn.Module):
             else:
                 nn.init.zeros_(layer.attended_memory_layernorm2.weight)
 
-    def memory_layers(self) -> list[nn.Module]:
+    def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
         return [block.memory for block in self.model.layers if block.memory is not None]
 
@@ -485,6 +486,20 @@ class LM2ForCausalLM(nn.Module):
             memory=state if use_cache or self.config.num_banks > 0 else None,
         )
 
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns Any
+        def __call__(
+            self,
+            input_ids: Tensor,
+            labels: Tensor | None = None,
+            memory: MemoryState | None = None,
+            *,
+            attention_mask: Tensor | None = None,
+            use_cache: bool = False,
+            bptt_segments: int | None = None,
+            return_logits: bool | None = None,
+        ) -> LM2Output: ...
+
     def read(
         self,
         input_ids: Tensor,  # (B, L)
@@ -551,9 +566,38 @@ class LM2ForCausalLM(nn.Module):
             shapes |= {f"layers.{index}.{name}": shape for name, shape in kept.items()}
         return shapes
 
-    def generate(self, input_ids: Tensor, **options) -> Generated:
+    def generate(
+        self,
+        input_ids: Tensor,  # (B, L)
+        *,
+        max_new_tokens: int = 20,
+        attention_mask: Tensor | None = None,  # (B, L)
+        memory: MemoryState | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        pad_token_id: int | None = None,
+        generator: torch.Generator | None = None,
+        on_token: Callable[[Tensor], object] | None = None,
+    ) -> Generated:
         """Go on with prompts: :func:`lm2_kernels.generation.generate` of this model."""
-        return generate(self, input_ids, **options)
+        return generate(
+            self,
+            input_ids,
+            max_new_tokens=max_new_tokens,
+            attention_mask=attention_mask,
+            memory=memory,
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            generator=generator,
+            on_token=on_token,
+        )
 
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be.

@@ -4,6 +4,7 @@ their own. State goes in and comes out; nothing is hidden in a buffer, and nothi
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -444,6 +445,18 @@ class PaperMemory(_MemoryLayer):
         function = functools.partial(self._forward, slot_offset)
         return self._run(function, None, x, memory, slot_mask)
 
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns Any
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
+
     def _forward(
         self, slot_offset: int, x: Tensor, memory: Tensor, slot_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -655,6 +668,47 @@ class ReleaseMemory(_MemoryLayer):
         function = functools.partial(self._forward, slot_offset)
         output, new_memory, new_sum = self._run(function, None, x, memory, slot_mask, pooled_sum)
         return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    if TYPE_CHECKING:
+        # as above; and how many tensors come back
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: Literal[False] = False,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: Literal[True],
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: bool,
+        ) -> tuple[Tensor, ...]: ...
 
     def _forward(
         self,

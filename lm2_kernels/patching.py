@@ -234,7 +234,7 @@ class AddedMemory:
         return f"AddedMemory(blocks {list(self._blocks)}, carry={self.carry}, {self.state})"
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
         return [block.memory for block in self._blocks.values()]
 

@@ -8,6 +8,7 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -406,7 +407,7 @@ class MemoryState:
             return self
         return self._map(torch.Tensor.detach, self.batch)
 
-    def to(self, *args, **kwargs) -> "MemoryState":
+    def to(self, *args: Any, **kwargs: Any) -> "MemoryState":
         """On another device or in another dtype, as ``Tensor.to``.
 
         The dtype is the memory's. Keys, values and sums of a segment that has begun stay as the
