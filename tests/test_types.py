@@ -18,22 +18,19 @@ from tools.compiling import ROOT
 from tools.models import small_model
 
 FOLDER = Path(__file__).parent / "data" / "typing"
-# file, line
-Found = set[tuple[str, int]]
 
 
-@pytest.fixture(scope="module")
-def reported(request, tmp_path_factory) -> Found:
-    """What ``mypy --strict`` reports of the two files alone, not of what they use."""
+def test_a_checker_reports_what_is_wrong_and_nothing_else(request, tmp_path):
+    """``mypy --strict``, on the two files alone, not on what they use."""
     pytest.importorskip("mypy")
     # reading torch takes ten seconds: once, where pytest has its cache
     kept = getattr(request.config, "cache", None)
-    cache = kept.mkdir("mypy") if kept else tmp_path_factory.mktemp("mypy")
+    cache = kept.mkdir("mypy") if kept else tmp_path
     options = ("--strict", "--follow-imports=silent", "--config-file=", f"--cache-dir={cache}")
-    files = ("user_code.py", "wrong_code.py")
+    files = [FOLDER / name for name in ("user_code.py", "wrong_code.py")]
     answer = subprocess.run(
-        # from the root, which has the package that the tests import, or the same one
-        [sys.executable, "-m", "mypy", *options, *(str(FOLDER / name) for name in files)],
+        # in the root, which has the package that the tests import, or the same one
+        [sys.executable, "-m", "mypy", *options, *map(str, files)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -41,23 +38,14 @@ def reported(request, tmp_path_factory) -> Found:
     )
     # 2: mypy itself failed
     assert answer.returncode == 1, answer.stdout + answer.stderr
-    print(answer.stdout)
     lines = re.findall(r"^(\S+?):(\d+): error: ", answer.stdout, re.MULTILINE)
-    return {(Path(path).name, int(line)) for path, line in lines}
-
-
-def test_user_code_has_no_error(reported):
-    assert not [error for error in reported if error[0] != "wrong_code.py"]
-
-
-def test_wrong_code_is_reported(reported):
-    lines = (FOLDER / "wrong_code.py").read_text(encoding="utf-8").splitlines()
     wanted = {
-        ("wrong_code.py", number)
-        for number, line in enumerate(lines, start=1)
+        (file.name, number)
+        for file in files
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
         if line.endswith("# error")
     }
-    assert wanted == {error for error in reported if error[0] == "wrong_code.py"}
+    assert {(Path(path).name, int(line)) for path, line in lines} == wanted, answer.stdout
 
 
 def test_user_code_has_every_public_name():
