@@ -212,7 +212,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         global _requested
         _requested = self._previous
 

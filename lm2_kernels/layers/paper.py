@@ -1,5 +1,7 @@
 """The memory layer of the LM2 paper."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +144,18 @@ class PaperMemory(MemoryLayer):
             return self._run(self._forward_piece, (x, memory), cache)
         self._check(x, memory, slot_offset, slot_mask)
         return self._run(self._forward, (x, memory, slot_mask), slot_offset)
+
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns Any
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+        ) -> tuple[Tensor, Tensor]: ...
 
     def _forward(
         self, x: Tensor, memory: Tensor, slot_mask: Tensor | None, slot_offset: int

@@ -1,5 +1,7 @@
 """The memory layer of the authors' released code."""
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor, nn
 
@@ -191,6 +193,47 @@ class ReleaseMemory(MemoryLayer):
             self._forward, (x, memory, slot_mask, pooled_sum), slot_offset
         )
         return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
+
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns Any; and how many tensors come back
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: Literal[False] = False,
+        ) -> tuple[Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: Literal[True],
+        ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            memory: Tensor,
+            *,
+            slot_offset: int = 0,
+            slot_mask: Tensor | None = None,
+            cache: SegmentCache | None = None,
+            pooled_sum: Tensor | None = None,
+            return_pooled_sum: bool,
+        ) -> tuple[Tensor, ...]: ...
 
     def _check_vectors(self, x: Tensor) -> None:
         """The parameters that the ops read as they are."""

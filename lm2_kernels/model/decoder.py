@@ -10,6 +10,7 @@ slots is taken in segments. A segment is its own self-attention window, its toke
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.layers.start import zero_init
 from lm2_kernels.linear import Linear
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.model.generation import Generated, generate
+from lm2_kernels.model.generation import generate
 from lm2_kernels.state import files
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import compress, gather, run_segments, spread
@@ -196,7 +197,7 @@ class LM2ForCausalLM(nn.Module):
             for layer in self.memory_layers():
                 zero_init(layer)
 
-    def memory_layers(self) -> list[nn.Module]:
+    def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
         return [block.memory for block in self.model.layers if block.memory is not None]
 
@@ -300,6 +301,20 @@ class LM2ForCausalLM(nn.Module):
             memory=state if use_cache or self.config.num_banks > 0 else None,
         )
 
+    if TYPE_CHECKING:
+        # nn.Module's takes and returns Any
+        def __call__(
+            self,
+            input_ids: Tensor,
+            labels: Tensor | None = None,
+            memory: MemoryState | None = None,
+            *,
+            attention_mask: Tensor | None = None,
+            use_cache: bool = False,
+            bptt_segments: int | None = None,
+            return_logits: bool | None = None,
+        ) -> LM2Output: ...
+
     def read(
         self,
         input_ids: Tensor,  # (B, L)
@@ -366,9 +381,7 @@ class LM2ForCausalLM(nn.Module):
             shapes |= {f"layers.{index}.{name}": shape for name, shape in kept.items()}
         return shapes
 
-    def generate(self, input_ids: Tensor, **options) -> Generated:
-        """Go on with prompts: :func:`lm2_kernels.model.generation.generate` of this model."""
-        return generate(self, input_ids, **options)
+    generate = generate
 
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be.

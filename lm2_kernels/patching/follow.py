@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels.functional import initial_memory
+from lm2_kernels.layers.paper import PaperMemory
+from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.patching.hosts import CACHE_NAMES, pass_key, real_tokens, refuse_packed
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import compress, gather, run_segments, spread
@@ -139,7 +141,7 @@ class AddedMemory:
         return f"AddedMemory(blocks {list(self._blocks)}, carry={self.carry}, {self.state})"
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
         return [block.memory for block in self._blocks.values()]
 

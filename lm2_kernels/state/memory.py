@@ -5,10 +5,10 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 :class:`SegmentCache`.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,6 +47,21 @@ class SegmentCache:
         keep: whether the segment goes on after the piece.
         in_place: whether ``tensors`` may be written to.
     """
+
+    # all but the prefix
+    _SHARED = (
+        "tensors",
+        "starts",
+        "start",
+        "num_tokens",
+        "size",
+        "segment_length",
+        "lengths",
+        "keep",
+        "is_open",
+        "in_place",
+        "_made",
+    )
 
     def __init__(
         self,
@@ -87,7 +102,10 @@ class SegmentCache:
 
     def scope(self, prefix: str) -> "SegmentCache":
         """The same cache, in which every name begins with ``prefix``."""
-        scoped = copy.copy(self)
+        # not copy.copy: torch.compile of torch 2.11 does not trace it
+        scoped = object.__new__(SegmentCache)
+        for name in self._SHARED:
+            setattr(scoped, name, getattr(self, name))
         scoped._prefix = f"{self._prefix}{prefix}."
         return scoped
 
@@ -389,7 +407,7 @@ class MemoryState:
             return self
         return self._map(torch.Tensor.detach, self.batch)
 
-    def to(self, *args, **kwargs) -> "MemoryState":
+    def to(self, *args: Any, **kwargs: Any) -> "MemoryState":
         """On another device or in another dtype, as ``Tensor.to``.
 
         The dtype is the memory's. Keys, values and sums of a segment that has begun stay as the

@@ -231,7 +231,10 @@ def test_compiled_whole(kind, dropout):
         saved.append(bytes_saved(lambda run=compiled, a=x, b=memory: run(a, b), own)[0])
     assert_equal(found[1], found[0])
     # the seed is drawn again from the generator's state
-    assert saved[1] <= (torch.get_rng_state().nbytes if dropout else 0)
+    kept = saved[1] - (torch.get_rng_state().nbytes if dropout else 0)
+    # older ones keep what the ops return as well
+    is_exact = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+    assert kept <= (0 if is_exact else saved[0] / 2)
     assert saved[0] > 4 * x.nbytes
 
 
