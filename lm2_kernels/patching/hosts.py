@@ -42,7 +42,7 @@ class Host:
     """Where the attention's output is in what the self-attention returns, if that is a tuple."""
     caches: tuple[str, ...] = ("cache", "past_key_values")
     """Arguments of the decoder's forward that hold the key/value cache, by version."""
-    pass_keys: tuple[str, ...] = ("position_embeddings", "position_ids")
+    pass_keys: tuple[str, ...] = ("position_embeddings", "position_ids", "cache_position")
     """Keyword arguments of the self-attention, a tensor or a tuple of them, that each pass of the
     decoder makes anew and that recomputing a block gets again. Without, gradient checkpointing is
     refused in backward."""
