@@ -1,7 +1,8 @@
 """The backends: one contract, several implementations, and the choice between them.
 
-**The contract.** A backend is a module ``lm2_kernels.backends.<name>`` with, for each op in
-:data:`OPS`, the two functions below. Arguments are positional, in this order, already validated
+**The contract.** A backend is a module ``lm2_kernels.backends.<name>``, or an object that was given
+to :class:`register`, with ``DEVICES``, ``unsupported_reason`` and, for each op in :data:`OPS`, the
+two functions below. Arguments are positional, in this order, already validated
 and of canonical rank (shapes as in :mod:`lm2_kernels.reference`); tensors may have any strides
 whose last axis is contiguous. Results are new contiguous tensors. ``None`` stands for an optional
 input that is absent, or for the gradient of an output that was not used. A gradient that is not
@@ -38,8 +39,12 @@ output_gate, gate_bias, output, needs_dcandidate, needs_dmemory, needs_dgates)
 ``pooled_gate_backward(dpooled, dnew_sum, x, weight, prefix, num_pooled, needs_dx, needs_dweight,
 needs_dpooled_sum) -> (dx, dweight, dpooled_sum)``
 
+``DEVICES``: what it runs on, by torch's type of device and in words, as ``{"cuda": "NVIDIA
+GPUs"}``; None is any. It is given nothing that lies elsewhere.
+
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+torch.compile traces it: what it cannot trace goes into a :func:`constant_when_compiled`.
 
 Backends never import one another. What two of them share lives in
 :mod:`lm2_kernels.backends.composite` and :mod:`lm2_kernels.backends.dropout`.
@@ -49,19 +54,20 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
-# in the order of preference
+# in the order of preference; register adds to it
 NAMES = ("triton", "cpp", "eager")
-CHOICES = (*NAMES, "auto")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
-_modules: dict[str, ModuleType] = {}
+_BUILT_IN = NAMES
+_FUNCTIONS = tuple(f"{op}_{way}" for op in OPS for way in ("forward", "backward"))
+_modules: dict[str, ModuleType | object] = {}
 _import_errors: dict[str, str] = {}
 _requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _recordings: list[list[tuple[str, str]]] = []
@@ -81,6 +87,8 @@ def constant_when_compiled(function: Callable) -> Callable:
 @constant_when_compiled
 def _load(name: str) -> str | None:
     """Import a backend once. Returns why it cannot be imported, or None."""
+    if name not in NAMES:
+        return "it is not registered"
     if name not in _modules and name not in _import_errors:
         try:
             _modules[name] = importlib.import_module(f"{__name__}.{name}")
@@ -95,8 +103,12 @@ def _load_all() -> None:
         _load(name)
 
 
-def get(name: str) -> ModuleType:
-    """The backend's module. Raises RuntimeError with the reason where it cannot be imported."""
+def get(name: str) -> ModuleType | object:
+    """The backend's module, or the object that was registered.
+
+    Raises:
+        RuntimeError: there is none, or it cannot be imported; the text says why.
+    """
     reason = _load(name)
     if reason is not None:
         raise RuntimeError(f"backend '{name}' is not available: {reason}")
@@ -108,14 +120,82 @@ def unsupported_reason(name: str, op: str, *tensors: Tensor) -> str | None:
     reason = _load(name)
     if reason is not None:
         return reason
-    return _modules[name].unsupported_reason(op, *tensors)
+    backend = _modules[name]
+    if tensors and backend.DEVICES is not None:
+        device_type = tensors[0].device.type
+        if device_type not in backend.DEVICES:
+            devices = " and ".join(backend.DEVICES.values())
+            return f"the tensors are on {device_type}, it runs on {devices}"
+    return backend.unsupported_reason(op, *tensors)
 
 
 def check_choice(backend: str, source: str = "backend") -> None:
     """Raise ValueError, naming its source, unless ``backend`` is a known name or "auto"."""
-    if backend not in CHOICES:
-        names = ", ".join(f"'{name}'" for name in CHOICES)
+    choices = (*NAMES, "auto")
+    if backend not in choices:
+        names = ", ".join(f"'{name}'" for name in choices)
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+
+
+class register:  # noqa: N801 - used like a function, as use_backend is
+    """Add a backend of your own, until the ``with`` block ends or for good.
+
+    It is chosen as the package's own are: by name, by :class:`use_backend` and by "auto", in
+    compiled graphs too; ``info`` and ``verify`` list it.
+
+    Args:
+        name: what ``backend=`` takes.
+        backend: a module, or another object, with what the contract above names.
+        before: the backend that "auto" asks next where this one refuses; unless given it is asked
+            first of all.
+
+    Raises:
+        ValueError: the name is taken or no identifier, or ``before`` is unknown.
+        TypeError: the object lacks something; the text lists what.
+    """
+
+    def __init__(self, name: str, backend: ModuleType | object, *, before: str | None = None):
+        global NAMES
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"register: the name must be an identifier, got {name!r}")
+        if name in (*NAMES, "auto"):
+            raise ValueError(f"register: there is a backend '{name}' already")
+        if before is not None and before not in NAMES:
+            raise ValueError(f"register: before must be one of {NAMES}, got {before!r}")
+        functions = ("unsupported_reason", *_FUNCTIONS)
+        missing = [item for item in functions if not callable(getattr(backend, item, None))]
+        if not isinstance(getattr(backend, "DEVICES", 0), Mapping | None):
+            missing.append("DEVICES (a dict, or None)")
+        if missing:
+            raise TypeError(
+                f"register: backend '{name}' lacks {', '.join(missing)}; the contract is in the "
+                f"docstring of lm2_kernels.backends"
+            )
+        place = 0 if before is None else NAMES.index(before)
+        _modules[name] = backend
+        NAMES = (*NAMES[:place], name, *NAMES[place:])
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        unregister(self._name)
+
+
+def unregister(name: str) -> None:
+    """Take out a backend that :class:`register` added; if it is the default, "auto" is from now on.
+
+    Raises:
+        ValueError: no such backend was registered.
+    """
+    global NAMES, _requested
+    if name not in NAMES or name in _BUILT_IN:
+        raise ValueError(f"unregister: there is no registered backend {name!r}")
+    NAMES = tuple(other for other in NAMES if other != name)
+    del _modules[name]
+    if _requested == name:
+        _requested = "auto"
 
 
 @constant_when_compiled

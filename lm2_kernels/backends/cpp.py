@@ -15,6 +15,7 @@ from lm2_kernels import backends
 from lm2_kernels.backends import composite, constant_when_compiled, extension
 
 __all__ = [
+    "DEVICES",
     "memory_attention_backward",
     "memory_attention_forward",
     "memory_update_backward",
@@ -26,6 +27,7 @@ __all__ = [
     "unsupported_reason",
 ]
 
+DEVICES = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}
 NAMESPACE = "lm2_kernels_cpp"
 _MAX_CUDA_HEAD_WIDTH = 256
 # device types whose operators have these limits; tests that run the CUDA kernels in an emulator
@@ -104,9 +106,7 @@ def pooled_gate_backward(*args):
 def _device_reason(device_type: str, device_index: int | None) -> str | None:
     if device_type == "cpu":
         return extension.cpu_reason()
-    if device_type == "cuda":
-        return extension.cuda_reason(device_index)
-    return f"the tensors are on {device_type}, it runs on CPUs and NVIDIA GPUs"
+    return extension.cuda_reason(device_index)
 
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:

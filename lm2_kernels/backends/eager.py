@@ -14,6 +14,7 @@ from lm2_kernels.backends.composite import (
 )
 
 __all__ = [
+    "DEVICES",
     "memory_attention_backward",
     "memory_attention_forward",
     "memory_update_backward",
@@ -24,6 +25,8 @@ __all__ = [
     "residual_layer_norm_forward",
     "unsupported_reason",
 ]
+
+DEVICES = None
 
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:

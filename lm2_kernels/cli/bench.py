@@ -31,7 +31,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
-    parser.add_argument("--row", action="append", choices=works.ROWS, help="only this (repeatable)")
+    rows = works.row_names()
+    parser.add_argument("--row", action="append", choices=rows, help="only this (repeatable)")
     parser.add_argument(
         "--graphs", action="store_true", help="on a GPU also replays of CUDA graphs"
     )

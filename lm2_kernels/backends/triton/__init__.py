@@ -19,6 +19,7 @@ from lm2_kernels.backends.triton import pooled_gate as _pooled_gate
 from lm2_kernels.backends.triton import residual_layer_norm as _residual_layer_norm
 
 __all__ = [
+    "DEVICES",
     "memory_attention_backward",
     "memory_attention_forward",
     "memory_update_backward",
@@ -29,6 +30,8 @@ __all__ = [
     "residual_layer_norm_forward",
     "unsupported_reason",
 ]
+
+DEVICES = launch.DEVICES
 
 
 def _explained(function: Callable) -> Callable:
@@ -61,11 +64,7 @@ residual_layer_norm_backward = _explained(_residual_layer_norm.residual_layer_no
 
 # torch.compile takes the answer as it is: it cannot trace the driver
 @constant_when_compiled
-def _device_reason(device_type: str, device_index: int | None) -> str | None:
-    if device_type == "cpu" and not launch.CPU_LAUNCH_ALLOWED:
-        return "the tensors are on cpu"
-    if device_type not in ("cpu", "cuda"):
-        return f"the tensors are on {device_type}, it runs on NVIDIA and AMD GPUs"
+def _device_reason(device_index: int | None) -> str | None:
     target = launch.target(device_index)
     if target not in launch.TARGETS:
         return f"the GPU is {target}, it needs sm_80 or newer, or gfx942"
@@ -78,10 +77,9 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     if reason is not None:
         return reason
     if not tensors:
-        has_gpu = torch.cuda.is_available() or launch.CPU_LAUNCH_ALLOWED
+        has_gpu = torch.cuda.is_available() or "cpu" in DEVICES
         return None if has_gpu else "there is no GPU"
-    device = tensors[0].device
-    reason = _device_reason(device.type, device.index)
+    reason = _device_reason(tensors[0].device.index)
     if reason is not None:
         return reason
     for tensor in tensors:
