@@ -55,7 +55,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
 _BUILT_IN = NAMES
 _FUNCTIONS = tuple(f"{op}_{way}" for op in OPS for way in ("forward", "backward"))
-_modules: dict[str, ModuleType | object] = {}
+# modules, and the objects that were registered
+_modules: dict[str, Any] = {}
 _import_errors: dict[str, str] = {}
 _requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _recordings: list[list[tuple[str, str]]] = []
@@ -103,7 +104,7 @@ def _load_all() -> None:
         _load(name)
 
 
-def get(name: str) -> ModuleType | object:
+def get(name: str) -> Any:
     """The backend's module, or the object that was registered.
 
     Raises:
@@ -154,7 +155,7 @@ class register:  # noqa: N801 - used like a function, as use_backend is
         TypeError: the object lacks something; the text lists what.
     """
 
-    def __init__(self, name: str, backend: ModuleType | object, *, before: str | None = None):
+    def __init__(self, name: str, backend: object, *, before: str | None = None):
         global NAMES
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"register: the name must be an identifier, got {name!r}")
