@@ -62,7 +62,7 @@ from torch import Tensor
 
 OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
 # in the order of preference; register adds to it
-NAMES = ("triton", "cpp", "eager")
+NAMES: tuple[str, ...] = ("triton", "cpp", "eager")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
 _BUILT_IN = NAMES
