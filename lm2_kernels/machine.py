@@ -42,8 +42,33 @@ def _driver() -> str:
         return f"unknown: {error}"
 
 
+def device_types() -> tuple[str, ...]:
+    """Where this machine can compute: "cpu", then the type of the accelerator if there is one.
+
+    MPS does not count: it has no float64, which positions and the oracle are computed in.
+    """
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return ("cpu",) if found is None or found.type == "mps" else ("cpu", found.type)
+
+
+def best_device() -> str:
+    """The accelerator's type, or "cpu"."""
+    return device_types()[-1]
+
+
+def device_choices() -> tuple[str, ...]:
+    """What ``--device`` takes: "cuda" everywhere, so that asking without a GPU says so."""
+    return tuple(dict.fromkeys(("cpu", "cuda", *device_types())))
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if there is no such device here."""
+    if device not in device_types():
+        raise ValueError(f"device '{device}': torch sees no GPU of this type")
+
+
 def devices() -> list[dict]:
-    """The CPU and every GPU that torch sees."""
+    """The CPU and every accelerator that torch sees."""
     found = [{"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -55,6 +80,12 @@ def devices() -> list[dict]:
                 "memory_gib": round(properties.total_memory / 2**30, 1),
             }
         )
+    kind = best_device()
+    if kind not in ("cpu", "cuda"):
+        # what else they tell differs from type to type
+        name_of = torch.get_device_module(kind).get_device_name
+        indices = range(torch.accelerator.device_count())
+        found += [{"device": f"{kind}:{index}", "name": name_of(index)} for index in indices]
     return found
 
 

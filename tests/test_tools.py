@@ -288,7 +288,7 @@ def test_fake_gpu_restores_everything():
 def test_fake_gpu_lets_the_package_accept_cpu_tensors(monkeypatch):
     cleared = []
     launcher = types.ModuleType("lm2_kernels.backends.triton.launch")
-    launcher.CPU_LAUNCH_ALLOWED = False
+    launcher.DEVICES = {}
     launcher.target = types.SimpleNamespace(cache_clear=lambda: cleared.append(True))
     for name in ("lm2_kernels", "lm2_kernels.backends", "lm2_kernels.backends.triton"):
         package = types.ModuleType(name)
@@ -296,9 +296,9 @@ def test_fake_gpu_lets_the_package_accept_cpu_tensors(monkeypatch):
         monkeypatch.setitem(sys.modules, name, package)
     monkeypatch.setitem(sys.modules, launcher.__name__, launcher)
     with fake_gpu():
-        assert launcher.CPU_LAUNCH_ALLOWED
+        assert "cpu" in launcher.DEVICES
         assert len(cleared) == 1
-    assert not launcher.CPU_LAUNCH_ALLOWED
+    assert not launcher.DEVICES
     assert len(cleared) == 2
 
 

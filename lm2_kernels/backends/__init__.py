@@ -9,20 +9,21 @@ import contextlib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lm2_kernels.backends.contract import OPS  # noqa: F401 - handed on
+from lm2_kernels.backends.contract import OPS
 
-# in the order of preference
-NAMES = ("triton", "cpp", "eager")
-CHOICES = (*NAMES, "auto")
+# in the order of preference; register adds to it
+NAMES: tuple[str, ...] = ("triton", "cpp", "eager")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
-_modules: dict[str, ModuleType] = {}
+_BUILT_IN = NAMES
+# modules, and the objects that were registered
+_modules: dict[str, Any] = {}
 _import_errors: dict[str, str] = {}
 _requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
 _recordings: list[list[tuple[str, str]]] = []
@@ -42,6 +43,8 @@ def constant_when_compiled(function: Callable) -> Callable:
 @constant_when_compiled
 def _load(name: str) -> str | None:
     """Import a backend once. Returns why it cannot be imported, or None."""
+    if name not in NAMES:
+        return "it is not registered"
     if name not in _modules and name not in _import_errors:
         try:
             _modules[name] = importlib.import_module(f"{__name__}.{name}")
@@ -56,8 +59,12 @@ def _load_all() -> None:
         _load(name)
 
 
-def get(name: str) -> ModuleType:
-    """The backend's module. Raises RuntimeError with the reason where it cannot be imported."""
+def get(name: str) -> Any:
+    """The backend's module, or the object that was registered.
+
+    Raises:
+        RuntimeError: there is none, or it cannot be imported; the text says why.
+    """
     reason = _load(name)
     if reason is not None:
         raise RuntimeError(f"backend '{name}' is not available: {reason}")
@@ -69,17 +76,88 @@ def unsupported_reason(name: str, op: str, *tensors: Tensor) -> str | None:
     reason = _load(name)
     if reason is not None:
         return reason
-    module = _modules[name]
-    if not hasattr(module, f"{op}_forward"):
+    backend = _modules[name]
+    if not hasattr(backend, f"{op}_forward"):
         return f"it has no {op}"
-    return module.unsupported_reason(op, *tensors)
+    if tensors and backend.DEVICES is not None:
+        device_type = tensors[0].device.type
+        if device_type not in backend.DEVICES:
+            devices = " and ".join(backend.DEVICES.values())
+            return f"the tensors are on {device_type}, it runs on {devices}"
+    return backend.unsupported_reason(op, *tensors)
 
 
 def check_choice(backend: str, source: str = "backend") -> None:
     """Raise ValueError, naming its source, unless ``backend`` is a known name or "auto"."""
-    if backend not in CHOICES:
-        names = ", ".join(f"'{name}'" for name in CHOICES)
+    choices = (*NAMES, "auto")
+    if backend not in choices:
+        names = ", ".join(f"'{name}'" for name in choices)
         raise ValueError(f"{source} must be one of {names}, got {backend!r}")
+
+
+class register:  # noqa: N801 - used like a function, as use_backend is
+    """Add a backend of your own, until the ``with`` block ends or for good.
+
+    It is chosen as the package's own are: by name, by :class:`use_backend` and by "auto", in
+    compiled graphs too; ``info`` and ``verify`` list it.
+
+    Args:
+        name: what ``backend=`` takes.
+        backend: a module, or another object, with what
+            :mod:`lm2_kernels.backends.contract` names, for all ops or some.
+        before: the backend that "auto" asks next where this one refuses; unless given it is asked
+            first of all.
+
+    Raises:
+        ValueError: the name is taken or no identifier, or ``before`` is unknown.
+        TypeError: the object lacks something; the text lists what.
+    """
+
+    def __init__(self, name: str, backend: object, *, before: str | None = None):
+        global NAMES
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"register: the name must be an identifier, got {name!r}")
+        if name in (*NAMES, "auto"):
+            raise ValueError(f"register: there is a backend '{name}' already")
+        if before is not None and before not in NAMES:
+            raise ValueError(f"register: before must be one of {NAMES}, got {before!r}")
+        has = {op for op in OPS if callable(getattr(backend, f"{op}_forward", None))}
+        functions = ["unsupported_reason", *(f"{op}_backward" for op in OPS if op in has)]
+        missing = [item for item in functions if not callable(getattr(backend, item, None))]
+        if not has:
+            missing.append(f"every op, as {OPS[0]}_forward")
+        if not isinstance(getattr(backend, "DEVICES", 0), Mapping | None):
+            missing.append("DEVICES (a dict, or None)")
+        if missing:
+            raise TypeError(
+                f"register: backend '{name}' lacks {', '.join(missing)}; see "
+                f"lm2_kernels.backends.contract"
+            )
+        place = 0 if before is None else NAMES.index(before)
+        _modules[name] = backend
+        NAMES = (*NAMES[:place], name, *NAMES[place:])
+        self._name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception) -> None:
+        unregister(self._name)
+
+
+def unregister(name: str) -> None:
+    """Take out a backend that :class:`register` added; if it is the default, "auto" is from now on.
+
+    Raises:
+        ValueError: no such backend was registered.
+    """
+    global NAMES, _requested
+    if name not in NAMES or name in _BUILT_IN:
+        raise ValueError(f"unregister: there is no registered backend {name!r}")
+    NAMES = tuple(other for other in NAMES if other != name)
+    del _modules[name]
+    if _requested == name:
+        _requested = "auto"
 
 
 # by type of device: asking whether autocast is enabled raises on a device without it (meta)

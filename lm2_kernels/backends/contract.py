@@ -1,6 +1,7 @@
 """What every backend implements: the table of ops.
 
-A backend is a module ``lm2_kernels.backends.<name>`` that has, for each op of :data:`TABLE`, the
+A backend is a module ``lm2_kernels.backends.<name>``, or an object that was given to
+:class:`lm2_kernels.backends.register`, that has for each op of :data:`TABLE`, or for some, the
 functions ``<op>_forward`` and ``<op>_backward``. Their signatures, the operators' schemas with
 them, are those of :mod:`lm2_kernels.backends.eager`; what comes back is said here.
 
@@ -11,8 +12,13 @@ gradient of an output that was not used. A gradient that is not needed (``needs_
 back as an empty tensor. float64 is computed in float64, every other dtype is accumulated in
 float32.
 
+``DEVICES``: what it runs on, by torch's type of device and in words, as ``{"cuda": "NVIDIA
+GPUs"}``; None is any. It is given nothing that lies elsewhere.
+
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+torch.compile traces it: what it cannot trace goes into a
+:func:`lm2_kernels.backends.constant_when_compiled`.
 """
 
 from collections.abc import Callable

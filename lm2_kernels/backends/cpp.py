@@ -15,6 +15,7 @@ from lm2_kernels import backends
 from lm2_kernels.backends import composite, constant_when_compiled, extension
 from lm2_kernels.backends.contract import FUNCTIONS
 
+DEVICES = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}
 NAMESPACE = "lm2_kernels_cpp"
 _MAX_CUDA_HEAD_WIDTH = 256
 # device types whose operators have these limits; tests that run the CUDA kernels in an emulator
@@ -71,8 +72,6 @@ for _function in FUNCTIONS:
 # torch.compile takes the answer as it is: it cannot trace the extension
 @constant_when_compiled
 def _reason(op: str, device_type: str, device_index: int | None) -> str | None:
-    if device_type not in ("cpu", "cuda"):
-        return f"the tensors are on {device_type}, it runs on CPUs and NVIDIA GPUs"
     is_cpu = device_type == "cpu"
     reason = extension.cpu_reason() if is_cpu else extension.cuda_reason(device_index)
     if reason is None and _operator(NAMESPACE, f"{op}_forward") is None:

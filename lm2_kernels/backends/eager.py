@@ -13,6 +13,8 @@ from lm2_kernels.backends.composite import (  # noqa: F401 - this backend's own
 )
 from lm2_kernels.backends.contract import accumulation_dtype
 
+DEVICES = None
+
 
 def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     """Nothing is unsupported: functional has checked the dtypes."""

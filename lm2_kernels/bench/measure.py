@@ -75,15 +75,24 @@ def seconds(row: Row, pass_name: str, cotangents: Outputs, repeats: int, device:
         # a graph is good for one backward, so each has its own, made outside the time
         work = run(row, pass_name, cotangents)
         times = 1 if pass_name == "backward" else repeats
-        total += _event_seconds(work, times) if device == "cuda" else _clock_seconds(work, times)
+        total += _seconds(work, times, device)
         del work
     return total / repeats
 
 
-def _clock_seconds(work: Callable[[], object], times: int) -> float:
+def _seconds(work: Callable[[], object], times: int, device: str) -> float:
+    if device == "cuda":
+        return _event_seconds(work, times)
+    return _clock_seconds(work, times, device)
+
+
+def _clock_seconds(work: Callable[[], object], times: int, device: str = "cpu") -> float:
+    synchronize = torch.accelerator.synchronize if device != "cpu" else lambda: None
+    synchronize()
     start = time.perf_counter()
     for _ in range(times):
         result = work()
+    synchronize()
     spent = time.perf_counter() - start
     del result  # freeing it is not part of the work
     return spent
@@ -121,7 +130,7 @@ def measure(
         rows: by name.
         pass_name: "forward", "backward" or "both".
         cotangents: of the outputs.
-        device: "cpu" or "cuda".
+        device: its type.
         budget: seconds to spend, about.
         fewest: rounds that are run even so.
     """
@@ -264,9 +273,8 @@ def ceilings(dtypes: Sequence[torch.dtype], device: str) -> dict[str, float]:
 
 
 def _best(work: Callable[[], object], device: str, rounds: int = 5) -> float:
-    clock = _event_seconds if device == "cuda" else _clock_seconds
-    clock(work, 1)
-    return min(clock(work, 1) for _ in range(rounds))
+    _seconds(work, 1, device)
+    return min(_seconds(work, 1, device) for _ in range(rounds))
 
 
 def light_share(
@@ -311,6 +319,8 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    if device != "cpu":
+        return None
     try:
         # memory that was freed but not returned would hide what is used of it
         ctypes.CDLL(None).malloc_trim(0)

@@ -72,7 +72,7 @@ class Selection:
     def _takes(self, shape: Shape) -> bool:
         if self.shapes:
             return shape.name in self.shapes
-        return self.device == "cuda" or shape not in GPU_SHAPES
+        return self.device != "cpu" or shape not in GPU_SHAPES
 
 
 def run(

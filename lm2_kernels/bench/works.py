@@ -49,8 +49,8 @@ _COMPILED = {"compiled": None, "max-autotune": "max-autotune"}
 _ON_GPUS_ALONE = ("SDPA efficient", "SDPA cudnn", "max-autotune")
 DROPOUT = "attention dropout 0.9"  # the released model's, in training
 
-ROWS = (
-    *backends.NAMES,
+# beside the backends
+_OTHER_ROWS = (
     RECOMPUTE,
     *(
         name
@@ -104,6 +104,11 @@ class Work:
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def row_names() -> tuple[str, ...]:
+    """Every row that some work has."""
+    return (*backends.NAMES, *_OTHER_ROWS)
 
 
 def our_backends(device: str) -> tuple[str, ...]:

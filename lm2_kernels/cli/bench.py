@@ -4,14 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
+from lm2_kernels import machine
 from lm2_kernels.bench import plots, report, suite, works
 from lm2_kernels.terminal import Progress, write_json
 from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 
 # some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
-_DEFAULT_SHAPES = {"cpu": ("256",), "cuda": ("512", "1024", "2048", "2048x8")}
+_CPU_SHAPES, _GPU_SHAPES = ("256",), ("512", "1024", "2048", "2048x8")
 _WORKS = (*works.WORKS, suite.GROWTH)
 _DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
 _BUDGET, _BUDGET_FOR_ALL = 300.0, 3600.0
@@ -32,11 +31,14 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
-    parser.add_argument("--row", action="append", choices=works.ROWS, help="only this (repeatable)")
+    rows = works.row_names()
+    parser.add_argument("--row", action="append", choices=rows, help="only this (repeatable)")
     parser.add_argument(
         "--graphs", action="store_true", help="on a GPU also replays of CUDA graphs"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where; else the best there is")
+    parser.add_argument(
+        "--device", choices=machine.device_choices(), help="where; else the best there is"
+    )
     parser.add_argument(
         "--budget",
         type=float,
@@ -106,13 +108,13 @@ def _selection(options: argparse.Namespace) -> suite.Selection:
     unknown = sorted(set(options.works) - set(_WORKS))
     if unknown:
         raise ValueError(f"unknown works {unknown}; there are {', '.join(_WORKS)}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no GPU")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or machine.best_device()
+    machine.check_device(device)
     if options.graphs and device != "cuda":
-        raise ValueError("--graphs needs a GPU")
+        raise ValueError("--graphs needs a GPU of CUDA or ROCm")
     # works that are named are measured wherever they fit
-    shapes = () if options.works or options.all else _DEFAULT_SHAPES[device]
+    default_shapes = _CPU_SHAPES if device == "cpu" else _GPU_SHAPES
+    shapes = () if options.works or options.all else default_shapes
     selection = suite.Selection(
         works=tuple(options.works) or (() if options.all else _DEFAULT_WORKS),
         shapes=tuple(options.shape or shapes),

@@ -27,6 +27,7 @@ from lm2_kernels.checks import check_int
 from lm2_kernels.evaluation.accuracy import Accuracy
 from lm2_kernels.evaluation.stories import Example, QATask
 from lm2_kernels.functional import initial_memory
+from lm2_kernels.machine import best_device
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.patching.swap import swap_memory
@@ -148,7 +149,7 @@ def run(
     source = TASK.batches(BATCH, seed, questions=QUESTIONS)
     batches = list(itertools.islice(source, steps))  # the same for both models
     outcomes = []
-    model, plain = (model.to(device or _best_device()) for model in _models(seed))
+    model, plain = (model.to(device or best_device()) for model in _models(seed))
     for name, trained in (("with memory", model), ("without", plain)):
         outcomes.append(_train(name, trained, batches, questions, progress))
     model.save(out_dir / "model")
@@ -368,10 +369,6 @@ def _filled(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return [[*row, *[""] * (width - len(row))] for row in rows]
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """The released way and this package's on the same weights, inputs and machine."""
@@ -399,7 +396,7 @@ def compare_with_released(
         rounds: of timing. Each times both, in turns first, and their ratio's median counts.
         device: where; a GPU if there is one.
     """
-    device = device or _best_device()
+    device = device or best_device()
     rows = []
     for size in sizes:
         with torch.random.fork_rng(devices=[]):

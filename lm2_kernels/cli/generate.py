@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lm2_kernels.machine import best_device
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.training.data import load_tokenizer
 
@@ -25,7 +26,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
 
 def run_generate(options: argparse.Namespace) -> int:
     """Print a prompt and what follows, as it comes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = best_device()
     model = LM2ForCausalLM.load(options.model, device=device).eval()
     tokenizer = load_tokenizer(options.model)
     prompt = tokenizer.encode(options.prompt)

@@ -8,7 +8,7 @@ import torch
 
 from lm2_kernels import backends
 from lm2_kernels.backends import cpu_products, extension
-from lm2_kernels.machine import devices, versions
+from lm2_kernels.machine import device_types, devices, versions
 from lm2_kernels.terminal import columns, write_json
 from lm2_kernels.testing.cases import unsupported_reason
 
@@ -47,7 +47,7 @@ def collect() -> dict:
                 }
                 for name in backends.NAMES
             }
-            for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+            for device in device_types()
         },
     }
 

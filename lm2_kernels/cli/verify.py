@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lm2_kernels import backends
+from lm2_kernels import backends, machine
 from lm2_kernels.terminal import Progress, write_json
 from lm2_kernels.testing import verify
 from lm2_kernels.testing.cases import DTYPES
@@ -29,7 +29,9 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=tuple(DTYPES), help="only this (repeatable)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where; else the best there is")
+    parser.add_argument(
+        "--device", choices=machine.device_choices(), help="where; else the best there is"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.set_defaults(run=run_verify)

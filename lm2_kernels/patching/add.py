@@ -14,7 +14,7 @@ from lm2_kernels.layers import start
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
-from lm2_kernels.patching.hosts import find_blocks, is_block
+from lm2_kernels.patching.hosts import Host, find_blocks
 from lm2_kernels.patching.report import Report, module_names, report_on
 from lm2_kernels.patching.swap import SwappedMemory, replace_modules, share_parameters
 from lm2_kernels.state import files
@@ -52,16 +52,18 @@ def add_memory(
     freeze: bool = True,
     dropout: float = 0.0,
     backend: str | None = None,
+    host: Host | None = None,
 ) -> Report:
-    """Give a Llama-style model of ``transformers`` a memory, in place.
+    """Give a decoder of ``transformers`` a memory, in place.
 
     A memory layer acts on a block's self-attention output, before that is added to the residual
     stream, and is the block's submodule ``memory``: ``state_dict``, ``to`` and optimisers see it.
-    The blocks are found by their structure, whatever the model's class. Each block has a bank of
-    its own, carried from segment to segment of ``memory_slots`` tokens (``flow="time"``;
-    ``"depth"`` is impossible, as the host runs all tokens through a block before the next one).
-    The host's own attention is unchanged. Padding, wherever ``attention_mask`` has it, is neither
-    read nor written.
+    The blocks are found by their structure, whatever the model's class: by that of Llama, which
+    most have, of GPT-2, GPT-NeoX, Falcon, Phi or OPT (``lm2_kernels.patching.HOSTS``). Each block
+    has a bank of its own, carried from segment to segment of ``memory_slots`` tokens
+    (``flow="time"``; ``"depth"`` is impossible, as the host runs all tokens through a block before
+    the next one). The host's own attention is unchanged. Padding, wherever ``attention_mask`` has
+    it, is neither read nor written.
 
     The state follows the key/value cache, through ``generate`` and beam search too; see
     :class:`AddedMemory`, which the report has as ``memory``. After ``save_pretrained``, load the
@@ -83,6 +85,7 @@ def add_memory(
             ``use_reentrant=False``, or transformers' ``enable_input_require_grads``.
         dropout: on the memory attention's probabilities, while training.
         backend: of the memory layers; None takes the default (``use_backend``).
+        host: what the model's blocks look like, if no family of ``HOSTS`` does.
 
     Returns:
         What was added, with parameter groups for an optimiser.
@@ -99,16 +102,15 @@ def add_memory(
     if memory_init is None:
         memory_init = "zeros" if zero_init and formulation == "release" else "identity"
     start.check_start("add_memory", formulation, memory_init, zero_init, ("identity", "zeros"))
-    list_name, decoder, blocks = find_blocks(model)
-    if layers is None:
-        layers = [index for index, block in enumerate(blocks) if is_block(block)]
-    layers = list(layers)
+    host, list_name, decoder, blocks = find_blocks(model, None if host is None else (host,))
+    attending = [index for index, block in enumerate(blocks) if host.is_block(block)]
+    layers = attending if layers is None else list(layers)
     for index in layers:
         check_int("add_memory", "layers", index, 0)
-        if index >= len(blocks) or not is_block(blocks[index]):
+        if index not in attending:
             raise ValueError(
                 f"add_memory: layers has {index}, but {list_name} has {len(blocks)} blocks, and "
-                f"with a self-attention: {[i for i, b in enumerate(blocks) if is_block(b)]}"
+                f"with a self-attention: {attending}"
             )
         if hasattr(blocks[index], "memory"):
             raise ValueError(f"add_memory: {list_name}.{index} has an attribute 'memory' already")
@@ -125,7 +127,7 @@ def add_memory(
         like = next(p for p in block.parameters() if p.is_floating_point() and p.itemsize > 1)
         kind = PaperMemory if formulation == "paper" else _AddedRelease
         layer = kind(
-            block.self_attn.o_proj.out_features,
+            host.width(block),
             num_heads,
             dropout=dropout,
             backend=backend,
@@ -145,7 +147,7 @@ def add_memory(
         "zero_init": zero_init,
         "dropout": dropout,
     }
-    memory = AddedMemory(decoder, {index: blocks[index] for index in layers}, options)
+    memory = AddedMemory(decoder, {index: blocks[index] for index in layers}, host, options)
     if freeze:
         memory.frozen = [p for p in model.parameters() if p.requires_grad]
     for parameter in memory.frozen:
@@ -167,7 +169,12 @@ def get_memory(model: nn.Module) -> AddedMemory:
 
 
 def load_memory(
-    model: nn.Module, folder: str | Path, *, freeze: bool = True, backend: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    freeze: bool = True,
+    backend: str | None = None,
+    host: Host | None = None,
 ) -> Report:
     """Give a model the memory that a model had when ``save_pretrained`` wrote it to a folder.
 
@@ -176,6 +183,7 @@ def load_memory(
         folder: has ``config.json`` and safetensors files.
         freeze: as of :func:`add_memory`.
         backend: as of :func:`add_memory`.
+        host: as of :func:`add_memory`.
 
     Raises:
         OSError: there is no such file.
@@ -194,7 +202,7 @@ def load_memory(
                 match = re.search(r"(\d+)\.memory\.(.+)$", name)
                 if match:
                     saved.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name)
-    report = add_memory(model, **options, freeze=freeze, backend=backend)
+    report = add_memory(model, **options, freeze=freeze, backend=backend, host=host)
     try:
         for index, layer in zip(options["layers"], report.memory.layers, strict=True):
             layer.load_state_dict(saved.get(index, {}))

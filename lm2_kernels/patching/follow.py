@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
-from lm2_kernels.patching.hosts import CACHE_NAMES, pass_key, real_tokens, refuse_packed
+from lm2_kernels.patching.hosts import Host, real_tokens, refuse_packed
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import compress, gather, run_segments, spread
 
@@ -98,10 +98,11 @@ class AddedMemory:
     and after a beam search what is carried belongs to the beams: call :meth:`reset`.
     """
 
-    def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], options: dict):
+    def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], host: Host, options: dict):
         self.carry = False
         self.options = options  # of add_memory
         self._blocks = blocks
+        self._host = host
         self.frozen: list[nn.Parameter] = []
         self._owner = next(_owners)
         self._names = list(inspect.signature(decoder.forward).parameters)
@@ -114,14 +115,15 @@ class AddedMemory:
         ]
         for index, block in blocks.items():
             hook = functools.partial(self._read, index)
-            self._handles.append(block.self_attn.register_forward_hook(hook, with_kwargs=True))
+            attention = host.attention_of(block)
+            self._handles.append(attention.register_forward_hook(hook, with_kwargs=True))
 
     def _begin_anew(self) -> None:
         self._pass: _Pass | None = None
         self._cache: object | None = None
         self._num_columns = 0
         self._outgoing: dict[int, MemoryState] = {}
-        # address of a tensor that each pass makes anew -> the pass; see pass_key
+        # address of a tensor that each pass makes anew -> the pass; see Host.pass_keys
         self._recorded: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
 
     def __getstate__(self):
@@ -214,8 +216,7 @@ class AddedMemory:
         if tokens is None:
             return None
         batch, length = tokens.shape[:2]
-        caches = (named.get(name) for name in CACHE_NAMES)
-        self._cache = next((cache for cache in caches if cache is not None), None)
+        self._cache = self._host.cache(named)
         kept = self._kept(self._cache)
         self._num_columns = length + (0 if kept is None else kept.num_columns)
         if kept is not None:
@@ -252,7 +253,7 @@ class AddedMemory:
             is_recorded=is_recorded,
         )
         if positions is not None and is_recorded:
-            # not the caller's: pass_key wants a tensor of this pass alone
+            # not the caller's: Host.pass_keys want a tensor of this pass alone
             return (), {**named, "position_ids": positions.clone()}
         return None
 
@@ -283,7 +284,7 @@ class AddedMemory:
 
     def _read(self, index: int, attention: nn.Module, args: tuple, kwargs: dict, output):
         """After a block's self-attention: the memory reads its output, and adds to it."""
-        key = pass_key(kwargs)
+        key = self._host.pass_key(kwargs)
         current = self._pass
         if current is None:
             current = None if key is None else self._recorded.get(key.data_ptr())
@@ -302,7 +303,7 @@ class AddedMemory:
                     "gradient checkpointing; use use_reentrant=False"
                 )
             self._record(key, current)
-        x = output[0] if isinstance(output, tuple) else output
+        x = self._host.attended(output)
         layer = self._blocks[index].memory
 
         def step(piece: Tensor, rows: list[Tensor], cache: SegmentCache):
@@ -327,7 +328,7 @@ class AddedMemory:
             read = torch.where(real, spread(read, order, current.lengths), x)
         if self._pass is not None:
             self._outgoing[index] = state
-        return (read, *output[1:]) if isinstance(output, tuple) else read
+        return self._host.replace_attended(output, read)
 
     def _record(self, key: Tensor | None, current: _Pass) -> None:
         """Remember the pass as long as the tensor lives, which recomputing a block needs too."""

@@ -1,24 +1,216 @@
-"""What a host model looks like, and what its calls hold."""
+"""What a host model looks like, and what its calls hold.
 
+:data:`HOSTS` is the table: a family of hosts is one :class:`Host`, and nothing else in the package
+knows it.
+"""
+
+import dataclasses
 import inspect
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lm2_kernels.state.segments import gather
 
-CACHE_NAMES = ("cache", "past_key_values")
 
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """What the models of a family have in common, by structure alone.
 
-def pass_key(kwargs: dict) -> Tensor | None:
-    """Of a self-attention's arguments, a tensor that each pass of the decoder makes anew, and that
-    recomputing a block gets again: its address tells which pass that belongs to.
+    A block is a module with a self-attention and an MLP. What the self-attention returns goes,
+    whatever dropout or norm is between, into the residual stream: beside the MLP's output
+    (parallel) or before it, which makes no difference to the memory.
     """
-    value = kwargs.get("position_embeddings")
-    while isinstance(value, (tuple, list)):
-        value = value[0]
-    value = kwargs.get("position_ids") if value is None else value
-    return value if isinstance(value, Tensor) else None
+
+    family: str
+    """What errors call it."""
+    attention: str
+    """Of a block: the self-attention."""
+    projections: tuple[str, ...]
+    """Of the self-attention: it has one of them."""
+    output: str
+    """Of the self-attention: the output projection."""
+    mlp: tuple[str, ...]
+    """Of a block: it has one of them."""
+    widths: tuple[str, ...] = ("out_features",)
+    """Of the output projection: the first that it has is the model's width."""
+    cross: tuple[str, ...] = ()
+    """Of a block: attentions to another model, with one of which it is refused."""
+    returned: int = 0
+    """Where the attention's output is in what the self-attention returns, if that is a tuple."""
+    caches: tuple[str, ...] = ("cache", "past_key_values")
+    """Arguments of the decoder's forward that hold the key/value cache, by version."""
+    pass_keys: tuple[str, ...] = ("position_embeddings", "position_ids", "cache_position")
+    """Keyword arguments of the self-attention, a tensor or a tuple of them, that each pass of the
+    decoder makes anew and that recomputing a block gets again. Without, gradient checkpointing is
+    refused in backward."""
+
+    def is_block(self, module: nn.Module) -> bool:
+        attention = getattr(module, self.attention, None)
+        output = getattr(attention, self.output, None)
+        return (
+            isinstance(attention, nn.Module)
+            and any(hasattr(attention, name) for name in self.projections)
+            and any(hasattr(output, name) for name in self.widths)
+            and any(hasattr(module, name) for name in self.mlp)
+            # BLOOM's adds the residual stream that it is given: its output is not its own
+            and "residual" not in inspect.signature(attention.forward).parameters
+        )
+
+    def width(self, block: nn.Module) -> int:
+        output = getattr(self.attention_of(block), self.output)
+        return next(getattr(output, name) for name in self.widths if hasattr(output, name))
+
+    def attention_of(self, block: nn.Module) -> nn.Module:
+        return getattr(block, self.attention)
+
+    def attended(self, output: Tensor | tuple) -> Tensor:
+        """The attention's output, in what the self-attention returned."""
+        return output[self.returned] if isinstance(output, tuple) else output
+
+    def replace_attended(self, output: Tensor | tuple, new: Tensor) -> Tensor | tuple:
+        """What the self-attention returned, with another output."""
+        if not isinstance(output, tuple):
+            return new
+        return (*output[: self.returned], new, *output[self.returned + 1 :])
+
+    def cache(self, arguments: dict) -> object | None:
+        """The key/value cache among the arguments of the decoder's forward."""
+        found = (arguments.get(name) for name in self.caches)
+        return next((cache for cache in found if cache is not None), None)
+
+    def pass_key(self, kwargs: dict) -> Tensor | None:
+        """Of a self-attention's arguments, a tensor whose address tells which pass it belongs to.
+
+        See ``pass_keys``.
+        """
+        for name in self.pass_keys:
+            value = kwargs.get(name)
+            while isinstance(value, (tuple, list)):
+                value = value[0]
+            if isinstance(value, Tensor):
+                return value
+        return None
+
+    def __str__(self) -> str:
+        projections, mlp = " or ".join(self.projections), " or ".join(self.mlp)
+        return f"{self.family}: {self.attention} (with {projections}, and {self.output}) and {mlp}"
+
+
+# each list of blocks is of the first family that knows one of them
+HOSTS = (
+    Host(
+        "Llama, Qwen, Mistral, Gemma, Phi-3 and the like",
+        attention="self_attn",
+        projections=("q_proj", "qkv_proj", "q_a_proj"),
+        output="o_proj",
+        mlp=("mlp", "block_sparse_moe", "feed_forward"),
+    ),
+    Host(
+        "GPT-2",
+        attention="attn",
+        projections=("c_attn",),
+        output="c_proj",
+        mlp=("mlp",),
+        # transformers' Conv1D, a Linear with its weight transposed
+        widths=("nf", "out_features"),
+        cross=("crossattention",),
+    ),
+    Host(
+        "GPT-NeoX",
+        attention="attention",
+        projections=("query_key_value",),
+        output="dense",
+        mlp=("mlp",),
+    ),
+    Host(
+        "Falcon",
+        attention="self_attention",
+        projections=("query_key_value",),
+        output="dense",
+        mlp=("mlp",),
+    ),
+    Host(
+        "Phi",
+        attention="self_attn",
+        projections=("q_proj",),
+        output="dense",
+        mlp=("mlp",),
+    ),
+    Host(
+        "OPT",
+        attention="self_attn",
+        projections=("q_proj",),
+        output="out_proj",
+        mlp=("fc1",),
+        cross=("encoder_attn",),
+    ),
+)
+
+
+class Blocks(NamedTuple):
+    """The blocks of a host model."""
+
+    host: Host
+    name: str  # of the list
+    decoder: nn.Module  # owns the list
+    blocks: nn.ModuleList
+
+
+def find_blocks(model: nn.Module, hosts: Sequence[Host] | None = None) -> Blocks:
+    """The one list of decoder blocks that one of the hosts knows; of :data:`HOSTS` unless given.
+
+    Raises:
+        ValueError: there is none, or there are several; or they cannot have a memory.
+    """
+    hosts = HOSTS if hosts is None else hosts
+    found = []
+    for name, module in model.named_modules():
+        for child_name, child in module.named_children():
+            if not isinstance(child, nn.ModuleList):
+                continue
+            host = next((host for host in hosts if any(map(host.is_block, child))), None)
+            if host is not None:
+                found.append(Blocks(host, f"{name}.{child_name}".lstrip("."), module, child))
+    if not found:
+        looked_for = "".join(f"\n  {host}" for host in hosts)
+        raise ValueError(
+            f"add_memory: {type(model).__name__} has no list of decoder blocks: looked for an "
+            f"nn.ModuleList of modules that have, by family,{looked_for}"
+        )
+    # an encoder beside the decoder (of images, of sound) keeps no cache
+    decoders = [blocks for blocks in found if _follows_cache(blocks)]
+    if not decoders:
+        host, _, owner, _ = found[0]
+        raise ValueError(
+            f"add_memory: the forward of {type(owner).__name__}, which owns the blocks, must take "
+            f"attention_mask and {' or '.join(host.caches)}, got {_arguments(owner)}"
+        )
+    if len(decoders) > 1:
+        raise ValueError(
+            f"add_memory: {type(model).__name__} has several lists of blocks, "
+            f"{[blocks.name for blocks in decoders]}; pass the submodule that owns the one you mean"
+        )
+    host, name, _, blocks = decoders[0]
+    for cross in host.cross:
+        if any(hasattr(block, cross) for block in blocks):
+            raise ValueError(
+                f"add_memory: the blocks of {name} have cross-attention ({cross}): what they read "
+                f"of another model is not in the memory, and its cache is not followed; take a "
+                f"model without"
+            )
+    return decoders[0]
+
+
+def _arguments(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
+def _follows_cache(blocks: Blocks) -> bool:
+    names = _arguments(blocks.decoder)
+    return "attention_mask" in names and any(name in names for name in blocks.host.caches)
 
 
 def real_tokens(mask: object, batch: int, length: int, num_columns: int) -> Tensor:
@@ -70,40 +262,3 @@ def refuse_packed(positions: Tensor, order: Tensor | None, lengths: list[int] | 
             "add_memory: position_ids must ascend along each row: several sequences packed into "
             "one row would share its memory; give each a row, padded, with a 2-D attention_mask"
         )
-
-
-def is_block(module: nn.Module) -> bool:
-    attention = getattr(module, "self_attn", None)
-    return (
-        isinstance(attention, nn.Module)
-        and any(hasattr(attention, name) for name in ("q_proj", "qkv_proj", "q_a_proj"))
-        and hasattr(getattr(attention, "o_proj", None), "out_features")
-        and any(hasattr(module, name) for name in ("mlp", "block_sparse_moe", "feed_forward"))
-    )
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.Module, nn.ModuleList]:
-    """The name of the list of blocks, the decoder that owns it, and the list."""
-    found = []
-    for name, module in model.named_modules():
-        for child_name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and any(map(is_block, child)):
-                found.append((f"{name}.{child_name}".lstrip("."), module, child))
-    if not found:
-        raise ValueError(
-            f"add_memory: {type(model).__name__} has no list of decoder blocks: looked for an "
-            f"nn.ModuleList of modules that have a self_attn (with q_proj or qkv_proj, and o_proj) "
-            f"and an mlp"
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"add_memory: {type(model).__name__} has several lists of blocks, "
-            f"{[name for name, _, _ in found]}; pass the submodule that owns the one you mean"
-        )
-    names = inspect.signature(found[0][1].forward).parameters
-    if "attention_mask" not in names or not any(name in names for name in CACHE_NAMES):
-        raise ValueError(
-            f"add_memory: the forward of {type(found[0][1]).__name__}, which owns the blocks, must "
-            f"take attention_mask and past_key_values, got {list(names)}"
-        )
-    return found[0]

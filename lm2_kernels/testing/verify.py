@@ -18,10 +18,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lm2_kernels import backends, reference
+from lm2_kernels import backends, machine, reference
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
-from lm2_kernels.machine import devices, versions
 from lm2_kernels.terminal import columns
 from lm2_kernels.testing.cases import (
     CASES,
@@ -128,19 +127,20 @@ def verify(
     Args:
         names: backends; every one that runs here unless given.
         dtypes: names of dtypes; unless given all of them, float64 not for triton.
-        device: "cpu" or "cuda"; unless given the GPU if there is one and the backend runs there,
-            the CPU for float64.
+        device: "cpu", or the accelerator's type; unless given that if there is one and the backend
+            runs there, the CPU for float64.
         seed: of the cases' inputs and dropout.
         cases: the cases; unless given all of them, the small ones under an interpreter.
         progress: called after each check with its number, how many there are, and the result.
 
     Raises:
-        UnavailableError: a backend or device asked for by name cannot run here.
+        UnavailableError: a backend asked for by name cannot run here.
+        ValueError: there is no such device here.
     """
     start = time.perf_counter()
-    has_gpu = torch.cuda.is_available()
-    if device == "cuda" and not has_gpu:
-        raise UnavailableError("device 'cuda': torch sees no GPU")
+    if device is not None:
+        machine.check_device(device)
+    best_first = machine.device_types()[::-1]
     jobs: list[tuple[str, str, str, Case | Golden]] = []
     goldens = [load_golden(path) for path in packaged_golden()]
     checks: list[Check] = []
@@ -152,8 +152,8 @@ def verify(
         for dtype in dtypes or DTYPES:
             if dtype == "float64" and name == "triton" and not dtypes:
                 continue
-            places = ["cuda", "cpu"] if has_gpu and dtype != "float64" else ["cpu"]
-            places = [device] if device else places
+            places = ("cpu",) if dtype == "float64" else best_first
+            places = (device,) if device else places
             reasons = {
                 where: [unsupported_reason(name, op, DTYPES[dtype], where) for op in backends.OPS]
                 for where in places
@@ -406,8 +406,8 @@ def to_json(report: Report) -> dict:
         "num_failed": len(report.failures),
         "seed": report.seed,
         "seconds": report.seconds,
-        "versions": versions(),
-        "devices": devices(),
+        "versions": machine.versions(),
+        "devices": machine.devices(),
         "triton_interpreted": interpreted("triton"),
         "skipped": [skip._asdict() for skip in report.skips],
         "checks": [

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lm2_kernels import machine
 from lm2_kernels.model.decoder import LM2ForCausalLM
 
 __all__ = [
@@ -34,13 +35,13 @@ def process_group() -> Iterator[tuple[int, int, torch.device]]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+    if machine.best_device() != "cpu":
+        device = torch.device(machine.best_device(), local)
+        torch.accelerator.set_device_index(local)
     if "RANK" not in os.environ:
         yield 0, 1, device
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(dist.get_default_backend_for_device(device))
     try:
         yield dist.get_rank(), world, device
     finally:
@@ -61,7 +62,7 @@ def wrap(model: LM2ForCausalLM, kind: str, device: torch.device) -> nn.Module:
     if not dist.is_initialized():
         return model
     if kind == "ddp":
-        ids = [device.index] if device.type == "cuda" else None
+        ids = None if device.type == "cpu" else [device.index]
         return nn.parallel.DistributedDataParallel(model, device_ids=ids)
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415 - slow to import
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415

@@ -30,8 +30,8 @@ def _default_backend_afterwards():
 @pytest.fixture
 def second_backend(monkeypatch):
     """A stand-in for cpp that computes what eager does, so that there are two to choose from."""
-    functions = {name: getattr(eager, name) for name in (*FUNCTIONS, "unsupported_reason")}
-    module = types.SimpleNamespace(**functions)
+    names = (*FUNCTIONS, "unsupported_reason", "DEVICES")
+    module = types.SimpleNamespace(**{name: getattr(eager, name) for name in names})
     monkeypatch.setitem(backends._modules, "cpp", module)
     monkeypatch.delitem(backends._import_errors, "cpp", raising=False)
     return module

@@ -319,7 +319,7 @@ def test_composite_is_recorded():
 
 def test_old_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(launch_module, "target", lambda index: "sm_75")
-    monkeypatch.setattr(launch_module, "CPU_LAUNCH_ALLOWED", True)
+    monkeypatch.setitem(launch_module.DEVICES, "cpu", "CPUs")
     tensor = torch.randn(1, 2, 8)
     with pytest.raises(RuntimeError, match=r"memory_update: .* the GPU is sm_75, it needs sm_80"):
         lm2.memory_update(tensor, tensor, tensor, tensor, tensor, backend="triton")
@@ -333,6 +333,7 @@ def test_interpreter_that_fails_beside_numpy_says_so(monkeypatch):
     monkeypatch.setattr(launch_module, "interpreted", lambda: True)
     monkeypatch.setattr(triton, "__version__", "3.6.0")
     monkeypatch.setattr(numpy, "__version__", "2.4.6")
+    monkeypatch.setitem(launch_module.DEVICES, "cpu", "CPUs")
     for tensors in ((), (torch.zeros(1, 1, 8),)):
         reason = backends.unsupported_reason("triton", "memory_update", *tensors)
         assert "triton 3.6.0 fails beside numpy 2.4.6" in reason
@@ -344,7 +345,7 @@ def test_interpreter_refuses_autocast_to_bfloat16(monkeypatch):
     """Triton's own interpreter computes with the bits of bfloat16 as if they were integers."""
     monkeypatch.setattr(launch_module, "interpreted", lambda: True)
     monkeypatch.setattr(launch_module, "target", lambda index: "sm_80")
-    monkeypatch.setattr(launch_module, "CPU_LAUNCH_ALLOWED", True)
+    monkeypatch.setitem(launch_module.DEVICES, "cpu", "CPUs")
     x = torch.randn(1, 2, 1, 8)
     rows = x[:, :, 0]
     for call in (

@@ -462,7 +462,7 @@ def _cpu_launches_allowed() -> Iterator[None]:
 
     forget_target()
     try:
-        with mock.patch.object(launcher, "CPU_LAUNCH_ALLOWED", True):
+        with mock.patch.dict(launcher.DEVICES, cpu="CPUs"):
             yield
     finally:
         forget_target()

@@ -24,6 +24,8 @@ from lm2_kernels.backends.triton import (
 # the ops that have kernels: each a module of its name
 _OPS = (memory_attention, memory_update, pooled_gate, residual_layer_norm)
 
+DEVICES = launch.DEVICES
+
 
 def _explained(function: Callable) -> Callable:
     """Name op, tensors and target when Triton cannot compile or launch a kernel."""
@@ -50,11 +52,7 @@ for _module in _OPS:
 
 # torch.compile takes the answer as it is: it cannot trace the driver
 @constant_when_compiled
-def _device_reason(device_type: str, device_index: int | None) -> str | None:
-    if device_type == "cpu" and not launch.CPU_LAUNCH_ALLOWED:
-        return "the tensors are on cpu"
-    if device_type not in ("cpu", "cuda"):
-        return f"the tensors are on {device_type}, it runs on NVIDIA and AMD GPUs"
+def _device_reason(device_index: int | None) -> str | None:
     target = launch.target(device_index)
     if target not in launch.TARGETS:
         return f"the GPU is {target}, it needs sm_80 or newer, or gfx942"
@@ -67,10 +65,9 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     if reason is not None:
         return reason
     if not tensors:
-        has_gpu = torch.cuda.is_available() or launch.CPU_LAUNCH_ALLOWED
+        has_gpu = torch.cuda.is_available() or "cpu" in DEVICES
         return None if has_gpu else "there is no GPU"
-    device = tensors[0].device
-    reason = _device_reason(device.type, device.index)
+    reason = _device_reason(tensors[0].device.index)
     if reason is not None:
         return reason
     for tensor in tensors:

@@ -1,0 +1,54 @@
+"""Which device there is to compute on."""
+
+import pytest
+import torch
+
+from lm2_kernels import cli, machine
+
+
+@pytest.mark.parametrize(
+    ("found", "types", "choices"),
+    (
+        (None, ("cpu",), ("cpu", "cuda")),
+        ("cuda", ("cpu", "cuda"), ("cpu", "cuda")),
+        ("xpu", ("cpu", "xpu"), ("cpu", "cuda", "xpu")),
+        # has no float64
+        ("mps", ("cpu",), ("cpu", "cuda")),
+    ),
+)
+def test_the_accelerator_that_is_here(found, types, choices, monkeypatch):
+    device = None if found is None else torch.device(found)
+
+    def current_accelerator(check_available=False):
+        assert check_available
+        return device
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+    assert machine.device_types() == types and machine.best_device() == types[-1]
+    assert machine.device_choices() == choices
+    machine.check_device(types[-1])
+    with pytest.raises(ValueError, match="'tpu': torch sees no GPU of this type"):
+        machine.check_device("tpu")
+
+
+@pytest.mark.parametrize("command", ("verify", "bench"))
+def test_commands_take_the_accelerator_that_is_here(command, monkeypatch, capsys):
+    for types in (("cpu",), ("cpu", "xpu")):
+        monkeypatch.setattr(machine, "device_types", lambda types=types: types)
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert ("{cpu,cuda,xpu}" in capsys.readouterr().out) == ("xpu" in types)
+        assert cli.main([command, "--device", "cuda"]) == 2
+        assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_other_accelerators_are_listed(monkeypatch):
+    class Module:
+        get_device_name = staticmethod(lambda index: f"Arc {index}")
+
+    monkeypatch.setattr(machine, "device_types", lambda: ("cpu", "xpu"))
+    monkeypatch.setattr(torch, "get_device_module", lambda kind: Module)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    listed = [(entry["device"], entry["name"]) for entry in machine.devices()[1:]]
+    assert listed == [("xpu:0", "Arc 0"), ("xpu:1", "Arc 1")]
