@@ -75,7 +75,7 @@ def memory_attention(
         top_k: keep the k largest probabilities of each row, zero the others, do not renormalise.
         dropout_p: probability to zero a probability, after top-k; the others are divided by
             ``1 - dropout_p``. The caller decides about training and evaluation.
-        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+        backend: the name of one, or "auto"; None takes the default (``use_backend``).
 
     Returns:
         (B, T, H, K) in ``query``'s dtype.
@@ -151,7 +151,7 @@ def memory_update(
         gate_bias: added to ``[input_gate | forget_gate]``, (B, T, 2 D) or (B, 1, 2 D): the pooled
             part of the released gates, added inside the kernel.
         output: "read" or "memory"; ignored without ``output_gate``.
-        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+        backend: the name of one, or "auto"; None takes the default (``use_backend``).
 
     Returns:
         output (B, T, D) in ``hidden``'s dtype, new memory (B, T, D) in ``memory``'s dtype.
@@ -237,7 +237,7 @@ def residual_layer_norm(
         weight: (D,), any floating-point dtype.
         bias: (D,), ``weight``'s dtype.
         eps: added to the variance, above 0.
-        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+        backend: the name of one, or "auto"; None takes the default (``use_backend``).
 
     Returns:
         (B, T, D) in ``x``'s dtype.
@@ -283,7 +283,7 @@ def pooled_gate(
         pooled_sum: (B, D) float32 (float64 for float64), the sum over earlier pieces of the
             segment; only with ``prefix``.
         num_pooled: how many tokens ``pooled_sum`` holds.
-        backend: "triton", "cpp", "eager" or "auto"; None takes the default (``use_backend``).
+        backend: the name of one, or "auto"; None takes the default (``use_backend``).
 
     Returns:
         pooled (B, 1, D), or (B, T, D) with ``prefix``, in ``x``'s dtype; the sum over all tokens so

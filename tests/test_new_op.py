@@ -22,13 +22,13 @@ def toy_gate(x: Tensor, weight: Tensor) -> Tensor:
 ''',
     ),
     "backends/contract.py": (
-        "TABLE = {",
-        '''def _toy(x):
+        "# the table: what a backend's functions return, by their names",
+        '''def toy_gate_forward(x):
     """``out`` (B, T, D)."""
     return (x.new_empty(x.shape),)
 
 
-def _toy_gradients(x, weight, needs_dx, needs_dweight):
+def toy_gate_backward(x, weight, needs_dx, needs_dweight):
     """``dx``, ``dweight``."""
     return _like(x, x.shape, needs_dx), _like(weight, weight.shape, needs_dweight)
 
@@ -118,7 +118,10 @@ CASES = SMALL_CASES + LARGE_CASES
     ),
 }
 ENTRIES = {
-    "backends/contract.py": ("TABLE = {", '    "toy_gate": Op(_toy, _toy_gradients),'),
+    "backends/contract.py": (
+        "    for function in (",
+        "        toy_gate_forward,\n        toy_gate_backward,",
+    ),
     "autograd.py": ("FUNCTIONS = {", '    "toy_gate": ToyGateFunction,'),
     "testing/cases.py": ("INPUTS = {", '    "toy_gate": _toy_inputs,'),
 }

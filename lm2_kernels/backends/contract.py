@@ -1,9 +1,10 @@
-"""What every backend implements: the table of ops.
+"""What every backend implements: the table of ops, :data:`FUNCTIONS`.
 
 A backend is a module ``lm2_kernels.backends.<name>``, or an object that was given to
-:class:`lm2_kernels.backends.register`, that has for each op of :data:`TABLE`, or for some, the
-functions ``<op>_forward`` and ``<op>_backward``. Their signatures, the operators' schemas with
-them, are those of :mod:`lm2_kernels.backends.eager`; what comes back is said here.
+:class:`lm2_kernels.backends.register`, that has for each op, or for some, the functions
+``<op>_forward`` and ``<op>_backward``. Their signatures, and with them the operators' schemas, are
+those of :mod:`lm2_kernels.backends.eager`; what they return is said by the functions of the same
+names here, which take some of the arguments, by name, and make empty tensors like the results.
 
 Arguments are positional, already validated and of canonical rank (shapes as in
 :mod:`lm2_kernels.reference`); tensors may have any strides whose last axis is contiguous. Results
@@ -22,21 +23,9 @@ torch.compile traces it: what it cannot trace goes into a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class Op(NamedTuple):
-    """The results of an op's two functions.
-
-    Each is a function of some of the arguments, taken by name, that makes empty tensors of the
-    results' shapes and dtypes.
-    """
-
-    forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor, ...]]
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -48,7 +37,7 @@ def _like(tensor: Tensor, shape: tuple[int, ...], needed: bool, dtype=None) -> T
     return tensor.new_empty(shape if needed else (0,), dtype=dtype)
 
 
-def _attention(query):
+def memory_attention_forward(query):
     """``out`` (B, T, H, K), ``lse`` (B, H, T).
 
     ``lse``, float32 (float64 for float64), is the natural log-sum-exp of a row's visible scores,
@@ -60,7 +49,7 @@ def _attention(query):
     return query.new_empty(query.shape), lse
 
 
-def _attention_gradients(query, key, needs_dquery, needs_dkey_value):
+def memory_attention_backward(query, key, needs_dquery, needs_dkey_value):
     """``dquery``, ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer, ready for a packed
     projection.
     """
@@ -69,7 +58,7 @@ def _attention_gradients(query, key, needs_dquery, needs_dkey_value):
     return _like(query, query.shape, needs_dquery), _like(key, packed, needs_dkey_value)
 
 
-def _update(hidden, memory):
+def memory_update_forward(hidden, memory):
     """``output``, ``new_memory`` (B, T, D) in the dtypes of ``hidden`` and ``memory``.
 
     ``candidate``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and ``memory``
@@ -78,7 +67,7 @@ def _update(hidden, memory):
     return hidden.new_empty(hidden.shape), memory.new_empty(memory.shape)
 
 
-def _update_gradients(
+def memory_update_backward(
     candidate, memory, input_gate, output_gate, needs_dcandidate, needs_dmemory, needs_dgates
 ):
     """``dcandidate``, ``dmemory``, ``dgates`` (B, T, G, D): of the input, forget and (G = 3) output
@@ -93,13 +82,13 @@ def _update_gradients(
     )
 
 
-def _layer_norm(x):
+def residual_layer_norm_forward(x):
     """``out``; ``mean`` and ``rstd`` (B, T), float32 (float64 for float64)."""
     statistic = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x))
     return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
 
 
-def _layer_norm_gradients(x, residual, weight, needs_dx, needs_dparams):
+def residual_layer_norm_backward(x, residual, weight, needs_dx, needs_dparams):
     """``dx``, ``dweight``, ``dbias``; ``dx`` serves both summands: float32 where they differ."""
     dtype = x.dtype if x.dtype == residual.dtype else accumulation_dtype(x)
     return (
@@ -109,14 +98,14 @@ def _layer_norm_gradients(x, residual, weight, needs_dx, needs_dparams):
     )
 
 
-def _pooled(x, prefix):
+def pooled_gate_forward(x, prefix):
     """``pooled`` (B, T or 1, D); ``new_sum`` (B, D), float32 (float64 for float64)."""
     batch, num_tokens, width = x.shape
     pooled = x.new_empty(batch, num_tokens if prefix else 1, width)
     return pooled, x.new_empty(batch, width, dtype=accumulation_dtype(x))
 
 
-def _pooled_gradients(x, weight, needs_dx, needs_dweight, needs_dpooled_sum):
+def pooled_gate_backward(x, weight, needs_dx, needs_dweight, needs_dpooled_sum):
     """``dx``, ``dweight``, ``dpooled_sum`` (B, D) in ``new_sum``'s dtype."""
     batch, _, width = x.shape
     return (
@@ -126,12 +115,18 @@ def _pooled_gradients(x, weight, needs_dx, needs_dweight, needs_dpooled_sum):
     )
 
 
-TABLE = {
-    "memory_attention": Op(_attention, _attention_gradients),
-    "memory_update": Op(_update, _update_gradients),
-    "residual_layer_norm": Op(_layer_norm, _layer_norm_gradients),
-    "pooled_gate": Op(_pooled, _pooled_gradients),
+# the table: what a backend's functions return, by their names
+FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    function.__name__: function
+    for function in (
+        memory_attention_forward,
+        memory_attention_backward,
+        memory_update_forward,
+        memory_update_backward,
+        residual_layer_norm_forward,
+        residual_layer_norm_backward,
+        pooled_gate_forward,
+        pooled_gate_backward,
+    )
 }
-OPS = tuple(TABLE)
-# name of a backend's function -> its results
-FUNCTIONS = {f"{op}_{way}": getattr(TABLE[op], way) for op in OPS for way in Op._fields}
+OPS = tuple(name.removesuffix("_forward") for name in FUNCTIONS if name.endswith("_forward"))

@@ -176,9 +176,7 @@ def test_some_ops_will_do(counting):
     """Of the others "auto" asks the next, and who asks for it by name is told."""
     del counting.pooled_gate_forward
     assert pool() == [cpu_default()] * 2
-    with pytest.raises(
-        RuntimeError, match="'counting' cannot run this call: it has no pool"
-    ):
+    with pytest.raises(RuntimeError, match="'counting' cannot run this call: it has no pool"):
         pool(backend="counting")
     testing.check_case(CASES[0], torch.float32, "counting")
 
