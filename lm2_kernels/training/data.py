@@ -104,8 +104,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         ValueError: the file is damaged.
     """
-    path = Path(folder) / TOKENIZER
-    if not path.exists():
+    # version 0.1.0 wrote it under the second name
+    paths = [Path(folder) / name for name in (TOKENIZER, "tokenizer.json")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         return Ids()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

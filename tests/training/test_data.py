@@ -83,4 +83,7 @@ def test_tokenizers(tmp_path):
         with pytest.raises(ValueError, match="names no tokenizer"):
             load_tokenizer(tmp_path)
     path.unlink()
+    (tmp_path / "tokenizer.json").write_text('{"kind": "bytes"}')
+    assert isinstance(load_tokenizer(tmp_path), Bytes)
+    (tmp_path / "tokenizer.json").unlink()
     assert isinstance(load_tokenizer(tmp_path), Ids)
