@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import cpp, eager
-from lm2_kernels.backends.contract import FUNCTIONS
+from lm2_kernels.backends.contract import RESULTS
 
 
 def run(backend: str, function: str, *args):
@@ -60,5 +60,5 @@ def _register(function: str, results: Callable[..., tuple[Tensor, ...]]) -> None
         torch.library.register_fake(f"{cpp.NAMESPACE}::{function}", fake)
 
 
-for _function, _results in FUNCTIONS.items():
+for _function, _results in RESULTS.items():
     _register(_function, _results)

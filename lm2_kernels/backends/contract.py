@@ -1,4 +1,4 @@
-"""What every backend implements: the table of ops, :data:`FUNCTIONS`.
+"""What every backend implements: the table of ops, :data:`RESULTS`.
 
 A backend is a module ``lm2_kernels.backends.<name>``, or an object that was given to
 :class:`lm2_kernels.backends.register`, that has for each op, or for some, the functions
@@ -116,7 +116,7 @@ def pooled_gate_backward(x, weight, needs_dx, needs_dweight, needs_dpooled_sum):
 
 
 # the table: what a backend's functions return, by their names
-FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+RESULTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     function.__name__: function
     for function in (
         memory_attention_forward,
@@ -129,4 +129,4 @@ FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
         pooled_gate_backward,
     )
 }
-OPS = tuple(name.removesuffix("_forward") for name in FUNCTIONS if name.endswith("_forward"))
+OPS = tuple(name.removesuffix("_forward") for name in RESULTS if name.endswith("_forward"))

@@ -10,7 +10,7 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing
 from lm2_kernels.backends import eager
-from lm2_kernels.backends.contract import FUNCTIONS
+from lm2_kernels.backends.contract import RESULTS
 from lm2_kernels.bench import works
 from lm2_kernels.cli import main
 from tools.native import cpu_default
@@ -24,8 +24,8 @@ class Counting:
     DEVICES = None
 
     def __init__(self):
-        self.calls = dict.fromkeys(FUNCTIONS, 0)
-        for function in FUNCTIONS:
+        self.calls = dict.fromkeys(RESULTS, 0)
+        for function in RESULTS:
             setattr(self, function, self._counted(function))
 
     def _counted(self, function):
@@ -131,7 +131,7 @@ def test_compiled(counting):
 
 def test_a_module_will_do():
     module = types.ModuleType("mine")
-    names = (*FUNCTIONS, "unsupported_reason", "DEVICES")
+    names = (*RESULTS, "unsupported_reason", "DEVICES")
     vars(module).update({name: getattr(eager, name) for name in names})
     with backends.register("mine", module):
         assert backends.get("mine") is module and pool() == ["mine"] * 2

@@ -11,7 +11,7 @@ import torch
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional
 from lm2_kernels.backends import eager, extension
-from lm2_kernels.backends.contract import FUNCTIONS
+from lm2_kernels.backends.contract import RESULTS
 from tools.interpreter import run_python
 from tools.native import cpu_default
 
@@ -30,7 +30,7 @@ def _default_backend_afterwards():
 @pytest.fixture
 def second_backend(monkeypatch):
     """A stand-in for cpp that computes what eager does, so that there are two to choose from."""
-    names = (*FUNCTIONS, "unsupported_reason", "DEVICES")
+    names = (*RESULTS, "unsupported_reason", "DEVICES")
     module = types.SimpleNamespace(**{name: getattr(eager, name) for name in names})
     monkeypatch.setitem(backends._modules, "cpp", module)
     monkeypatch.delitem(backends._import_errors, "cpp", raising=False)
