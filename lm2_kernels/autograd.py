@@ -76,10 +76,14 @@ def apply(function: type[torch.autograd.Function], *args):
     """``function.apply``, refusing forward mode and vmap by name.
 
     Where no gradient is wanted it is ``function.forward`` alone. torch.compile does not trace a
-    Function that defines ``jvp``, and has its own refusals.
+    Function that defines ``jvp``, and has its own refusals; nor, without a gradient, one whose
+    ``forward`` names no arguments.
     """
     if torch.compiler.is_compiling():
-        return function.apply(*args)
+        wanted = torch.is_grad_enabled() and any(
+            isinstance(arg, Tensor) and arg.requires_grad for arg in args
+        )
+        return function.apply(*args) if wanted else function.forward(*args)
     if function not in _with_refusals:
         refusing = type(function.__name__, (_Refusals, function), {})
         # what Function.apply calls when no torch.func transform is active, after it has inspected

@@ -168,3 +168,17 @@ def check_pooled_sum(op: str, pooled_sum: Tensor, x: Tensor) -> None:
         raise TypeError(
             f"{op}: pooled_sum must be {wanted} for x of {x.dtype}, got {pooled_sum.dtype}"
         )
+
+
+def check_vector(
+    op: str, name: str, vector: Tensor, x: Tensor, dtype: torch.dtype, *, mixed: bool = True
+) -> None:
+    """A parameter (D,) on the device of ``x`` (..., D), of ``dtype`` or what goes with it."""
+    check_tensors(op, x=x, **{name: vector})
+    check_shape(op, name, vector, "(D,)", (x.shape[-1],))
+    if vector.dtype != dtype and not (mixed and go_together(dtype, vector.dtype)):
+        also = ", or one of them float32" if mixed else ""
+        raise TypeError(
+            f"{op}: {name} is {vector.dtype}, but it must be of one dtype with {dtype}{also}; cast "
+            f"it or use torch.autocast"
+        )

@@ -189,15 +189,9 @@ def _packed_parameters(x: Tensor, layers: tuple[nn.Module, ...]) -> list[Tensor]
     return [parameter for group in groups for parameter in group]
 
 
-class Linear(nn.Linear):
-    """``nn.Linear``, whose large products on a CPU go the faster of two ways."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x W^T + b``. (..., out_features)"""
-        if torch.compiler.is_compiling() or not _is_worth_it(x, (self,)):
-            return super().forward(x)
-        bias = () if self.bias is None else (self.bias,)
-        return apply(_PackedLinear, x.to(computed_dtype(x)), 1, False, self.weight, *bias)
+def apply_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """``layer(x)`` of one Linear layer, as :func:`project` computes it."""
+    return project(x, layer)[0]
 
 
 def pack(*layers: nn.Module) -> None:

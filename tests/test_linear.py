@@ -246,30 +246,3 @@ def test_small_products_are_the_layers_own(monkeypatch):
         assert torch.equal(got, layer(x))
     with pytest.raises(TypeError):
         linear.project(x.expand(20000, 2, 3, 8).flatten(0, 1), *layers)
-
-
-@pytest.mark.parametrize("bias", (False, True))
-def test_linear_is_nn_linear(bias):
-    """The same values and gradients; what hooks, patches and replaced weights do, it does too."""
-    torch.manual_seed(0)
-    ours = linear.Linear(16, 24, bias=bias, dtype=torch.float64)
-    plain = nn.Linear(16, 24, bias=bias, dtype=torch.float64)
-    plain.load_state_dict(ours.state_dict())
-    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
-    cotangent = torch.randn(2, 5, 24, dtype=torch.float64)
-
-    def run(layer):
-        y = layer(x)
-        return y, *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)
-
-    for got, want in zip(run(ours), run(plain), strict=True):
-        assert_round_off(got, want)
-    ours.register_forward_hook(lambda module, inputs, output: output + 1.0)
-    assert_round_off(ours(x), plain(x) + 1.0)
-    nn.utils.parametrize.register_parametrization(ours, "weight", _Doubled())
-    assert_round_off(ours(x), nn.functional.linear(x, 2.0 * plain.weight, plain.bias) + 1.0)
-
-
-class _Doubled(nn.Module):
-    def forward(self, weight):
-        return 2.0 * weight

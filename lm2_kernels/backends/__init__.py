@@ -126,7 +126,8 @@ class register:  # noqa: N801 - used like a function, as use_backend is
         missing = [item for item in functions if not callable(getattr(backend, item, None))]
         if not has:
             missing.append(f"every op, as {OPS[0]}_forward")
-        if not isinstance(getattr(backend, "DEVICES", 0), Mapping | None):
+        devices = getattr(backend, "DEVICES", 0)
+        if not isinstance(devices, Mapping | None) or devices == {}:
             missing.append("DEVICES (a dict, or None)")
         if missing:
             raise TypeError(
@@ -136,13 +137,15 @@ class register:  # noqa: N801 - used like a function, as use_backend is
         place = 0 if before is None else NAMES.index(before)
         _modules[name] = backend
         NAMES = (*NAMES[:place], name, *NAMES[place:])
-        self._name = name
+        self._name, self._backend = name, backend
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exception) -> None:
-        unregister(self._name)
+        # somebody may have taken it out, or another in under its name
+        if _modules.get(self._name) is self._backend:
+            unregister(self._name)
 
 
 def unregister(name: str) -> None:
@@ -160,21 +163,21 @@ def unregister(name: str) -> None:
         _requested = "auto"
 
 
-# by type of device: asking whether autocast is enabled raises on a device without it (meta)
-_has_autocast: dict[str, bool] = {}
-
-
 @constant_when_compiled
-def _find_autocast(device_type: str) -> bool:
-    _has_autocast[device_type] = torch.amp.is_autocast_available(device_type)
-    return _has_autocast[device_type]
+def _has_autocast(device_type: str) -> bool:
+    # asking whether it is enabled raises on a device without it (meta)
+    return torch.amp.is_autocast_available(device_type)
+
+
+# for every call; not filled later, as torch.compile takes a dict to stay what it was
+_HAS_AUTOCAST = {device_type: _has_autocast(device_type) for device_type in ("cpu", "cuda")}
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype of the autocast in force on this type of device, or None."""
-    available = _has_autocast.get(device_type)
+    available = _HAS_AUTOCAST.get(device_type)
     if available is None:
-        available = _find_autocast(device_type)
+        available = _has_autocast(device_type)
     if available and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return None
@@ -285,6 +288,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         global _requested
         check_choice(backend)
         self._previous = _requested
+        self._was_known = _requested in (*NAMES, "auto")
         _requested = backend
 
     def __enter__(self) -> None:
@@ -292,7 +296,9 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
     def __exit__(self, *exception: object) -> None:
         global _requested
-        _requested = self._previous
+        # what was registered may have been taken out in the meantime
+        is_gone = self._was_known and self._previous not in (*NAMES, "auto")
+        _requested = "auto" if is_gone else self._previous
 
 
 def requested_backend() -> str:

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from lm2_kernels import backends, machine
 from lm2_kernels.terminal import Progress, write_json
 from lm2_kernels.testing import verify
@@ -40,7 +38,7 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 def run_verify(options: argparse.Namespace) -> int:
     """Check, and say what failed."""
     names = tuple(name for name in backends.NAMES if name in (options.backend or ()))
-    on_cpu = options.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = options.device == "cpu" or machine.best_device() == "cpu"
     if "triton" in names and on_cpu and not verify.interpreted("triton"):
         # Triton reads the variable when it is imported, and importing torch may have done that
         print("verify: on the CPU the Triton kernels run in Triton's interpreter", flush=True)

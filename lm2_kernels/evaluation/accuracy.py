@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lm2_kernels.training.loop import Batch, _autocast, _moved
+from lm2_kernels.training.loop import Batch, autocast_in, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ def evaluate(
     model.eval()
     try:
         for batch in batches:
-            inputs = _moved(batch, device)
+            inputs = moved(batch, device)
             targets = inputs.pop("labels")[:, 1:]
-            with _autocast(device, autocast):
+            with autocast_in(device, autocast):
                 predicted = model(**inputs).logits[:, :-1].argmax(-1)
             counted = targets != -100
             right += int(((predicted == targets) & counted).sum())

@@ -25,6 +25,7 @@ from lm2_kernels.checks import (
     check_shape,
     check_slot_mask,
     check_tensors,
+    go_together,
 )
 from lm2_kernels.linear import pack, project
 from lm2_kernels.state.memory import SegmentCache, write_rows
@@ -56,12 +57,6 @@ class MemoryLayer(nn.Module):
         check_int(op, "num_heads", num_heads, 1)
         if dim % num_heads:
             raise ValueError(f"{op}: num_heads ({num_heads}) must divide dim ({dim})")
-        if top_k is not None:
-            check_int(op, "top_k", top_k, 1)
-        if scale is not None:
-            check_scale(op, scale)
-        check_bool(op, "causal", causal)
-        check_dropout(op, dropout)
         check_bool(op, "recompute", recompute)
         if write != "position":
             raise ValueError(f"{op}: write must be 'position', got {write!r}")
@@ -76,6 +71,16 @@ class MemoryLayer(nn.Module):
         self.write = write
         self.recompute = recompute
         self.backend = backend
+
+    def _check_options(self) -> None:
+        """What the ops are given besides tensors; anybody may have changed it since the start."""
+        op = type(self).__name__
+        if self.top_k is not None:
+            check_int(op, "top_k", self.top_k, 1)
+        if self.scale is not None:
+            check_scale(op, self.scale)
+        check_bool(op, "causal", self.causal)
+        check_dropout(op, self.dropout)
 
     def _pack(self) -> None:
         for names in self.PACKED:
@@ -150,6 +155,7 @@ class MemoryLayer(nn.Module):
 
     def _check_tensors(self, x: Tensor, memory: Tensor) -> None:
         op = type(self).__name__
+        self._check_options()
         weight = getattr(self.query_proj, "weight", None)
         if not isinstance(weight, Tensor):
             # any parameter will do: the projection was replaced by a module without weights
@@ -251,18 +257,19 @@ class MemoryLayer(nn.Module):
         shape = (*x.shape[:-1], self.dim if width is None else width)
         dtype = computed_dtype(x)
         for result in results:
-            if result.shape != shape or result.dtype != dtype:
+            if result.shape != shape or result.dtype != dtype or result.device != x.device:
                 break
         else:
             return results
-        if autocast_dtype(x.device.type) is not None:
-            results = tuple(result.to(dtype) for result in results)
         names = {module: name for name, module in self.named_modules()}
+        is_cast = autocast_dtype(x.device.type) is not None
         for layer, result in zip(layers, results, strict=True):
             op = f"{type(self).__name__}.{names[layer]}"
-            check_shape(op, "the result", result, "(B, T, width)", shape)
-            check_dtypes(op, dtype, (), result=result)
-        return results
+            check_tensors(op, input=x, result=result)
+            check_shape(op, "result", result, "(B, T, width)", shape)
+            if not is_cast or not go_together(dtype, result.dtype):
+                check_dtypes(op, dtype, (), result=result)
+        return tuple(result.to(dtype) for result in results)
 
     def _heads(self, tensor: Tensor) -> Tensor:
         return tensor.view(*tensor.shape[:-1], self.num_heads, self.dim // self.num_heads)

@@ -86,9 +86,8 @@ class PaperMemory(MemoryLayer):
             recompute=recompute,
             backend=backend,
         )
-        if output not in ("read", "memory"):
-            raise ValueError(f"PaperMemory: output must be 'read' or 'memory', got {output!r}")
         self.output = output
+        self._check_options()
 
         def projection() -> nn.Linear:
             return nn.Linear(dim, dim, bias=bias, device=device, dtype=dtype)
@@ -101,6 +100,11 @@ class PaperMemory(MemoryLayer):
         self.forget_gate_proj = projection()
         self.reset_parameters()
         self._pack()
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.output not in ("read", "memory"):
+            raise ValueError(f"PaperMemory: output must be 'read' or 'memory', got {self.output!r}")
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases, as ``nn.MultiheadAttention`` starts."""

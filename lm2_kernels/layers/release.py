@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.checks import check_eps, check_int, check_pooled_sum, go_together
+from lm2_kernels.backends import computed_dtype
+from lm2_kernels.checks import check_eps, check_int, check_pooled_sum, check_vector
 from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
 from lm2_kernels.linear import split_columns
 from lm2_kernels.state.memory import SegmentCache, write_rows
@@ -101,15 +102,11 @@ class ReleaseMemory(MemoryLayer):
             recompute=recompute,
             backend=backend,
         )
-        check_int("ReleaseMemory", "num_blocks", num_blocks, 1)
         check_int("ReleaseMemory", "attention_mlp_layers", attention_mlp_layers, 1)
         check_eps("ReleaseMemory", eps)
-        if pooled_gate not in ("segment", "prefix"):
-            raise ValueError(
-                f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got {pooled_gate!r}"
-            )
         self.num_blocks = num_blocks
         self.pooled_gate = pooled_gate
+        self._check_options()
         like = {"device": device, "dtype": dtype}
         self.query_proj = nn.Linear(dim, dim, **like)
         self.key_proj = nn.Linear(dim, dim, **like)
@@ -124,6 +121,15 @@ class ReleaseMemory(MemoryLayer):
         self.forget_bias = nn.Parameter(torch.empty((), **like))
         self.reset_parameters()
         self._pack()
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        check_int("ReleaseMemory", "num_blocks", self.num_blocks, 1)
+        if self.pooled_gate not in ("segment", "prefix"):
+            raise ValueError(
+                f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got "
+                f"{self.pooled_gate!r}"
+            )
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights and zero biases; ``w`` 1, input bias 0, forget bias 1."""
@@ -237,18 +243,13 @@ class ReleaseMemory(MemoryLayer):
 
     def _check_vectors(self, x: Tensor) -> None:
         """The parameters that the ops read as they are."""
-        norms = (self.attended_memory_layernorm, self.attended_memory_layernorm2)
-        pairs = [(norm.weight, norm.bias) for norm in norms]
-        for weight, bias in (*pairs, (self.input_gate_projector.w, None)):
-            is_fit = weight.shape == (self.dim,) and go_together(x.dtype, weight.dtype)
-            if bias is not None:
-                is_fit = is_fit and bias.shape == weight.shape and bias.dtype == weight.dtype
-            if not is_fit:
-                raise TypeError(
-                    f"ReleaseMemory: the layer norms' weights and biases, and w, must be "
-                    f"({self.dim},), of one dtype with each other and of {x.dtype} or float32, got "
-                    f"{tuple(weight.shape)} {weight.dtype}"
-                )
+        op, dtype = "ReleaseMemory", computed_dtype(x)
+        for name in ("attended_memory_layernorm", "attended_memory_layernorm2"):
+            norm = getattr(self, name)
+            check_vector(op, f"{name}.weight", norm.weight, x, dtype)
+            check_vector(op, f"{name}.bias", norm.bias, x, norm.weight.dtype, mixed=False)
+            check_eps(op, norm.eps)
+        check_vector(op, "input_gate_projector.w", self.input_gate_projector.w, x, x.dtype)
 
     def _forward(
         self,

@@ -30,7 +30,7 @@ def check_start(
         )
 
 
-def zero_init(layer: PaperMemory | ReleaseMemory) -> None:
+def silence(layer: PaperMemory | ReleaseMemory) -> None:
     """Have the layer give back ``x``: the paper's reads 0, the release's proposes 0.
 
     Of the release formulation that holds for a bank of zeros.

@@ -20,8 +20,8 @@ from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
-from lm2_kernels.layers.start import zero_init
-from lm2_kernels.linear import Linear
+from lm2_kernels.layers.start import silence
+from lm2_kernels.linear import apply_linear
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.generation import generate
 from lm2_kernels.state import files
@@ -66,14 +66,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width = config.num_key_value_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = Linear(config.hidden_size, width, bias=False)
-        self.v_proj = Linear(config.hidden_size, width, bias=False)
-        self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: SegmentCache) -> Tensor:
         query, key, value = (
-            layer(x).unflatten(-1, (-1, self.head_dim))
+            apply_linear(x, layer).unflatten(-1, (-1, self.head_dim))
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         read = F.scaled_dot_product_attention(
             query, key, value, **_visibility(cache, x.device), enable_gqa=True
         )
-        return self.o_proj(read.transpose(1, 2).flatten(-2))
+        return apply_linear(read.transpose(1, 2).flatten(-2), self.o_proj)
 
 
 def _visibility(cache: SegmentCache, device: torch.device) -> dict[str, object]:
@@ -102,12 +102,13 @@ class MLP(nn.Module):
 
     def __init__(self, config: LM2Config):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_linear(x, self.gate_proj), apply_linear(x, self.up_proj)
+        return apply_linear(F.silu(gate) * up, self.down_proj)
 
 
 class Block(nn.Module):
@@ -173,7 +174,7 @@ class LM2ForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.register_load_state_dict_pre_hook(_drop_tied_head)
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.initial_memory = None
         if config.memory_init == "learned" and config.num_banks > 0:
             shape = (config.num_banks, config.memory_slots, config.hidden_size)
@@ -195,7 +196,7 @@ class LM2ForCausalLM(nn.Module):
                 self.initial_memory.copy_(bank)
         if self.config.zero_init:
             for layer in self.memory_layers():
-                zero_init(layer)
+                silence(layer)
 
     def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
@@ -430,7 +431,7 @@ class LM2ForCausalLM(nn.Module):
         """The logits (..., V) of hidden states (..., D)."""
         if self.lm_head is None:
             return F.linear(hidden, self.model.embed_tokens.weight)
-        return self.lm_head(hidden)
+        return apply_linear(hidden, self.lm_head)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, some rows at a time."""

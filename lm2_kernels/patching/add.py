@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_bool, check_int
-from lm2_kernels.layers import start
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.layers.start import check_start, silence
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
 from lm2_kernels.patching.hosts import Host, find_blocks
 from lm2_kernels.patching.report import Report, module_names, report_on
@@ -101,7 +101,7 @@ def add_memory(
     check_bool("add_memory", "freeze", freeze)
     if memory_init is None:
         memory_init = "zeros" if zero_init and formulation == "release" else "identity"
-    start.check_start("add_memory", formulation, memory_init, zero_init, ("identity", "zeros"))
+    check_start("add_memory", formulation, memory_init, zero_init, ("identity", "zeros"))
     host, list_name, decoder, blocks = find_blocks(model, None if host is None else (host,))
     attending = [index for index, block in enumerate(blocks) if host.is_block(block)]
     layers = attending if layers is None else list(layers)
@@ -135,7 +135,7 @@ def add_memory(
             dtype=like.dtype,
         )
         if zero_init:
-            start.zero_init(layer)
+            silence(layer)
         new.append(layer.train(block.training))
 
     options = {

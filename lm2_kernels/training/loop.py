@@ -1,7 +1,7 @@
-"""A small training loop, and accuracy: for the demo and for your own data.
+"""A small training loop: for the demo and for your own data.
 
-Of the model they use the call ``model(**batch)`` with its loss or logits, and ``parameters()``; so
-a model wrapped for several devices trains the same way.
+Of the model it uses the call ``model(**batch)`` with its loss, and ``parameters()``; so a model
+wrapped for several devices trains the same way.
 """
 
 import contextlib
@@ -104,8 +104,8 @@ def train(
                 )
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate(step, steps, warmup, floor)
-            with _autocast(device, autocast):
-                loss = model(**_moved(batch, device), bptt_segments=bptt_segments).loss
+            with autocast_in(device, autocast):
+                loss = model(**moved(batch, device), bptt_segments=bptt_segments).loss
             value = loss.item()
             if not math.isfinite(value):
                 raise FloatingPointError(
@@ -129,24 +129,28 @@ def train(
 def mean_loss(
     model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> float:
-    """The mean of the batches' losses; arguments as of :func:`evaluate`."""
+    """The mean of the batches' losses; arguments as of :func:`lm2_kernels.evaluation.evaluate`."""
     device = next(model.parameters()).device
     was_training, losses = model.training, []
     model.eval()
     try:
         for batch in batches:
-            with _autocast(device, autocast):
-                losses.append(model(**_moved(batch, device)).loss.item())
+            with autocast_in(device, autocast):
+                losses.append(model(**moved(batch, device)).loss.item())
     finally:
         model.train(was_training)
     return sum(losses) / len(losses) if losses else math.nan
 
 
-def _moved(batch: Batch, device: torch.device) -> Batch:
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """The batch on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
+def autocast_in(
+    device: torch.device, dtype: torch.dtype | None
+) -> contextlib.AbstractContextManager:
+    """Autocast in a dtype; None is none."""
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)

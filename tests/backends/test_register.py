@@ -155,6 +155,25 @@ def test_without_with_it_stays_until_unregistered():
             backends.unregister(name)
 
 
+def test_it_is_taken_out_in_any_order():
+    backend = Counting()
+    backends.register("mine", backend)
+    with lm2.use_backend("mine"), lm2.use_backend("eager"):
+        backends.unregister("mine")
+    # what was the default before is gone
+    assert pool() == [cpu_default()] * 2
+    with pytest.raises(KeyError), backends.register("mine", backend):
+        backends.unregister("mine")
+        raise KeyError
+    handle = backends.register("mine", backend)
+    backends.unregister("mine")
+    other = Counting()
+    with backends.register("mine", other):
+        handle.__exit__(None, None, None)
+        assert backends.get("mine") is other
+    lm2.use_backend("auto")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "text"),
     (
@@ -184,7 +203,7 @@ def test_some_ops_will_do(counting):
 def test_what_is_missing_is_listed():
     backend = Counting()
     del backend.pooled_gate_backward
-    backend.DEVICES = ("cpu",)
+    backend.DEVICES = {}
     text = "lacks pooled_gate_backward, DEVICES .a dict, or None.;"
     with pytest.raises(TypeError, match=text):
         backends.register("mine", backend)

@@ -1,5 +1,6 @@
 """The two layers: against the oracle and the golden tensors, in time, as modules, compiled."""
 
+import contextlib
 import copy
 import io
 import math
@@ -16,6 +17,7 @@ import lm2_kernels as lm2
 from lm2_kernels import backends, reference, testing
 from tools import golden
 from tools.emulated_avx512 import every_level
+from tools.interpreter import run_python
 from tools.native import cpu_default, needs_cpp
 from tools.rounding import assert_round_off, assert_rule
 
@@ -591,6 +593,34 @@ def test_compiled_in_one_graph_for_any_batch(kind, options):
 
 
 @both_layers
+@pytest.mark.parametrize("how", ("no_grad", "inference_mode", "frozen"))
+def test_compiled_where_no_gradient_is_wanted(kind, how):
+    torch._dynamo.reset()
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    layer.requires_grad_(how != "frozen")
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    without = contextlib.nullcontext() if how == "frozen" else getattr(torch, how)()
+    with without:
+        got, want = compiled(x, memory), layer(x, memory)
+    for one, other in zip(got, want, strict=True):
+        assert_round_off(one, other)
+
+
+@both_layers
+def test_compiled_first_of_all(kind):
+    """In a process that has called nothing of ours before, with gradients and without."""
+    done = run_python(
+        "import torch, lm2_kernels as lm2\n"
+        f"layer, x = lm2.{kind.__name__}(8, 2), torch.randn(1, 4, 8)\n"
+        "run = torch.compile(layer, fullgraph=True, backend='eager')\n"
+        "run(x, x)[0].sum().backward()\n"
+        "with torch.no_grad():\n"
+        "    assert torch.equal(run(x, x)[0], layer(x, x)[0])\n"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@both_layers
 def test_compiled_with_dropout(kind):
     """Each call draws its own mask, as in eager mode."""
     torch._dynamo.reset()
@@ -761,3 +791,98 @@ def test_compiled_with_permuted_input(name):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(x, memory), layer(x, memory), strict=True):
         assert_round_off(got, want)
+
+
+class _Cast(torch.nn.Module):
+    """In a projection's place."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x):
+        return x.to(self.dtype)
+
+
+def _norm(**changes):
+    norm = torch.nn.LayerNorm(D, dtype=torch.float64)
+    for name, value in changes.items():
+        is_tensor = isinstance(value, torch.Tensor)
+        setattr(norm, name, torch.nn.Parameter(value, False) if is_tensor else value)
+    return norm
+
+
+_NORM = "attended_memory_layernorm2"
+_ONES = torch.ones(D, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "error", "text"),
+    (
+        (lm2.PaperMemory, {"output": "other"}, ValueError, "output must be 'read' or 'memory'"),
+        (lm2.PaperMemory, {"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        (lm2.PaperMemory, {"dropout": 1.0}, ValueError, r"dropout_p must be in \[0, 1\)"),
+        (lm2.ReleaseMemory, {"scale": math.nan}, ValueError, "scale must be finite"),
+        (lm2.ReleaseMemory, {"pooled_gate": "other"}, ValueError, "pooled_gate must be 'segment'"),
+        (lm2.ReleaseMemory, {_NORM: _norm(eps=-1.0)}, ValueError, "eps must be a float above 0"),
+        (lm2.ReleaseMemory, {_NORM: _norm(bias=None)}, TypeError, "bias must be a torch.Tensor"),
+        (
+            lm2.ReleaseMemory,
+            {_NORM: _norm(bias=torch.ones(D + 1, dtype=torch.float64))},
+            ValueError,
+            rf"{_NORM}.bias must be \(D,\) = \({D}\), got \({D + 1},\)",
+        ),
+        (
+            lm2.ReleaseMemory,
+            {_NORM: _norm(weight=_ONES.float(), bias=_ONES.float())},
+            TypeError,
+            f"{_NORM}.weight is torch.float32",
+        ),
+        (
+            lm2.ReleaseMemory,
+            {_NORM: _norm(weight=_ONES.int(), bias=_ONES.int())},
+            TypeError,
+            f"{_NORM}.weight must be float32, bfloat16",
+        ),
+        (
+            lm2.ReleaseMemory,
+            {_NORM: _norm(weight=_ONES.to("meta"))},
+            ValueError,
+            f"{_NORM}.weight is on meta but x is on cpu",
+        ),
+        (lm2.PaperMemory, {"key_proj": _Cast(torch.float32)}, TypeError, "key_proj: result is"),
+        (lm2.PaperMemory, {"key_proj": _Cast(torch.int64)}, TypeError, "key_proj: result must be"),
+        (
+            lm2.PaperMemory,
+            {"output_gate_proj": torch.nn.Linear(D, D + 1, dtype=torch.float64)},
+            ValueError,
+            r"output_gate_proj: result must be \(B, T, width\)",
+        ),
+        (
+            lm2.PaperMemory,
+            {"value_proj": torch.nn.Linear(D, D, device="meta", dtype=torch.float64)},
+            (ValueError, RuntimeError),
+            "meta",
+        ),
+    ),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_was_put_in_is_checked(kind, changes, error, text):
+    """The ops take options, vectors and projections as they are: the layer has to look at them."""
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    for name, value in changes.items():
+        setattr(layer, name, value)
+    with pytest.raises(error, match=text):
+        layer(x, memory)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float16, torch.int32))
+def test_autocast_casts_no_other_projection(dtype):
+    layer = lm2.PaperMemory(D, H)
+    x, memory = make_inputs(dtype=torch.float32)
+    layer.key_proj = _Cast(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x, memory)
+        layer.key_proj = _Cast(dtype)
+        with pytest.raises(TypeError, match="key_proj: result"):
+            layer(x, memory)

@@ -22,7 +22,7 @@ from lm2_kernels.backends.triton import (
 )
 
 # the ops that have kernels: each a module of its name
-_OPS = (memory_attention, memory_update, pooled_gate, residual_layer_norm)
+_MODULES = (memory_attention, memory_update, pooled_gate, residual_layer_norm)
 
 DEVICES = launch.DEVICES
 
@@ -45,7 +45,7 @@ def _explained(function: Callable) -> Callable:
     return wrapper
 
 
-for _module in _OPS:
+for _module in _MODULES:
     for _function in RESULTS.keys() & vars(_module).keys():
         globals()[_function] = _explained(getattr(_module, _function))
 
