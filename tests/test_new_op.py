@@ -164,20 +164,8 @@ def _run(tree, *arguments):
 
 
 def test_a_new_op_is_picked_up(tree):
-    out = _run(
-        *(
-            tree,
-            "-m",
-            "pytest",
-            "-rA",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            "-k",
-            "matches_oracle and toy",
-        ),
-        "tests/backends/test_backends.py",
-    )
+    suite, chosen = "tests/backends/test_backends.py", "matches_oracle and toy"
+    out = _run(tree, "-m", "pytest", "-rA", "-q", "-p", "no:cacheprovider", suite, "-k", chosen)
     for dtype in ("float32", "bfloat16", "float16", "float64"):
         assert (
             f"PASSED tests/backends/test_backends.py::test_op_matches_oracle[eager-{dtype}" in out
@@ -197,6 +185,14 @@ def test_a_new_op_is_picked_up(tree):
         "import torch, lm2_kernels as lm2; from lm2_kernels import functional; "
         "x, w = torch.ones(1, 2, 3, requires_grad=True), torch.zeros(3); "
         "run = torch.compile(functional.toy_gate, fullgraph=True, backend='aot_eager'); "
-        "run(x, w).sum().backward(); print(x.grad.unique().tolist())"
+        "run(x, w).sum().backward(); print(x.grad.unique().tolist(), run(x.detach(), w).shape)"
     )
-    assert _run(tree, "-c", code).strip() == "[0.5]"
+    assert _run(tree, "-c", code).strip() == "[0.5] torch.Size([1, 2, 3])"
+
+
+def test_contributing_names_the_steps():
+    """The files that these steps change are those that CONTRIBUTING's steps name."""
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    steps = text.split("## A new op\n")[1].split("\n## ")[0]
+    for name in STEPS:
+        assert f"`{name}`" in steps, name

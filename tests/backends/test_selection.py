@@ -1,5 +1,6 @@
 """Which backend runs: who decides, what the refusals say, and what importing the package needs."""
 
+import functools
 import os
 import threading
 import types
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import lm2_kernels as lm2
-from lm2_kernels import backends, functional
+from lm2_kernels import backends, functional, testing
 from lm2_kernels.backends import eager, extension
 from lm2_kernels.backends.contract import RESULTS
 from tools.interpreter import run_python
@@ -284,6 +285,18 @@ def test_compiled_code_follows_use_backend(second_backend):
         with lm2.use_backend(name), lm2.recording() as recorded:
             pool(rows(2, 3, 4), rows(4)).sum().backward()
         assert recorded == [("pooled_gate_forward", name), ("pooled_gate_backward", name)]
+
+
+@every_op
+def test_compiled_without_a_gradient(op):
+    torch._dynamo.reset()
+    case = next(case for case in testing.SMALL_CASES if case.op == op)
+    inputs = testing.make_inputs(case, torch.float32)
+    function = functools.partial(getattr(functional, op), **inputs.tensors, **inputs.constants)
+    got, want = torch.compile(function, fullgraph=True, backend="aot_eager")(), function()
+    got, want = ((r,) if isinstance(r, torch.Tensor) else r for r in (got, want))
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 # --- in a fresh process -----------------------------------------------------------------------

@@ -347,6 +347,8 @@ def test_model_compiles_whole(formulation, flow):
     got, want = compiled(ids, ids, return_logits=True), model(ids, ids, return_logits=True)
     assert_round_off(got.logits, want.logits)
     assert_round_off(got.loss, want.loss)
+    with torch.no_grad():
+        assert_round_off(compiled(ids).logits, want.logits)
 
 
 def test_model_without_memory_streams():
