@@ -55,8 +55,6 @@ class Host:
             and any(hasattr(attention, name) for name in self.projections)
             and any(hasattr(output, name) for name in self.widths)
             and any(hasattr(module, name) for name in self.mlp)
-            # BLOOM's adds the residual stream that it is given: its output is not its own
-            and "residual" not in inspect.signature(attention.forward).parameters
         )
 
     def width(self, block: nn.Module) -> int:
@@ -178,7 +176,8 @@ def find_blocks(model: nn.Module, hosts: Sequence[Host] | None = None) -> Blocks
         looked_for = "".join(f"\n  {host}" for host in hosts)
         raise ValueError(
             f"add_memory: {type(model).__name__} has no list of decoder blocks: looked for an "
-            f"nn.ModuleList of modules that have, by family,{looked_for}"
+            f"nn.ModuleList of modules that have, by family,{looked_for}\nFor other names, pass "
+            f"host=lm2_kernels.patching.Host(...)"
         )
     # an encoder beside the decoder (of images, of sound) keeps no cache
     decoders = [blocks for blocks in found if _follows_cache(blocks)]
@@ -194,6 +193,13 @@ def find_blocks(model: nn.Module, hosts: Sequence[Host] | None = None) -> Blocks
             f"{[blocks.name for blocks in decoders]}; pass the submodule that owns the one you mean"
         )
     host, name, _, blocks = decoders[0]
+    attentions = [host.attention_of(block) for block in blocks if host.is_block(block)]
+    if any("residual" in _arguments(attention) for attention in attentions):
+        # as BLOOM's
+        raise ValueError(
+            f"add_memory: the self-attention of the blocks of {name} is given the residual stream "
+            f"and adds it: its output, which a memory would read, is not the attention's own"
+        )
     for cross in host.cross:
         if any(hasattr(block, cross) for block in blocks):
             raise ValueError(

@@ -53,8 +53,12 @@ def _every_backend():
 
 
 @contextlib.contextmanager
-def _on(backend: str, index: int = 0, compiled: bool = False):
-    """The backend made runnable on this machine, and a check of which one ran."""
+def _on(backend: str, op: str, index: int = 0, compiled: bool = False):
+    """The backend made runnable on this machine, and a check of which one ran.
+
+    Skips where the backend has no such op: one may be there in eager first, and a backend may have
+    some ops alone.
+    """
     environment = contextlib.nullcontext()
     if backend == "triton":
         # the numerics of a case do not depend on the target, its tiles do: take turns
@@ -66,6 +70,9 @@ def _on(backend: str, index: int = 0, compiled: bool = False):
     elif backend == "cpp-cuda":
         environment = emulated_cuda(seed=index)
     with lm2.recording() as ran, environment:
+        absent = f"it has no {op}"
+        if backends.unsupported_reason(_name(backend), op) == absent:
+            pytest.skip(f"{backend}: {absent}")
         yield
     names = {name for _, name in ran}
     assert names and names <= {_name(backend), f"{_name(backend)}/composite"}, names
@@ -73,13 +80,6 @@ def _on(backend: str, index: int = 0, compiled: bool = False):
 
 def _name(backend):
     return backend.split("-")[0]
-
-
-def _skip_if_absent(backend, op):
-    """An op may be there in eager first."""
-    absent = f"it has no {op}"
-    if backends.unsupported_reason(_name(backend), op) == absent:
-        pytest.skip(f"{backend}: {absent}")
 
 
 def _check(case, dtype, backend, **options):
@@ -124,8 +124,7 @@ def _parameters():
 
 @pytest.mark.parametrize(("backend", "case", "dtype", "index"), list(_parameters()))
 def test_op_matches_oracle(backend, case, dtype, index, record_property):
-    with _on(backend, index, compiled=dtype != "float16" or case in _FLOAT16_COMPILED):
-        _skip_if_absent(backend, case.op)
+    with _on(backend, case.op, index, compiled=dtype != "float16" or case in _FLOAT16_COMPILED):
         record_property("backend", backend)
         _check(case, testing.DTYPES[dtype], backend)
 
@@ -136,7 +135,7 @@ def test_op_matches_oracle(backend, case, dtype, index, record_property):
 @pytest.mark.parametrize("backend", [_param(name, id="") for name in ("eager", "cpp")])
 def test_op_matches_oracle_as_benchmarked(backend, case, dtype, record_property):
     record_property("backend", backend)
-    with _on(backend):
+    with _on(backend, case.op):
         _check(case, testing.DTYPES[dtype], backend)
 
 
@@ -247,7 +246,7 @@ def test_op_strided(backend, case, layout, record_property):
         given.append((tensor, tensor.clone()))
         return tensor
 
-    with _on(backend):
+    with _on(backend, case.op):
         _check(case, torch.float32, backend, layout=remembered)
     for tensor, copy in given:
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
@@ -261,7 +260,7 @@ def test_op_deterministic(backend, case, record_property):
     runs = []
     for index in (0, 4):
         # the same target, another order of programs
-        with _on(backend, index):
+        with _on(backend, case.op, index):
             runs.append(testing.run_case(case, inputs, _name(backend)))
     for name in runs[0]:
         assert torch.equal(runs[0][name], runs[1][name]), name
@@ -273,7 +272,7 @@ def test_op_empty_batch(backend, op, record_property):
     record_property("backend", backend)
     case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(batch=0)
     inputs = testing.make_inputs(case, torch.float32)
-    with _on(backend):
+    with _on(backend, op):
         results = testing.run_case(case, inputs, _name(backend))
     for name, tensor in inputs.tensors.items():
         assert results[f"d{name}"].shape == tensor.shape
@@ -293,7 +292,7 @@ def test_residual_layer_norm_large_mean(backend, record_property):
         results = testing.run_case(case, inputs, _name(backend))
         return testing.compare_case(case, inputs, results)
 
-    with _on(backend):
+    with _on(backend, "residual_layer_norm"):
         assert_rule(run)
 
 
@@ -304,7 +303,7 @@ def test_scores_of_minus_infinity_are_no_hidden_slots(backend, record_property):
     record_property("backend", backend)
     query, key = torch.full((1, 2, 1, 16), 1e20), torch.full((1, 4, 1, 16), -1e20)
     value = torch.ones(1, 4, 1, 16)
-    with _on(backend):
+    with _on(backend, "memory_attention"):
         seen = lm2.memory_attention(query, key, value, causal=False, backend=_name(backend))
         hidden = lm2.memory_attention(
             query,
@@ -330,7 +329,7 @@ def test_what_masked_slots_hold_does_not_matter(backend, tokens, dtype, record_p
     for poison in (0.0, float("nan")):
         for name in ("key", "value"):
             inputs.tensors[name][~inputs.constants["slot_mask"]] = poison
-        with _on(backend):
+        with _on(backend, "memory_attention"):
             runs.append(testing.run_case(case, inputs, _name(backend)))
     for name, result in runs[0].items():
         assert torch.equal(result, runs[1][name]), name
@@ -347,7 +346,7 @@ def test_few_rows_reach_only_the_slots_they_see(backend, record_property):
     assert 0 < first < 3
     inputs.tensors["query"][0, 0] = float("nan")  # sees nothing
     inputs.cotangents[0][0, first] = float("nan")  # sees the first slot that takes part
-    with _on(backend):
+    with _on(backend, "memory_attention"):
         results = testing.run_case(case, inputs, _name(backend))
     for name in ("dkey", "dvalue"):
         assert results[name][0, first].isnan().all(), name
@@ -360,7 +359,7 @@ def test_strong_dropout_does_not_overflow_float16(backend, record_property):
     record_property("backend", backend)
     query = torch.zeros(1, 64, 1, 16, dtype=torch.float16, requires_grad=True)
     bank = torch.randn(1, 128, 1, 16, dtype=torch.float16)
-    with _on(backend):
+    with _on(backend, "memory_attention"):
         out = lm2.memory_attention(
             query, bank, bank, causal=False, dropout_p=0.99999, backend=_name(backend)
         )

@@ -64,13 +64,14 @@ def test_by_name_by_default_and_by_auto(counting):
 
 
 def test_auto_takes_it_at_its_place():
+    before = backends.NAMES
     with backends.register("late", Counting(), before="eager"):
-        assert backends.NAMES == ("triton", "cpp", "late", "eager")
+        assert (*before[:-1], "late", "eager") == backends.NAMES
         with backends.register("first", Counting()):
-            assert backends.NAMES == ("first", "triton", "cpp", "late", "eager")
+            assert ("first", *before[:-1], "late", "eager") == backends.NAMES
         assert pool() == [cpu_default() if cpu_default() == "cpp" else "late"] * 2
         assert pool(backend="late") == ["late"] * 2
-    assert backends.NAMES == ("triton", "cpp", "eager")
+    assert before == backends.NAMES
     assert pool() == [cpu_default()] * 2
 
 
@@ -143,7 +144,7 @@ def test_without_with_it_stays_until_unregistered():
     assert pool() == ["mine"] * 2
     backends.unregister("mine")
     assert backends.requested_backend() == "auto" and pool() == [cpu_default()] * 2
-    with pytest.raises(ValueError, match="one of 'triton', 'cpp', 'eager', 'auto', got 'mine'"):
+    with pytest.raises(ValueError, match=r"one of .*'eager', 'auto', got 'mine'"):
         lm2.use_backend("mine")
     # a graph that it made cannot go backward
     with backends.register("mine", Counting()):
