@@ -848,7 +848,7 @@ def test_a_host_of_the_callers_own():
     model = MeanDecoder()
     assert add_memory(model, memory_slots=SLOTS, num_heads=HEADS, host=MEAN).parameters > 0
     remove_memory(model)
-    text = r"by family,\n  other: mean \(with query, and out\) and feed\nFor other names, pass host="
+    text = r"by family,\n  other: mean \(with query, and out\) and feed\nFor other names, pass host"
     with pytest.raises(ValueError, match=text):
         add_memory(model, host=dataclasses.replace(MEAN, family="other", projections=("query",)))
 
@@ -924,7 +924,7 @@ def test_cross_attention_is_refused():
 def test_an_attention_that_adds_the_residual_is_no_host():
     """BLOOM's has the parts of Falcon's."""
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**SIZES, n_head=4, n_layer=2))
-    with pytest.raises(ValueError, match="transformer.h is given the residual stream and adds it"):
+    with pytest.raises(ValueError, match=r"transformer\.h is given the residual stream"):
         add_memory(model, memory_slots=SLOTS, num_heads=HEADS)
 
 
