@@ -50,8 +50,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", help="a folder for the model with memory")
     options = parser.parse_args()
-    print(f"two models, {options.steps} steps each: at the default sizes some seconds, on a busy")
-    print("machine up to a minute")
+    print(f"two models, {options.steps} steps each: some seconds, up to a minute on a busy machine")
     print(f"who guesses has a loss of {math.log(LETTERS):.2f}", flush=True)
     for name, layers in (("with memory", None), ("without", ())):
         torch.manual_seed(0)

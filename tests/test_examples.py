@@ -87,7 +87,7 @@ def test_stream_a_long_document(run, tmp_path):
 
 def test_swap_released(run):
     text = run("swap_released", "--size", 16, "--heads", 2, "--rounds", 1)
-    assert "1 memory layers swapped: memory" in text
+    assert "1 memory layer swapped: memory" in text
     assert numbers("gradients:", text)[0] < 1e-12
     assert "taken out again: ReleasedStyleMemory" in text
 
