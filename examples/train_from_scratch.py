@@ -33,6 +33,12 @@ def batches(batch: int, slots: int, seed: int) -> Iterator[dict[str, Tensor]]:
         yield {"input_ids": ids, "labels": labels}
 
 
+def show(done: int, total: int, loss: float) -> None:
+    """Every 50 steps, where training is."""
+    if done % 50 == 0 and done < total:
+        print(f"  step {done} of {total}: loss {loss:.3f}", flush=True)
+
+
 def main() -> None:
     """Train both, and print their losses."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -44,7 +50,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", help="a folder for the model with memory")
     options = parser.parse_args()
-    print(f"who guesses has a loss of {math.log(LETTERS):.2f}")
+    print(f"two models, {options.steps} steps each: some seconds, up to a minute on a busy machine")
+    print(f"who guesses has a loss of {math.log(LETTERS):.2f}", flush=True)
     for name, layers in (("with memory", None), ("without", ())):
         torch.manual_seed(0)
         config = lm2.LM2Config(
@@ -55,9 +62,10 @@ def main() -> None:
         )  # fmt: skip
         model = lm2.LM2ForCausalLM(config)
         source = batches(options.batch, options.slots, seed=0)
-        losses = train(model, source, steps=options.steps, lr=options.lr, warmup=10)
+        print(f"{name}:", flush=True)
+        losses = train(model, source, steps=options.steps, lr=options.lr, warmup=10, progress=show)
         last = losses[-10:]
-        print(f"{name}: loss {losses[0]:.2f}, at last {sum(last) / len(last):.3f}", flush=True)
+        print(f"  loss {losses[0]:.2f}, at last {sum(last) / len(last):.3f}", flush=True)
         if options.out and layers is None:
             model.save(options.out)
 

@@ -7,15 +7,26 @@ are those of Okabe and Ito, which the colour-blind tell apart.
 
 import contextlib
 import math
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lm2_kernels.bench import works
-from lm2_kernels.bench.report import TITLES, group_results, mark, number, our_row, times
+from lm2_kernels.bench.report import (
+    TITLES,
+    ceiling_line,
+    group_results,
+    machine_line,
+    mark,
+    number,
+    our_row,
+    times,
+)
+from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 
 _INK, _GREY = "#777777", "#a6a6a6"
 _BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
-_COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY)
+COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY)
 _MARKERS = "osD^vPX*<>"
 _STYLE = {
     "font.size": 9,
@@ -27,14 +38,22 @@ _STYLE = {
     "savefig.transparent": True,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
+    # the same file from the same numbers
+    "svg.hashsalt": "lm2_kernels",
 }
 _DPI = 150
 _PASSES = ("forward", "both")  # those that users wait for
 _LINE_INCHES = 0.2  # of a bar, and of what stands above a shape's bars
+# the line at 1 crosses coloured bars, and pages of any colour
+_ONE = {"color": _INK, "linewidth": 1.0}
+_FOOT_SIZE, _FOOT_INCHES, _FOOT_CHARACTERS = 7, 0.14, 17  # of the foot: a line, those of an inch
 
 
-def figure_class() -> type:
+def figure_class(extra: str = "bench") -> type:
     """The class Figure of matplotlib: not pyplot, as nothing here asks for a display.
+
+    Args:
+        extra: of this package, which brings matplotlib.
 
     Raises:
         ValueError: matplotlib is not there.
@@ -42,12 +61,14 @@ def figure_class() -> type:
     try:
         from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
     except ImportError as error:
-        raise ValueError('plots need matplotlib: pip install "lm2_kernels[demo]"') from error
+        raise ValueError(f'plots need matplotlib: pip install "lm2_kernels[{extra}]"') from error
     return Figure
 
 
 def plot(report: dict, folder: Path) -> list[Path]:
     """Draw :func:`figures` into files of a folder, which is made if need be. Returns the files.
+
+    Of each there is a ``.png`` and a ``.svg``.
 
     Raises:
         ValueError: matplotlib is not there.
@@ -57,13 +78,20 @@ def plot(report: dict, folder: Path) -> list[Path]:
     drawn = []
     with style():
         for name, figure in figures(report):
-            drawn.append(folder / f"{name}.png")
-            figure.savefig(drawn[-1], dpi=_DPI)
+            drawn += save(figure, folder / name)
     return drawn
 
 
+def save(figure: object, path: Path) -> list[Path]:
+    """Write a figure to ``path`` with ``.png`` and with ``.svg`` at its end. Returns the files."""
+    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
+    figure.savefig(files[0], dpi=_DPI)
+    figure.savefig(files[1], metadata={"Date": None})
+    return files
+
+
 def style() -> contextlib.AbstractContextManager[None]:
-    """What :func:`figures` are to be made and drawn in."""
+    """What figures are to be made and drawn in."""
     import matplotlib  # noqa: PLC0415 - an extra
 
     return matplotlib.rc_context(_STYLE)
@@ -84,20 +112,57 @@ def figures(report: dict) -> Iterator[tuple[str, object]]:
     for work in dict.fromkeys(result["work"] for result in results):
         ours, compared = _compared(right, work)
         if compared:
-            yield f"speedup_{work.replace(' ', '_')}", _speedup(work, ours, compared)
+            foot = _foot(report, (shape for _, shape, _ in compared))
+            yield f"speedup_{work.replace(' ', '_')}", _speedup(work, ours, compared, foot)
     panels = _roofline_panels(right)
     if panels:
-        yield "roofline", _rooflines(report["ceilings"], panels)
+        foot = _foot(report, (r["shape"] for panel in panels.values() for r in panel))
+        yield "roofline", _rooflines(report["ceilings"], panels, foot)
     lengths = [entry for entry in report["lengths"] if not entry.get("wrong")]
     if lengths:
-        yield "lengths", _lengths(lengths)
+        yield "lengths", _lengths(lengths, _foot(report, ()))
 
 
-def _figure(size: tuple[float, float], title: str) -> object:
-    figure = figure_class()(figsize=size, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
+def new_figure(size: tuple[float, float], title: str, foot: Iterable[str] = ()) -> object:
+    """A figure with a title above and small lines below, which wrap; in :func:`style`."""
+    lines = [
+        line for text in foot for line in textwrap.wrap(text, int(_FOOT_CHARACTERS * size[0] - 2))
+    ]
+    below = 0.1 + _FOOT_INCHES * len(lines) if lines else 0.0
+    height = size[1] + below
+    figure = figure_class()(figsize=(size[0], height), layout="constrained")
+    share = below / height
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0.0, share, 1.0, 1.0 - share))
     figure.suptitle(title, fontsize=11, fontweight="bold")
+    for index, line in enumerate(lines):
+        place = (0.1 / size[0], (below - _FOOT_INCHES * index) / height)
+        figure.text(*place, line, va="top", fontsize=_FOOT_SIZE)
     return figure
+
+
+def _legend(figure, handles: list, columns: int) -> None:
+    """Below the panels and above the foot."""
+    # "outside" of a legend knows the figure's edge alone
+    engine, inches = figure.get_layout_engine(), figure.get_figheight()
+    (_, below, *_) = engine.get()["rect"]
+    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, below), ncols=columns)
+    below += (0.1 + 0.22 * math.ceil(len(handles) / columns)) / inches
+    engine.set(rect=(0.0, below, 1.0, 1.0 - below))
+
+
+def _foot(report: dict, shapes: Iterable[str]) -> list[str]:
+    """What it was measured on, and what the names of shapes stand for."""
+    shapes = dict.fromkeys(shapes)
+    known = [shape for shape in (*SHAPES, *GPU_SHAPES) if shape.name in shapes]
+    square = [s for s in known if s.name == str(s.tokens) and s.tokens == s.slots == s.dim]
+    sizes = [f"{', '.join(s.name for s in square)}: tokens = slots = width"] if square else []
+    sizes += [
+        f"{s.name}: batch {s.batch}, {s.tokens} token{'s' * (s.tokens > 1)}, {s.slots} slots, "
+        f"width {s.dim}"
+        for s in known
+        if s not in square
+    ]
+    return [machine_line(report), ceiling_line(report), *(["; ".join(sizes)] if sizes else [])]
 
 
 # --- speed-ups ---------------------------------------------------------------------------------
@@ -122,33 +187,34 @@ def _others(group: dict[str, dict], ours: str) -> list[str]:
     return [name for name in group if name not in (ours, works.LIMIT)]
 
 
-def _speedup(work: str, ours: str, groups: _Groups) -> object:
+def _speedup(work: str, ours: str, groups: _Groups, foot: list[str]) -> object:
     """A line of panels a dtype, a column a pass: each with an axis of its own, from 0."""
     passes = [name for name in _PASSES if any(key[2] == name for key in groups)]
     places = {dtype: _places(groups, dtype, ours) for dtype, _, _ in groups}
     heights = [_LINE_INCHES * (1.0 + max(lines.values())) for lines in places.values()]
-    size = (1.4 + 3.9 * len(passes), 0.9 + sum(0.75 + height for height in heights))
-    figure = _figure(size, f"{work}: time of others, {ours} = 1")
-    grid = figure.subplots(
-        len(places), len(passes), sharey="row", squeeze=False, height_ratios=heights
-    )
+    size = (5.2 * len(passes), 1.1 + sum(0.75 + height for height in heights))
+    figure = new_figure(size, f"{work}: how long others take", foot)
+    grid = figure.subplots(len(places), len(passes), squeeze=False, height_ratios=heights)
     for (dtype, lines), panels in zip(places.items(), grid, strict=True):
         for pass_name, axes in zip(passes, panels, strict=True):
             axes.set_title(f"{TITLES[pass_name]}, {dtype}")
             own = {key[1]: g for key, g in groups.items() if key[::2] == (dtype, pass_name)}
             _draw_bars(axes, own, ours, lines)
+    for axes in grid[-1]:
+        axes.set_xlabel(f"time, {ours} = 1")
     _bar_legend(figure, ours, groups)
     return figure
 
 
 def _places(groups: _Groups, dtype: str, ours: str) -> dict[tuple[str, str | None], float]:
-    """Where a dtype's bars stand, by shape and row, and the headings of shapes, by None."""
-    rows: dict[str, dict[str, None]] = {}
-    for (own_dtype, shape, _), group in groups.items():
-        if own_dtype == dtype:
-            rows.setdefault(shape, {}).update(dict.fromkeys(_others(group, ours)))
+    """Where a dtype's bars stand, by shape and row, and the headings of shapes, by None.
+
+    Each row has a place at every shape: where it was not measured, that is to be seen.
+    """
+    own = [(shape, group) for (of, shape, _), group in groups.items() if of == dtype]
+    names = dict.fromkeys(name for _, group in own for name in _others(group, ours))
     places, line = {}, 0.0
-    for shape, names in rows.items():
+    for shape in dict.fromkeys(shape for shape, _ in own):
         for name in (None, *names):
             places[shape, name] = line
             line += 1.0
@@ -162,25 +228,30 @@ def _draw_bars(
     def write(place: float, start: float, text: str, **options: object) -> None:
         axes.text(start, place, f" {text}", va="center", fontsize=8, **options)
 
-    longest = 1.0
+    longest, bars = 1.0, {}
+    measured = {name for group in by_shape.values() for name in group}
     for (shape, name), place in places.items():
         group = by_shape.get(shape, {})
         if name is None:
             took = f": {ours} takes {number(1e3 * group[ours]['seconds'])} ms" if group else ""
             write(place, 0.0, shape + took, fontweight="bold")
-        elif name not in group:
+            continue
+        # a row without a pass has no place in its panel, but the other panel's stay beside it
+        if name not in measured:
+            continue
+        bars[place] = name
+        if name not in group:
             write(place, 0.0, "-")
-        else:
-            ratio = group[name]["ratio"]
-            longest = max(longest, ratio)
-            axes.barh(place, ratio, 0.72, color=_bar_colour(group[name]))
-            axes.vlines(1.0, place - 0.5, place + 0.5, color=_INK, linewidth=1.0)
-            # clear of the line at 1
-            write(place, max(ratio, 1.0), times(ratio))
-    bars = {place: name for (_, name), place in places.items() if name is not None}
+            continue
+        ratio = group[name]["ratio"]
+        longest = max(longest, ratio)
+        axes.barh(place, ratio, 0.72, color=_bar_colour(group[name]))
+        axes.vlines(1.0, place - 0.5, place + 0.5, path_effects=_white_edge(), **_ONE)
+        # clear of the line at 1
+        write(place, max(ratio, 1.0), times(ratio))
     axes.set_yticks(list(bars), bars.values(), fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(max(bars) + 0.6, -0.6)
+    axes.set_ylim(max(places.values()) + 0.6, -0.6)
     # the rest is for the number beside the longest bar
     axes.set_xlim(0.0, 1.2 * longest)
     axes.locator_params(axis="x", nbins=5)
@@ -192,7 +263,14 @@ def _bar_colour(other: dict) -> str:
     return _VERMILLION if other["ratio"] < 1.0 else _BLUE
 
 
+def _white_edge() -> list:
+    from matplotlib.patheffects import withStroke  # noqa: PLC0415 - an extra
+
+    return [withStroke(linewidth=2.0, foreground="white")]
+
+
 def _bar_legend(figure, ours: str, groups: _Groups) -> None:
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
     from matplotlib.patches import Patch  # noqa: PLC0415 - an extra
 
     labels = {
@@ -202,7 +280,21 @@ def _bar_legend(figure, ours: str, groups: _Groups) -> None:
     }
     used = {_bar_colour(g[name]) for g in groups.values() for name in _others(g, ours)}
     handles = [Patch(color=colour, label=labels[colour]) for colour in labels if colour in used]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    edge = _white_edge()
+    handles.append(
+        Line2D(
+            [],
+            [],
+            linestyle="",
+            marker="|",
+            markersize=10,
+            markeredgewidth=_ONE["linewidth"],
+            color=_ONE["color"],
+            path_effects=edge,
+            label=f"{ours} = 1",
+        )
+    )
+    _legend(figure, handles, len(handles))
 
 
 # --- rooflines ---------------------------------------------------------------------------------
@@ -222,15 +314,18 @@ def _roofline_panels(report: dict) -> dict[tuple[str, str], list[dict]]:
     return panels
 
 
-def _rooflines(ceilings: dict[str, float], panels: dict[tuple[str, str], list[dict]]) -> object:
+def _rooflines(
+    ceilings: dict[str, float], panels: dict[tuple[str, str], list[dict]], foot: list[str]
+) -> object:
     """A panel a work and dtype; a point's colour is its pass, its marker its shape."""
     columns = min(2, len(panels))
     lines = math.ceil(len(panels) / columns)
     results = [result for panel in panels.values() for result in panel]
     ours = " and ".join(dict.fromkeys(result["row"] for result in results))
-    figure = _figure((4.6 * columns, 1.2 + 3.2 * lines), f"{ours} below the measured ceilings")
+    title = f"{ours} below the measured ceilings"
+    figure = new_figure((4.6 * columns, 1.2 + 3.2 * lines), title, foot)
     grid = figure.subplots(lines, columns, squeeze=False).flat
-    colours = dict(zip(works.PASSES, _COLOURS, strict=False))
+    colours = dict(zip(works.PASSES, COLOURS, strict=False))
     shapes = dict.fromkeys(result["shape"] for result in results)
     markers = {shape: _MARKERS[index % len(_MARKERS)] for index, shape in enumerate(shapes)}
     for axes, ((work, dtype), panel) in zip(grid, panels.items(), strict=False):
@@ -260,7 +355,10 @@ def _draw_roof(axes, copy: float, rate: float, panel: list[dict]) -> None:
     unit, unit_name = _unit(rate)
     ridge, slope, top = rate / copy, copy / unit, rate / unit
     xs, ys = zip(*(_point(result, unit) for result in panel), strict=True)
-    first, last = min(*xs, ridge) / 4.0, 2.0 * max(*xs, ridge)
+    # the slope begins in the corner, or left of all points
+    low = min(*ys, top / 2.0) / 1.2
+    first, last = min(min(xs) / 1.5, low / slope), 2.0 * max(*xs, ridge)
+    low, high = min(low, slope * first), max(*ys, top)
     axes.plot([first, ridge, last], [slope * first, top, top], color=_INK, linewidth=1.5)
     axes.text(last, 1.05 * top, f"{number(top)} {unit_name}", ha="right", va="bottom")
     middle = math.sqrt(first * ridge)
@@ -275,8 +373,11 @@ def _draw_roof(axes, copy: float, rate: float, panel: list[dict]) -> None:
         va="bottom",
     )
     _logarithmic(axes)
-    axes.set(xlabel="FLOPs per byte", ylabel=unit_name, xlim=(first, last))
-    axes.set_ylim(min(*ys, slope * first) / 1.3, 1.6 * max(*ys, top))
+    axes.set(xlabel="FLOPs per byte", ylabel=f"{unit_name}, logarithmic", xlim=(first, last))
+    # the rest is for the number above the roof
+    axes.set_ylim(low, high * (high / low) ** 0.15)
+    if high < 10.0 * low:
+        _more_ticks(axes.yaxis, (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 4.0 * low else (1, 2, 3, 5, 7))
 
 
 def _logarithmic(axes) -> None:
@@ -290,6 +391,15 @@ def _logarithmic(axes) -> None:
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
 
 
+def _more_ticks(axis, labelled: tuple[float, ...]) -> None:
+    """Of an axis that is a decade long or less: so that it is seen to be logarithmic."""
+    from matplotlib.ticker import LogLocator, NullFormatter  # noqa: PLC0415 - an extra
+
+    axis.set_major_locator(LogLocator(subs=labelled))
+    axis.set_minor_locator(LogLocator(subs=sorted(set(range(2, 10)) - set(labelled))))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _point_legend(figure, colours: dict[str, str], markers: dict[str, str]) -> None:
     from matplotlib.lines import Line2D  # noqa: PLC0415 - an extra
 
@@ -298,14 +408,14 @@ def _point_legend(figure, colours: dict[str, str], markers: dict[str, str]) -> N
         Line2D([], [], color=_INK, linestyle="", marker=marker, label=shape)
         for shape, marker in markers.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 7))
+    _legend(figure, handles, min(len(handles), 7))
 
 
 # --- growth ------------------------------------------------------------------------------------
 
 
-def _lengths(entries: list[dict]) -> object:
-    figure = _figure((9.0, 4.2), "memory_attention, forward and backward")
+def _lengths(entries: list[dict], foot: list[str]) -> object:
+    figure = new_figure((9.0, 4.2), "memory_attention, forward and backward", foot)
     panels = figure.subplots(1, 2)
     rows = dict.fromkeys(entry["row"] for entry in entries)
     tokens = list(dict.fromkeys(entry["tokens"] for entry in entries))
@@ -321,9 +431,9 @@ def _lengths(entries: list[dict]) -> object:
         for index, row in enumerate(rows):
             # a peak that could not be measured is None
             own = {e["tokens"]: e[key] / unit for e in entries if e["row"] == row and e[key]}
-            style = {"color": _COLOURS[index % 5], "marker": _MARKERS[index % len(_MARKERS)]}
+            style = {"color": COLOURS[index % 5], "marker": _MARKERS[index % len(_MARKERS)]}
             axes.plot(own.keys(), own.values(), label=row, **style)
         axes.set_xticks(tokens)
         axes.set_xlabel("tokens = slots")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    _legend(figure, panels[0].get_legend_handles_labels()[0], 5)
     return figure

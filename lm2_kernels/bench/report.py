@@ -44,7 +44,7 @@ def load(path: Path) -> dict:
 
 def render(report: dict) -> str:
     """The text that the command prints: for each pass, our time and how much faster it is."""
-    lines = [machine_line(report), _ceiling_line(report)]
+    lines = [machine_line(report), ceiling_line(report)]
     for title, table in tables(report).items():
         lines += ["", title, *(f"  {line}" for line in columns(table))]
     lines += _memory_lines(report)
@@ -80,7 +80,8 @@ def machine_line(report: dict) -> str:
     return ", ".join(parts) + f"; allocator: {allocator or 'default'}"
 
 
-def _ceiling_line(report: dict) -> str:
+def ceiling_line(report: dict) -> str:
+    """The rates that nothing here can go above, as measured."""
     ceilings = dict(report["ceilings"])
     copy = ceilings.pop("copy")
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in ceilings.items())
@@ -269,7 +270,7 @@ def compare(first: dict, second: dict) -> str:
 
 def markdown(report: dict) -> str:
     """All of a report, for ``benchmarks/README.md``."""
-    lines = [f"{machine_line(report)}; {_ceiling_line(report)}.", ""]
+    lines = [f"{machine_line(report)}; {ceiling_line(report)}.", ""]
     titled = tables(report) | {
         "MiB kept for backward, beside inputs and parameters": _saved_table(report),
         _LENGTHS: _lengths_table(report) if report["lengths"] else [],
@@ -398,9 +399,9 @@ def _chart(report: dict, dtype: str) -> list[str]:
         f"config: {{{_CHART_CONFIG}}}",
         "---",
         "xychart-beta",
-        f'    title "{TITLES["both"]} in {dtype}: time of the peer, ours = 1"',
+        f'    title "{TITLES["both"]} in {dtype}: time of {" and ".join(peers)}"',
         f"    x-axis [{', '.join(json.dumps(name) for name in bars)}]",
-        f'    y-axis "bar: {" or ".join(peers)}, line: {ours}" 0 --> {top:g}',
+        f'    y-axis "time, {ours} = 1 (the line)" 0 --> {top:g}',
         f"    bar [{', '.join(f'{ratio:.2f}' for ratio in bars.values())}]",
         f"    line [{', '.join(['1.00'] * len(bars))}]",
         "```",

@@ -2,10 +2,12 @@
 what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
 your own.
 
-Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done.
+Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 141 who read the
+output stopped reading.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,15 +21,31 @@ from lm2_kernels.testing.cases import Case
 from lm2_kernels.version import __version__
 
 PROGRAM = "python -m lm2_kernels"
+_BROKEN_PIPE = 141  # as shells say it of a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> int:
     """Run the command line and return its exit code; ``cases`` replaces those ``verify`` runs."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        try:
+            return _run(arguments, cases)
+        finally:
+            # here, where it can be caught, and not at exit
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # for what is left in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
+
+
+def _run(arguments: list[str], cases: Sequence[Case] | None) -> int:
     options = argparse.Namespace(arguments=arguments, cases=cases)
     _parser().parse_args(arguments, options)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        raise
     except (OSError, TypeError, ValueError, ArithmeticError) as error:
         print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
         return 2

@@ -32,7 +32,13 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)
     rows = works.row_names()
-    parser.add_argument("--row", action="append", choices=rows, help="only this (repeatable)")
+    parser.add_argument(
+        "--row",
+        action="append",
+        choices=rows,
+        metavar="ROW",
+        help=f"only this (repeatable): {', '.join(map(repr, rows))}",
+    )
     parser.add_argument(
         "--graphs", action="store_true", help="on a GPU also replays of CUDA graphs"
     )
@@ -43,7 +49,8 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         "--budget",
         type=float,
         metavar="SECONDS",
-        help=f"for it all, about ({_BUDGET:.0f}; with --all {_BUDGET_FOR_ALL:.0f})",
+        help=f"after which no work is begun ({_BUDGET:.0f}; with --all {_BUDGET_FOR_ALL:.0f}); one "
+        "that was begun is finished, and its compiled rows alone may take minutes to compile",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured here")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw it into this folder")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels.bench import measure
+from lm2_kernels.bench import measure, plots
 from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.bench.works import Row
 from lm2_kernels.checks import check_int
@@ -121,8 +121,8 @@ def run(
     Both start from the same weights and take the same steps. The memory layers' initial weights are
     scaled by hand so that so short a training finds out what they are for (see ``_open_memory``).
 
-    Writes into ``out_dir``: the trained model, ``losses.png`` if there is matplotlib, and
-    ``report.json``.
+    Writes into ``out_dir``: the trained model, ``losses.png`` and ``losses.svg`` if there is
+    matplotlib, and ``report.json``.
 
     Args:
         out_dir: a folder, made if need be.
@@ -155,12 +155,13 @@ def run(
     model.save(out_dir / "model")
     save_tokenizer(out_dir / "model", TASK.vocabulary)
     answers = _answer(out_dir / "model", [questions[1][0], questions[2][0]])
-    plot, notes = out_dir / "losses.png", []
+    plot, notes = None, []
     try:
-        _plot(outcomes, plot)
-    except ModuleNotFoundError as error:
-        plot = None
-        notes.append(f'no plot of the losses: {error}; pip install "lm2_kernels[demo]"')
+        plots.figure_class("demo")
+    except ValueError as error:
+        notes.append(f"no plot of the losses: {error}")
+    else:
+        plot, _ = _plot(outcomes, out_dir / "losses")
     report = Report(tuple(outcomes), _baselines(questions), answers, out_dir / "model", plot, notes)
     _write_json(out_dir / "report.json", report, seed)
     return report
@@ -324,21 +325,19 @@ def _answer(folder: Path, examples: Sequence[Example]) -> list[Answer]:
     return answers
 
 
-def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> None:
-    # not pyplot: nothing here asks for a display
-    from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for outcome in outcomes:
-        means = [
-            statistics.fmean(outcome.losses[max(0, end - window) : end])
-            for end in range(1, len(outcome.losses) + 1)
-        ]
-        axes.plot(range(1, len(means) + 1), means, label=outcome.name)
-    axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(0.0, None))
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Path]:
+    with plots.style():
+        figure = plots.new_figure((7.0, 4.0), "Loss on stories with and without memory")
+        axes = figure.subplots()
+        for outcome, colour in zip(outcomes, plots.COLOURS, strict=False):
+            means = [
+                statistics.fmean(outcome.losses[max(0, end - window) : end])
+                for end in range(1, len(outcome.losses) + 1)
+            ]
+            axes.plot(range(1, len(means) + 1), means, label=outcome.name, color=colour)
+        axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(0.0, None))
+        axes.legend()
+        return plots.save(figure, path)
 
 
 def _write_json(path: Path, report: Report, seed: int) -> None:

@@ -21,8 +21,11 @@ class Report:
     _model: nn.Module = dataclasses.field(repr=False)
 
     def __str__(self) -> str:
+        layers = (
+            "1 memory layer" if len(self.modules) == 1 else f"{len(self.modules)} memory layers"
+        )
         return (
-            f"{len(self.modules)} memory layers {self.action}: {', '.join(self.modules)}\n"
+            f"{layers} {self.action}: {', '.join(self.modules)}\n"
             f"{self.parameters:,} parameters in them; the model has {self.total:,}, of which "
             f"{self.trainable:,} are trainable"
         )

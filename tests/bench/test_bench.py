@@ -365,7 +365,8 @@ def test_means_and_charts_take_no_gaps():
     text = report.markdown(measured)
     assert 'x-axis ["paper 256", "paper 512"]' in text
     assert "    bar [1.00, 4.00]\n    line [1.00, 1.00]\n```" in text
-    assert '"bar: eager + SDPA, line: cpp" 0 --> 4' in text
+    assert 'title "forward and backward in float32: time of eager + SDPA"' in text
+    assert '"time, cpp = 1 (the line)" 0 --> 4' in text
     assert "Left out: this." in text
     # another dtype is not in the same mean, nor in the same chart
     measured["results"] = [*results, result("256", "bfloat16", "cpp", 1.0)]
@@ -443,6 +444,13 @@ def test_bad_requests(arguments, text, tmp_path, capsys):
     files["other"].write_text('{"format": 0}')
     assert cli.main(["bench", *(argument.format(**files) for argument in arguments)]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_plots_say_where_matplotlib_is_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    path = ROOT / "benchmarks/results/cpu_avx2_lengths.json"
+    assert cli.main(["bench", "--from", str(path), "--plots", str(tmp_path)]) == 2
+    assert 'pip install "lm2_kernels[bench]"' in capsys.readouterr().err
 
 
 def test_committed_results_can_be_read():

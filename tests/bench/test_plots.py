@@ -114,8 +114,28 @@ def test_light_and_dark_pages(drawn, page):
 
 def test_files_are_transparent(tmp_path):
     paths = plots.plot(_load("cpu_avx2_lengths"), tmp_path / "new")
-    assert [path.name for path in paths] == ["lengths.png"]
+    assert [path.name for path in paths] == ["lengths.png", "lengths.svg"]
     assert imread(paths[0])[0, 0, 3] == 0.0
+    # the same again, without a date
+    again = plots.plot(_load("cpu_avx2_lengths"), tmp_path / "again")
+    assert paths[1].read_text("utf-8") == again[1].read_text("utf-8")
+
+
+def test_the_foot_says_what_it_was_measured_on(drawn):
+    measured, figures = drawn
+    for name, figure in figures.items():
+        foot = " ".join(text.get_text() for text in figure.texts)
+        assert report.machine_line(measured) in foot, name
+        assert report.ceiling_line(measured) in foot, name
+        if name != "lengths":
+            assert "tokens = slots = width" in foot, name
+
+
+def test_the_foot_says_what_the_shapes_are():
+    (figure,) = (f for n, f in _drawn(_load("cpu_avx2_ops")) if n == "speedup_memory_update")
+    foot = [text.get_text() for text in figure.texts]
+    sizes = "decode: batch 1, 1 token, 2048 slots, width 2048"
+    assert f"256: tokens = slots = width; {sizes}" in foot
 
 
 def test_bars_start_at_0_and_say_their_number(drawn):
@@ -145,11 +165,13 @@ def test_a_bars_colour_says_who_is_faster():
     measured = _load("cpu_avx2_ops")
     (figure,) = (f for n, f in _drawn(measured) if n == "speedup_residual_layer_norm")
     (legend,) = figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
     meaning = {
-        patch.get_facecolor(): text.get_text()
-        for patch, text in zip(legend.get_patches(), legend.get_texts(), strict=True)
+        patch.get_facecolor(): name
+        for patch, name in zip(legend.get_patches(), names, strict=False)
     }
     assert len(meaning) == 3
+    assert names.pop() == "cpp = 1"
     names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     for axes in figure.axes:
         for bar, name in zip(axes.patches, names, strict=True):
@@ -188,10 +210,19 @@ def test_what_is_wrong_is_not_drawn():
 def test_what_was_not_measured_has_a_dash():
     measured = _load("cpu_avx2_bfloat16")
     (figure,) = (f for n, f in _drawn(measured) if n == "speedup_release_layer")
-    forward, both = figure.axes
-    assert [t.get_text() for t in both.texts].count(" -") == 1  # the released way at 2048
-    # and the same row in both panels
-    assert list(forward.get_yticks()) == list(both.get_yticks())
+    rows, missing = [], []
+    for axes in figure.axes:
+        labels = (label.get_text() for label in axes.get_yticklabels())
+        rows.append(dict(zip(axes.get_yticks(), labels, strict=True)))
+        dashes = [t.get_position()[1] for t in axes.texts if t.get_text() == " -"]
+        missing.append([rows[-1][place] for place in dashes])
+    # from 1024 on compiled, and at 2048 itself with backward
+    compiled = f"{works.RELEASED}, compiled"
+    assert missing == [[compiled] * 2, [compiled, works.RELEASED, compiled]]
+    # a row has one place in both panels, but for what has no forward of its own
+    forward, both = rows
+    assert forward.items() < both.items()
+    assert set(both.values()) - set(forward.values()) == {works.RECOMPUTE}
 
 
 def test_rooflines_have_their_corner_at_the_ridge(drawn):
@@ -205,7 +236,10 @@ def test_rooflines_have_their_corner_at_the_ridge(drawn):
         rate = ceilings[axes.get_title("left").split(", ")[1]]
         (roof,) = (line for line in axes.lines if line.get_linestyle() != "None")
         first, corner, last = roof.get_xydata()
-        unit = {"GFLOP/s": 1e9, "TFLOP/s": 1e12}[axes.get_ylabel()]
+        unit = {"GFLOP/s": 1e9, "TFLOP/s": 1e12}[axes.get_ylabel().removesuffix(", logarithmic")]
+        # it is to be seen that it is: by three labels or more
+        bottom, top = axes.get_ylim()
+        assert sum(bottom <= tick <= top for tick in axes.get_yticks()) >= 3
         assert corner == pytest.approx((rate / ceilings["copy"], rate / unit))
         assert corner[1] < 10_000.0
         assert first[1] == pytest.approx(first[0] * ceilings["copy"] / unit)

@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lm2_kernels.version import __version__
 
 # the first case of each op
 CASES = [next(case for case in testing.SMALL_CASES if case.op == op) for op in backends.OPS]
+RESULTS = Path(__file__).parents[2] / "benchmarks/results/cpu_avx2_lengths.json"
 EAGER = ["verify", "--backend", "eager"]
 
 
@@ -37,6 +40,32 @@ def test_module_runs():
     run = [sys.executable, "-m", "lm2_kernels", "--version"]
     done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == f"lm2_kernels {__version__}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    ((["--from", str(RESULTS)], ""), (["--from", str(RESULTS)], "1"), (["--help"], "")),
+    ids=("buffered", "unbuffered", "help"),
+)
+def test_a_reader_that_stops_is_no_error(arguments, unbuffered):
+    """As of `| head -0`: nothing is said, neither by us nor by the interpreter at exit."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    run = [sys.executable, "-m", "lm2_kernels", "bench", *arguments]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    try:
+        done = subprocess.run(
+            run,
+            stdout=writes,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=300,
+            env=environment,
+        )
+    finally:
+        os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_info(capsys, tmp_path):

@@ -48,6 +48,7 @@ def test_run(tmp_path, monkeypatch, capsys):
     assert [model["name"] for model in report["models"]] == ["with memory", "without"]
     assert len(report["models"][0]["losses"]) == 3
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "losses.svg").read_text("utf-8")
     # the printed command asks the saved model
     command = next(line for line in printed.splitlines() if "--prompt" in line)
     prompt = command.split("'")[1]
