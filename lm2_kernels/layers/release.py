@@ -37,9 +37,9 @@ class ReleaseMemory(MemoryLayer):
     At T = N = D this is the released module exactly, and ``load_state_dict`` takes its state dict
     key for key (the shared Linear under both its names). **The released gate pools over the whole
     segment, so early tokens see later ones**; ``pooled_gate="prefix"`` is the causal repair with
-    the same parameters, and the one to stream with (with a cache; without one at ``num_blocks=1``,
-    as a second block reads rows that the first one rewrote, which later pieces of a segment
-    lack).
+    the same parameters, and the one to stream with: with a cache; or without one, ``pooled_sum``
+    passed on, at ``num_blocks=1``, as a second block reads rows that the first one rewrote, which
+    later pieces of a segment lack.
 
     Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
     a token that sees no slot reads 0 (released: NaN).
@@ -166,7 +166,8 @@ class ReleaseMemory(MemoryLayer):
         Args:
             x: (B, T, D).
             memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
-            slot_offset: the slot that row 0 is bound to.
+            slot_offset: the slot that row 0 is bound to. With the "prefix" gate and without
+                ``pooled_sum`` the segment begins there: the gate's mean is over these rows alone.
             slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
             cache: the piece's; it is extended, and holds the pooled sum too.
             pooled_sum: (B, D) float32 (float64 for float64), for a later piece of a segment that
