@@ -141,6 +141,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of the memory")
     parser.add_argument("--out", help="a folder for the model; a temporary one unless given")
     options = parser.parse_args()
+    if options.slots < 2:
+        parser.error("--slots must be at least 2: a question and its answer")
+    if options.text is not None and not options.text.is_file():
+        parser.error(f"there is no file {options.text}")
     torch.manual_seed(0)
     texts = kept = told_and_asked(options.slots)
     if options.text is not None:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -25,7 +25,7 @@ def check_tensors(op: str, *, optional: tuple[str, ...] = (), **tensors: Tensor 
                 f"{op}: {name} must be a dense strided tensor, got layout {tensor.layout}; "
                 f"convert it with .to_dense() or .dequantize()"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
             )

@@ -32,11 +32,17 @@ def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None
             return _run(arguments, cases)
         finally:
             # here, where it can be caught, and not at exit
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         # for what is left in the buffer
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _BROKEN_PIPE
+    except OSError as error:
+        # a full disk: what is left in the buffer has no place
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
 
 
 def _run(arguments: list[str], cases: Sequence[Case] | None) -> int:

@@ -16,6 +16,7 @@ from lm2_kernels.backends import (
     use_backend,
 )
 from lm2_kernels.checks import (
+    DTYPES,
     check_bool,
     check_dropout,
     check_dtypes,
@@ -153,13 +154,23 @@ class MemoryLayer(nn.Module):
                 f"{op}: causal=False cannot stream: its tokens read slots that are not bound yet"
             )
 
+    def any_parameter(self) -> Tensor | None:
+        """A parameter whose dtype and device stand for the layer's; None if it has none.
+
+        Not one that a module in a projection's place computes with in its own way: what it makes of
+        its input is checked, its weights are its own affair.
+        """
+        weight = self.query_proj.weight if isinstance(self.query_proj, nn.Linear) else None
+        if _is_ordinary(weight):
+            return weight
+        return ordinary_parameter(self)
+
     def _check_tensors(self, x: Tensor, memory: Tensor) -> None:
         op = type(self).__name__
         self._check_options()
-        weight = getattr(self.query_proj, "weight", None)
-        if not isinstance(weight, Tensor):
-            # any parameter will do: the projection was replaced by a module without weights
-            weight = next(self.parameters())
+        weight = self.any_parameter()
+        if weight is None:
+            weight = x
         check_tensors(op, x=x, memory=memory, parameters=weight)
         check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
@@ -298,6 +309,15 @@ class MemoryLayer(nn.Module):
             backend=self.backend,
         )
         return read.flatten(-2)
+
+
+def ordinary_parameter(module: nn.Module) -> Tensor | None:
+    """The first parameter in a dtype that the ops compute in; None if there is none."""
+    return next(filter(_is_ordinary, module.parameters()), None)
+
+
+def _is_ordinary(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.layout == torch.strided
 
 
 class Reader(Protocol):

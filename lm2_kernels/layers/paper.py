@@ -41,7 +41,9 @@ class PaperMemory(MemoryLayer):
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
             forward pass. Options, ``training`` and parameters must then be in backward what they
             were in forward. A segment fed in pieces with ``cache``, which holds keys and values
-            anyway, is not recomputed; one fed whole is.
+            anyway, is not recomputed; one fed whole is. With dropout, not under
+            ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
+            backward (its others do not).
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
         dtype: of the parameters.

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_bool, check_int
+from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.layers.start import check_start, silence
@@ -124,7 +125,7 @@ def add_memory(
     new = []
     for index in layers:
         block = blocks[index]
-        like = next(p for p in block.parameters() if p.is_floating_point() and p.itemsize > 1)
+        like = ordinary_parameter(block)
         kind = PaperMemory if formulation == "paper" else _AddedRelease
         layer = kind(
             host.width(block),

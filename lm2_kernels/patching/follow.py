@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels.functional import initial_memory
+from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.patching.hosts import Host, real_tokens, refuse_packed
@@ -190,15 +191,18 @@ class AddedMemory:
             parameter.requires_grad_(True)
 
     def _initial(self, index: int, batch: int) -> MemoryState:
-        layer = self._blocks[index].memory
-        like = next(layer.parameters())
+        block = self._blocks[index]
+        layer, like = block.memory, block.memory.any_parameter()
+        if like is None:
+            # what is left of a quantised block: its norms
+            like = ordinary_parameter(block)
         bank = initial_memory(
             1,
             self.options["memory_slots"],
             layer.dim,
             self.options["memory_init"],
-            device=like.device,
-            dtype=like.dtype,
+            device=getattr(like, "device", None),
+            dtype=getattr(like, "dtype", None),
         )
         return MemoryState([bank.expand(batch, -1, -1)])
 

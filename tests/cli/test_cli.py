@@ -68,6 +68,19 @@ def test_a_reader_that_stops_is_no_error(arguments, unbuffered):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.parametrize(
+    ("redirection", "code", "said"), ((">&-", 0, ""), (">/dev/full", 2, "No space left"))
+)
+def test_no_place_for_the_output(redirection, code, said):
+    command = f'"{sys.executable}" -m lm2_kernels --version {redirection}'
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == code and said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_info(capsys, tmp_path):
     file = tmp_path / "info.json"
     assert cli.main(["info", "--json", str(file)]) == 0

@@ -886,3 +886,46 @@ def test_autocast_casts_no_other_projection(dtype):
         layer.key_proj = _Cast(dtype)
         with pytest.raises(TypeError, match="key_proj: result"):
             layer(x, memory)
+
+
+class _Quantised(nn.Module):
+    """Keeps its weight in 8 bits, and computes with it in its own way."""
+
+    def __init__(self, linear, kind):
+        super().__init__()
+        weight = (linear.weight.detach() * 50 + 128).to(torch.uint8)
+        if kind == "buffer":
+            self.register_buffer("weight", weight)
+        else:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, (self.weight.to(x.dtype) - 128) / 50)
+
+
+@both_layers
+@pytest.mark.parametrize("of", ("buffer", "parameter"))
+def test_quantised_projection(kind, of):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    names = ("query_proj", "key_proj", "value_proj")
+    for name in names:
+        setattr(layer, name, _Quantised(getattr(layer, name), of))
+    plain = copy.deepcopy(layer)
+    for name in names:
+        linear = nn.Linear(D, D, bias=False, dtype=x.dtype)
+        with torch.no_grad():
+            linear.weight.copy_((getattr(layer, name).weight.to(x.dtype) - 128) / 50)
+        setattr(plain, name, linear)
+    for got, want in zip(layer(x, memory), plain(x, memory), strict=True):
+        assert_round_off(got, want)
+
+
+def test_a_layer_without_parameters():
+    layer, (x, memory) = make_layer(lm2.PaperMemory), make_inputs()
+    for name, _ in list(layer.named_children()):
+        setattr(layer, name, nn.Identity())
+    assert layer.any_parameter() is None
+    output, _ = layer(x, memory)
+    want = reference.memory_attention(*(t.unflatten(-1, (H, -1)) for t in (x, memory, memory)))
+    read = want.flatten(-2)
+    assert_round_off(output, x + torch.sigmoid(read) * read)

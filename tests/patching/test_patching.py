@@ -1180,3 +1180,28 @@ def test_swap_refuses_what_it_cannot_reproduce(spoil, text):
     assert list(model.modules()) == before
     with pytest.raises(ValueError, match="itself"):
         swap_memory(Released(12, 3))
+
+
+class _Packed(nn.Module):
+    """As quantisation leaves a Linear: without parameters."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.packed = (linear.weight.detach(), linear.bias)
+
+    def forward(self, x):
+        return F.linear(x, *self.packed)
+
+
+@hosted
+@every_formulation
+def test_linears_without_parameters(formulation):
+    model, ids = _host(), _ids()
+    options = {"memory_slots": SLOTS, "num_heads": HEADS, "formulation": formulation}
+    add_memory(model, **options, memory_init="identity", zero_init=False)
+    want = model(ids).logits
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear:
+                setattr(parent, name, _Packed(child))
+    assert_round_off(model(ids).logits, want)
