@@ -148,13 +148,13 @@ def go_together(first: torch.dtype, second: torch.dtype) -> bool:
     )
 
 
-def check_mixed(op: str, **pair: Tensor) -> None:
-    """Two tensors of one dtype, or of a 16-bit dtype and float32."""
+def check_mixed(op: str, **pair: torch.dtype) -> None:
+    """The dtypes of two tensors: one, or a 16-bit dtype and float32."""
     (first_name, first), (second_name, second) = pair.items()
-    if go_together(first.dtype, second.dtype):
+    if go_together(first, second):
         return
     raise TypeError(
-        f"{op}: {first_name} is {first.dtype} but {second_name} is {second.dtype}; they must be "
+        f"{op}: {first_name} is {first} but {second_name} is {second}; they must be "
         f"of one dtype, or one of them float32; cast one or use torch.autocast"
     )
 
@@ -167,18 +167,4 @@ def check_pooled_sum(op: str, pooled_sum: Tensor, x: Tensor) -> None:
     if pooled_sum.dtype != wanted:
         raise TypeError(
             f"{op}: pooled_sum must be {wanted} for x of {x.dtype}, got {pooled_sum.dtype}"
-        )
-
-
-def check_vector(
-    op: str, name: str, vector: Tensor, x: Tensor, dtype: torch.dtype, *, mixed: bool = True
-) -> None:
-    """A parameter (D,) on the device of ``x`` (..., D), of ``dtype`` or what goes with it."""
-    check_tensors(op, x=x, **{name: vector})
-    check_shape(op, name, vector, "(D,)", (x.shape[-1],))
-    if vector.dtype != dtype and not (mixed and go_together(dtype, vector.dtype)):
-        also = ", or one of them float32" if mixed else ""
-        raise TypeError(
-            f"{op}: {name} is {vector.dtype}, but it must be of one dtype with {dtype}{also}; cast "
-            f"it or use torch.autocast"
         )

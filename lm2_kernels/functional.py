@@ -255,8 +255,8 @@ def residual_layer_norm(
     check_shape(op, "weight", weight, "(D,)", (x.shape[-1],))
     check_shape(op, "bias", bias, "(D,)", (x.shape[-1],))
     check_eps(op, eps)
-    check_mixed(op, x=x, residual=residual)
-    check_mixed(op, x=x, weight=weight)
+    check_mixed(op, x=x.dtype, residual=residual.dtype)
+    check_mixed(op, x=x.dtype, weight=weight.dtype)
     check_dtypes(op, weight.dtype, (), weight=weight, bias=bias)
     return unchecked.residual_layer_norm(x, residual, weight, bias, eps, backend=backend)
 
@@ -299,7 +299,7 @@ def pooled_gate(
     check_shape(op, "x", x, "(B, T, D)", (None,) * 3)
     check_nonempty(op, "x", x, {"tokens T": 1, "width D": 2})
     check_shape(op, "weight", weight, "(D,)", (x.shape[-1],))
-    check_mixed(op, x=x, weight=weight)
+    check_mixed(op, x=x.dtype, weight=weight.dtype)
     check_bool(op, "prefix", prefix)
     check_int(op, "num_pooled", num_pooled, 0)
     if pooled_sum is not None:

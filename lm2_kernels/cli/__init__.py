@@ -34,14 +34,12 @@ def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None
             # here, where it can be caught, and not at exit
             if sys.stdout is not None:
                 sys.stdout.flush()
-    except BrokenPipeError:
-        # for what is left in the buffer
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
     except OSError as error:
-        # a full disk: what is left in the buffer has no place
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        # nobody reads on, or the disk is full: what is left in the buffer has no place
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return _BROKEN_PIPE
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from lm2_kernels import unchecked
 from lm2_kernels.backends import computed_dtype
-from lm2_kernels.checks import check_eps, check_int, check_pooled_sum, check_vector
+from lm2_kernels.checks import (
+    check_dtypes,
+    check_eps,
+    check_int,
+    check_mixed,
+    check_pooled_sum,
+    check_shape,
+    check_tensors,
+)
 from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
 from lm2_kernels.linear import split_columns
 from lm2_kernels.state.memory import SegmentCache, write_rows
@@ -246,13 +254,23 @@ class ReleaseMemory(MemoryLayer):
 
     def _check_vectors(self, x: Tensor) -> None:
         """The parameters that the ops read as they are."""
-        op, dtype = "ReleaseMemory", computed_dtype(x)
-        for name in ("attended_memory_layernorm", "attended_memory_layernorm2"):
-            norm = getattr(self, name)
-            check_vector(op, f"{name}.weight", norm.weight, x, dtype)
-            check_vector(op, f"{name}.bias", norm.bias, x, norm.weight.dtype, mixed=False)
+        op, scale = "ReleaseMemory", self.input_gate_projector.w
+        norms = {
+            name: getattr(self, name)
+            for name in ("attended_memory_layernorm", "attended_memory_layernorm2")
+        }
+        vectors = {"input_gate_projector.w": scale}
+        for name, norm in norms.items():
+            vectors |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
+        check_tensors(op, x=x, **vectors)
+        for name, vector in vectors.items():
+            check_shape(op, name, vector, "(D,)", (self.dim,))
+        check_mixed(op, x=x.dtype, **{"input_gate_projector.w": scale.dtype})
+        for name, norm in norms.items():
+            dtype = norm.weight.dtype
+            check_mixed(op, x=computed_dtype(x), **{f"{name}.weight": dtype})
+            check_dtypes(op, dtype, (), **{f"{name}.bias": norm.bias})
             check_eps(op, norm.eps)
-        check_vector(op, "input_gate_projector.w", self.input_gate_projector.w, x, x.dtype)
 
     def _forward(
         self,

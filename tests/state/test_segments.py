@@ -495,3 +495,13 @@ def test_compress_and_spread():
     assert gathered[0, :2, 0].tolist() == [1.0, 3.0]
     assert torch.equal(segments.gather(x[..., 0], order), gathered[..., 0])
     assert torch.equal(segments.spread(gathered, order, lengths), x * mask[..., None])
+
+
+def test_a_scope_shares_all_but_the_prefix():
+    cache = SegmentCache({}, None, 2, 4)
+    scoped = cache.scope("a").scope("b")
+    assert scoped._prefix == "a.b."
+    own, theirs = vars(cache).copy(), vars(scoped).copy()
+    assert own.pop("_prefix") == "" and theirs.pop("_prefix") == "a.b."
+    assert own.keys() == theirs.keys()
+    assert all(theirs[name] is value for name, value in own.items())
