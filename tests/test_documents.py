@@ -149,4 +149,7 @@ def test_site_builds(tmp_path):
     assert not [load for page in pages for load in re.findall(loads, page)]
     layers = (tmp_path / "layers.html").read_text("utf-8")
     assert "<math" in layers and "\\begin" not in layers
-    assert "Shapes, used everywhere" in (tmp_path / "api" / "layers.html").read_text("utf-8")
+    reference = (tmp_path / "api" / "layers.html").read_text("utf-8")
+    assert "Shapes, used everywhere" in reference
+    # a class with its defaults
+    assert "num_heads: int = 8" in re.sub(r"<[^>]+>", "", reference)
