@@ -10,7 +10,6 @@ import collections
 import copy
 import dataclasses
 import itertools
-import json
 import shlex
 import statistics
 import time
@@ -31,7 +30,7 @@ from lm2_kernels.machine import best_device
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.patching.swap import swap_memory
-from lm2_kernels.terminal import StepBar, columns
+from lm2_kernels.terminal import StepBar, columns, write_json
 from lm2_kernels.training.data import save_tokenizer
 from lm2_kernels.training.loop import train
 
@@ -163,7 +162,7 @@ def run(
     else:
         plot, _ = _plot(outcomes, out_dir / "losses")
     report = Report(tuple(outcomes), _baselines(questions), answers, out_dir / "model", plot, notes)
-    _write_json(out_dir / "report.json", report, seed)
+    _write_report(out_dir / "report.json", report, seed)
     return report
 
 
@@ -340,7 +339,7 @@ def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Pat
         return plots.save(figure, path)
 
 
-def _write_json(path: Path, report: Report, seed: int) -> None:
+def _write_report(path: Path, report: Report, seed: int) -> None:
     def shares(by_hops: dict[int, Accuracy]) -> dict[str, float]:
         return {f"{hops} hops": accuracy.share for hops, accuracy in by_hops.items()}
 
@@ -355,7 +354,7 @@ def _write_json(path: Path, report: Report, seed: int) -> None:
         ],
         "baselines": {name: shares(by_hops) for name, by_hops in report.baselines.items()},
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_json(path, content)
 
 
 def _shares(by_hops: dict[int, Accuracy]) -> list[str]:
