@@ -127,8 +127,9 @@ class ReleaseMemory(MemoryLayer):
         self.attended_memory_layernorm2 = nn.LayerNorm(dim, eps=eps, **like)
         self.input_gate_projector = _GateProjector(dim, scaled=True, **like)
         self.memory_gate_projector = _GateProjector(dim, scaled=False, **like)
-        self.input_bias = nn.Parameter(torch.empty((), **like))
-        self.forget_bias = nn.Parameter(torch.empty((), **like))
+        # (): the released shape, which FSDP refuses
+        self.input_bias = nn.Parameter(torch.empty(1, **like))
+        self.forget_bias = nn.Parameter(torch.empty(1, **like))
         self.reset_parameters()
         self._pack()
 
@@ -152,6 +153,14 @@ class ReleaseMemory(MemoryLayer):
         nn.init.ones_(self.input_gate_projector.w)
         nn.init.zeros_(self.input_bias)
         nn.init.ones_(self.forget_bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # the two biases in the shape that they have here, () or (1,)
+        for name in ("input_bias", "forget_bias"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(saved, Tensor) and saved.numel() == own.numel() == 1:
+                state_dict[prefix + name] = saved.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, num_blocks={self.num_blocks}"
@@ -367,5 +376,7 @@ class ReleaseMemory(MemoryLayer):
     def _gate_bias(self, pooled: Tensor) -> Tensor:
         """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
         (gates,) = self._project(pooled, self.input_gate_projector.linear, width=2 * self.dim)
-        biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
+        # of a swapped layer they have the released shape
+        biases = torch.cat((self.input_bias.reshape(1), self.forget_bias.reshape(1)))
+        biases = biases.repeat_interleave(self.dim)
         return gates + biases.to(gates.dtype)

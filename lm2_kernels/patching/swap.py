@@ -143,7 +143,10 @@ def _swapped(name: str, module: nn.Module, backend: str | None) -> SwappedMemory
         backend=backend,
         device="meta",
     )
-    wanted, got = ({n: p.shape for n, p in _all_parameters(m)} for m in (swapped, module))
+    # of one number, () is as good as (1,)
+    wanted, got = (
+        {name: tuple(p.shape) or (1,) for name, p in _all_parameters(m)} for m in (swapped, module)
+    )
     if wanted != got:
         raise refuse(f"has other parameters: {sorted(set(wanted.items()) ^ set(got.items()))}")
     share_parameters(module, swapped)
