@@ -14,6 +14,7 @@ from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.patching.adapters import warn_of_frozen
 from lm2_kernels.patching.hosts import Host, real_tokens, refuse_packed
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import compress, gather, run_segments, spread
@@ -109,6 +110,7 @@ class AddedMemory:
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._config = getattr(decoder, "config", None)
         self._carried: dict[int, MemoryState] | None = None
+        self._has_warned = False
         self._begin_anew()
         self._handles = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -219,6 +221,9 @@ class AddedMemory:
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return None
+        is_training = decoder.training and torch.is_grad_enabled()
+        if is_training and not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = warn_of_frozen(decoder, self.layers)
         batch, length = tokens.shape[:2]
         self._cache = self._host.cache(named)
         kept = self._kept(self._cache)
