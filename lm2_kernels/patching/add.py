@@ -1,10 +1,9 @@
 """``add_memory``: a memory layer behind the self-attention of a host's blocks, and back."""
 
 import dataclasses
-import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -25,21 +24,11 @@ from lm2_kernels.state import files
 _OPTIONS = "lm2_memory"
 
 
-class _Repeated(nn.ModuleList):
-    """One module, iterated several times. transformers saves no module that has two names."""
-
-    def __init__(self, module: nn.Module, times: int):
-        super().__init__([module])
-        self.times = times
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return itertools.repeat(self[0], self.times)
-
-
 class _AddedRelease(ReleaseMemory):
     def __init__(self, dim: int, num_heads: int, **options):
         super().__init__(dim, num_heads, pooled_gate="prefix", **options)
-        self.attention_mlp = _Repeated(self.attention_mlp[0], len(self.attention_mlp))
+        # transformers saves no tensor that has two names
+        self.attention_mlp.under_all_names = False
 
 
 def add_memory(
