@@ -27,7 +27,7 @@ from lm2_kernels.layers.base import (
     ordinary_parameter,
     project,
 )
-from lm2_kernels.plain import plain_parameters
+from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -65,7 +65,7 @@ class _Shared(nn.ModuleList):
         names = [name for name in state if name.startswith(f"{prefix}0.")]
         for place in range(1, self.places if self.under_all_names else 1):
             for name in names:
-                state[self._alias(name, prefix, place)] = state[name]
+                state[self._alias(name, prefix, place)] = _owned(state[name])
         return state
 
     @staticmethod
@@ -93,6 +93,12 @@ class _Shared(nn.ModuleList):
             unexpected_keys,
             error_msgs,
         )
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger one, as FSDP1's are, which it will free."""
+    is_part = type(tensor) in ORDINARY and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_part else tensor
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:

@@ -7,9 +7,10 @@ from torch import Tensor
 def release_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released model's checkpoint under the names of :class:`LM2ForCausalLM`.
 
-    Its memory modules become ``memory``, their two biases of shape () become (1,); its second names
-    of the self-attention's weights and the stored ``memory_bank`` (state, not a parameter) are left
-    out. The model is ``LM2Config(..., formulation="release", flow="depth", pooled_gate="segment")``.
+    Its memory modules become ``memory``, their two biases get the shape (1,); its second names of
+    the self-attention's weights and the stored ``memory_bank`` (state, not a parameter) are left
+    out. The model is
+    ``LM2Config(..., formulation="release", flow="depth", pooled_gate="segment")``.
 
     Args:
         state_dict: of the released ``model``, its tensors as they are.

@@ -1,4 +1,4 @@
-"""PEFT's adapters beside an added memory. PEFT is never imported: its modules are known by parts."""
+"""PEFT's adapters beside an added memory. PEFT is not imported: its modules are known by parts."""
 
 import warnings
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from torch import nn
 # what each module has that PEFT puts in place of another
 _ADAPTER = "adapter_layer_names"
 _ORDER = (
-    "add the memory to the model first, then the adapters, with modules_to_save=['memory'] in their "
-    "config: PEFT then trains, saves and loads the memory with them"
+    "add the memory to the model first, then the adapters, with modules_to_save=['memory'] in "
+    "their config: PEFT then trains, saves and loads the memory with them"
 )
 
 

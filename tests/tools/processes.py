@@ -53,10 +53,10 @@ def run_processes(function: Callable, *args: object, folder: Path, world: int = 
         if process.is_alive():
             process.kill()
             process.join()
-    results = []
-    for rank, file in enumerate(files):
-        assert file.is_file(), f"process {rank} did not end"
-        is_right, value = pickle.loads(file.read_bytes())
-        assert is_right, f"process {rank}:\n{value}"
-        results.append(value)
-    return results
+    results = [
+        pickle.loads(file.read_bytes()) if file.is_file() else (False, "it did not end")
+        for file in files
+    ]
+    wrong = [f"process {rank}: {what}" for rank, (ok, what) in enumerate(results) if not ok]
+    assert not wrong, "\n".join(wrong)
+    return [what for _, what in results]

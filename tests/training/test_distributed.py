@@ -1,4 +1,4 @@
-"""Two processes are one: DDP, FSDP of both kinds, parallel projections; saved, gone on with, loaded."""
+"""Two processes are one: DDP, FSDP of both kinds, parallel projections; saved and gone on with."""
 
 import functools
 
@@ -41,11 +41,10 @@ except ImportError:
 else:
     transformers.logging.set_verbosity_error()
 
-hosted = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 every_formulation = pytest.mark.parametrize("formulation", ("paper", "release"))
 
 CPU = torch.device("cpu")
-STEPS = 3
+STEPS = 2
 
 
 def _model(host: str, formulation: str, seed: int = 0) -> nn.Module:
@@ -134,12 +133,18 @@ def _train_and_save(kind, host, formulation, folder):
 
 KINDS = ("ddp", "fsdp", "fsdp1", "fsdp1-flat", "hybrid", "every layer", "every Linear", "root",
          "offloaded", "checkpointed")  # fmt: skip
+CASES = [
+    *[("lm2", kind, "release") for kind in KINDS],
+    *[("lm2", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "every layer")],
+    *[("llama", kind, "paper") for kind in ("fsdp", "fsdp1-flat", "checkpointed")],
+    *[("llama", kind, "release") for kind in ("fsdp", "fsdp1")],
+]
 
 
-@every_formulation
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("host", ("lm2", pytest.param("llama", marks=hosted)))
+@pytest.mark.parametrize(("host", "kind", "formulation"), CASES)
 def test_two_processes_are_one(host, kind, formulation, tmp_path):
+    if host == "llama" and transformers is None:
+        pytest.skip("transformers is not installed")
     run = tmp_path / "run"
     state, _ = run_processes(_train_and_save, kind, host, formulation, run, folder=tmp_path)
     one = _model(host, formulation)
@@ -237,23 +242,20 @@ def test_columns_left_apart_are_refused(tmp_path):
     run_processes(_columns_apart, folder=tmp_path)
 
 
-def _load_released(state):
+def _load_whole(state, formulation):
     with torch.device("meta"):
-        model = _model("lm2", "release")
+        model = _model("lm2", formulation)
     for module in [*model.model.layers, model]:
         fully_shard(module)
     model.to_empty(device="cpu")
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    # torch hands out the first of the shared Linear's names alone
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, state if dist.get_rank() == 0 else {}, options=options)
     return model(random_ids(2, 14)).logits.detach()
 
 
-@pytest.mark.parametrize("shape", ((), (1,)))
-def test_released_weights_load_into_shards(shape, tmp_path):
-    model = _model("lm2", "release")
-    state = {
-        name: tensor.reshape(shape) if tensor.numel() == 1 else tensor
-        for name, tensor in model.state_dict().items()
-    }
-    for logits in run_processes(_load_released, state, folder=tmp_path):
+@every_formulation
+def test_whole_weights_load_into_shards(formulation, tmp_path):
+    model = _model("lm2", formulation)
+    for logits in run_processes(_load_whole, model.state_dict(), formulation, folder=tmp_path):
         assert_round_off(logits, model(random_ids(2, 14)).logits.detach())
