@@ -300,17 +300,15 @@ def project(op: str, x: Tensor, layer: nn.Module, width: int, *, relu: bool = Fa
     The ops take it as it is: what a module that somebody put in a Linear's place, or hooked, made
     of x is checked here. ``op`` names the layer in errors.
     """
-    dtype = computed_dtype(x)
+    dtype, device = computed_dtype(x), x.device
     for parameter in layer._parameters.values():
-        if parameter is not None and (parameter.dtype != dtype or parameter.device != x.device):
+        if parameter is not None and (parameter.dtype != dtype or parameter.device != device):
             _check_parameters(op, x, layer, dtype)
+    result = apply_linear(x, layer, relu=relu)
+    if result.dtype == dtype and result.device == device and result.shape == (*x.shape[:-1], width):
+        return result
     return check_result(
-        op,
-        apply_linear(x, layer, relu=relu),
-        x,
-        width,
-        dtype,
-        is_cast=autocast_dtype(x.device.type) is not None,
+        op, result, x, width, dtype, is_cast=autocast_dtype(device.type) is not None
     )
 
 
@@ -332,11 +330,8 @@ def check_result(
 
     ``is_cast``: whether a result of another dtype that goes with ``dtype`` is cast to it.
     """
-    shape = (*x.shape[:-1], width)
-    if result.shape == shape and result.dtype == dtype and result.device == x.device:
-        return result
     check_tensors(op, input=x, result=result)
-    check_shape(op, "result", result, "(B, T, width)", shape)
+    check_shape(op, "result", result, "(B, T, width)", (*x.shape[:-1], width))
     if not is_cast or not go_together(dtype, result.dtype):
         check_dtypes(op, dtype, (), result=result)
     return result.to(dtype)
