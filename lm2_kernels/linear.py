@@ -30,10 +30,13 @@ class _LinearFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, _, relu = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output if relu else None, x, weight)
 
     @staticmethod
     def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 4
         activated, x, weight = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dx = dweight = dbias = None

@@ -931,3 +931,29 @@ def test_a_layer_without_parameters():
     want = reference.memory_attention(*(t.unflatten(-1, (H, -1)) for t in (x, memory, memory)))
     read = want.flatten(-2)
     assert_round_off(output, x + torch.sigmoid(read) * read)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize(
+    ("index", "output", "unused"),
+    (
+        (0, "read", {"input_gate_proj", "forget_gate_proj"}),
+        (0, "memory", {"input_gate_proj", "forget_gate_proj"}),
+        (1, "read", {"output_gate_proj"}),
+    ),
+)
+def test_no_gradient_where_nothing_flows(index, output, unused, recompute, request):
+    """None, not zeros, which an optimiser would decay; also where our own Linear Function runs."""
+    for _ in range(2):
+        layer = lm2.PaperMemory(D, 3, output=output, recompute=recompute)
+        before = copy.deepcopy(layer.state_dict())
+        x, memory = torch.randn(2, 5, D, requires_grad=True), torch.randn(2, 7, D)
+        layer(x, memory)[index].square().sum().backward()
+        assert {name for name, child in layer.named_children() if child.weight.grad is None} == (
+            unused
+        )
+        torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5).step()
+        for name, parameter in layer.named_parameters():
+            changed = not torch.equal(parameter, before[name])
+            assert changed == (name.removesuffix(".weight") not in unused)
+        request.getfixturevalue("large_products")
