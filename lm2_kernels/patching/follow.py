@@ -174,7 +174,7 @@ class AddedMemory:
             self._carried = None
             return
         self._carried = {
-            index: state.end_segment().reset(rows, self._initial(index, 1))
+            index: state.end_segment().reset(rows, self._initial(index, 1, state.banks[0].device))
             for index, state in self._carried.items()
         }
 
@@ -192,18 +192,21 @@ class AddedMemory:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
-    def _initial(self, index: int, batch: int) -> MemoryState:
+    def _initial(self, index: int, batch: int, device: torch.device) -> MemoryState:
         block = self._blocks[index]
         layer, like = block.memory, block.memory.any_parameter()
         if like is None:
             # what is left of a quantised block: its norms
             like = ordinary_parameter(block)
+        if like is not None and not like.is_meta:
+            # the block's, which may be another than the input's; offloaded weights have none
+            device = like.device
         bank = initial_memory(
             1,
             self.options["memory_slots"],
             layer.dim,
             self.options["memory_init"],
-            device=getattr(like, "device", None),
+            device=device,
             dtype=getattr(like, "dtype", None),
         )
         return MemoryState([bank.expand(batch, -1, -1)])
@@ -233,7 +236,7 @@ class AddedMemory:
         elif self.carry and self._carried is not None:
             states = {index: state.end_segment() for index, state in self._carried.items()}
         else:
-            states = {index: self._initial(index, batch) for index in self._blocks}
+            states = {index: self._initial(index, batch, tokens.device) for index in self._blocks}
         for state in states.values():
             if state.batch != batch:
                 raise ValueError(

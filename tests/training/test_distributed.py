@@ -18,6 +18,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     StateDictType,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import Replicate
@@ -259,3 +260,16 @@ def test_whole_weights_load_into_shards(formulation, tmp_path):
     model = _model("lm2", formulation)
     for logits in run_processes(_load_whole, model.state_dict(), formulation, folder=tmp_path):
         assert_round_off(logits, model(random_ids(2, 14)).logits.detach())
+
+
+def _generate(formulation):
+    model = _wrap(_model("lm2", formulation), "fsdp")
+    register_fsdp_forward_method(model, "generate")
+    return model.generate(random_ids(2, 8), max_new_tokens=5).sequences
+
+
+@every_formulation
+def test_shards_generate(formulation, tmp_path):
+    wanted = _model("lm2", formulation).generate(random_ids(2, 8), max_new_tokens=5).sequences
+    for sequences in run_processes(_generate, formulation, folder=tmp_path):
+        assert torch.equal(sequences, wanted)
