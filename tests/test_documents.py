@@ -38,8 +38,9 @@ def test_readme_block_runs(block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p, "python")], ids=_name)
 def test_page_runs(page, tmp_path, monkeypatch):
     """A page's blocks, one after the other, as a reader would run them."""
-    if "import transformers" in page.read_text("utf-8"):
-        pytest.importorskip("transformers", reason="transformers is not installed")
+    for name in ("transformers", "peft", "accelerate"):
+        if f"import {name}\n" in page.read_text("utf-8"):
+            pytest.importorskip(name, reason=f"{name} is not installed")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(_blocks(page, "python")):

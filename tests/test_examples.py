@@ -75,6 +75,19 @@ def test_memory_in_llama_of_a_text(run, tmp_path):
     assert numbers("changed at last:", text) == [0.0]
 
 
+def test_lora_and_memory(run, tmp_path):
+    for name in ("transformers", "peft"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    arguments = ("--slots", 8, "--host-steps", 40, "--steps", 80, "--out", tmp_path)
+    text = run("lora_and_memory", *arguments)
+    # who guesses has one of eight right
+    assert numbers("right:", text)[0] > 80
+    assert numbers("without both:", text)[0] < 30
+    assert numbers("changed by saving and loading:", text) == [0.0]
+    assert numbers("changed by merging:", text)[0] < 1e-3
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_stream_a_long_document(run, tmp_path):
     document = tmp_path / "document.txt"
     document.write_text("What was read is remembered. " * 12)
