@@ -491,6 +491,8 @@ def test_the_shared_linear():
         mlp[3]
     with pytest.raises(AttributeError):
         layer.get_submodule("attention_mlp.3")
+    layer.set_submodule("attention_mlp.2", mlp[0])
+    assert list(mlp._modules) == ["0"]
     with pytest.raises(RuntimeError, match=r"Missing key.*mlp\.1\.weight"):
         layer.load_state_dict(
             {name: t for name, t in layer.state_dict().items() if "mlp.1" not in name}

@@ -31,7 +31,7 @@ from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
-class _Shared(nn.ModuleList):
+class _Shared(nn.Module):
     """One module in every place of a list; in the state dict it stands under each place's name.
 
     To everything else it is one module of one name, as functional_call, pruning and sharding need.
@@ -54,10 +54,19 @@ class _Shared(nn.ModuleList):
             raise IndexError(f"index {index} is out of range for {self.places} places")
         return self._modules["0"]
 
+    def extra_repr(self) -> str:
+        return f"places={self.places}"
+
+    # by the names of the state dict: for get_submodule, set_submodule, distributed checkpoints
+
     def __getattr__(self, name: str):
-        # get_submodule and distributed checkpoints look names of the state dict up
-        is_place = name.isdecimal() and int(name) < self.places
-        return super().__getattr__("0" if is_place else name)
+        return super().__getattr__("0" if self._is_place(name) else name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__("0" if self._is_place(name) else name, value)
+
+    def _is_place(self, name: str) -> bool:
+        return name.isdecimal() and int(name) < self.places
 
     def state_dict(self, *, destination=None, prefix="", keep_vars=False):
         """As of any module, with each tensor under the names of all places."""
@@ -65,7 +74,8 @@ class _Shared(nn.ModuleList):
         names = [name for name in state if name.startswith(f"{prefix}0.")]
         for place in range(1, self.places if self.under_all_names else 1):
             for name in names:
-                state[self._alias(name, prefix, place)] = _owned(state[name])
+                tensor = state[name] if keep_vars else _owned(state[name])
+                state[self._alias(name, prefix, place)] = tensor
         return state
 
     @staticmethod

@@ -151,12 +151,30 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LM2Config):
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, index in config.memory_layers)
             for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states of one piece (B, T, D), and the rows that it writes."""
+        config, rows, number = self.config, list(rows), 0
+        x = self.embed_tokens(ids)
+        positions = cache.positions(ids.device)
+        cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
+        for index, block in enumerate(self.layers):
+            bank = 0 if config.flow == "depth" else number
+            own = rows[bank] if block.memory is not None else None
+            x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
+            if block.memory is not None:
+                rows[bank] = own
+                number += 1
+        return self.norm(x), rows
 
 
 class LM2ForCausalLM(nn.Module):
@@ -335,7 +353,7 @@ class LM2ForCausalLM(nn.Module):
         if memory is None:
             memory = self.initial_state(input_ids.shape[0], input_ids.device)
         return run_segments(
-            self._read_piece,
+            self.model,
             input_ids,
             memory,
             self.config.memory_slots,
@@ -343,23 +361,6 @@ class LM2ForCausalLM(nn.Module):
             keep=keep,
             bptt_segments=bptt_segments,
         )
-
-    def _read_piece(
-        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of one piece (B, T, D), and the rows that it writes."""
-        config, rows, number = self.config, list(rows), 0
-        x = self.model.embed_tokens(ids)
-        positions = cache.positions(ids.device)
-        cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
-        for index, block in enumerate(self.model.layers):
-            bank = 0 if config.flow == "depth" else number
-            own = rows[bank] if block.memory is not None else None
-            x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
-            if block.memory is not None:
-                rows[bank] = own
-                number += 1
-        return self.model.norm(x), rows
 
     def check_streaming(self) -> None:
         """Raise ValueError if the model cannot go on within a segment."""
