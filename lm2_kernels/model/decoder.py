@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
@@ -41,6 +42,22 @@ class LM2Output:
     loss: Tensor | None
     # None for a model without memory layers, unless use_cache was given
     memory: MemoryState | None
+
+
+def _flatten_with_keys(output: LM2Output) -> tuple[list[tuple], None]:
+    names = [field.name for field in dataclasses.fields(output)]
+    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], None
+
+
+# for torch.export, and whoever walks through outputs
+pytree.register_pytree_node(
+    LM2Output,
+    lambda output: ([output.logits, output.loss, output.memory], None),
+    lambda values, _: LM2Output(*values),
+    serialized_type_name="lm2_kernels.LM2Output",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([LM2Output])
 
 
 def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,21 +6,27 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lm2_kernels.state.files import replace_file
 
-__all__ = ["MemoryState", "SegmentCache"]
+__all__ = ["MemoryState", "SegmentCache", "on_device"]
 
 _FORMAT = "lm2_kernels.MemoryState"
 _SUM = "sum"
 # entries of a cache that grows, at least
 _MIN_CAPACITY = 64
+
+
+def on_device(values: Sequence, device: torch.device) -> Tensor:
+    """A tensor of numbers that Python has; unlike ``torch.tensor``, waits for no device."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
 class _Stream:
@@ -120,7 +126,7 @@ class SegmentCache:
         def make() -> Tensor:
             if self.start is not None:
                 return torch.arange(self.start, self.start + self.num_tokens, device=device)
-            return torch.tensor(self.starts, device=device)[:, None]
+            return on_device(self.starts, device)[:, None]
 
         return self._once("positions", device, make)
 
@@ -147,7 +153,7 @@ class SegmentCache:
             return None
 
         def make() -> Tensor:
-            lengths = torch.tensor(self.lengths, device=device)[:, None, None]
+            lengths = on_device(self.lengths, device)[:, None, None]
             return torch.arange(self.num_tokens, device=device)[:, None] < lengths
 
         return self._once("real", device, make)
@@ -155,7 +161,7 @@ class SegmentCache:
     def counts(self, batch: int, device: torch.device) -> Tensor:
         """How many tokens of its segment each row has read with the piece, at least 1. (B,)"""
         return self._once(
-            "counts", device, lambda: torch.tensor(self.ends(batch), device=device).clamp(min=1)
+            "counts", device, lambda: on_device(self.ends(batch), device).clamp(min=1)
         )
 
     def ends(self, batch: int) -> list[int]:
@@ -345,7 +351,7 @@ class MemoryState:
     def _written(self, bank: Tensor, rows: Tensor) -> Tensor:
         rows = rows[:, : bank.shape[1]]
         slots = torch.arange(rows.shape[1], device=bank.device)
-        is_new = slots < self.position.to(bank.device)[:, None]
+        is_new = slots < on_device(self._starts, bank.device)[:, None]
         old, rest = bank[:, : rows.shape[1]], bank[:, rows.shape[1] :]
         return torch.cat([torch.where(is_new[:, :, None], rows, old), rest], dim=1)
 
@@ -431,7 +437,7 @@ class MemoryState:
 
     def _select(self, rows: list[int], index: Tensor) -> "MemoryState":
         def chosen(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, index.to(tensor.device))
+            return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
 
         state = self._map(chosen, len(rows))
         starts = None if self._starts is None else [self._starts[row] for row in rows]
@@ -461,15 +467,15 @@ class MemoryState:
             0 if row in chosen else start
             for row, start in enumerate(self._starts or [0] * self.batch)
         ]
-        mask = torch.tensor([row in chosen for row in range(self.batch)])
+        mask = [row in chosen for row in range(self.batch)]
         # not a product with 0 or 1: what is reset may be NaN
         banks = [
-            torch.where(mask.to(old.device)[:, None, None], new.to(old), old)
+            torch.where(on_device(mask, old.device)[:, None, None], new.to(old), old)
             for old, new in zip(self._incoming, initial.banks, strict=True)
         ]
         cache = {
             name: tensor.masked_fill(
-                mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
+                on_device(mask, tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
             )
             for name, tensor in self._cache.items()
         }
@@ -568,13 +574,15 @@ class MemoryState:
         if not cache.keep:
             return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
         if cache.segment_length in starts:
-            full = torch.tensor([start == cache.segment_length for start in starts])
+            full = [start == cache.segment_length for start in starts]
             banks = []
             for index, bank in enumerate(self._incoming):
                 # a segment's buffer has room for all slots once a row has filled them
                 written = cache.tensors[_rows_name(index)][:, : cache.segment_length]
-                is_full = full.to(bank.device)[:, None, None]
-                banks.append(written if full.all() else torch.where(is_full, written, bank))
+                if not all(full):
+                    is_full = on_device(full, bank.device)[:, None, None]
+                    written = torch.where(is_full, written, bank)
+                banks.append(written)
             # the rows that begin anew will write over entries that earlier states still read
             starts = [start % cache.segment_length for start in starts]
             return self._make(banks, starts, cache.tensors, self.batch)
@@ -653,6 +661,44 @@ def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, 
         )
         and (most == 0 or all(_rows_name(index) in cache for index in range(len(banks))))
     )
+
+
+def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:
+    """The tensors of a state, and the rest; for torch.export, and whoever walks through outputs."""
+    names = tuple(state._cache)
+    context = (len(state._incoming), state._starts, names, state.batch)
+    return [*state._incoming, *state._cache.values()], context
+
+
+def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
+    tensors, context = _flatten(state)
+    names = [f"bank{index}" for index in range(context[0])] + [f"cache.{n}" for n in context[2]]
+    keys = map(pytree.GetAttrKey, names)
+    return list(zip(keys, tensors, strict=True)), context
+
+
+def _unflatten(tensors: Iterable[Tensor], context: tuple) -> MemoryState:
+    tensors, (banks, starts, names, batch) = list(tensors), context
+    cache = dict(zip(names, tensors[banks:], strict=True))
+    return MemoryState._make(tensors[:banks], starts, cache, batch)
+
+
+def _read_context(context: Sequence) -> tuple:
+    banks, starts, names, batch = context
+    return (banks, None if starts is None else tuple(starts), tuple(names), batch)
+
+
+pytree.register_pytree_node(
+    MemoryState,
+    _flatten,
+    _unflatten,
+    serialized_type_name=_FORMAT,
+    to_dumpable_context=list,
+    from_dumpable_context=_read_context,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# what a file of torch.save may hold that is read with weights_only=True
+torch.serialization.add_safe_globals([MemoryState, _Stream])
 
 
 def _rows_name(index: int) -> str:
