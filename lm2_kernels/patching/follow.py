@@ -1,6 +1,5 @@
 """The state of an added memory: it follows the host's passes and its key/value cache."""
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -11,6 +10,7 @@ import threading
 import types
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,14 @@ from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.patching import caches
+from lm2_kernels.patching.caches import KEPT, Kept, memories
 from lm2_kernels.patching.hosts import Host, read_tokens
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
 
-# the attribute of a decoder that holds its AddedMemory, and of a cache that holds its states
+# the attribute of a decoder that holds its AddedMemory
 MEMORY = "_lm2_memory"
-_KEPT = "_lm2_kept"
 _owners = itertools.count()
 
 
@@ -51,93 +52,6 @@ class _Call:
     num_columns: int = 0  # tokens up to the end of the pass, those of the cache included
     outgoing: dict[int, MemoryState] = dataclasses.field(default_factory=dict)
     is_cut: bool = False  # whether a block ran without gradients, though they were wanted
-
-
-@dataclasses.dataclass
-class _Kept:
-    """What a key/value cache carries for us."""
-
-    owner: int | None  # whose memory; None, after unpickling: of those with the same weights
-    states: dict[int, MemoryState]
-    num_columns: int  # tokens read, padding included
-    length: int  # what the cache called its length then
-    print: str | None = None  # of the owner's weights, where the owner is elsewhere
-
-
-class _Following:
-    """Mixed into a cache's class: its batch operations take the memory along."""
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        rows = _numbers(beam_idx)
-        _change_kept(self, lambda state: state.select(rows))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        rows = _numbers(indices)
-        _change_kept(self, lambda state: state.select(rows))
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        _change_kept(self, lambda state: state.expand(repeats))
-
-    def crop(self, *args, **kwargs):
-        before = int(self.get_seq_length())
-        super().crop(*args, **kwargs)
-        if int(self.get_seq_length()) != before:
-            raise NotImplementedError(
-                "add_memory: the cache was cropped, but the memory cannot forget single "
-                "tokens; assisted decoding and the like do not work with an added memory"
-            )
-
-    def __deepcopy__(self, memo):
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-    def __reduce__(self):
-        # the class was made here: by its name pickle would find the one it was made from
-        state, kept = self.__dict__.copy(), self.__dict__[_KEPT]
-        state[_KEPT] = dataclasses.replace(kept, owner=None, print=_print_of(kept))
-        return _made, (type(self).__mro__[2],), state
-
-
-def _numbers(rows: Tensor) -> list:
-    # once, and not for each block: a device is waited for
-    return rows.tolist() if isinstance(rows, Tensor) else rows
-
-
-@functools.cache
-def _following(kind: type) -> type:
-    """A cache class whose batch operations take the memory along."""
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (_Following, kind), names)
-
-
-def _made(kind: type) -> object:
-    """A cache to be unpickled into."""
-    following = _following(kind)
-    return following.__new__(following)
-
-
-# what a file of torch.save may hold that is read with weights_only=True, if its user adds
-# transformers' own
-torch.serialization.add_safe_globals([_Kept, _made])
-
-# the memories that live, by their numbers
-_memories: "weakref.WeakValueDictionary[int, AddedMemory]" = weakref.WeakValueDictionary()
-
-
-def _print_of(kept: _Kept) -> str | None:
-    owner = None if kept.owner is None else _memories.get(kept.owner)
-    return kept.print if owner is None else owner.fingerprint()
-
-
-def _change_kept(cache: object, function) -> None:
-    kept = getattr(cache, _KEPT)
-    states = {index: function(state) for index, state in kept.states.items()}
-    setattr(cache, _KEPT, dataclasses.replace(kept, states=states))
 
 
 class AddedMemory:
@@ -177,7 +91,7 @@ class AddedMemory:
     def _begin_anew(self) -> None:
         # caches that another filled are not this one's, though it be a copy: it has other weights
         self._owner = next(_owners)
-        _memories[self._owner] = self
+        memories[self._owner] = self
         # the pass that runs, each thread's own: its attribute call
         self._local = threading.local()
         # place of a tensor that each pass makes anew -> the pass; see Host.pass_keys
@@ -234,6 +148,52 @@ class AddedMemory:
         """Cut the carried state's history."""
         if self._carried is not None:
             self._carried = {index: state.detach() for index, state in self._carried.items()}
+
+    def save_cache(self, path: str | Path, cache: object) -> None:
+        """Write a key/value cache and the memory that goes with it as one safetensors file.
+
+        A chat goes on from it in another process, in mid-segment too, bit for bit as it would have
+        here.
+
+        Args:
+            path: of the file, which is replaced when the new one is whole.
+            cache: a ``DynamicCache`` that this model filled, of windows too.
+
+        Raises:
+            ValueError: the cache is empty, or another model's.
+            NotImplementedError: it is a cache of another kind.
+        """
+        kept = self._kept(cache)
+        if kept is None:
+            raise ValueError("save_cache: the cache is empty")
+        caches.write(path, cache, self.fingerprint())
+
+    def load_cache(
+        self, path: str | Path, cache: object, device: torch.device | str | None = None
+    ) -> None:
+        """Fill an empty cache with what :meth:`save_cache` wrote, for this model to go on from.
+
+        Args:
+            path: of the file.
+            cache: an empty ``DynamicCache``, made as the saved one was.
+            device: of what is loaded; that of the memory layers unless given.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is damaged, holds something else, or is of a model with other weights.
+            NotImplementedError: the cache is of another kind than the saved one.
+        """
+        layers = self.layers
+        if device is None:
+            device = getattr(layers[0].any_parameter(), "device", "cpu")
+        state, num_columns = caches.read(path, cache, self.fingerprint(), device)
+        state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
+        shapes = [layer.cache_shapes().items() for layer in layers]
+        state.check_cache(
+            {f"{index}.{name}": shape for index, own in enumerate(shapes) for name, shape in own}
+        )
+        states = dict(zip(self._blocks, caches.parted(state), strict=True))
+        self._tie(cache, states, num_columns)
 
     def remove(self) -> None:
         """Take the layers and hooks out; what was frozen is trainable again."""
@@ -338,7 +298,7 @@ class AddedMemory:
             return (), {**named, "position_ids": positions.clone()}
         return None
 
-    def _kept(self, cache: object | None) -> _Kept | None:
+    def _kept(self, cache: object | None) -> Kept | None:
         """What a cache carries for us, None if it is empty."""
         if cache is None:
             return None
@@ -355,7 +315,7 @@ class AddedMemory:
         length = int(cache.get_seq_length())
         if length == 0:
             return None
-        kept = getattr(cache, _KEPT, None)
+        kept = getattr(cache, KEPT, None)
         if kept is not None and kept.owner is None and kept.print == self.fingerprint():
             kept = dataclasses.replace(kept, owner=self._owner)
         if kept is None or kept.owner != self._owner:
@@ -483,10 +443,9 @@ class AddedMemory:
 
     def _tie(self, cache: object, states: dict[int, MemoryState], num_columns: int) -> None:
         """Give a cache the states that belong to what it holds."""
-        if not isinstance(cache, _Following):
-            cache.__class__ = _following(type(cache))
+        caches.follow(cache)
         length = int(cache.get_seq_length())
-        setattr(cache, _KEPT, _Kept(self._owner, states, num_columns, length))
+        setattr(cache, KEPT, Kept(self._owner, states, num_columns, length))
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:

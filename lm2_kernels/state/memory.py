@@ -588,20 +588,37 @@ class MemoryState:
             return self._make(banks, starts, cache.tensors, self.batch)
         return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
-
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All that the state is, as tensors with names, for a file."""
         entries = max(self._starts or [0])
-        tensors = {
+        return {
             **{f"bank.{index}": bank for index, bank in enumerate(self._incoming)},
             **{f"cache.{name}": tensor[:, :entries] for name, tensor in self._cache.items()},
             "position": self.position,
         }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "MemoryState | None":
+        """The state of which :meth:`to_tensors` made these; None if they are none."""
+        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            groups.get(kind, {})[rest] = tensor
+        banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
+        position = groups["position"].get("")
+        if not _fits(banks, position, groups["cache"]):
+            return None
+        starts = position.tolist()
+        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
+
         # one copy each: they may share their memory
         copies = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            for name, tensor in self.to_tensors().items()
         }
         replace_file(path, lambda part: save_file(copies, part, metadata={"format": _FORMAT}))
 
@@ -616,22 +633,17 @@ class MemoryState:
 
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # copies: products may round by where a tensor lies, and in the file it lies anywhere
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
                 found = (file.metadata() or {}).get("format")
         except SafetensorError as error:
             raise ValueError(
                 f"MemoryState.load: {path} is not a safetensors file: {error}"
             ) from None
-        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            groups.get(kind, {})[rest] = tensor
-        banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
-        position = groups["position"].get("")
-        if found != _FORMAT or not _fits(banks, position, groups["cache"]):
+        state = cls.from_tensors(tensors)
+        if found != _FORMAT or state is None:
             raise ValueError(f"MemoryState.load: {path} holds no memory state")
-        starts = position.tolist()
-        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+        return state
 
 
 def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, Tensor]) -> bool:
