@@ -551,7 +551,7 @@ class MemoryState:
             in_place=in_place,
         )
         if cache.start is not None:
-            return [bank[:, cache.start : cache.size] for bank in self._incoming], cache
+            return [read_rows(bank, cache.start, cache.size) for bank in self._incoming], cache
         return [bank[cache.index(bank.device)][:, None] for bank in self._incoming], cache
 
     def after(self, cache: SegmentCache, new_rows: Sequence[Tensor]) -> "MemoryState":
@@ -633,7 +633,7 @@ class MemoryState:
 
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                # copies: products may round by where a tensor lies, and in the file it lies anywhere
+                # copies: products may round by where a tensor lies, in the file that is anywhere
                 tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
                 found = (file.metadata() or {}).get("format")
         except SafetensorError as error:
@@ -677,9 +677,11 @@ def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, 
 
 def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:
     """The tensors of a state, and the rest; for torch.export, and whoever walks through outputs."""
-    names = tuple(state._cache)
-    context = (len(state._incoming), state._starts, names, state.batch)
-    return [*state._incoming, *state._cache.values()], context
+    tensors, names = [*state._incoming, *state._cache.values()], tuple(state._cache)
+    # no number that a graph may have as a symbol, where a tensor has it
+    starts = state._starts if state.start is None else state.start
+    batch = None if tensors else state.batch
+    return tensors, (len(state._incoming), starts, names, batch)
 
 
 def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
@@ -691,13 +693,16 @@ def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
 
 def _unflatten(tensors: Iterable[Tensor], context: tuple) -> MemoryState:
     tensors, (banks, starts, names, batch) = list(tensors), context
+    batch = tensors[0].shape[0] if batch is None else batch
     cache = dict(zip(names, tensors[banks:], strict=True))
+    if isinstance(starts, int):
+        starts = [starts] * batch if starts > 0 else None
     return MemoryState._make(tensors[:banks], starts, cache, batch)
 
 
 def _read_context(context: Sequence) -> tuple:
     banks, starts, names, batch = context
-    return (banks, None if starts is None else tuple(starts), tuple(names), batch)
+    return (banks, starts if isinstance(starts, int) else tuple(starts), tuple(names), batch)
 
 
 pytree.register_pytree_node(
@@ -718,9 +723,29 @@ def _rows_name(index: int) -> str:
     return f"bank{index}"
 
 
+def read_rows(memory: Tensor, start: int, end: int) -> Tensor:
+    """The rows of a bank (B, N, D) from ``start`` to ``end``, (B, T, D)."""
+    if torch.compiler.is_compiling() and not _is_known(end - start == memory.shape[1]):
+        # whether a view is contiguous would depend on T, which a graph may have as a symbol
+        return memory.index_select(1, torch.arange(start, end, device=memory.device))
+    return memory[:, start:end]
+
+
 def write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
     """The bank (B, N, D) with the rows from ``slot_offset`` on replaced by (B, T, D)."""
     end = slot_offset + rows.shape[1]
-    if slot_offset == 0 and end == memory.shape[1]:
+    if slot_offset == 0 and _is_known(end == memory.shape[1]):
         return rows
+    if torch.compiler.is_compiling():
+        # as above
+        return torch.slice_scatter(memory, rows, dim=1, start=slot_offset, end=end)
     return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
+
+
+def _is_known(condition: bool) -> bool:
+    """Whether a condition is true; in a graph, whether it is for all sizes that the graph takes."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415
+
+    return statically_known_true(condition)

@@ -125,16 +125,16 @@ def _run(
             )
             outputs.append(output)
             break
-        num_tokens = (
-            1 if state.start is None else min(segment_length - state.start, inputs.shape[1])
-        )
+        num_tokens = inputs.shape[1]
+        # not min: for a length that a graph has as a symbol, its bounds decide
+        if state.start is None or num_tokens > segment_length - state.start:
+            num_tokens = 1 if state.start is None else segment_length - state.start
         here, left = _cut(lengths, num_tokens)
         # a row that has no more tokens must not lose its place while the others go on
         stays = keep or (here is not None and num_tokens < inputs.shape[1])
-        is_whole = here is None and num_tokens == segment_length
-        rows, cache = state.piece(
-            num_tokens, segment_length, lengths=here, keep=stays and not is_whole
-        )
+        # a whole segment leaves nothing open
+        stays = stays and not (here is None and num_tokens == segment_length)
+        rows, cache = state.piece(num_tokens, segment_length, lengths=here, keep=stays)
         output, new_rows = step(inputs[:, :num_tokens], rows, cache)
         state = state.after(cache, new_rows)
         outputs.append(output)
