@@ -312,6 +312,7 @@ class AddedMemory:
                 f"add_memory: a {type(cache).__name__} holds several sequences in pages, which the "
                 f"memory cannot follow; use generate in place of continuous batching"
             )
+        # of static caches a tensor: the device is waited for
         length = int(cache.get_seq_length())
         if length == 0:
             return None
@@ -444,7 +445,9 @@ class AddedMemory:
     def _tie(self, cache: object, states: dict[int, MemoryState], num_columns: int) -> None:
         """Give a cache the states that belong to what it holds."""
         caches.follow(cache)
-        length = int(cache.get_seq_length())
+        length = cache.get_seq_length()
+        # what a static cache says is on the device, and is looked at when the cache is used again
+        length = num_columns if isinstance(length, Tensor) else int(length)
         setattr(cache, KEPT, Kept(self._owner, states, num_columns, length))
 
 
