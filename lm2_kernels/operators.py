@@ -21,8 +21,14 @@ from lm2_kernels.backends.contract import RESULTS
 
 
 def run(backend: str, function: str, *args):
-    """Call a backend's function: directly, or through its operator inside a compiled graph."""
+    """Call a backend's function: directly, or through its operator inside a compiled graph.
+
+    ``torch.onnx.export`` gets what the function is made of, the eager backend's operators.
+    """
     if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            # ONNX knows PyTorch's operators, not ours
+            return getattr(eager, function)(*args)
         return getattr(torch.ops.lm2_kernels, function)(*args, backend)
     return backends.call(backend, function, *args)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
@@ -26,8 +27,8 @@ from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.generation import generate
 from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state import files
-from lm2_kernels.state.memory import MemoryState, SegmentCache
-from lm2_kernels.state.segments import compress, gather, run_segments, spread
+from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
+from lm2_kernels.state.segments import compress, gather, leave_graph, run_segments, spread
 
 # rows of logits that are in memory at once while the loss is computed
 _LOSS_ROWS = 1024
@@ -42,6 +43,22 @@ class LM2Output:
     loss: Tensor | None
     # None for a model without memory layers, unless use_cache was given
     memory: MemoryState | None
+
+
+def _flatten_with_keys(output: LM2Output) -> tuple[list[tuple], None]:
+    names = [field.name for field in dataclasses.fields(output)]
+    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], None
+
+
+# for torch.export, and whoever walks through outputs
+pytree.register_pytree_node(
+    LM2Output,
+    lambda output: ([output.logits, output.loss, output.memory], None),
+    lambda values, _: LM2Output(*values),
+    serialized_type_name="lm2_kernels.LM2Output",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+torch.serialization.add_safe_globals([LM2Output])
 
 
 def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -278,7 +295,8 @@ class LM2ForCausalLM(nn.Module):
                 ``t - 1``, and -100 is not predicted at all.
             memory: the state that the call before returned; None starts afresh.
             attention_mask: (B, L), nonzero where a token is real. The other tokens are padding, on
-                either side or between: each row computes what its real tokens alone would.
+                either side or between: each row computes what its real tokens alone would. It is
+                read on the CPU: of one on another device, the call waits for it.
             use_cache: whether the returned state stands where the tokens end, with the keys and
                 values of its segment, so that the next call goes on within the segment. Otherwise
                 the next call starts a new segment.
@@ -292,7 +310,9 @@ class LM2ForCausalLM(nn.Module):
             logits (B, L, V), 0 at the padding, the loss, and the state after the tokens.
 
         Raises:
-            TypeError, ValueError: an input does not fit; the text names it.
+            TypeError, ValueError: an input does not fit; the text names it. Values of tokens and
+                labels are looked at on a CPU alone; elsewhere the embedding and the loss refuse
+                those that are out of bounds in their own words.
         """
         self.check_inputs(input_ids, labels, memory, attention_mask)
         if bptt_segments is not None:
@@ -303,7 +323,13 @@ class LM2ForCausalLM(nn.Module):
             return_logits = labels is None
         order = lengths = None
         if attention_mask is not None:
+            leave_graph(
+                "LM2ForCausalLM: torch.compile(fullgraph=True) and torch.export take no "
+                "attention_mask, whose values say how the tokens lie in segments; leave it out "
+                "where nothing is padded"
+            )
             order, lengths = compress(attention_mask)
+            order = order.to(input_ids.device, non_blocking=True)
             input_ids = gather(input_ids, order)
         hidden, state = self.read(
             input_ids, memory, lengths, keep=use_cache, bptt_segments=bptt_segments
@@ -311,7 +337,8 @@ class LM2ForCausalLM(nn.Module):
         loss = None
         if labels is not None:
             if order is not None:
-                real = gather(attention_mask, order).bool()
+                number = torch.arange(labels.shape[1], device=labels.device)
+                real = number < on_device(lengths, labels.device)[:, None]
                 labels = gather(labels, order).masked_fill(~real, -100)
             loss = self._loss(hidden, labels)
         if return_logits and order is not None:
@@ -457,6 +484,10 @@ class LM2ForCausalLM(nn.Module):
 
         total = hidden.new_zeros((), dtype=dtype)
         for some, wanted in zip(rows.split(_LOSS_ROWS), targets.split(_LOSS_ROWS), strict=True):
+            if torch.compiler.is_exporting():
+                # what is exported does not train, and torch.export takes no checkpoints
+                total = total + part(some, wanted)
+                continue
             total = total + recomputed(
                 part, some, wanted, use_reentrant=False, preserve_rng_state=False
             )
@@ -484,10 +515,13 @@ class LM2ForCausalLM(nn.Module):
                 )
             if not _is_offloaded(self.model.embed_tokens):
                 _check_device(name, ids, self.model.embed_tokens.weight.device)
+            if ids.device.type != "cpu" or torch.compiler.is_compiling():
+                # nobody waits for a device: there the embedding and the loss check their indices
+                continue
             wrong = (ids < 0) | (ids >= config.vocab_size)
             if name == "labels":
                 wrong &= ids != -100
-            if not torch.compiler.is_compiling() and wrong.any():
+            if wrong.any():
                 raise ValueError(
                     f"LM2ForCausalLM: {name} must be below vocab_size = {config.vocab_size} and "
                     f"not negative, got {ids[wrong][0].item()}"
@@ -498,7 +532,7 @@ class LM2ForCausalLM(nn.Module):
                 f"LM2ForCausalLM: attention_mask must be a tensor of input_ids' shape "
                 f"{tuple(input_ids.shape)}, nonzero where a token is real, got {shape}"
             )
-        if attention_mask is not None:
+        if attention_mask is not None and attention_mask.device.type != "cpu":
             _check_device("attention_mask", attention_mask, input_ids.device)
         if memory is None:
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.state.memory import MemoryState
+from lm2_kernels.state.memory import MemoryState, on_device
 from lm2_kernels.state.segments import compress, gather
 
 __all__ = ["Generated", "generate"]
@@ -81,7 +81,8 @@ def generate(
         temperature: divides the logits, above 0. As all that follow, needs ``do_sample``.
         top_k: draw from the k likeliest tokens.
         top_p: draw from the fewest likeliest tokens that together have this probability.
-        eos_token_id: a row ends with this token, or one of these.
+        eos_token_id: a row ends with this token, or one of these. With it, or with ``on_token``,
+            each step waits once for the device; else none does.
         pad_token_id: fills rows that have ended; the (first) end token unless given.
         generator: of the draws, on the model's device.
         on_token: called with each step's tokens (B,), on the CPU, as they are made. Returning True
@@ -101,35 +102,41 @@ def generate(
     )
     lengths, ids = None, input_ids
     if attention_mask is not None:
-        order, lengths = compress(attention_mask)
-        if not attention_mask[:, -1].bool().all():
+        real = attention_mask.bool()
+        *lengths, is_padded_left = torch.cat([real.sum(dim=1), real[:, -1].all()[None]]).tolist()
+        if not is_padded_left:
             raise ValueError(
                 "generate: attention_mask hides the last token of a row; pad prompts on the left, "
                 "so that what is added follows them"
             )
-        ids = gather(input_ids, order)
+        order, lengths = compress(real, lengths)
+        ids = gather(input_ids, order.to(ids.device, non_blocking=True))
     hidden, state = model.read(ids, memory, lengths)
     if lengths is None:
         last = hidden[:, -1]
     else:
         rows = torch.arange(len(lengths), device=ids.device)
-        last = hidden[rows, torch.tensor(lengths, device=ids.device) - 1]
+        last = hidden[rows, on_device(lengths, ids.device) - 1]
     tokens, sequences = None, [input_ids]
-    ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    ended = [False] * ids.shape[0]
     fill = pad_token_id if pad_token_id is not None else ends[0] if ends else 0
     for step in range(max_new_tokens):
         if step > 0:
             last = hidden[:, 0]
         tokens = _choose(model.logits(last), do_sample, temperature, top_k, top_p, generator)
-        tokens = torch.where(ended, fill, tokens)
+        if any(ended):
+            tokens = torch.where(on_device(ended, ids.device), fill, tokens)
         sequences.append(tokens[:, None])
-        stop = on_token is not None and on_token(tokens.cpu()) is True
         # a row that has ended reads nothing more
-        alive = (~ended).long().tolist() if ends else None
+        alive = [int(not done) for done in ended] if any(ended) else None
         hidden, state = model.read(tokens[:, None], state, alive)
-        for end in ends:
-            ended = ended | (tokens == end)
-        if stop or (ends and bool(ended.all())):
+        if not ends and on_token is None:
+            continue
+        # the only wait for the device in a step, and it has work meanwhile
+        shown = tokens.cpu()
+        stop = on_token is not None and on_token(shown) is True
+        ended = [done or t in ends for done, t in zip(ended, shown.tolist(), strict=True)]
+        if stop or all(ended):
             break
     return Generated(torch.cat(sequences, dim=1), state)
 
@@ -181,7 +188,7 @@ def _choose(
     # the largest is 0, however small the temperature
     scores = (logits.float() - logits.amax(-1, keepdim=True).float()) / temperature
     if top_k is None and top_p is None:
-        return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+        return _draw(scores.softmax(-1), generator)
     probabilities, tokens = scores.softmax(-1).sort(-1, descending=True)
     if top_k is not None:
         probabilities[:, top_k:] = 0.0
@@ -190,5 +197,11 @@ def _choose(
         # a token stays if those before it have less than top_p: the first one always does
         before = probabilities.cumsum(dim=-1) - probabilities
         probabilities = torch.where(before < top_p * total, probabilities, 0.0)
-    drawn = torch.multinomial(probabilities, 1, generator=generator)
-    return tokens.gather(1, drawn)[:, 0]
+    drawn = _draw(probabilities, generator)
+    return tokens.gather(1, drawn[:, None])[:, 0]
+
+
+def _draw(probabilities: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index of each row, as ``torch.multinomial`` draws it, but for its checks of values."""
+    waited = torch.empty_like(probabilities).exponential_(generator=generator)
+    return (probabilities / waited).argmax(dim=-1)

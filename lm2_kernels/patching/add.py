@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,6 +23,45 @@ from lm2_kernels.state import files
 
 # the attribute of a host's config that save_pretrained writes for load_memory
 _OPTIONS = "lm2_memory"
+
+
+class _Replaced:
+    """A method of one model, in the place of its class's. It does not keep the model alive."""
+
+    def __init__(self, function: Callable, model: nn.Module):
+        self._function, self._model = function, weakref.ref(model)
+
+    def __call__(self, *args, **kwargs):
+        return self._function(self._model(), *args, **kwargs)
+
+    def __getstate__(self):
+        return self._function, self._model()
+
+    def __setstate__(self, state):
+        self.__init__(*state)
+
+
+def _call_uncompiled(model: nn.Module, *_: object) -> Callable:
+    """What ``generate`` is given when it asks for a compiled model.
+
+    A step reads the memory at its place in the segment: each would be a graph of its own.
+    """
+    return model.__call__
+
+
+def _refuse_batching(model: nn.Module, *_: object, **__: object) -> None:
+    raise NotImplementedError(
+        "add_memory: continuous batching (generate_batch) holds many sequences in the pages of one "
+        "cache, which the memory cannot follow; use generate, with padded prompts as a batch"
+    )
+
+
+# methods of transformers' models; later on, what a generation raises in its thread is not shown
+_REPLACED = {
+    "get_compiled_call": _call_uncompiled,
+    "init_continuous_batching": _refuse_batching,
+    "generate_batch": _refuse_batching,
+}
 
 
 class _AddedRelease(ReleaseMemory):
@@ -150,6 +190,9 @@ def add_memory(
     setattr(decoder, MEMORY, memory)
     if hasattr(model, "config"):
         setattr(model.config, _OPTIONS, options)
+    for name, function in _REPLACED.items():
+        if hasattr(model, name):
+            setattr(model, name, _Replaced(function, model))
     return report_on("added", model, module_names(model, memory.layers), memory)
 
 
@@ -224,6 +267,10 @@ def remove_memory(model: nn.Module) -> Report:
         delattr(module, MEMORY)
     if added and hasattr(getattr(model, "config", None), _OPTIONS):
         delattr(model.config, _OPTIONS)
+    for module in model.modules():
+        for name in _REPLACED:
+            if isinstance(module.__dict__.get(name), _Replaced):
+                delattr(module, name)
     for module in swapped:
         # the same, unless something put others in their places
         share_parameters(module, module.released[0])

@@ -2,10 +2,15 @@
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
+import sys
+import threading
+import types
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +19,15 @@ from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.patching import caches
 from lm2_kernels.patching.adapters import warn_of_frozen
-from lm2_kernels.patching.hosts import Host, real_tokens, refuse_packed
+from lm2_kernels.patching.caches import KEPT, Kept, memories
+from lm2_kernels.patching.hosts import Host, read_tokens
 from lm2_kernels.state.memory import MemoryState, SegmentCache
-from lm2_kernels.state.segments import compress, gather, run_segments, spread
+from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
 
-# the attribute of a decoder that holds its AddedMemory, and of a cache that holds its states
+# the attribute of a decoder that holds its AddedMemory
 MEMORY = "_lm2_memory"
-_KEPT = "_lm2_kept"
 _owners = itertools.count()
 
 
@@ -30,60 +36,23 @@ class _Pass:
     """What a forward pass of the host starts from. Blocks recomputed in backward read it again."""
 
     states: dict[int, MemoryState]  # of each block, before the pass
-    order: Tensor | None  # (B, L), see compress; None where all tokens are real
-    lengths: list[int] | None
-    real: Tensor | None  # (B, L) bool
+    tokens: tuple[Tensor, Tensor, list[int]] | None  # see read_tokens
     keep: bool  # whether the segment may go on after the pass
     is_recorded: bool  # whether backward may recompute blocks
     is_ambiguous: bool = False  # whether another pass cannot be told from this one
 
 
-@dataclasses.dataclass
-class _Kept:
-    """What a key/value cache carries for us."""
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """A forward pass while it runs, in the thread that runs it."""
 
-    owner: int
-    states: dict[int, MemoryState]
-    num_columns: int  # tokens read, padding included
-    length: int  # what the cache called its length then
-
-
-@functools.cache
-def _following(kind: type) -> type:
-    """A cache class whose batch operations take the memory along."""
-
-    class Following(kind):
-        def reorder_cache(self, beam_idx):
-            super().reorder_cache(beam_idx)
-            _change_kept(self, lambda state: state.select(beam_idx))
-
-        def batch_select_indices(self, indices):
-            super().batch_select_indices(indices)
-            _change_kept(self, lambda state: state.select(indices))
-
-        def batch_repeat_interleave(self, repeats):
-            super().batch_repeat_interleave(repeats)
-            _change_kept(self, lambda state: state.expand(repeats))
-
-        def crop(self, *args, **kwargs):
-            before = int(self.get_seq_length())
-            super().crop(*args, **kwargs)
-            if int(self.get_seq_length()) != before:
-                raise NotImplementedError(
-                    "add_memory: the cache was cropped, but the memory cannot forget single "
-                    "tokens; assisted decoding and the like do not work with an added memory"
-                )
-
-    Following.__name__, Following.__qualname__ = kind.__name__, kind.__qualname__
-    Following.__module__ = kind.__module__
-    Following.is_following = True
-    return Following
-
-
-def _change_kept(cache: object, function) -> None:
-    kept = getattr(cache, _KEPT)
-    states = {index: function(state) for index, state in kept.states.items()}
-    setattr(cache, _KEPT, dataclasses.replace(kept, states=states))
+    outer: "_Call | None"  # the pass within which this one was begun: a hook called the model
+    frame: types.FrameType | None  # of torch's call of the decoder
+    start: _Pass | None = None  # None: no tokens
+    cache: object | None = None
+    num_columns: int = 0  # tokens up to the end of the pass, those of the cache included
+    outgoing: dict[int, MemoryState] = dataclasses.field(default_factory=dict)
+    is_cut: bool = False  # whether a block ran without gradients, though they were wanted
 
 
 class AddedMemory:
@@ -106,14 +75,14 @@ class AddedMemory:
         self._blocks = blocks
         self._host = host
         self.frozen: list[nn.Parameter] = []
-        self._owner = next(_owners)
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._config = getattr(decoder, "config", None)
         self._carried: dict[int, MemoryState] | None = None
         self._has_warned = False
         self._begin_anew()
         self._handles = [
-            decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+            # before others, so that a pass which one of them ends was begun
+            decoder.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         for index, block in blocks.items():
@@ -122,15 +91,16 @@ class AddedMemory:
             self._handles.append(attention.register_forward_hook(hook, with_kwargs=True))
 
     def _begin_anew(self) -> None:
-        self._pass: _Pass | None = None
-        self._cache: object | None = None
-        self._num_columns = 0
-        self._outgoing: dict[int, MemoryState] = {}
-        # address of a tensor that each pass makes anew -> the pass; see Host.pass_keys
-        self._recorded: weakref.WeakValueDictionary[int, _Pass] = weakref.WeakValueDictionary()
+        # caches that another filled are not this one's, though it be a copy: it has other weights
+        self._owner = next(_owners)
+        memories[self._owner] = self
+        # the pass that runs, each thread's own: its attribute call
+        self._local = threading.local()
+        # place of a tensor that each pass makes anew -> the pass; see Host.pass_keys
+        self._recorded: weakref.WeakValueDictionary[tuple, _Pass] = weakref.WeakValueDictionary()
 
     def __getstate__(self):
-        names = ("_pass", "_cache", "_num_columns", "_outgoing", "_recorded")
+        names = ("_owner", "_local", "_recorded")
         state = {name: value for name, value in self.__dict__.items() if name not in names}
         if self._carried is not None:
             state["_carried"] = {index: state.detach() for index, state in self._carried.items()}
@@ -138,8 +108,6 @@ class AddedMemory:
 
     def __setstate__(self, state):
         self.__dict__.update(state)
-        # a copy has weights of its own: caches that the original filled are not its
-        self._owner = next(_owners)
         self._begin_anew()
 
     def __repr__(self) -> str:
@@ -183,6 +151,52 @@ class AddedMemory:
         if self._carried is not None:
             self._carried = {index: state.detach() for index, state in self._carried.items()}
 
+    def save_cache(self, path: str | Path, cache: object) -> None:
+        """Write a key/value cache and the memory that goes with it as one safetensors file.
+
+        A chat goes on from it in another process, in mid-segment too, bit for bit as it would have
+        here.
+
+        Args:
+            path: of the file, which is replaced when the new one is whole.
+            cache: a ``DynamicCache`` that this model filled, of windows too.
+
+        Raises:
+            ValueError: the cache is empty, or another model's.
+            NotImplementedError: it is a cache of another kind.
+        """
+        kept = self._kept(cache)
+        if kept is None:
+            raise ValueError("save_cache: the cache is empty")
+        caches.write(path, cache, self.fingerprint())
+
+    def load_cache(
+        self, path: str | Path, cache: object, device: torch.device | str | None = None
+    ) -> None:
+        """Fill an empty cache with what :meth:`save_cache` wrote, for this model to go on from.
+
+        Args:
+            path: of the file.
+            cache: an empty ``DynamicCache``, made as the saved one was.
+            device: of what is loaded; that of the memory layers unless given.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is damaged, holds something else, or is of a model with other weights.
+            NotImplementedError: the cache is of another kind than the saved one.
+        """
+        layers = self.layers
+        if device is None:
+            device = getattr(layers[0].any_parameter(), "device", "cpu")
+        state, num_columns = caches.read(path, cache, self.fingerprint(), device)
+        state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
+        shapes = [layer.cache_shapes().items() for layer in layers]
+        state.check_cache(
+            {f"{index}.{name}": shape for index, own in enumerate(shapes) for name, shape in own}
+        )
+        states = dict(zip(self._blocks, caches.parted(state), strict=True))
+        self._tie(cache, states, num_columns)
+
     def remove(self) -> None:
         """Take the layers and hooks out; what was frozen is trainable again."""
         for handle in self._handles:
@@ -211,13 +225,41 @@ class AddedMemory:
         )
         return MemoryState([bank.expand(batch, -1, -1)])
 
+    def fingerprint(self) -> str:
+        """Of the layers' weights, from some of each: those of another model have another."""
+        samples = hashlib.sha256(repr(sorted(self._blocks)).encode())
+        for layer in self.layers:
+            for name, tensor in layer.state_dict().items():
+                samples.update(f"{name} {tuple(tensor.shape)}".encode())
+                if isinstance(tensor, Tensor) and not tensor.is_meta:
+                    flat = tensor.detach().flatten()
+                    some = flat[:: max(1, flat.numel() // 64)]
+                    samples.update(str(some.double().tolist()).encode())
+        return samples.hexdigest()
+
+    def _running(self) -> _Call | None:
+        """The pass that this thread runs, of which a hook calls the model again."""
+        call = getattr(self._local, "call", None)
+        if call is None or torch.compiler.is_compiling():
+            return call
+        frames, frame = set(), sys._getframe(1)
+        while frame is not None:
+            frames.add(frame)
+            frame = frame.f_back
+        # Ctrl-C ends a pass without a call of its hooks
+        while call is not None and call.frame not in frames:
+            call = call.outer
+        return call
+
     def _begin(self, decoder: nn.Module, args: tuple, kwargs: dict):
         """Before the decoder: find out what the pass starts from, and which tokens are real."""
-        self._pass, self._outgoing = None, {}
+        frame = None if torch.compiler.is_compiling() else sys._getframe(1)
+        call = _Call(self._running(), frame)
+        self._local.call = call
         if getattr(decoder, "_is_replica", False):
             raise RuntimeError(
-                "add_memory: nn.DataParallel runs one model in several threads, which cannot share "
-                "a memory; use DistributedDataParallel, or one device"
+                "add_memory: nn.DataParallel copies the host's blocks to each device, but their "
+                "memory is that of the first; use DistributedDataParallel, or one device"
             )
         named = {**dict(zip(self._names, args, strict=False)), **kwargs}
         tokens = named.get("input_ids")
@@ -228,9 +270,15 @@ class AddedMemory:
         if is_training and not self._has_warned and not torch.compiler.is_compiling():
             self._has_warned = warn_of_frozen(decoder, self.layers)
         batch, length = tokens.shape[:2]
-        self._cache = self._host.cache(named)
-        kept = self._kept(self._cache)
-        self._num_columns = length + (0 if kept is None else kept.num_columns)
+        call.cache = self._host.cache(named)
+        if call.cache is not None:
+            leave_graph(
+                "add_memory: torch.compile(fullgraph=True) and torch.export take no "
+                "past_key_values beside a memory, whose place in its segment is another at every "
+                "step; pass use_cache=False"
+            )
+        kept = self._kept(call.cache)
+        call.num_columns = length + (0 if kept is None else kept.num_columns)
         if kept is not None:
             states = kept.states
         elif self.carry and self._carried is not None:
@@ -244,32 +292,21 @@ class AddedMemory:
                     f"follows a cache's reorder_cache, batch_repeat_interleave and "
                     f"batch_select_indices, and a carried one is reset with reset()"
                 )
-        mask = named.get("attention_mask")
-        real = None if mask is None else real_tokens(mask, batch, length, self._num_columns)
-        order = lengths = None
-        if real is not None and not real.all():
-            order, lengths = compress(real)
-        positions = named.get("position_ids")
-        if positions is not None:
-            refuse_packed(positions, order, lengths)
+        mask, positions = named.get("attention_mask"), named.get("position_ids")
+        read = read_tokens(mask, positions, batch, length, call.num_columns)
         use_cache = named.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self._config, "use_cache", False)
+        # the cache that a compiled pass makes cannot be tied to, and is refused later
+        keep = call.cache is not None or (bool(use_cache) and not torch.compiler.is_compiling())
         is_recorded = torch.is_grad_enabled()
-        self._pass = _Pass(
-            states,
-            order,
-            lengths,
-            real,
-            keep=self._cache is not None or bool(use_cache),
-            is_recorded=is_recorded,
-        )
-        if positions is not None and is_recorded:
+        call.start = _Pass(states, read, keep, is_recorded)
+        if isinstance(positions, Tensor) and is_recorded:
             # not the caller's: Host.pass_keys want a tensor of this pass alone
             return (), {**named, "position_ids": positions.clone()}
         return None
 
-    def _kept(self, cache: object | None) -> _Kept | None:
+    def _kept(self, cache: object | None) -> Kept | None:
         """What a cache carries for us, None if it is empty."""
         if cache is None:
             return None
@@ -278,14 +315,23 @@ class AddedMemory:
                 "add_memory: past_key_values must be a transformers Cache, which the memory can be "
                 "tied to, got a tuple; pass past_key_values=DynamicCache() from the first call on"
             )
+        if not hasattr(cache, "get_seq_length"):
+            raise TypeError(
+                f"add_memory: a {type(cache).__name__} holds several sequences in pages, which the "
+                f"memory cannot follow; use generate in place of continuous batching"
+            )
+        # of static caches a tensor: the device is waited for
         length = int(cache.get_seq_length())
         if length == 0:
             return None
-        kept = getattr(cache, _KEPT, None)
+        kept = getattr(cache, KEPT, None)
+        if kept is not None and kept.owner is None and kept.print == self.fingerprint():
+            kept = dataclasses.replace(kept, owner=self._owner)
         if kept is None or kept.owner != self._owner:
             raise ValueError(
                 "add_memory: the cache holds tokens that this memory has not read: it was filled "
-                "before the memory was added, or by another model"
+                "before the memory was added, by another model or under torch.compile; see "
+                "AddedMemory.load_cache for one that was saved"
             )
         if kept.length != length:
             raise ValueError(
@@ -296,20 +342,22 @@ class AddedMemory:
 
     def _read(self, index: int, attention: nn.Module, args: tuple, kwargs: dict, output):
         """After a block's self-attention: the memory reads its output, and adds to it."""
-        key = self._host.pass_key(kwargs)
-        current = self._pass
-        if current is None:
-            current = None if key is None else self._recorded.get(key.data_ptr())
-            if current is None or current.is_ambiguous:
-                raise RuntimeError(
-                    "add_memory: a block runs by itself, and not as part of a forward pass whose "
-                    "memory is known. If backward recomputes it (gradient checkpointing), use "
-                    "use_reentrant=False, and no tensors of position_ids that several passes share"
-                )
-        elif index in self._outgoing:
+        call, key = getattr(self._local, "call", None), self._host.pass_key(kwargs)
+        current = None if call is None else call.start
+        recorded = self._recomputed(key, current)
+        if recorded is not None:
+            call, current = None, recorded
+        elif current is None:
+            raise RuntimeError(
+                "add_memory: a block runs by itself, and not as part of a forward pass whose "
+                "memory is known. If backward recomputes it (gradient checkpointing), use "
+                "use_reentrant=False, and no tensors of position_ids that several passes share"
+            )
+        elif index in call.outgoing:
             raise RuntimeError(f"add_memory: block {index} ran twice in one forward pass")
         elif current.is_recorded:
-            if self.carry and not torch.is_grad_enabled():
+            call.is_cut |= not torch.is_grad_enabled()
+            if self.carry and call.is_cut:
                 raise RuntimeError(
                     "add_memory: gradients cannot flow through a carried memory under reentrant "
                     "gradient checkpointing; use use_reentrant=False"
@@ -322,10 +370,11 @@ class AddedMemory:
             read, new_rows = layer(piece, rows[0], cache=cache)
             return read, [new_rows]
 
-        if current.order is None:
-            inputs = x
-        else:
-            order, real = current.order.to(x.device), current.real.to(x.device)[:, :, None]
+        inputs, lengths = x, None
+        if current.tokens is not None:
+            real, order, lengths = current.tokens
+            real = real.to(x.device, non_blocking=True)[:, :, None]
+            order = order.to(x.device, non_blocking=True)
             # what the host computes at the padding may be NaN, which a factor of 0 lets through
             inputs = gather(x.masked_fill(~real, 0.0), order)
         read, state = run_segments(
@@ -333,48 +382,84 @@ class AddedMemory:
             inputs,
             current.states[index],
             self.options["memory_slots"],
-            current.lengths,
+            lengths,
             keep=current.keep,
         )
-        if current.order is not None:
-            read = torch.where(real, spread(read, order, current.lengths), x)
-        if self._pass is not None:
-            self._outgoing[index] = state
+        if current.tokens is not None:
+            read = torch.where(real, spread(read, order, lengths), x)
+        if call is not None:
+            call.outgoing[index] = state
         return self._host.replace_attended(output, read)
+
+    def _recomputed(self, key: Tensor | None, current: _Pass | None) -> _Pass | None:
+        """The pass of which backward recomputes a block; None if it does not."""
+        if key is None or torch.compiler.is_compiling():
+            return None
+        # while a pass runs, a backward within it may reach a block of an earlier one; private to
+        # PyTorch, as its own checkpoints ask for it
+        if current is not None and torch._C._current_graph_task_id() == -1:
+            return None
+        recorded = self._recorded.get(_place(key))
+        return None if recorded is None or recorded.is_ambiguous else recorded
 
     def _record(self, key: Tensor | None, current: _Pass) -> None:
         """Remember the pass as long as the tensor lives, which recomputing a block needs too."""
-        if key is None:
+        if key is None or torch.compiler.is_compiling():
             return
-        earlier = self._recorded.get(key.data_ptr())
+        earlier = self._recorded.get(_place(key))
         if earlier is current:
             return
         if earlier is not None:
             earlier.is_ambiguous = current.is_ambiguous = True
-        self._recorded[key.data_ptr()] = current
+        self._recorded[_place(key)] = current
         # no cycle: what a pass starts from does not know what it makes
         key._lm2_pass = current
 
     def _end(self, decoder: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """After the decoder, also when it raised: hand the states to the cache."""
-        current, outgoing, cache = self._pass, self._outgoing, self._cache
-        self._pass, self._outgoing, self._cache = None, {}, None
-        if current is None or output is None:
+        call = getattr(self._local, "call", None)
+        if call is None:
             return
-        missing = sorted(set(self._blocks) - set(outgoing))
+        self._local.call = call.outer
+        if call.start is None or output is None:
+            return
+        missing = sorted(set(self._blocks) - set(call.outgoing))
         if missing:
             raise RuntimeError(f"add_memory: the forward pass left out blocks {missing}")
+        values = list(output.values()) if isinstance(output, dict) else output
+        if call.is_cut and self._is_cut_off(values):
+            raise RuntimeError(
+                "add_memory: no gradient reaches the memory: reentrant gradient checkpointing "
+                "needs an input that requires gradients, and the frozen embeddings give none. Use "
+                "use_reentrant=False (Trainer: gradient_checkpointing_kwargs="
+                "{'use_reentrant': False}), or call model.enable_input_require_grads() first"
+            )
         # in the blocks' order
-        states = {index: outgoing[index] for index in self._blocks}
+        states = {index: call.outgoing[index] for index in self._blocks}
         if self.carry:
             self._carried = states
-        if cache is None and current.keep:
-            values = output.values() if isinstance(output, dict) else output
+        cache = call.cache
+        if cache is None and call.start.keep:
             # not the legacy format, a tuple: no state can be tied to it
             cache = next((v for v in values if hasattr(v, "get_seq_length")), None)
-        if cache is None:
-            return
-        if not hasattr(cache, "is_following"):
-            cache.__class__ = _following(type(cache))
-        length = int(cache.get_seq_length())
-        setattr(cache, _KEPT, _Kept(self._owner, states, self._num_columns, length))
+        if cache is not None:
+            self._tie(cache, states, call.num_columns)
+
+    def _is_cut_off(self, values: Sequence) -> bool:
+        """Whether the layers would learn, but no result of the pass requires gradients."""
+        learns = any(p.requires_grad for layer in self.layers for p in layer.parameters())
+        return learns and not any(isinstance(v, Tensor) and v.requires_grad for v in values)
+
+    def _tie(self, cache: object, states: dict[int, MemoryState], num_columns: int) -> None:
+        """Give a cache the states that belong to what it holds."""
+        caches.follow(cache)
+        length = cache.get_seq_length()
+        # what a static cache says is on the device, and is looked at when the cache is used again
+        length = num_columns if isinstance(length, Tensor) else int(length)
+        setattr(cache, KEPT, Kept(self._owner, states, num_columns, length))
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor lies: what recomputing gets may be another one, of the same place."""
+    # not data_ptr, which tensors without numbers have not
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()

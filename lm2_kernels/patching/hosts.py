@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels.state.segments import gather
+from lm2_kernels.state.segments import compress, leave_graph
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +219,76 @@ def _follows_cache(blocks: Blocks) -> bool:
     return "attention_mask" in names and any(name in names for name in blocks.host.caches)
 
 
-def real_tokens(mask: object, batch: int, length: int, num_columns: int) -> Tensor:
-    """Which of the pass's L tokens are real, from any mask of transformers: (B, L) bool."""
+_PACKED = (
+    "add_memory: position_ids must ascend along each row: several sequences packed into one row "
+    "would share its memory; give each a row, padded, with a 2-D attention_mask"
+)
+
+
+def read_tokens(
+    mask: object, positions: object, batch: int, length: int, num_columns: int
+) -> tuple[Tensor, Tensor, list[int]] | None:
+    """Which of the pass's L tokens are real; None if all are. One wait for the device at most.
+
+    Args:
+        mask: any attention mask of transformers, or None.
+        positions: ``position_ids`` of the pass, or None.
+        batch: B.
+        length: L.
+        num_columns: tokens up to the end of the pass, those of the cache included.
+
+    Returns:
+        real (B, L) bool, and of it the order and the lengths of :func:`compress`.
+
+    Raises:
+        TypeError, ValueError: the mask does not fit, or several sequences are in one row.
+    """
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
-        if mask is None:
-            return torch.ones(batch, length, dtype=torch.bool)
+    real, is_plain = None, []
+    if mask is not None:
+        leave_graph(
+            "add_memory: torch.compile(fullgraph=True) and torch.export take no attention_mask, "
+            "whose values say how the tokens lie in segments; leave it out where nothing is padded"
+        )
+        real, is_plain = _real_tokens(mask, batch, length, num_columns)
+    is_ascending = []
+    if isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1:
+        is_ascending = [_ascend(positions, real)]
+        if torch.compiler.is_compiling():
+            torch._assert_async(is_ascending.pop(), _PACKED)
+    if real is None and not is_ascending:
+        return None
+    lengths = [] if real is None else [real.sum(dim=1)]
+    values = _values([*lengths, *is_plain, *is_ascending])
+    if is_plain and not values[len(lengths)][0]:
+        raise ValueError(
+            "add_memory: a 4-D attention_mask must be causal with padding and nothing else: the "
+            "memory would mix what a mask of packed sequences, or a window, keeps apart; pass a "
+            "2-D mask"
+        )
+    if is_ascending and not values[-1][0]:
+        raise ValueError(_PACKED)
+    if real is None or min(values[0], default=length) == length:
+        return None
+    return real, *compress(real, values[0])
+
+
+def _values(tensors: list[Tensor]) -> list[list[int]]:
+    """What small tensors hold, with one wait for each device that some are on."""
+    found = {}
+    for device in {tensor.device for tensor in tensors}:
+        own = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        flat = torch.cat([tensors[index].reshape(-1).long() for index in own]).tolist()
+        for index in own:
+            found[index], flat = flat[: tensors[index].numel()], flat[tensors[index].numel() :]
+    return [found[index] for index in range(len(tensors))]
+
+
+def _real_tokens(
+    mask: object, batch: int, length: int, num_columns: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Which tokens are real (B, L) bool; of a 4-D mask also whether it says nothing else."""
     start = num_columns - length
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         what = mask.dim() if isinstance(mask, Tensor) else type(mask).__name__
@@ -235,7 +299,7 @@ def real_tokens(mask: object, batch: int, length: int, num_columns: int) -> Tens
             f"got {tuple(mask.shape)}"
         )
     if mask.dim() == 2:
-        return mask[:, start:num_columns].bool().expand(batch, length)
+        return mask[:, start:num_columns].bool().expand(batch, length), []
     # 4-D: bool, True = visible, or added to the scores
     visible = mask if mask.dtype == torch.bool else mask == 0
     visible = visible[:, 0, :, start:num_columns].expand(batch, length, length)
@@ -244,27 +308,18 @@ def real_tokens(mask: object, batch: int, length: int, num_columns: int) -> Tens
     is_plain = (visible == causal & real[:, None]).all(-1)
     # for some kernels, tokens that would see nothing see everything
     is_plain |= visible.all(-1) & ~real
-    if not is_plain.all():
-        raise ValueError(
-            "add_memory: a 4-D attention_mask must be causal with padding and nothing else: the "
-            "memory would mix what a mask of packed sequences, or a window, keeps apart; pass a "
-            "2-D mask"
-        )
-    return real
+    return real, [is_plain.all()]
 
 
-def refuse_packed(positions: Tensor, order: Tensor | None, lengths: list[int] | None) -> None:
-    """Raise ValueError if a row's positions start anew: several sequences in one row."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return
-    ascends = None
-    if order is not None:
-        positions = gather(positions.expand_as(order), order)
-        ends = torch.tensor(lengths, device=positions.device)[:, None]
-        ascends = torch.arange(1, positions.shape[1], device=positions.device) >= ends
-    is_later = positions[:, 1:] > positions[:, :-1]
-    if not (is_later if ascends is None else is_later | ascends).all():
-        raise ValueError(
-            "add_memory: position_ids must ascend along each row: several sequences packed into "
-            "one row would share its memory; give each a row, padded, with a 2-D attention_mask"
-        )
+def _ascend(positions: Tensor, real: Tensor | None) -> Tensor:
+    """Whether the real tokens' positions (B or 1, L) ascend along each row, a bool scalar.
+
+    Where they start anew, there are several sequences in one row.
+    """
+    if real is None:
+        return (positions[:, 1:] > positions[:, :-1]).all()
+    real = real.to(positions.device, non_blocking=True)
+    # the largest position before each token, of the real ones
+    smallest = torch.iinfo(positions.dtype).min if not positions.is_floating_point() else -torch.inf
+    before = positions.expand_as(real).masked_fill(~real, smallest).cummax(dim=1).values[:, :-1]
+    return ((positions[:, 1:] > before) | ~real[:, 1:]).all()

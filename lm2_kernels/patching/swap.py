@@ -23,8 +23,17 @@ _RELEASED = (
 )
 
 
+_MASK = (
+    "swap_memory: attention_mask must hide a slot from all tokens or from none, and hide nothing "
+    "else but the slots of later tokens"
+)
+
+
 class SwappedMemory(ReleaseMemory):
     """:class:`ReleaseMemory` with the released module's call."""
+
+    # whether a mask was found to be one that is taken
+    _has_checked = False
 
     def forward(
         self,
@@ -35,7 +44,8 @@ class SwappedMemory(ReleaseMemory):
         """The output (B, T, D) and the new memory (B, N, D).
 
         ``attention_mask`` is nonzero where a token does not see a slot. Slots of later tokens are
-        hidden anyway; of the others each must be hidden from all tokens or from none.
+        hidden anyway; of the others each must be hidden from all tokens or from none. On a device
+        the first mask is waited for and checked; later ones fail there, as an index out of bounds.
         """
         slot_mask = None
         if attention_mask is not None:
@@ -43,11 +53,12 @@ class SwappedMemory(ReleaseMemory):
             hidden = attention_mask.bool().broadcast_to(shape)
             of_last = hidden[:, 0, -1]
             causal = torch.ones(shape[2:], dtype=torch.bool, device=hidden.device).tril()
-            if ((hidden != of_last[:, None, None]) & causal).any():
-                raise ValueError(
-                    "swap_memory: attention_mask must hide a slot from all tokens or from none, "
-                    "and hide nothing else but the slots of later tokens"
-                )
+            is_plain = ((hidden == of_last[:, None, None]) | ~causal).all()
+            if torch.compiler.is_compiling() or (self._has_checked and not hidden.is_cpu):
+                torch._assert_async(is_plain, _MASK)
+            elif not is_plain:
+                raise ValueError(_MASK)
+            self._has_checked = True
             slot_mask = ~of_last
         return super().forward(inputs.flatten(2), memory, slot_mask=slot_mask)
 

@@ -6,21 +6,27 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lm2_kernels.state.files import replace_file
 
-__all__ = ["MemoryState", "SegmentCache"]
+__all__ = ["MemoryState", "SegmentCache", "on_device"]
 
 _FORMAT = "lm2_kernels.MemoryState"
 _SUM = "sum"
 # entries of a cache that grows, at least
 _MIN_CAPACITY = 64
+
+
+def on_device(values: Sequence, device: torch.device) -> Tensor:
+    """A tensor of numbers that Python has; unlike ``torch.tensor``, waits for no device."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)
 
 
 class _Stream:
@@ -120,7 +126,7 @@ class SegmentCache:
         def make() -> Tensor:
             if self.start is not None:
                 return torch.arange(self.start, self.start + self.num_tokens, device=device)
-            return torch.tensor(self.starts, device=device)[:, None]
+            return on_device(self.starts, device)[:, None]
 
         return self._once("positions", device, make)
 
@@ -147,7 +153,7 @@ class SegmentCache:
             return None
 
         def make() -> Tensor:
-            lengths = torch.tensor(self.lengths, device=device)[:, None, None]
+            lengths = on_device(self.lengths, device)[:, None, None]
             return torch.arange(self.num_tokens, device=device)[:, None] < lengths
 
         return self._once("real", device, make)
@@ -155,7 +161,7 @@ class SegmentCache:
     def counts(self, batch: int, device: torch.device) -> Tensor:
         """How many tokens of its segment each row has read with the piece, at least 1. (B,)"""
         return self._once(
-            "counts", device, lambda: torch.tensor(self.ends(batch), device=device).clamp(min=1)
+            "counts", device, lambda: on_device(self.ends(batch), device).clamp(min=1)
         )
 
     def ends(self, batch: int) -> list[int]:
@@ -345,7 +351,7 @@ class MemoryState:
     def _written(self, bank: Tensor, rows: Tensor) -> Tensor:
         rows = rows[:, : bank.shape[1]]
         slots = torch.arange(rows.shape[1], device=bank.device)
-        is_new = slots < self.position.to(bank.device)[:, None]
+        is_new = slots < on_device(self._starts, bank.device)[:, None]
         old, rest = bank[:, : rows.shape[1]], bank[:, rows.shape[1] :]
         return torch.cat([torch.where(is_new[:, :, None], rows, old), rest], dim=1)
 
@@ -431,7 +437,7 @@ class MemoryState:
 
     def _select(self, rows: list[int], index: Tensor) -> "MemoryState":
         def chosen(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, index.to(tensor.device))
+            return tensor.index_select(0, index.to(tensor.device, non_blocking=True))
 
         state = self._map(chosen, len(rows))
         starts = None if self._starts is None else [self._starts[row] for row in rows]
@@ -461,15 +467,15 @@ class MemoryState:
             0 if row in chosen else start
             for row, start in enumerate(self._starts or [0] * self.batch)
         ]
-        mask = torch.tensor([row in chosen for row in range(self.batch)])
+        mask = [row in chosen for row in range(self.batch)]
         # not a product with 0 or 1: what is reset may be NaN
         banks = [
-            torch.where(mask.to(old.device)[:, None, None], new.to(old), old)
+            torch.where(on_device(mask, old.device)[:, None, None], new.to(old), old)
             for old, new in zip(self._incoming, initial.banks, strict=True)
         ]
         cache = {
             name: tensor.masked_fill(
-                mask.to(tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
+                on_device(mask, tensor.device).view(-1, *[1] * (tensor.dim() - 1)), 0.0
             )
             for name, tensor in self._cache.items()
         }
@@ -545,7 +551,7 @@ class MemoryState:
             in_place=in_place,
         )
         if cache.start is not None:
-            return [bank[:, cache.start : cache.size] for bank in self._incoming], cache
+            return [read_rows(bank, cache.start, cache.size) for bank in self._incoming], cache
         return [bank[cache.index(bank.device)][:, None] for bank in self._incoming], cache
 
     def after(self, cache: SegmentCache, new_rows: Sequence[Tensor]) -> "MemoryState":
@@ -568,32 +574,51 @@ class MemoryState:
         if not cache.keep:
             return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
         if cache.segment_length in starts:
-            full = torch.tensor([start == cache.segment_length for start in starts])
+            full = [start == cache.segment_length for start in starts]
             banks = []
             for index, bank in enumerate(self._incoming):
                 # a segment's buffer has room for all slots once a row has filled them
                 written = cache.tensors[_rows_name(index)][:, : cache.segment_length]
-                is_full = full.to(bank.device)[:, None, None]
-                banks.append(written if full.all() else torch.where(is_full, written, bank))
+                if not all(full):
+                    is_full = on_device(full, bank.device)[:, None, None]
+                    written = torch.where(is_full, written, bank)
+                banks.append(written)
             # the rows that begin anew will write over entries that earlier states still read
             starts = [start % cache.segment_length for start in starts]
             return self._make(banks, starts, cache.tensors, self.batch)
         return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
-
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All that the state is, as tensors with names, for a file."""
         entries = max(self._starts or [0])
-        tensors = {
+        return {
             **{f"bank.{index}": bank for index, bank in enumerate(self._incoming)},
             **{f"cache.{name}": tensor[:, :entries] for name, tensor in self._cache.items()},
             "position": self.position,
         }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "MemoryState | None":
+        """The state of which :meth:`to_tensors` made these; None if they are none."""
+        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            groups.get(kind, {})[rest] = tensor
+        banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
+        position = groups["position"].get("")
+        if not _fits(banks, position, groups["cache"]):
+            return None
+        starts = position.tolist()
+        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file."""
+        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
+
         # one copy each: they may share their memory
         copies = {
             name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
+            for name, tensor in self.to_tensors().items()
         }
         replace_file(path, lambda part: save_file(copies, part, metadata={"format": _FORMAT}))
 
@@ -608,22 +633,17 @@ class MemoryState:
 
         try:
             with safe_open(path, "pt", device=str(device)) as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                # copies: products may round by where a tensor lies, in the file that is anywhere
+                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
                 found = (file.metadata() or {}).get("format")
         except SafetensorError as error:
             raise ValueError(
                 f"MemoryState.load: {path} is not a safetensors file: {error}"
             ) from None
-        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            groups.get(kind, {})[rest] = tensor
-        banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
-        position = groups["position"].get("")
-        if found != _FORMAT or not _fits(banks, position, groups["cache"]):
+        state = cls.from_tensors(tensors)
+        if found != _FORMAT or state is None:
             raise ValueError(f"MemoryState.load: {path} holds no memory state")
-        starts = position.tolist()
-        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+        return state
 
 
 def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, Tensor]) -> bool:
@@ -655,14 +675,77 @@ def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, 
     )
 
 
+def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:
+    """The tensors of a state, and the rest; for torch.export, and whoever walks through outputs."""
+    tensors, names = [*state._incoming, *state._cache.values()], tuple(state._cache)
+    # no number that a graph may have as a symbol, where a tensor has it
+    starts = state._starts if state.start is None else state.start
+    batch = None if tensors else state.batch
+    return tensors, (len(state._incoming), starts, names, batch)
+
+
+def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
+    tensors, context = _flatten(state)
+    names = [f"bank{index}" for index in range(context[0])] + [f"cache.{n}" for n in context[2]]
+    keys = map(pytree.GetAttrKey, names)
+    return list(zip(keys, tensors, strict=True)), context
+
+
+def _unflatten(tensors: Iterable[Tensor], context: tuple) -> MemoryState:
+    tensors, (banks, starts, names, batch) = list(tensors), context
+    batch = tensors[0].shape[0] if batch is None else batch
+    cache = dict(zip(names, tensors[banks:], strict=True))
+    if isinstance(starts, int):
+        starts = [starts] * batch if starts > 0 else None
+    return MemoryState._make(tensors[:banks], starts, cache, batch)
+
+
+def _read_context(context: Sequence) -> tuple:
+    banks, starts, names, batch = context
+    return (banks, starts if isinstance(starts, int) else tuple(starts), tuple(names), batch)
+
+
+pytree.register_pytree_node(
+    MemoryState,
+    _flatten,
+    _unflatten,
+    serialized_type_name=_FORMAT,
+    to_dumpable_context=list,
+    from_dumpable_context=_read_context,
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# what a file of torch.save may hold that is read with weights_only=True
+torch.serialization.add_safe_globals([MemoryState, _Stream])
+
+
 def _rows_name(index: int) -> str:
     """Where the cache keeps what a segment has written to a bank so far."""
     return f"bank{index}"
 
 
+def read_rows(memory: Tensor, start: int, end: int) -> Tensor:
+    """The rows of a bank (B, N, D) from ``start`` to ``end``, (B, T, D)."""
+    if torch.compiler.is_compiling() and not _is_known(end - start == memory.shape[1]):
+        # whether a view is contiguous would depend on T, which a graph may have as a symbol
+        return memory.index_select(1, torch.arange(start, end, device=memory.device))
+    return memory[:, start:end]
+
+
 def write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
     """The bank (B, N, D) with the rows from ``slot_offset`` on replaced by (B, T, D)."""
     end = slot_offset + rows.shape[1]
-    if slot_offset == 0 and end == memory.shape[1]:
+    if slot_offset == 0 and _is_known(end == memory.shape[1]):
         return rows
+    if torch.compiler.is_compiling():
+        # as above
+        return torch.slice_scatter(memory, rows, dim=1, start=slot_offset, end=end)
     return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
+
+
+def _is_known(condition: bool) -> bool:
+    """Whether a condition is true; in a graph, whether it is for all sizes that the graph takes."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415
+
+    return statically_known_true(condition)

@@ -9,19 +9,37 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lm2_kernels.state.memory import MemoryState, SegmentCache
+from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
 
-__all__ = ["compress", "gather", "run_segments", "spread"]
+__all__ = ["compress", "gather", "leave_graph", "run_segments", "spread"]
 
 # (piece (B, T, ...), rows of each bank (B, T, D), cache) -> (output (B, T, D), new rows)
 Step = Callable[[Tensor, list[Tensor], SegmentCache], tuple[Tensor, Sequence[Tensor]]]
 
 
-def compress(attention_mask: Tensor) -> tuple[Tensor, list[int]]:
+def leave_graph(text: str) -> None:
+    """Where a graph of torch.compile or torch.export cannot go on.
+
+    torch.compile breaks the graph, and all is as without it; with ``fullgraph`` it raises the text.
+
+    Args:
+        text: a constant.
+
+    Raises:
+        NotImplementedError: under torch.export, with the text.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        torch._dynamo.graph_break(msg=text)
+    elif torch.compiler.is_compiling():
+        raise NotImplementedError(text)
+
+
+def compress(attention_mask: Tensor, lengths: list[int] | None = None) -> tuple[Tensor, list[int]]:
     """Where each row's real tokens are, whatever the side of the padding.
 
     Args:
         attention_mask: (B, L), nonzero where a token is real.
+        lengths: how many are, if that is known; else the device is waited for.
 
     Returns:
         order (B, L): the real tokens' columns, ascending, then the others'; and how many are real.
@@ -30,7 +48,8 @@ def compress(attention_mask: Tensor) -> tuple[Tensor, list[int]]:
         ValueError: no token is real.
     """
     real = attention_mask.bool()
-    lengths = real.sum(dim=1).tolist()
+    if lengths is None:
+        lengths = real.sum(dim=1).tolist()
     if max(lengths, default=1) == 0:
         raise ValueError("attention_mask: at least one token must be real (nonzero), none is")
     return torch.argsort((~real).to(torch.uint8), dim=1, stable=True), lengths
@@ -43,7 +62,7 @@ def gather(x: Tensor, order: Tensor) -> Tensor:
 
 def spread(x: Tensor, order: Tensor, lengths: Sequence[int]) -> Tensor:
     """The inverse of :func:`gather` for (B, L, D), with zeros at the padding."""
-    lengths = torch.tensor(lengths, device=x.device)[:, None]
+    lengths = on_device(lengths, x.device)[:, None]
     real = torch.arange(x.shape[1], device=x.device) < lengths
     x = torch.where(real[:, :, None], x, 0.0)
     return torch.zeros_like(x).scatter(1, order[:, :, None].expand_as(x), x)
@@ -106,16 +125,16 @@ def _run(
             )
             outputs.append(output)
             break
-        num_tokens = (
-            1 if state.start is None else min(segment_length - state.start, inputs.shape[1])
-        )
+        num_tokens = inputs.shape[1]
+        # not min: for a length that a graph has as a symbol, its bounds decide
+        if state.start is None or num_tokens > segment_length - state.start:
+            num_tokens = 1 if state.start is None else segment_length - state.start
         here, left = _cut(lengths, num_tokens)
         # a row that has no more tokens must not lose its place while the others go on
         stays = keep or (here is not None and num_tokens < inputs.shape[1])
-        is_whole = here is None and num_tokens == segment_length
-        rows, cache = state.piece(
-            num_tokens, segment_length, lengths=here, keep=stays and not is_whole
-        )
+        # a whole segment leaves nothing open
+        stays = stays and not (here is None and num_tokens == segment_length)
+        rows, cache = state.piece(num_tokens, segment_length, lengths=here, keep=stays)
         output, new_rows = step(inputs[:, :num_tokens], rows, cache)
         state = state.after(cache, new_rows)
         outputs.append(output)
@@ -155,7 +174,7 @@ def _run_groups(
         part = state.select(rows)
         if start is not None:
             own = [lengths[row] for row in rows]
-            index = torch.tensor(rows, device=inputs.device)
+            index = on_device(rows, inputs.device)
             output, part = _run(
                 step,
                 inputs[index, : max(own)],

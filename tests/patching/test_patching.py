@@ -674,7 +674,7 @@ def test_a_recomputed_block_of_an_unknown_pass_is_refused():
     first, second = (torch.tensor([1.0]) for _ in range(2))
     second.set_(first)
     memory = report.memory
-    passes = [_Pass({}, None, None, None, False, True) for _ in range(2)]
+    passes = [_Pass({}, None, False, True) for _ in range(2)]
     memory._record(first, passes[0])
     memory._record(first, passes[0])
     assert not passes[0].is_ambiguous
