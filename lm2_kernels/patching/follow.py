@@ -23,6 +23,7 @@ from lm2_kernels.patching import caches
 from lm2_kernels.patching.adapters import warn_of_frozen
 from lm2_kernels.patching.caches import KEPT, Kept, memories
 from lm2_kernels.patching.hosts import Host, read_tokens
+from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
 
@@ -52,7 +53,30 @@ class _Call:
     cache: object | None = None
     num_columns: int = 0  # tokens up to the end of the pass, those of the cache included
     outgoing: dict[int, MemoryState] = dataclasses.field(default_factory=dict)
+    outputs: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # of blocks; see _Behind
     is_cut: bool = False  # whether a block ran without gradients, though they were wanted
+
+
+class _Behind(torch.autograd.Function):
+    """A bank whose gradient comes to its block behind that of the block's output, if only of 0.
+
+    A sharded block gathers its weights for backward when its output's gradient comes. What is
+    carried to another pass leaves the block beside its output.
+    """
+
+    @staticmethod
+    def forward(bank: Tensor, output: Tensor) -> Tensor:
+        return bank.view_as(bank)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        like = inputs[1]
+        ctx.output = like.shape, like.dtype, like.device
+
+    @staticmethod
+    def backward(ctx, dbank):
+        shape, dtype, device = ctx.output
+        return dbank, torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
 class AddedMemory:
@@ -89,6 +113,7 @@ class AddedMemory:
             hook = functools.partial(self._read, index)
             attention = host.attention_of(block)
             self._handles.append(attention.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(block.register_forward_hook(functools.partial(self._leave, index)))
 
     def _begin_anew(self) -> None:
         # caches that another filled are not this one's, though it be a copy: it has other weights
@@ -391,6 +416,22 @@ class AddedMemory:
             call.outgoing[index] = state
         return self._host.replace_attended(output, read)
 
+    def _leave(self, index: int, block: nn.Module, args: tuple, output) -> None:
+        """After a block: remember its output, if what is carried may need it."""
+        call = getattr(self._local, "call", None)
+        if not self.carry or call is None or index not in call.outgoing:
+            return
+        output = output[0] if isinstance(output, tuple) else output
+        if isinstance(output, Tensor) and output.requires_grad:
+            call.outputs[index] = output
+
+    def _behind(self, index: int, state: MemoryState, output: Tensor | None) -> MemoryState:
+        """What a block carries; see :class:`_Behind`."""
+        parameters = self._blocks[index].parameters()
+        if output is None or all(type(parameter) in ORDINARY for parameter in parameters):
+            return state
+        return MemoryState([_Behind.apply(bank, output) for bank in state.end_segment().banks])
+
     def _recomputed(self, key: Tensor | None, current: _Pass | None) -> _Pass | None:
         """The pass of which backward recomputes a block; None if it does not."""
         if key is None or torch.compiler.is_compiling():
@@ -437,7 +478,10 @@ class AddedMemory:
         # in the blocks' order
         states = {index: call.outgoing[index] for index in self._blocks}
         if self.carry:
-            self._carried = states
+            self._carried = {
+                index: self._behind(index, state, call.outputs.get(index))
+                for index, state in states.items()
+            }
         cache = call.cache
         if cache is None and call.start.keep:
             # not the legacy format, a tuple: no state can be tied to it

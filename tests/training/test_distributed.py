@@ -29,6 +29,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import lm2_kernels as lm2
+from lm2_kernels import LM2ForCausalLM
 from lm2_kernels.model.decoder import Block
 from lm2_kernels.training import distributed
 from tools.models import random_ids, small_model
@@ -57,7 +58,7 @@ def _model(host: str, formulation: str, seed: int = 0) -> nn.Module:
         num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).double()
-    options = {"formulation": formulation, "freeze": False, "zero_init": False}
+    options = {"formulation": formulation, "freeze": host == "frozen", "zero_init": False}
     lm2.add_memory(model, memory_slots=6, num_heads=3, memory_init="identity", **options)
     return model
 
@@ -105,14 +106,32 @@ def _batches(first: int, last: int) -> torch.Tensor:
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
     # not one that divides by gradients, whose rounding would count where they are small
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.SGD(trained, lr=0.1, momentum=0.9)
 
 
 def _train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: torch.Tensor) -> None:
+    """Gradients flow from one call to another, through the memory."""
+    carried = (
+        None
+        if isinstance(getattr(model, "module", model), LM2ForCausalLM)
+        else (lm2.get_memory(model))
+    )
     for ids in batches:
         optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
+        first, second = ids.split(7, dim=1)
+        if carried is None:
+            memory = model(first).memory
+            loss = model(second, labels=second, memory=memory).loss
+        else:
+            carried.carry = True
+            model(input_ids=first)
+            loss = model(input_ids=second, labels=second).loss
+            carried.reset()
+        loss.backward()
         optimizer.step()
+    if carried is not None:
+        carried.carry = False
 
 
 def _whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -137,14 +156,15 @@ KINDS = ("ddp", "fsdp", "fsdp1", "fsdp1-flat", "hybrid", "every layer", "every L
 CASES = [
     *[("lm2", kind, "release") for kind in KINDS],
     *[("lm2", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "every layer")],
-    *[("llama", kind, "paper") for kind in ("fsdp", "fsdp1-flat", "checkpointed")],
+    *[("llama", kind, "paper") for kind in ("ddp", "fsdp1-flat", "checkpointed", "every layer")],
     *[("llama", kind, "release") for kind in ("fsdp", "fsdp1")],
+    *[("frozen", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "checkpointed", "root")],
 ]
 
 
 @pytest.mark.parametrize(("host", "kind", "formulation"), CASES)
 def test_two_processes_are_one(host, kind, formulation, tmp_path):
-    if host == "llama" and transformers is None:
+    if host != "lm2" and transformers is None:
         pytest.skip("transformers is not installed")
     run = tmp_path / "run"
     state, _ = run_processes(_train_and_save, kind, host, formulation, run, folder=tmp_path)
