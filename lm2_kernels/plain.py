@@ -42,7 +42,10 @@ def plain_parameters(
         or _has_any_global_hook()
     ):
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    # as module.weight finds them: FSDP1 sets plain attributes
+    own, parameters = module.__dict__, module._parameters
+    weight = own.get("weight", parameters.get("weight"))
+    bias = own.get("bias", parameters.get("bias"))
     if type(weight) in ORDINARY and (bias is None or type(bias) in ORDINARY):
         return weight, bias
     return None

@@ -240,9 +240,10 @@ class MemoryLayer(nn.Module):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     places.setdefault(parameter, []).append((module, name))
+        # while FSDP1 runs backward, the layer has none: it set the tensors as plain attributes
         changed = [
             (own, given, places[own])
-            for own, given in zip(places, parameters, strict=True)
+            for own, given in zip(places, parameters, strict=bool(places))
             if own is not given
         ]
         for _, given, names in changed:

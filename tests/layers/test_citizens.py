@@ -314,6 +314,26 @@ def test_weights_of_8_bits(kind):
     assert 0.0 < error < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+@every_kind
+@pytest.mark.skipif(_reason("bitsandbytes") is not None, reason=str(_reason("bitsandbytes")))
+def test_projections_of_8_bits(kind):
+    from bitsandbytes.nn import Linear8bitLt
+
+    layer = _layer(kind).float()
+    x, memory = (tensor.float() for tensor in _inputs())
+    wanted = layer(x, memory)[0]
+    for module in list(layer.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                sizes = child.in_features, child.out_features
+                new = Linear8bitLt(*sizes, child.bias is not None, has_fp16_weights=False)
+                new.load_state_dict(child.state_dict())
+                setattr(module, name, new)
+    error = (layer.to("cpu")(x, memory)[0] - wanted).abs().max()
+    assert 0.0 < error < 0.1
+
+
 @every_kind
 @pytest.mark.skipif(_reason("lightning") is not None, reason=str(_reason("lightning")))
 def test_lightning_trains(kind, tmp_path):

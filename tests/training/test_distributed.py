@@ -50,8 +50,9 @@ STEPS = 2
 
 
 def _model(host: str, formulation: str, seed: int = 0) -> nn.Module:
-    if host == "lm2":
-        return small_model(seed=seed, formulation=formulation, flow="time")
+    if host in ("lm2", "recomputed"):
+        options = {"flow": "time", "memory_recompute": host == "recomputed"}
+        return small_model(seed=seed, formulation=formulation, **options)
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
         vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
@@ -158,13 +159,14 @@ CASES = [
     *[("lm2", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "every layer")],
     *[("llama", kind, "paper") for kind in ("ddp", "fsdp1-flat", "checkpointed", "every layer")],
     *[("llama", kind, "release") for kind in ("fsdp", "fsdp1")],
+    *[("recomputed", kind, "release") for kind in ("fsdp", "fsdp1")],
     *[("frozen", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "checkpointed", "root")],
 ]
 
 
 @pytest.mark.parametrize(("host", "kind", "formulation"), CASES)
 def test_two_processes_are_one(host, kind, formulation, tmp_path):
-    if host != "lm2" and transformers is None:
+    if host in ("llama", "frozen") and transformers is None:
         pytest.skip("transformers is not installed")
     run = tmp_path / "run"
     state, _ = run_processes(_train_and_save, kind, host, formulation, run, folder=tmp_path)
