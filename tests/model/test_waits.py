@@ -17,17 +17,16 @@ def test_waits_are_seen():
     for wait in (
         lambda: x.sum().item(),
         lambda: bool(x.any()),
-        lambda: x.tolist(),
-        lambda: x.cpu(),
-        lambda: x.nonzero(),
+        x.tolist,
+        x.cpu,
+        x.nonzero,
         lambda: x[x > 0],
         lambda: there.to(DEVICE),
         lambda: torch.equal(x, x),
     ):
-        with counted(1) as waits:
-            # some have no shape on meta
-            with contextlib.suppress(RuntimeError, NotImplementedError):
-                wait()
+        # some have no shape on meta
+        with counted(1) as waits, contextlib.suppress(RuntimeError, NotImplementedError):
+            wait()
         assert waits
     with counted() as waits:
         there.to(DEVICE, non_blocking=True)
