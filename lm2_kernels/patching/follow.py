@@ -67,7 +67,8 @@ class AddedMemory:
     call that would start from the initial memory then starts a new segment with the memory that the
     last call left: one conversation a model, not one a thread. It is kept with its history: call
     :meth:`detach` where gradients are to stop. Not with ``generate(use_cache=False)``, whose every
-    step reads the prompt again, as a new call; and after a beam search what is carried belongs to the beams: call :meth:`reset`.
+    step reads the prompt again, as a new call; and after a beam search what is carried belongs to
+    the beams: call :meth:`reset`.
     """
 
     def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], host: Host, options: dict):
