@@ -6,16 +6,13 @@ import functools
 import json
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lm2_kernels.state.files import replace_file
 from lm2_kernels.state.memory import MemoryState
-
-if TYPE_CHECKING:
-    from lm2_kernels.patching.follow import AddedMemory
 
 # the attribute of a cache that holds what it carries
 KEPT = "_lm2_kept"
@@ -98,8 +95,15 @@ def _made(kind: type, state: dict) -> object:
 # transformers' own
 torch.serialization.add_safe_globals([Kept, _made])
 
+
+class _Memory(Protocol):
+    """What is asked of an added memory."""
+
+    def fingerprint(self) -> str: ...
+
+
 # the memories that live, by their numbers
-memories: "weakref.WeakValueDictionary[int, AddedMemory]" = weakref.WeakValueDictionary()
+memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
 
 
 def _print_of(kept: Kept) -> str | None:

@@ -84,13 +84,16 @@ class AddedMemory:
 
     The state follows the host's key/value cache: a call without one, or with an empty one, reads a
     new sequence from the initial memory; a call with a filled one goes on where the call that
-    filled it ended. Each cache has a state of its own.
+    filled it ended. Each cache has a state of its own, which is pickled and copied with it
+    (:meth:`save_cache` for a file). A pass is its thread's own: threads may share the model, with a
+    cache each.
 
     For documents longer than the host's window, and for truncated backpropagation, set ``carry``: a
     call that would start from the initial memory then starts a new segment with the memory that the
-    last call left. It is kept with its history: call :meth:`detach` where gradients are to stop.
-    Not with ``generate(use_cache=False)``, whose every step reads the prompt again, as a new call;
-    and after a beam search what is carried belongs to the beams: call :meth:`reset`.
+    last call left: one conversation a model, not one a thread. It is kept with its history: call
+    :meth:`detach` where gradients are to stop. Not with ``generate(use_cache=False)``, whose every
+    step reads the prompt again, as a new call; and after a beam search what is carried belongs to
+    the beams: call :meth:`reset`.
     """
 
     def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], host: Host, options: dict):

@@ -60,3 +60,24 @@ def padded(batch=2, length=20):
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[0, : length // 3] = 0
     return mask
+
+
+def begin(model, length=13, is_padded=False):
+    """A cache in the midst of a text, and the rest of it."""
+    ids, cache = tokens(), new_cache()
+    mask = padded() if is_padded else None
+    with torch.no_grad():
+        seen = None if mask is None else mask[:, :length]
+        output = model(ids[:, :length], attention_mask=seen, past_key_values=cache)
+    return output, cache, ids[:, length:], mask
+
+
+@torch.no_grad()
+def go_on(model, cache, rest, mask=None):
+    steps = []
+    for column in range(rest.shape[1]):
+        end = None if mask is None else mask.shape[1] - rest.shape[1] + column + 1
+        seen = None if mask is None else mask[:, :end]
+        output = model(rest[:, column : column + 1], attention_mask=seen, past_key_values=cache)
+        steps.append(output.logits)
+    return torch.cat(steps, dim=1)

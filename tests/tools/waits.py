@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lm2_kernels import autograd
+from lm2_kernels import autograd, use_backend
 
 aten = torch.ops.aten
 DEVICE = torch.device("meta")
@@ -89,6 +89,7 @@ def counted(answer: int = 0) -> Iterator[list[str]]:
     with (
         mock.patch.object(autograd, "run", run),
         mock.patch.object(torch, "autocast", autocast_but_there),
+        use_backend("eager"),
         waits,
     ):
         yield waits.found

@@ -1,0 +1,214 @@
+"""Caches of a patched model: pickled, copied, saved, and gone on from elsewhere."""
+
+import copy
+import importlib
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lm2_kernels import get_memory
+from tools.hosts import bare_llama, begin, go_on, hosted, llama, new_cache, tokens, transformers
+
+pytestmark = hosted
+both = pytest.mark.parametrize("formulation", ("paper", "release"))
+# in a segment, at the end of one, and where rows stand at different places
+PLACES = [(13, False), (16, False), (13, True)]
+every_place = pytest.mark.parametrize(("length", "is_padded"), PLACES)
+
+# a process that begins chats and goes on with them, or one that only goes on
+CHATS = """
+import sys
+import torch
+from lm2_kernels import get_memory
+from tools.hosts import go_on, begin, llama, new_cache
+torch.set_num_threads(1)
+what, folder, cases = sys.argv[1], sys.argv[2], eval(sys.argv[3])
+for formulation in ("paper", "release"):
+    model = llama(formulation)
+    for length, is_padded in cases:
+        name = f"{folder}/{formulation}-{length}-{is_padded}"
+        _, cache, rest, mask = begin(model, length, is_padded)
+        if what == "begin":
+            get_memory(model).save_cache(name, cache)
+        else:
+            cache = new_cache()
+            get_memory(model).load_cache(name, cache)
+        torch.save(go_on(model, cache, rest, mask), f"{name}.{what}")
+"""
+
+
+def _by_torch(thing, weights_only=False):
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
+
+
+COPIES = {
+    "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
+    "deepcopy": copy.deepcopy,
+    "torch.save": _by_torch,
+    "twice": lambda thing: copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(thing)))),
+}
+
+
+@both
+@every_place
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_go_on(how, length, is_padded, formulation):
+    """Of a cache and of a whole output: bit for bit, and the original is left alone."""
+    model = llama(formulation)
+    output, cache, rest, mask = begin(model, length, is_padded)
+    copied = COPIES[how](cache)
+    in_output = COPIES[how](output).past_key_values
+    assert type(copied).__name__ == "DynamicCache"
+    # another model with the same weights, as another process has it
+    other = model if how == "deepcopy" else llama(formulation)
+    want = go_on(model, cache, rest, mask)
+    assert torch.equal(go_on(other, copied, rest, mask), want)
+    if in_output is not None and hasattr(in_output, "get_seq_length"):
+        assert torch.equal(go_on(other, in_output, rest, mask), want)
+
+
+@pytest.mark.parametrize("is_learning", (False, True))
+def test_outputs_pickle(is_learning):
+    with torch.set_grad_enabled(is_learning):
+        output = llama()(tokens(), use_cache=True)
+    again = pickle.loads(pickle.dumps(output))
+    assert torch.equal(again.logits, output.logits)
+
+
+def test_a_pickled_cache_knows_its_model():
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    other = llama()
+    with torch.no_grad():
+        get_memory(other).layers[1].query_proj.weight.mul_(1.01)
+    again = pickle.loads(pickle.dumps(cache))
+    with pytest.raises(ValueError, match="another model"):
+        other(rest, past_key_values=again)
+    # pickled again before it was used
+    again = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(cache))))
+    go_on(model, again, rest)
+    # and batch operations take the memory along
+    again = pickle.loads(pickle.dumps(cache))
+    for each in (again, cache):
+        each.reorder_cache(torch.tensor([1, 1]))
+    assert torch.equal(go_on(model, again, rest), go_on(model, cache, rest))
+
+
+def test_a_file_of_tensors_alone():
+    """torch.load with weights_only, once transformers' own classes are allowed."""
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    file, allowed = io.BytesIO(), []
+    torch.save(cache, file)
+    while True:
+        file.seek(0)
+        try:
+            with torch.serialization.safe_globals(allowed):
+                again = torch.load(file, weights_only=True)
+            break
+        except pickle.UnpicklingError as error:
+            name = re.search(r"GLOBAL (\S+) was not an allowed", str(error))[1]
+            module, _, leaf = name.rpartition(".")
+            assert module.startswith("transformers."), error
+            allowed.append(getattr(importlib.import_module(module), leaf))
+    assert torch.equal(go_on(model, again, rest), go_on(model, cache, rest))
+
+
+def test_a_chat_goes_on_in_another_process(tmp_path):
+    """One file, in mid-segment, bit-equal logits."""
+    tests = Path(__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (tests, tests.parent)))}
+    for what in ("begin", "go on"):
+        command = [sys.executable, "-c", CHATS, what, str(tmp_path), repr(PLACES)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    files = sorted(tmp_path.glob("*.begin"))
+    assert len(files) == 2 * len(PLACES)
+    for file in files:
+        want = torch.load(file)
+        assert torch.equal(torch.load(file.with_suffix(".go on")), want), file.name
+
+
+def test_a_cache_of_windows_is_saved(tmp_path):
+    """Its keys are fewer than its tokens."""
+    from lm2_kernels import add_memory
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.MistralConfig(**sizes, **heads, sliding_window=6, pad_token_id=0)
+    model = transformers.MistralForCausalLM(config).eval()
+    memory = add_memory(model, memory_slots=8, num_heads=4, zero_init=False).memory
+    try:
+        caches = [transformers.DynamicCache(config=config) for _ in range(2)]
+    except TypeError:
+        pytest.skip("this transformers cuts no cache to a window")
+    ids = tokens()
+    with torch.no_grad():
+        model(ids[:, :13], past_key_values=caches[0])
+        memory.save_cache(tmp_path / "chat", caches[0])
+        with pytest.raises(NotImplementedError, match=r"config=model\.config"):
+            memory.load_cache(tmp_path / "chat", new_cache())
+        memory.load_cache(tmp_path / "chat", caches[1])
+        assert torch.equal(*(go_on(model, cache, ids[:, 13:]) for cache in caches))
+
+
+def test_what_cannot_be_saved_or_loaded(tmp_path):
+    model, path = llama(), tmp_path / "chat.safetensors"
+    memory = get_memory(model)
+    _, cache, _, _ = begin(model)
+    memory.save_cache(path, cache)
+    assert [file.name for file in tmp_path.iterdir()] == ["chat.safetensors"]
+    with pytest.raises(ValueError, match="empty"):
+        memory.save_cache(path, new_cache())
+    with pytest.raises(ValueError, match="must be empty"):
+        memory.load_cache(path, cache)
+    with pytest.raises(OSError, match="nowhere"):
+        memory.load_cache(tmp_path / "nowhere", new_cache())
+
+    other = llama()
+    with torch.no_grad():
+        get_memory(other).layers[0].key_proj.weight.add_(0.01)
+    with pytest.raises(ValueError, match="other weights"):
+        get_memory(other).load_cache(path, new_cache())
+    with pytest.raises(ValueError, match="another model"):
+        get_memory(other).save_cache(path, cache)
+
+    bare, kept = bare_llama(), new_cache()
+    bare(tokens(), past_key_values=kept)
+    with pytest.raises(ValueError, match="has not read"):
+        memory.save_cache(path, kept)
+
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        memory.load_cache(path, new_cache())
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    for spoilt in ({"x": torch.zeros(2)}, {k: v for k, v in tensors.items() if "memory" in k}):
+        save_file(spoilt, path, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="holds no cache"):
+            memory.load_cache(path, new_cache())
+
+
+def test_a_static_cache_is_not_saved(tmp_path):
+    model, ids = llama(), tokens()
+    options = {"config": model.config, "max_cache_len": 32}
+    try:
+        cache = transformers.StaticCache(**options)
+    except TypeError:
+        cache = transformers.StaticCache(**options, max_batch_size=2)
+    with torch.no_grad():
+        model(ids, past_key_values=cache, cache_position=torch.arange(20))
+    with pytest.raises(NotImplementedError, match="DynamicCache, not this StaticCache"):
+        get_memory(model).save_cache(tmp_path / "chat", cache)
