@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,7 +32,7 @@ def replace_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
             is_special = path.exists() and not path.is_file() and not path.is_dir()
             try:
                 if is_special:
-                    write(path)
+                    _copy_into(path, write)
                     continue
                 part = path.with_name(f"{path.name}.{os.getpid()}.part")
                 parts[part] = path
@@ -50,6 +52,15 @@ def replace_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
+
+
+def _copy_into(path: Path, write: Callable[[Path], object]) -> None:
+    # not by ``write`` itself: there are libraries that put a file in the place of a device
+    with tempfile.TemporaryDirectory() as folder:
+        part = Path(folder) / path.name
+        write(part)
+        with part.open("rb") as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 def _about(path: Path, error: Exception) -> Exception:

@@ -10,7 +10,6 @@ from lm2_kernels.backends import check_choice
 from lm2_kernels.checks import check_bool, check_int
 from lm2_kernels.layers.start import check_start
 
-
 _SIZES = (
     "vocab_size",
     "hidden_size",

@@ -191,8 +191,8 @@ class LM2ForCausalLM(nn.Module):
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
         """Raise NotImplementedError: what there is, is ``memory_recompute``."""
         raise NotImplementedError(
-            "LM2ForCausalLM has no gradient checkpointing; LM2Config(memory_recompute=True) computes "
-            "what the memory layers need for backward again"
+            "LM2ForCausalLM has no gradient checkpointing; with LM2Config(memory_recompute=True) "
+            "the memory layers compute again what backward needs"
         )
 
     def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:

@@ -50,8 +50,8 @@ def save(
     folder = Path(folder)
     if not is_own(folder):
         raise ValueError(
-            f"{folder} holds a model of another kind ({CONFIG} or {WEIGHTS} is not of lm2_kernels): "
-            f"save into another folder"
+            f"{folder} holds a model of another kind ({CONFIG} or {WEIGHTS} is not of "
+            f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     # parameters may share a buffer, and one may have two names: each gets a place of its own
@@ -112,7 +112,7 @@ def read_json(path: Path) -> dict[str, object]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no object of JSON: it is not the configuration of a model")
+        raise ValueError(f"{path} must hold an object: it is not the configuration of a model")
     return content
 
 

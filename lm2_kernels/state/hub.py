@@ -72,14 +72,12 @@ class Place:
                 f"Face Hub: pip install huggingface_hub"
             ) from None
         try:
-            folder = snapshot_download(
-                repo_id=self._name, allow_patterns=[re.sub(r"([*?[])", r"[\1]", file)], **self._options
-            )
+            folder = snapshot_download(self._name, allow_patterns=[file], **self._options)
         except Exception as error:  # those of its own, of its HTTP library, and of the system
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             raise OSError(
-                f"{self._op}: there is no folder {self._name!r} here, and the Hugging Face Hub gives "
-                f"no {file} of it: {lines[0] if lines else type(error).__name__}"
+                f"{self._op}: there is no folder {self._name!r} here, and the Hugging Face Hub "
+                f"does not give it: {lines[0] if lines else type(error).__name__}"
             ) from error
         # all files of one commit, which a snapshot's folder has as its name
         self._options["revision"] = Path(folder).name

@@ -99,7 +99,7 @@ def test_token_arrays_train_and_generate(tmp_path, capsys):
         cli.main(["generate", str(tmp_path / "model"), "--prompt", "1, 2 3", "--tokens", "4"]) == 0
     )
     assert len(capsys.readouterr().out.split()) == 7
-    assert cli.main([*arguments, "--no-memory"]) == 0
+    assert cli.main([*arguments, "--no-memory", "--overwrite"]) == 0
     assert LM2ForCausalLM.load(tmp_path / "model").config.memory_layers == ()
 
 
