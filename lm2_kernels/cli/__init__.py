@@ -9,10 +9,9 @@ what was ended, is one line on standard error.
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
-
-import torch
 
 from lm2_kernels.cli.bench import add_bench
 from lm2_kernels.cli.demo import add_demo
@@ -61,7 +60,10 @@ def _run(arguments: list[str], cases: Sequence[Case] | None) -> int:
     except (OSError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         _say_error(options, str(error) or type(error).__name__)
         return 2
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # as torch tells it of a GPU and of a CPU
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
         _say_error(options, str(error))
         return 2
 

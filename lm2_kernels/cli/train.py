@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -183,10 +184,11 @@ def _train(
         training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
     )
     progress, first = options.out / folder.PROGRESS, 0
-    has_progress = distributed.by_first(lambda: _claim(options, run, held))
+    has_progress = distributed.by_first(lambda: _claim(options, held))
     if has_progress:
         first = distributed.load_progress(progress, wrapped, optimizer)
     if rank == 0:
+        run.write(options.out)
         _introduce(model, data, seen, chosen, f"{world} processes of {device.type}", first)
     bar = StepBar("train", first) if rank == 0 else None
     done = first
@@ -305,7 +307,7 @@ def _check(given: dict) -> None:
     lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = given.get(name)
-        if value is not None and not low <= value < math.inf:
+        if value is not None and not low <= value < 2**63:
             raise ValueError(f"{_flag(name)} must be at least {low}, got {value}")
     if not 0.0 < given.get("clip", 1.0) < math.inf:
         raise ValueError(f"--clip must be above 0, got {given['clip']}")
@@ -355,13 +357,12 @@ def _kind(tokenizer: str) -> str:
     return "text" if tokenizer == Bytes.kind else "token ids"
 
 
-def _claim(options: argparse.Namespace, run: _Run, held: contextlib.ExitStack) -> bool:
-    """Hold the folder and note the run there. Returns whether there is progress to go on from."""
+def _claim(options: argparse.Namespace, held: contextlib.ExitStack) -> bool:
+    """Hold the folder. Returns whether there is progress to go on from."""
     held.enter_context(folder.claimed(options.out))
     if not options.resume:
         folder.check_new(options.out, options.overwrite, is_held=True)
         folder.remove_progress(options.out)
-    run.write(options.out)
     return distributed.last_progress(options.out / folder.PROGRESS) is not None
 
 
@@ -424,7 +425,7 @@ def _save_model(out: Path, config: LM2Config, data: Corpus, weights: dict) -> No
         try:
             files.save(other, content, weights, texts)
         except OSError:
-            os.rmdir(other)
+            shutil.rmtree(other, ignore_errors=True)
             raise error from None
         raise OSError(f"{error}; the trained model is in {other} instead") from error
 

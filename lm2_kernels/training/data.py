@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lm2_kernels.disk import replace_file
+from lm2_kernels.state.hub import Place
 
 __all__ = [
     "RAW_DTYPES",
@@ -33,7 +34,8 @@ RAW_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
 # of token ids whose number of embeddings nobody gave: four times the largest that are in use
 _LARGEST_VOCABULARY = 2**20
 _PIECE = 2**24
-_WHOLE = 2**28
+# of a digest: the largest file that is read whole, and the pieces of a larger one
+_WHOLE, _SAMPLE = 2**28, 2**20
 # how files begin that somebody may take for text, and what to do with them
 _NUMPY = b"\x93NUMPY"
 _MAGIC = {
@@ -141,8 +143,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         ValueError: the file is damaged.
     """
+    place = Place("load_tokenizer", folder)
     # version 0.1.0 wrote it under the second name
-    paths = [Path(folder) / name for name in (TOKENIZER, "tokenizer.json")]
+    paths = (place.path(name) for name in (TOKENIZER, "tokenizer.json"))
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return Ids()
@@ -212,9 +215,7 @@ class Corpus:
             if smallest < 0:
                 raise ValueError(f"{path} has negative token ids ({smallest})")
             if vocab_size is not None and largest >= vocab_size:
-                raise ValueError(
-                    f"{path} has a token id {largest}, but vocab_size is {vocab_size}"
-                )
+                raise ValueError(f"{path} has a token id {largest}, but vocab_size is {vocab_size}")
             if vocab_size is None and largest >= _LARGEST_VOCABULARY:
                 raise ValueError(
                     f"{path} has a token id {largest}, for which a model would need as many "
@@ -354,7 +355,7 @@ def _digest(file: np.ndarray) -> str:
         for piece in _pieces(file):
             found.update(np.ascontiguousarray(piece))
     else:
-        length = 2**20 // file.itemsize
+        length = _SAMPLE // file.itemsize
         for start in np.linspace(0, len(file) - length, 256).astype(np.int64):
             found.update(np.ascontiguousarray(file[start : start + length]))
     return found.hexdigest()

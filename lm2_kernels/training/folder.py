@@ -107,18 +107,20 @@ def claimed(folder: Path) -> Iterator[None]:
     """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace."""
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        try:
-            yield
-        finally:
-            own = {path.name for path in folder.iterdir()}
-            if own <= {_RUN, _LOCK, PROGRESS} and last_progress(folder / PROGRESS) is None:
-                remove_progress(folder)
-                (folder / _RUN).unlink(missing_ok=True)
-    if is_new:
-        # whatever is in it keeps it
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    try:
+        with locked(folder):
+            try:
+                yield
+            finally:
+                own = {path.name for path in folder.iterdir()}
+                if own <= {_RUN, _LOCK, PROGRESS} and last_progress(folder / PROGRESS) is None:
+                    remove_progress(folder)
+                    (folder / _RUN).unlink(missing_ok=True)
+    finally:
+        if is_new:
+            # whatever is in it keeps it
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 @contextlib.contextmanager
