@@ -1,5 +1,6 @@
 """Files that are whole, or as they were before."""
 
+import errno
 import os
 import re
 import shutil
@@ -29,9 +30,10 @@ def replace_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
     try:
         for wanted, write in writes.items():
             path = Path(os.path.realpath(wanted))
-            is_special = path.exists() and not path.is_file() and not path.is_dir()
             try:
-                if is_special:
+                if path.is_dir():
+                    raise IsADirectoryError(errno.EISDIR, "")
+                if path.exists() and not path.is_file():
                     _copy_into(path, write)
                     continue
                 part = path.with_name(f"{path.name}.{os.getpid()}.part")

@@ -307,8 +307,10 @@ def _check(given: dict) -> None:
     lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = given.get(name)
-        if value is not None and not low <= value < 2**63:
+        if value is not None and not low <= value < math.inf:
             raise ValueError(f"{_flag(name)} must be at least {low}, got {value}")
+    if given.get("seed", 0) >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {given['seed']}")
     if not 0.0 < given.get("clip", 1.0) < math.inf:
         raise ValueError(f"--clip must be above 0, got {given['clip']}")
 

@@ -195,6 +195,9 @@ class LM2ForCausalLM(nn.Module):
             "the memory layers compute again what backward needs"
         )
 
+    # its name in later versions of transformers
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
     def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
         return [block.memory for block in self.model.layers if block.memory is not None]

@@ -99,6 +99,9 @@ def test_token_arrays_train_and_generate(tmp_path, capsys):
         cli.main(["generate", str(tmp_path / "model"), "--prompt", "1, 2 3", "--tokens", "4"]) == 0
     )
     assert len(capsys.readouterr().out.split()) == 7
+    for prompt in ("11", "-1", str(10**30)):
+        assert cli.main(["generate", str(tmp_path / "model"), f"--prompt={prompt}"]) == 2
+        assert "the model knows the token ids 0 to 10" in capsys.readouterr().err
     assert cli.main([*arguments, "--no-memory", "--overwrite"]) == 0
     assert LM2ForCausalLM.load(tmp_path / "model").config.memory_layers == ()
 
