@@ -60,6 +60,14 @@ class LM2Output(dict[str, Tensor | MemoryState]):
             return super().__getitem__(key)
         return self.to_tuple()[key]
 
+    def __setattr__(self, name: str, value: Tensor | MemoryState | None) -> None:
+        if name not in _NAMES:
+            raise AttributeError(f"LM2Output has {', '.join(_NAMES)}, and no {name!r}")
+        values = {key: self.get(key) for key in _NAMES} | {name: value}
+        # anew, for their order
+        self.clear()
+        self.update({key: value for key, value in values.items() if value is not None})
+
     def __reduce__(self):
         return type(self), tuple(self.get(name) for name in _NAMES)
 

@@ -133,9 +133,10 @@ class _Fetched:
     """A loss on its way to the CPU: to read it is to wait for it, but not for what came after."""
 
     def __init__(self, loss: Tensor):
-        self._copy = loss.detach().to("cpu", non_blocking=True)
-        self._event = None
-        if loss.device.type != "cpu":
+        self._copy, self._event = loss.detach(), None
+        # elsewhere a copy that nobody waits for cannot be told from one that is there
+        if loss.device.type in ("cuda", "xpu"):
+            self._copy = self._copy.to("cpu", non_blocking=True)
             self._event = torch.Event(loss.device)
             self._event.record()
 

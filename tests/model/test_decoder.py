@@ -531,6 +531,12 @@ def test_output_is_a_dict_and_a_tuple():
         plain["loss"]
     with pytest.raises(AttributeError):
         plain.losses  # noqa: B018 - to be refused
+    plain.loss, plain.logits = output.loss, None
+    assert plain[0] is output.loss and "logits" not in plain
+    plain.logits = output.logits
+    assert list(plain) == ["loss", "logits", "memory"]
+    with pytest.raises(AttributeError, match="no 'losses'"):
+        plain.losses = output.loss
     # who walks through dicts makes them anew
     again = type(plain)({name: value for name, value in plain.items()})
     assert again.logits is plain.logits
