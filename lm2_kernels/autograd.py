@@ -6,6 +6,7 @@ cannot differentiate: double backward, forward mode and vmap raise NotImplemente
 """
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -50,10 +51,14 @@ class _FirstOrderOnly(_Refusals, torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError(
-            f"{ctx.op}: double backward is not supported; for second derivatives use the ops of "
-            f"lm2_kernels.reference"
-        )
+        _refuse_double_backward(ctx.op)
+
+
+def _refuse_double_backward(op: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{op}: double backward is not supported; for second derivatives use the ops of "
+        f"lm2_kernels.reference"
+    )
 
 
 def _forward(op: str, *args) -> tuple[Tensor, ...]:
@@ -61,11 +66,13 @@ def _forward(op: str, *args) -> tuple[Tensor, ...]:
     return run(backend, f"{op}_forward", *args)
 
 
-def _run_backward(backend: str, function: str, *args):
+def _run_backward(ctx, function: str, *args):
+    if getattr(ctx, "is_of_operator", False):
+        return getattr(torch.ops.lm2_kernels, function)(*args, ctx.backend)
     # grad mode is on in a backward only under create_graph=True
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _FirstOrderOnly.apply(backend, function, *args)
-    return run(backend, function, *args)
+    if torch.is_grad_enabled():
+        return _FirstOrderOnly.apply(ctx.backend, function, *args)
+    return run(ctx.backend, function, *args)
 
 
 # Function -> the same with refusals, and what applies that fast
@@ -75,15 +82,11 @@ _with_refusals: dict[type, tuple[type, Callable]] = {}
 def apply(function: type[torch.autograd.Function], *args):
     """``function.apply``, refusing forward mode and vmap by name.
 
-    Where no gradient is wanted it is ``function.forward`` alone. torch.compile does not trace a
-    Function that defines ``jvp``, and has its own refusals; nor, without a gradient, one whose
-    ``forward`` names no arguments.
+    Where no gradient is wanted it is ``function.forward`` alone; and for torch.compile, which then
+    sees one operator with its own backward, and takes one tensor in several places.
     """
     if torch.compiler.is_compiling():
-        wanted = torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        )
-        return function.apply(*args) if wanted else function.forward(*args)
+        return function.forward(*args)
     if function not in _with_refusals:
         refusing = type(function.__name__, (_Refusals, function), {})
         # what Function.apply calls when no torch.func transform is active, after it has inspected
@@ -126,7 +129,7 @@ class MemoryAttentionFunction(torch.autograd.Function):
         needs_dquery, needs_dkey, needs_dvalue = ctx.needs_input_grad[:3]
         needs_dkey_value = needs_dkey or needs_dvalue
         dquery, dkey_value = _run_backward(
-            ctx.backend,
+            ctx,
             "memory_attention_backward",
             dout,
             *ctx.saved_tensors,
@@ -165,14 +168,28 @@ class MemoryUpdateFunction(torch.autograd.Function):
     def backward(ctx, doutput, dnew_memory):
         if doutput is None and dnew_memory is None:
             return (None,) * 9
-        needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates = ctx.needs_input_grad[:7]
         # read once: checkpointing unpacks what was saved a single time
         saved = ctx.saved_tensors
         _, _, input_gate, forget_gate, output_gate, gate_bias = saved
+        # no gradient, rather than zeros, for what the outputs that were used do not depend on
+        has_output_gate = output_gate is not None
+        is_written = dnew_memory is not None or not has_output_gate
+        is_shown = doutput is not None and has_output_gate
+        reached = (
+            doutput is not None,
+            is_written or (is_shown and ctx.output == "read"),
+            is_written or (is_shown and ctx.output == "memory"),
+            is_written,
+            is_written,
+            is_shown,
+            is_written,
+        )
+        needs = [need and here for need, here in zip(ctx.needs_input_grad, reached, strict=False)]
+        needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates = needs
         dcandidate, dmemory, dgates = None, None, [None] * 4
         if needs_dcandidate or needs_dmemory or any(needs_gates):
             dcandidate, dmemory, packed = _run_backward(
-                ctx.backend,
+                ctx,
                 "memory_update_backward",
                 doutput,
                 dnew_memory,
@@ -236,7 +253,7 @@ class ResidualLayerNormFunction(torch.autograd.Function):
         x, residual, *saved = ctx.saved_tensors
         needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dx, dweight, dbias = _run_backward(
-            ctx.backend,
+            ctx,
             "residual_layer_norm_backward",
             dout,
             x,
@@ -277,7 +294,7 @@ class PooledGateFunction(torch.autograd.Function):
             return (None,) * 6
         needs = ctx.needs_input_grad[:3]
         grads = _run_backward(
-            ctx.backend,
+            ctx,
             "pooled_gate_backward",
             dpooled,
             dnew_sum,
@@ -291,11 +308,16 @@ class PooledGateFunction(torch.autograd.Function):
 
 
 def _register(op: str, function: type[torch.autograd.Function]) -> None:
-    """Give the operators behind ``function`` its backward, for those who call them directly."""
+    """Give the operators behind ``function`` its backward: for torch.compile, and for those who
+    call them directly.
+
+    It calls operators in its turn, so that whoever traces it sees those alone.
+    """
 
     def setup_context_of(backend: tuple[str, ...]) -> Callable:
         def setup_context(ctx, inputs, output):
             function.setup_context(ctx, (*inputs, *backend), output)
+            ctx.is_of_operator = True
 
         return setup_context
 
@@ -303,11 +325,14 @@ def _register(op: str, function: type[torch.autograd.Function]) -> None:
         # the compiled backend's own operators have no argument for the backend
         return function.backward(ctx, *grads)[:-1]
 
-    torch.library.register_autograd(
-        f"lm2_kernels::{op}_forward", function.backward, setup_context=setup_context_of(())
-    )
+    def refuse(ctx, *grads):
+        _refuse_double_backward(op)
+
+    register = torch.library.register_autograd
+    register(f"lm2_kernels::{op}_forward", function.backward, setup_context=setup_context_of(()))
+    register(f"lm2_kernels::{op}_backward", refuse)
     if cpp.has(f"{op}_forward"):
-        torch.library.register_autograd(
+        register(
             f"{cpp.NAMESPACE}::{op}_forward", backward, setup_context=setup_context_of(("cpp",))
         )
 

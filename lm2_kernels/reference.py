@@ -330,7 +330,8 @@ def release_memory(
         x,
         candidate,
         rows,
-        input_gate + parameters["input_bias"],
-        forget_gate + parameters["forget_bias"],
+        # of no dimension, as released, whatever their shape
+        input_gate + parameters["input_bias"].reshape(()),
+        forget_gate + parameters["forget_bias"].reshape(()),
     )
     return out, _write_rows(memory, new_rows, slot_offset), new_sum

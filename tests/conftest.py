@@ -3,11 +3,13 @@
 import collections
 import os
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lm2_kernels import linear
+from lm2_kernels.backends import cpu_products
 from tools import hardware
 from tools.emulated_avx512 import avx512_reason
 from tools.emulated_cuda import emulation_reason
@@ -42,10 +44,13 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _packed_projections(monkeypatch):
-    """Projections are packed at the suite's small sizes too."""
-    monkeypatch.setattr(linear, "_MIN_MULTIPLICATIONS", 0)
+@pytest.fixture
+def large_products(monkeypatch):
+    """Linear layers of any size and dtype are large enough for our own Function."""
+    ways = SimpleNamespace(
+        is_large=lambda *_: True, is_widened=lambda _: True, product=cpu_products.product
+    )
+    monkeypatch.setattr(linear, "cpu_products", ways)
 
 
 @pytest.fixture(autouse=True)

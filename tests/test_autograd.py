@@ -1,5 +1,6 @@
 """What autograd promises for every op: which gradients, what is saved, and what is refused."""
 
+import functools
 import itertools
 
 import pytest
@@ -8,7 +9,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import lm2_kernels as lm2
-from lm2_kernels import functional, testing
+from lm2_kernels import functional, reference, testing
 from lm2_kernels.testing.cases import Case
 from tools.native import needs_cpp
 
@@ -148,6 +149,58 @@ def test_an_unused_output_counts_as_zero(case, used, backend):
     for name, gradient, zero in zip(leaves, got, expected, strict=True):
         # None where nothing depends on the input
         assert not zero.any() if gradient is None else torch.equal(gradient, zero), name
+
+
+def inputs_without_gradient(case: Case, function, used, wrap=lambda step: step) -> set[str]:
+    """Which inputs a loss on the outputs ``used`` leaves without a gradient."""
+    inputs = testing.make_inputs(case, torch.float32)
+    leaves = make_leaves(inputs)
+    constants = {n: value for n, value in inputs.constants.items() if n != "dropout_p"}
+
+    def loss():
+        outputs = function(**leaves, **constants)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return sum(outputs[index].sum() for index in used)
+
+    wrap(loss)().backward()
+    return {name for name, leaf in leaves.items() if leaf.grad is None}
+
+
+USED = [
+    (case, used)
+    for case in EVERY_OPTION
+    for used in ([(0,), (1,), (0, 1)] if case.op in ("memory_update", "pooled_gate") else [(0,)])
+]
+
+
+@every_backend
+@pytest.mark.parametrize(("case", "used"), USED, ids=[f"{c.id}-{u}" for c, u in USED])
+def test_no_gradient_where_nothing_flows(case, used, backend):
+    """None as the oracle's, not zeros, which an optimiser would decay weights by."""
+    function = functools.partial(getattr(functional, case.op), backend=backend)
+    want = inputs_without_gradient(case, getattr(reference, case.op), used)
+    assert inputs_without_gradient(case, function, used) == want
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("output", ["read", "memory"])
+def test_compiled_has_no_gradient_where_nothing_flows(output, used):
+    torch._dynamo.reset()
+    case = update(output_gate=True, gate_bias="segment", output=output)
+    want = inputs_without_gradient(case, reference.memory_update, (used,))
+    compiled = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    assert inputs_without_gradient(case, lm2.memory_update, (used,), compiled) == want
+
+
+@every_backend
+def test_no_kernel_runs_for_what_nothing_flows_to(backend):
+    inputs = testing.make_inputs(update(output_gate=True), torch.float32)
+    leaves = make_leaves(inputs, ("hidden", "input_gate", "forget_gate", "memory"))
+    output, _ = lm2.memory_update(**leaves, backend=backend)
+    with lm2.recording() as recorded:
+        output.sum().backward()
+    assert not recorded
+    assert {name for name, leaf in leaves.items() if leaf.grad is not None} == {"hidden"}
 
 
 @every_backend

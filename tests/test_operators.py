@@ -8,7 +8,8 @@ import re
 import pytest
 import torch
 
-from lm2_kernels import backends, operators, reference, testing
+import lm2_kernels as lm2
+from lm2_kernels import backends, functional, operators, reference, testing
 from lm2_kernels.backends.contract import RESULTS
 from tools.interpreter import run_python
 from tools.native import needs_cpp
@@ -312,3 +313,53 @@ def test_the_extension_has_the_schema(function):
     """csrc/schemas.h says the same as the signature that all other schemas are made from."""
     compiled = getattr(torch.ops.lm2_kernels_cpp, function).default._schema
     assert str(compiled) == f"lm2_kernels_cpp::{function}{operators.schema(function)}"
+
+
+# --- what torch.compile makes of the ops --------------------------------------------------------
+
+# one tensor, or views of one, in several places
+REPEATED = {
+    "attention, key is value": lambda x, w: lm2.memory_attention(x, w, w),
+    "attention, one tensor": lambda x, w: lm2.memory_attention(x, x, x),
+    "attention, views": lambda x, w: lm2.memory_attention(x[:, :2], x[:, 1:], x.flip(1)[:, 1:]),
+    "update, twice": lambda x, w: lm2.memory_update(
+        x[..., 0], x[..., 0], x[..., 0], w[..., 1], w[..., 1]
+    ),
+    "update, one tensor": lambda x, w: lm2.memory_update(
+        *(x[..., 0],) * 6, gate_bias=x.flatten(2)[..., :6]
+    ),
+    "norm, twice": lambda x, w: functional.residual_layer_norm(
+        x[..., 0], x[..., 0], w[0, 0, :, 0], w[0, 0, :, 0]
+    ),
+    "norm, one tensor": lambda x, w: functional.residual_layer_norm(
+        x[..., 0], x[..., 0], x[0, 0, :, 0], x[0, 0, :, 1]
+    ),
+    "pool, one tensor": lambda x, w: functional.pooled_gate(
+        x[..., 0], x[0, 0, :, 0], prefix=True, pooled_sum=x[:, 0, :, 0], num_pooled=2
+    ),
+}
+
+
+def _results(function, *tensors):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(output.square().sum() for output in outputs)
+    return [*outputs, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+
+# inductor takes seconds for each, and is given the graph that aot_eager is
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [*((name, "aot_eager") for name in REPEATED), ("attention, key is value", "inductor")],
+)
+def test_compiled_with_one_tensor_in_several_places(name, how):
+    """Outputs and gradients are those of eager mode, for other sizes too."""
+    torch._dynamo.reset()
+    function = REPEATED[name]
+    compiled = torch.compile(function, fullgraph=True, backend=how, dynamic=True)
+    for batch in (2, 3):
+        x, w = torch.randn(2, batch, 5, 3, 4, dtype=torch.float64)
+        for got, want in zip(_results(compiled, x, w), _results(function, x, w), strict=True):
+            # None for a tensor that is not used
+            assert got is want is None or torch.allclose(got, want, rtol=1e-12, atol=1e-12)

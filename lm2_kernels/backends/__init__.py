@@ -7,9 +7,12 @@ Backends never import one another. What two of them share lives in
 
 import contextlib
 import importlib
+import itertools
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -25,8 +28,10 @@ _BUILT_IN = NAMES
 # modules, and the objects that were registered
 _modules: dict[str, Any] = {}
 _import_errors: dict[str, str] = {}
-_requested = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
-_recordings: list[list[tuple[str, str]]] = []
+# of the process, for what no use_backend is in force
+_default = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+# by identity, as two recordings may hold equal lists
+_recordings: dict[int, list[tuple[str, str]]] = {}
 _warned: set[tuple[str, str]] = set()
 
 
@@ -154,13 +159,13 @@ def unregister(name: str) -> None:
     Raises:
         ValueError: no such backend was registered.
     """
-    global NAMES, _requested
+    global NAMES, _default
     if name not in NAMES or name in _BUILT_IN:
         raise ValueError(f"unregister: there is no registered backend {name!r}")
     NAMES = tuple(other for other in NAMES if other != name)
     del _modules[name]
-    if _requested == name:
-        _requested = "auto"
+    if _default == name:
+        _default = "auto"
 
 
 @constant_when_compiled
@@ -203,7 +208,7 @@ def select(op: str, tensors: tuple[Tensor, ...], backend: str | None = None) -> 
         ValueError: the name is unknown.
         RuntimeError: a backend asked for by name cannot run this call; the text says why.
     """
-    request = _requested if backend is None else backend
+    request = requested_backend() if backend is None else backend
     # use_backend has checked its own: a bad default comes from the environment
     check_choice(request, f"{op}: {ENVIRONMENT_VARIABLE if backend is None else 'backend'}")
     if torch.compiler.is_compiling():
@@ -254,7 +259,7 @@ def call(name: str, function: str, *args):
 
 def record(function: str, name: str) -> None:
     """Note in every open :func:`recording` that ``name`` ran ``function``."""
-    for recorded in _recordings:
+    for recorded in tuple(_recordings.values()):
         recorded.append((function, name))
 
 
@@ -262,45 +267,91 @@ def record(function: str, name: str) -> None:
 def recording() -> Iterator[list[tuple[str, str]]]:
     """Collect ``(function, backend)`` for every backend call made in the block.
 
-    A call that triton or cpp hands to the composite path is followed by a second entry with the
-    backend's name and ``/composite``.
+    By any thread, as autograd runs a GPU's backward in threads of its own. A call that triton or
+    cpp hands to the composite path is followed by a second entry with the backend's name and
+    ``/composite``.
     """
     recorded: list[tuple[str, str]] = []
-    _recordings.append(recorded)
+    _recordings[id(recorded)] = recorded
     try:
         yield recorded
     finally:
-        # by identity: two recordings may hold equal lists
-        _recordings[:] = [r for r in _recordings if r is not recorded]
+        del _recordings[id(recorded)]
+
+
+# what use_backend has set in this thread or task: whose __exit__ undoes it, and the name; the last
+# one is in force
+_Settings = tuple[tuple[weakref.ref, str], ...]
+_settings: ContextVar[_Settings] = ContextVar("settings")
+_in_force: ContextVar[str] = ContextVar("in_force")
+# the same inside of a function that torch.compile traces, which cannot set a ContextVar
+_traced: tuple[str, ...] = ()
+
+
+class _Context:
+    # torch.compile cannot trace ContextVar.get, but reads, and guards on, a property that C
+    # computes; the object itself stands for what has no value
+    in_force = property(_in_force.get)
+
+
+_context = _Context()
 
 
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
-    """Set the default backend, until the ``with`` block ends or for good.
+    """Set the default backend of this thread or asyncio task, until the ``with`` block ends.
 
-    ``use_backend("eager")`` alone is a setter for the whole process; as a context manager it
-    restores the earlier default. ``"auto"`` takes the first backend that can run each call.
+    ``use_backend("eager")`` alone sets it for good, or until the ``with use_backend`` around it
+    ends; in a function that torch.compile traces it does nothing. A new thread starts with the
+    process's default: the environment variable ``LM2_KERNELS_BACKEND``, else ``"auto"``, which
+    takes the first backend that can run each call. A backward runs where its forward ran, whatever
+    thread autograd takes for it. A generator's block holds for its caller too while it waits, as
+    that of ``torch.no_grad`` does.
 
     Raises:
         ValueError: the name is unknown.
     """
 
     def __init__(self, backend: str):
-        global _requested
         check_choice(backend)
-        self._previous = _requested
-        self._was_known = _requested in (*NAMES, "auto")
-        _requested = backend
+        self._backend = backend
+        if not torch.compiler.is_compiling():
+            _set((*_settings.get(()), (weakref.ref(self), backend)))
 
     def __enter__(self) -> None:
-        return None
+        global _traced
+        if torch.compiler.is_compiling():
+            _traced = (*_traced, self._backend)
 
     def __exit__(self, *exception: object) -> None:
-        global _requested
-        # what was registered may have been taken out in the meantime
-        is_gone = self._was_known and self._previous not in (*NAMES, "auto")
-        _requested = "auto" if is_gone else self._previous
+        global _traced
+        if torch.compiler.is_compiling():
+            _traced = _traced[:-1]
+            return
+        settings = _settings.get(())
+        place = next((i for i, (setter, _) in enumerate(settings) if setter() is self), None)
+        if place is not None:
+            # with those that were set in the block and have nobody left to undo them
+            later = (setting for setting in settings[place + 1 :] if setting[0]() is not None)
+            _set((*settings[:place], *later))
+
+
+def _set(settings: _Settings) -> None:
+    # of neighbours that nobody can undo only the last one counts
+    settings = tuple(
+        setting
+        for setting, after in itertools.zip_longest(settings, settings[1:])
+        if after is None or setting[0]() is not None or after[0]() is not None
+    )
+    _settings.set(settings)
+    _in_force.set(settings[-1][1] if settings else "")
 
 
 def requested_backend() -> str:
     """The default backend in force: a backend's name or "auto"."""
-    return _requested
+    name = _context.in_force
+    if torch.compiler.is_compiling() and _traced:
+        name = _traced[-1]
+    if not isinstance(name, str) or not name:
+        return _default
+    # what was registered may have been taken out in the meantime
+    return name if name in (*NAMES, "auto") else "auto"

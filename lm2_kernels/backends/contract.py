@@ -50,9 +50,7 @@ def memory_attention_forward(query):
 
 
 def memory_attention_backward(query, key, needs_dquery, needs_dkey_value):
-    """``dquery``, ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer, ready for a packed
-    projection.
-    """
+    """``dquery``, ``dkey_value`` (B, N, 2, H, K): dK and dV in one buffer."""
     batch, num_slots, num_heads, head_width = key.shape
     packed = (batch, num_slots, 2, num_heads, head_width)
     return _like(query, query.shape, needs_dquery), _like(key, packed, needs_dkey_value)

@@ -1,6 +1,7 @@
 """What both memory layers share: options, checks of inputs, reading and writing."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -28,15 +29,14 @@ from lm2_kernels.checks import (
     check_tensors,
     go_together,
 )
-from lm2_kernels.linear import pack, project
+from lm2_kernels.linear import apply_linear
+from lm2_kernels.plain import plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
 class MemoryLayer(nn.Module):
     """What both layers share: their options, the checks of their inputs, reading and writing."""
 
-    # names of Linear layers that read one input: each group is one matrix product
-    PACKED: tuple[tuple[str, ...], ...] = ()
     OPS: tuple[str, ...] = ()
 
     def __init__(
@@ -82,21 +82,6 @@ class MemoryLayer(nn.Module):
             check_scale(op, self.scale)
         check_bool(op, "causal", self.causal)
         check_dropout(op, self.dropout)
-
-    def _pack(self) -> None:
-        for names in self.PACKED:
-            pack(*(getattr(self, name) for name in names))
-
-    def _apply(self, fn, recurse=True):
-        # .to(), .cuda() and the like move parameters one by one
-        super()._apply(fn, recurse)
-        self._pack()
-        return self
-
-    def __setstate__(self, state):
-        # copied or unpickled parameters lie apart
-        super().__setstate__(state)
-        self._pack()
 
     def extra_repr(self) -> str:
         options = {
@@ -171,7 +156,10 @@ class MemoryLayer(nn.Module):
         weight = self.any_parameter()
         if weight is None:
             weight = x
-        check_tensors(op, x=x, memory=memory, parameters=weight)
+        check_tensors(op, x=x, memory=memory)
+        if weight.device != x.device and plain_parameters(self.query_proj, nn.Linear):
+            # not offloaded: nobody moves them when the projection is called
+            check_tensors(op, x=x, memory=memory, parameters=weight)
         check_shape(op, "x", x, "(B, T, D)", (None, None, self.dim))
         check_shape(op, "memory", memory, "(B, N, D)", (x.shape[0], None, self.dim))
         check_nonempty(op, "x", x, {"tokens T": 1})
@@ -237,18 +225,35 @@ class MemoryLayer(nn.Module):
         backend = requested_backend()
 
         def again(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-            own = tuple(parameter.data_ptr() for parameter in self.parameters())
-            if own != tuple(tensor.data_ptr() for tensor in inputs[len(tensors) :]):
-                raise RuntimeError(
-                    f"{type(self).__name__}: with recompute=True, backward needs the parameters "
-                    f"that forward had, but they were replaced; use recompute=False here"
-                )
-            # backward may run outside of the caller's use_backend
-            with use_backend(backend):
+            # backward may run outside of the caller's use_backend, and of a functional_call
+            with use_backend(backend), self._holding(inputs[len(tensors) :]):
                 return function(*inputs[: len(tensors)], place)
 
         # the parameters as inputs: autograd then notices if they change before backward
         return checkpoint(again, *tensors, *parameters, **options)
+
+    @contextlib.contextmanager
+    def _holding(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Have the layer hold these parameters, in the order of :meth:`parameters`."""
+        places = {}
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    places.setdefault(parameter, []).append((module, name))
+        changed = [
+            (own, given, places[own])
+            for own, given in zip(places, parameters, strict=True)
+            if own is not given
+        ]
+        for _, given, names in changed:
+            for module, name in names:
+                module._parameters[name] = given
+        try:
+            yield
+        finally:
+            for own, _, names in changed:
+                for module, name in names:
+                    module._parameters[name] = own
 
     def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
         """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
@@ -256,31 +261,9 @@ class MemoryLayer(nn.Module):
             return tensor
         return tensor.to(x.dtype)
 
-    def _project(
-        self, x: Tensor, *layers: nn.Module, width: int | None = None, relu: bool = False
-    ) -> tuple[Tensor, ...]:
-        """Projections of x, each (B, T, width) in the dtype that x is computed in.
-
-        The ops take them as they are: what a module that somebody put in a Linear's place, or
-        hooked, made of x is checked here.
-        """
-        results = project(x, *layers, relu=relu)
-        shape = (*x.shape[:-1], self.dim if width is None else width)
-        dtype = computed_dtype(x)
-        for result in results:
-            if result.shape != shape or result.dtype != dtype or result.device != x.device:
-                break
-        else:
-            return results
-        names = {module: name for name, module in self.named_modules()}
-        is_cast = autocast_dtype(x.device.type) is not None
-        for layer, result in zip(layers, results, strict=True):
-            op = f"{type(self).__name__}.{names[layer]}"
-            check_tensors(op, input=x, result=result)
-            check_shape(op, "result", result, "(B, T, width)", shape)
-            if not is_cast or not go_together(dtype, result.dtype):
-                check_dtypes(op, dtype, (), result=result)
-        return tuple(result.to(dtype) for result in results)
+    def _project(self, name: str, x: Tensor, layer: nn.Module, *, relu: bool = False) -> Tensor:
+        """A projection of x to the layer's width; see :func:`project`."""
+        return project(f"{type(self).__name__}.{name}", x, layer, self.dim, relu=relu)
 
     def _heads(self, tensor: Tensor) -> Tensor:
         return tensor.view(*tensor.shape[:-1], self.num_heads, self.dim // self.num_heads)
@@ -309,6 +292,49 @@ class MemoryLayer(nn.Module):
             backend=self.backend,
         )
         return read.flatten(-2)
+
+
+def project(op: str, x: Tensor, layer: nn.Module, width: int, *, relu: bool = False) -> Tensor:
+    """``layer(x)``, or its ReLU, (B, T, width) in the dtype that x is computed in.
+
+    The ops take it as it is: what a module that somebody put in a Linear's place, or hooked, made
+    of x is checked here. ``op`` names the layer in errors.
+    """
+    dtype, device = computed_dtype(x), x.device
+    for parameter in layer._parameters.values():
+        if parameter is not None and (parameter.dtype != dtype or parameter.device != device):
+            _check_parameters(op, x, layer, dtype)
+    result = apply_linear(x, layer, relu=relu)
+    if result.dtype == dtype and result.device == device and result.shape == (*x.shape[:-1], width):
+        return result
+    return check_result(
+        op, result, x, width, dtype, is_cast=autocast_dtype(device.type) is not None
+    )
+
+
+def _check_parameters(op: str, x: Tensor, layer: nn.Module, dtype: torch.dtype) -> None:
+    """Refuse a Linear of another dtype or device than x: called, other modules have their way."""
+    is_cast = autocast_dtype(x.device.type) is not None
+    weight, bias = plain_parameters(layer, nn.Linear) or (None, None)
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            check_tensors(op, input=x, **{name: parameter})
+            if not (is_cast and go_together(dtype, parameter.dtype)):
+                check_dtypes(op, dtype, (), **{name: parameter})
+
+
+def check_result(
+    op: str, result: Tensor, x: Tensor, width: int, dtype: torch.dtype, *, is_cast: bool
+) -> Tensor:
+    """What a submodule made of x, (B, T, width) in ``dtype``; TypeError or ValueError if it is not.
+
+    ``is_cast``: whether a result of another dtype that goes with ``dtype`` is cast to it.
+    """
+    check_tensors(op, input=x, result=result)
+    check_shape(op, "result", result, "(B, T, width)", (*x.shape[:-1], width))
+    if not is_cast or not go_together(dtype, result.dtype):
+        check_dtypes(op, dtype, (), result=result)
+    return result.to(dtype)
 
 
 def ordinary_parameter(module: nn.Module) -> Tensor | None:
@@ -358,8 +384,8 @@ class BankReader:
         if slot_mask is not None:
             # 0 * NaN is NaN in the gradients of the projections too
             bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
-        key, value = layer._project(bank, layer.key_proj, layer.value_proj)
-        key, value = layer._heads(key), layer._heads(value)
+        key = layer._heads(layer._project("key_proj", bank, layer.key_proj))
+        value = layer._heads(layer._project("value_proj", bank, layer.value_proj))
         return layer._attention(query, key, value, layer.causal, self._slot_offset, slot_mask)
 
 
@@ -374,9 +400,9 @@ class PieceReader:
         """See :class:`Reader`."""
         layer, cache = self._layer, self._cache
         operand = layer._operand(rows, query)
-        key, value = layer._project(operand, layer.key_proj, layer.value_proj)
-        key = cache.extend(f"key{block}", layer._heads(key))
-        value = cache.extend(f"value{block}", layer._heads(value))
+        key = layer._heads(layer._project("key_proj", operand, layer.key_proj))
+        value = layer._heads(layer._project("value_proj", operand, layer.value_proj))
+        key, value = cache.extend(f"key{block}", key), cache.extend(f"value{block}", value)
         if cache.start is None:
             visible = cache.visible(query.device)
             return layer._attention(query, key, value, False, 0, visible)

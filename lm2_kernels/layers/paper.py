@@ -53,12 +53,6 @@ class PaperMemory(MemoryLayer):
     """
 
     OPS = ("memory_attention", "memory_update")
-    PACKED = (
-        ("query_proj", "input_gate_proj"),
-        ("key_proj", "value_proj"),
-        # in the order in which memory_update writes their gradients
-        ("forget_gate_proj", "output_gate_proj"),
-    )
 
     def __init__(
         self,
@@ -101,7 +95,6 @@ class PaperMemory(MemoryLayer):
         self.input_gate_proj = projection()
         self.forget_gate_proj = projection()
         self.reset_parameters()
-        self._pack()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -177,16 +170,14 @@ class PaperMemory(MemoryLayer):
         return self._rewrite(x, rows, PieceReader(self, cache))
 
     def _rewrite(self, x: Tensor, rows: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
-        query, input_gate = self._project(x, self.query_proj, self.input_gate_proj)
-        read = reader.read(query, rows, 0)
-        forget_gate, output_gate = self._project(read, self.forget_gate_proj, self.output_gate_proj)
+        read = reader.read(self._project("query_proj", x, self.query_proj), rows, 0)
         return unchecked.memory_update(
             x,
             read,
             rows,
-            input_gate,
-            forget_gate,
-            output_gate,
+            self._project("input_gate_proj", x, self.input_gate_proj),
+            self._project("forget_gate_proj", read, self.forget_gate_proj),
+            self._project("output_gate_proj", read, self.output_gate_proj),
             output=self.output,
             backend=self.backend,
         )

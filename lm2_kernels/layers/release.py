@@ -1,12 +1,14 @@
 """The memory layer of the authors' released code."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.backends import computed_dtype
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -16,19 +18,135 @@ from lm2_kernels.checks import (
     check_shape,
     check_tensors,
 )
-from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
-from lm2_kernels.linear import split_columns
+from lm2_kernels.layers.base import (
+    BankReader,
+    MemoryLayer,
+    PieceReader,
+    Reader,
+    check_result,
+    ordinary_parameter,
+    project,
+)
+from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
-class _GateProjector(nn.Module):
-    """A Linear to both gates under the released module's names; ``w`` scales the pooled input."""
+class _Shared(nn.Module):
+    """One module in every place of a list; in the state dict it stands under each place's name.
 
-    def __init__(self, dim: int, *, scaled: bool, device=None, dtype=None):
+    To everything else it is one module of one name, as functional_call, pruning and sharding need.
+    """
+
+    def __init__(self, module: nn.Module, places: int):
         super().__init__()
-        if scaled:
-            self.w = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.places = places
+        self.under_all_names = True
+        self.add_module("0", module)
+
+    def __len__(self) -> int:
+        return self.places
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return itertools.repeat(self._modules["0"], self.places)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        if not -self.places <= index < self.places:
+            raise IndexError(f"index {index} is out of range for {self.places} places")
+        return self._modules["0"]
+
+    def extra_repr(self) -> str:
+        return f"places={self.places}"
+
+    # by the names of the state dict: for get_submodule, set_submodule, distributed checkpoints
+
+    def __getattr__(self, name: str):
+        return super().__getattr__("0" if self._is_place(name) else name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__("0" if self._is_place(name) else name, value)
+
+    def _is_place(self, name: str) -> bool:
+        return name.isdecimal() and int(name) < self.places
+
+    def state_dict(self, *, destination=None, prefix="", keep_vars=False):
+        """As of any module, with each tensor under the names of all places."""
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        names = [name for name in state if name.startswith(f"{prefix}0.")]
+        for place in range(1, self.places if self.under_all_names else 1):
+            for name in names:
+                tensor = state[name] if keep_vars else _owned(state[name])
+                state[self._alias(name, prefix, place)] = tensor
+        return state
+
+    @staticmethod
+    def _alias(name: str, prefix: str, place: int) -> str:
+        return f"{prefix}{place}.{name.removeprefix(f'{prefix}0.')}"
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        names = list(self._modules["0"].state_dict(prefix=f"{prefix}0."))
+        for place, name in itertools.product(range(1, self.places), names):
+            alias = self._alias(name, prefix, place)
+            if alias in state_dict:
+                tensor = state_dict.pop(alias)
+                if not _are_equal(state_dict.setdefault(name, tensor), tensor):
+                    error_msgs.append(f"{alias} differs from {name}, but they are one parameter")
+            elif self.under_all_names:
+                missing_keys.append(alias)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy if it is a part of a larger one, as FSDP1's are, which it will free."""
+    is_part = type(tensor) in ORDINARY and tensor.untyped_storage().nbytes() > tensor.nbytes
+    return tensor.clone() if is_part else tensor
+
+
+def _are_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of a state dict are one; True where that cannot be seen."""
+    if first is second or not (type(first) is type(second) is Tensor) or first.is_meta:
+        return True
+    return first.shape == second.shape and torch.equal(first, second.to(first))
+
+
+# (x (B, T, D), w (D,)) -> pooled (B, 1 or T, D) and the sum over all tokens so far (B, D)
+Pool = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class _InputGateProjector(nn.Module):
+    """The gates' part of the segment's tokens: a Linear of the pooled ``relu(w * x)``."""
+
+    def __init__(self, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        # w is the pool's to take, but only here is it what pruning or offloading made of it
+        pooled, new_sum = pool(x, self.w)
+        name, width = "ReleaseMemory.input_gate_projector.linear", 2 * x.shape[-1]
+        return project(name, pooled, self.linear, width), new_sum
+
+
+class _MemoryGateProjector(nn.Module):
+    """The gates' part of the memory's rows: a Linear of their tanh."""
+
+    def __init__(self, dim: int, *, device=None, dtype=None):
+        super().__init__()
+        self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        name, width = "ReleaseMemory.memory_gate_projector.linear", 2 * rows.shape[-1]
+        return project(name, torch.tanh(rows), self.linear, width)
 
 
 class ReleaseMemory(MemoryLayer):
@@ -80,7 +198,6 @@ class ReleaseMemory(MemoryLayer):
     """
 
     OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
-    PACKED = (("key_proj", "value_proj"),)
 
     def __init__(
         self,
@@ -121,16 +238,15 @@ class ReleaseMemory(MemoryLayer):
         self.query_proj = nn.Linear(dim, dim, **like)
         self.key_proj = nn.Linear(dim, dim, **like)
         self.value_proj = nn.Linear(dim, dim, **like)
-        # one Linear under several names, as in the released state dict
-        self.attention_mlp = nn.ModuleList([nn.Linear(dim, dim, **like)] * attention_mlp_layers)
+        self.attention_mlp = _Shared(nn.Linear(dim, dim, **like), attention_mlp_layers)
         self.attended_memory_layernorm = nn.LayerNorm(dim, eps=eps, **like)
         self.attended_memory_layernorm2 = nn.LayerNorm(dim, eps=eps, **like)
-        self.input_gate_projector = _GateProjector(dim, scaled=True, **like)
-        self.memory_gate_projector = _GateProjector(dim, scaled=False, **like)
-        self.input_bias = nn.Parameter(torch.empty((), **like))
-        self.forget_bias = nn.Parameter(torch.empty((), **like))
+        self.input_gate_projector = _InputGateProjector(dim, **like)
+        self.memory_gate_projector = _MemoryGateProjector(dim, **like)
+        # (): the released shape, which FSDP refuses
+        self.input_bias = nn.Parameter(torch.empty(1, **like))
+        self.forget_bias = nn.Parameter(torch.empty(1, **like))
         self.reset_parameters()
-        self._pack()
 
     def _check_options(self) -> None:
         super()._check_options()
@@ -152,6 +268,14 @@ class ReleaseMemory(MemoryLayer):
         nn.init.ones_(self.input_gate_projector.w)
         nn.init.zeros_(self.input_bias)
         nn.init.ones_(self.forget_bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # the two biases in the shape that they have here, () or (1,)
+        for name in ("input_bias", "forget_bias"):
+            saved, own = state_dict.get(prefix + name), getattr(self, name)
+            if isinstance(saved, Tensor) and saved.numel() == own.numel() == 1:
+                state_dict[prefix + name] = saved.reshape(own.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, num_blocks={self.num_blocks}"
@@ -195,10 +319,8 @@ class ReleaseMemory(MemoryLayer):
             if pooled_sum is not None or return_pooled_sum:
                 raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
-            self._check_vectors(x)
             return self._run(self._forward_piece, (x, memory), cache)
         self._check(x, memory, slot_offset, slot_mask)
-        self._check_vectors(x)
         if pooled_sum is not None:
             if self.pooled_gate != "prefix":
                 raise ValueError(
@@ -252,26 +374,6 @@ class ReleaseMemory(MemoryLayer):
             return_pooled_sum: bool,
         ) -> tuple[Tensor, ...]: ...
 
-    def _check_vectors(self, x: Tensor) -> None:
-        """The parameters that the ops read as they are."""
-        op, scale = "ReleaseMemory", self.input_gate_projector.w
-        norms = {
-            name: getattr(self, name)
-            for name in ("attended_memory_layernorm", "attended_memory_layernorm2")
-        }
-        vectors = {"input_gate_projector.w": scale}
-        for name, norm in norms.items():
-            vectors |= {f"{name}.weight": norm.weight, f"{name}.bias": norm.bias}
-        check_tensors(op, x=x, **vectors)
-        for name, vector in vectors.items():
-            check_shape(op, name, vector, "(D,)", (self.dim,))
-        check_mixed(op, x=x.dtype, **{"input_gate_projector.w": scale.dtype})
-        for name, norm in norms.items():
-            dtype = norm.weight.dtype
-            check_mixed(op, x=computed_dtype(x), **{f"{name}.weight": dtype})
-            check_dtypes(op, dtype, (), **{f"{name}.bias": norm.bias})
-            check_eps(op, norm.eps)
-
     def _forward(
         self,
         x: Tensor,
@@ -281,16 +383,17 @@ class ReleaseMemory(MemoryLayer):
         slot_offset: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked; with the pooled sum."""
-        pooled, new_sum = self._pool(x, pooled_sum, slot_offset)
+        pool = functools.partial(self._pool, pooled_sum=pooled_sum, num_pooled=slot_offset)
+        gate_bias, new_sum = self._gate_bias(x, pool)
         reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + x.shape[1]]
-        output, new_rows = self._rewrite(x, rows, pooled, reader)
+        output, new_rows = self._rewrite(x, rows, gate_bias, reader)
         return output, write_rows(memory, new_rows, slot_offset), new_sum
 
     def _forward_piece(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
-        pooled = self._pool_piece(x, cache)
-        return self._rewrite(x, rows, pooled, PieceReader(self, cache))
+        gate_bias, _ = self._gate_bias(x, functools.partial(self._pool_piece, cache=cache))
+        return self._rewrite(x, rows, gate_bias, PieceReader(self, cache))
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps of a token in a cache: name -> shape."""
@@ -298,7 +401,7 @@ class ReleaseMemory(MemoryLayer):
         names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
         return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
 
-    def _pool_piece(self, x: Tensor, cache: SegmentCache) -> Tensor:
+    def _pool_piece(self, x: Tensor, w: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
         """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
         if self.pooled_gate == "segment" and cache.start != 0:
             raise ValueError(
@@ -311,32 +414,42 @@ class ReleaseMemory(MemoryLayer):
             # relu(w * 0) adds nothing to the sum
             x = torch.where(real, x, 0.0)
         pooled_sum = cache.running_sum("pooled")
-        pooled, new_sum = self._pool(x, pooled_sum, cache.start or 0)
+        pooled, new_sum = self._pool(x, w, pooled_sum, cache.start or 0)
         cache.set_running_sum("pooled", new_sum)
         if cache.start is None or (real is not None and self.pooled_gate == "segment"):
             # rows have pooled different numbers of tokens
             counts = cache.counts(x.shape[0], x.device)
             pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
-        return pooled
+        return pooled, new_sum
 
-    def _pool(self, x: Tensor, pooled_sum: Tensor | None, num_pooled: int) -> tuple[Tensor, Tensor]:
+    def _pool(
+        self, x: Tensor, w: Tensor, pooled_sum: Tensor | None, num_pooled: int
+    ) -> tuple[Tensor, Tensor]:
+        op, name = type(self).__name__, "input_gate_projector.w"
+        check_tensors(op, x=x, **{name: w})
+        check_shape(op, name, w, "(D,)", (self.dim,))
+        check_mixed(op, x=x.dtype, **{name: w.dtype})
         return unchecked.pooled_gate(
             x,
-            self.input_gate_projector.w,
+            w,
             prefix=self.pooled_gate == "prefix",
             pooled_sum=pooled_sum,
             num_pooled=0 if pooled_sum is None else num_pooled,
             backend=self.backend,
         )
 
+    def _gate_bias(self, x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+        """The pooled part of the gates with all biases (B, 1 or T, 2 D), and the pooled sum."""
+        gates, new_sum = self.input_gate_projector(x, pool)
+        biases = torch.cat([bias.expand(self.dim) for bias in (self.input_bias, self.forget_bias)])
+        return gates + biases.to(gates.dtype), new_sum
+
     def _rewrite(
-        self, x: Tensor, rows: Tensor, pooled: Tensor, reader: Reader
+        self, x: Tensor, rows: Tensor, gate_bias: Tensor, reader: Reader
     ) -> tuple[Tensor, Tensor]:
-        gate_bias = self._gate_bias(pooled)
         candidate = self._attend(x, rows, reader)
-        opened = torch.tanh(self._operand(rows, x))
-        (gates,) = self._project(opened, self.memory_gate_projector.linear, width=2 * self.dim)
-        input_gate, forget_gate = split_columns(gates, 2)
+        gates = self.memory_gate_projector(self._operand(rows, x))
+        input_gate, forget_gate = gates.chunk(2, dim=-1)
         return unchecked.memory_update(
             x,
             candidate,
@@ -349,23 +462,34 @@ class ReleaseMemory(MemoryLayer):
 
     def _attend(self, x: Tensor, rows: Tensor, reader: Reader) -> Tensor:
         """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
-        (query,) = self._project(x, self.query_proj)
+        query = self._project("query_proj", x, self.query_proj)
         for block in range(self.num_blocks):
             read = reader.read(query, rows, block)
-            attended = self._normalise(read, rows, self.attended_memory_layernorm)
+            name = "attended_memory_layernorm"
+            attended = self._normalise(name, read, rows, self.attended_memory_layernorm)
             mixed = attended
             for layer in self.attention_mlp:
-                (mixed,) = self._project(mixed, layer, relu=True)
-            rows = self._normalise(mixed, attended, self.attended_memory_layernorm2)
+                mixed = self._project("attention_mlp", mixed, layer, relu=True)
+            name = "attended_memory_layernorm2"
+            rows = self._normalise(name, mixed, attended, self.attended_memory_layernorm2)
         return rows
 
-    def _normalise(self, x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    def _normalise(self, name: str, x: Tensor, residual: Tensor, norm: nn.Module) -> Tensor:
+        """``norm(x + residual)``, (B, T, D) in the dtype of x: LayerNorm's by the op."""
+        op = type(self).__name__
+        weight, bias = plain_parameters(norm, nn.LayerNorm) or (None, None)
+        if weight is None or bias is None:
+            parameter = ordinary_parameter(norm)
+            dtype = x.dtype if parameter is None else parameter.dtype
+            result = norm(x.to(dtype) + residual.to(dtype))
+            return check_result(f"{op}.{name}", result, x, self.dim, x.dtype, is_cast=True)
+        vectors = {f"{name}.weight": weight, f"{name}.bias": bias}
+        check_tensors(op, x=x, **vectors)
+        for what, vector in vectors.items():
+            check_shape(op, what, vector, "(D,)", (self.dim,))
+        check_mixed(op, x=x.dtype, **{f"{name}.weight": weight.dtype})
+        check_dtypes(op, weight.dtype, (), **{f"{name}.bias": bias})
+        check_eps(f"{op}.{name}", norm.eps)
         return unchecked.residual_layer_norm(
-            x, residual, norm.weight, norm.bias, norm.eps, backend=self.backend
+            x, residual, weight, bias, norm.eps, backend=self.backend
         )
-
-    def _gate_bias(self, pooled: Tensor) -> Tensor:
-        """The pooled part of the gates with all biases. (B, 1 or T, 2 D)"""
-        (gates,) = self._project(pooled, self.input_gate_projector.linear, width=2 * self.dim)
-        biases = torch.stack((self.input_bias, self.forget_bias)).repeat_interleave(self.dim)
-        return gates + biases.to(gates.dtype)

@@ -24,6 +24,7 @@ from lm2_kernels.linear import apply_linear
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.generation import generate
 from lm2_kernels.model.output import LM2Output
+from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 from lm2_kernels.state.memory import MemoryState, SegmentCache
@@ -140,12 +141,30 @@ class Decoder(nn.Module):
 
     def __init__(self, config: LM2Config):
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, index in config.memory_layers)
             for index in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The hidden states of one piece (B, T, D), and the rows that it writes."""
+        config, rows, number = self.config, list(rows), 0
+        x = self.embed_tokens(ids)
+        positions = cache.positions(ids.device)
+        cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
+        for index, block in enumerate(self.layers):
+            bank = 0 if config.flow == "depth" else number
+            own = rows[bank] if block.memory is not None else None
+            x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
+            if block.memory is not None:
+                rows[bank] = own
+                number += 1
+        return self.norm(x), rows
 
 
 class LM2ForCausalLM(nn.Module):
@@ -202,11 +221,12 @@ class LM2ForCausalLM(nn.Module):
         """The memory layers, first block first."""
         return [block.memory for block in self.model.layers if block.memory is not None]
 
-    def initial_state(self, batch: int) -> MemoryState:
-        """The state before the first segment, in the parameters' dtype and on their device.
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> MemoryState:
+        """The state before the first segment, in the parameters' dtype.
 
         Args:
             batch: B.
+            device: of the banks; the parameters' unless given, but these may be offloaded.
 
         Returns:
             Banks (B, N, D): one for ``flow="depth"``, one a memory layer for ``flow="time"``, none
@@ -225,7 +245,7 @@ class LM2ForCausalLM(nn.Module):
                     config.memory_slots,
                     config.hidden_size,
                     config.memory_init,
-                    device=like.device,
+                    device=device or like.device,
                     dtype=like.dtype,
                 )
                 for _ in range(config.num_banks)
@@ -331,9 +351,9 @@ class LM2ForCausalLM(nn.Module):
         ``forward``'s ``use_cache``.
         """
         if memory is None:
-            memory = self.initial_state(input_ids.shape[0])
+            memory = self.initial_state(input_ids.shape[0], input_ids.device)
         return run_segments(
-            self._read_piece,
+            self.model,
             input_ids,
             memory,
             self.config.memory_slots,
@@ -341,23 +361,6 @@ class LM2ForCausalLM(nn.Module):
             keep=keep,
             bptt_segments=bptt_segments,
         )
-
-    def _read_piece(
-        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of one piece (B, T, D), and the rows that it writes."""
-        config, rows, number = self.config, list(rows), 0
-        x = self.model.embed_tokens(ids)
-        positions = cache.positions(ids.device)
-        cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
-        for index, block in enumerate(self.model.layers):
-            bank = 0 if config.flow == "depth" else number
-            own = rows[bank] if block.memory is not None else None
-            x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
-            if block.memory is not None:
-                rows[bank] = own
-                number += 1
-        return self.model.norm(x), rows
 
     def check_streaming(self) -> None:
         """Raise ValueError if the model cannot go on within a segment."""
@@ -447,9 +450,15 @@ class LM2ForCausalLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., D)."""
-        if self.lm_head is None:
-            return F.linear(hidden, self.model.embed_tokens.weight)
-        return apply_linear(hidden, self.lm_head)
+        if self.lm_head is not None:
+            return apply_linear(hidden, self.lm_head)
+        embedding = self.model.embed_tokens
+        weight = embedding.weight
+        if type(weight) not in ORDINARY or weight.is_meta:
+            # sharded by itself or offloaded: calling the module brings it here
+            ids = torch.arange(self.config.vocab_size, device=hidden.device)
+            weight = embedding(ids).to(hidden.dtype)
+        return F.linear(hidden, weight)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy of the next token, some rows at a time."""
@@ -491,7 +500,8 @@ class LM2ForCausalLM(nn.Module):
                     f"LM2ForCausalLM: input_ids must be (B, L) with L >= 1, and labels the same, "
                     f"got {name} {tuple(ids.shape)}"
                 )
-            _check_device(name, ids, self.model.embed_tokens.weight.device)
+            if not _is_offloaded(self.model.embed_tokens):
+                _check_device(name, ids, self.model.embed_tokens.weight.device)
             wrong = (ids < 0) | (ids >= config.vocab_size)
             if name == "labels":
                 wrong &= ids != -100
@@ -516,6 +526,12 @@ class LM2ForCausalLM(nn.Module):
             )
         memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
         memory.check_cache(self._cache_shapes())
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether somebody brings the weight when the module is called."""
+    is_watched = "forward" in module.__dict__ or bool(module._forward_pre_hooks)
+    return module.weight.is_meta and is_watched
 
 
 def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -2,9 +2,8 @@
 
 import dataclasses
 import inspect
-import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.layers.start import check_start, silence
+from lm2_kernels.patching.adapters import refuse_adapters
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
 from lm2_kernels.patching.hosts import Host, find_blocks
 from lm2_kernels.patching.report import Report, module_names, report_on
@@ -27,21 +27,11 @@ _OPTIONS = "lm2_memory"
 _MEMORY_KEY = r"(\d+)\.memory\.(.+)$"
 
 
-class _Repeated(nn.ModuleList):
-    """One module, iterated several times. transformers saves no module that has two names."""
-
-    def __init__(self, module: nn.Module, times: int):
-        super().__init__([module])
-        self.times = times
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return itertools.repeat(self[0], self.times)
-
-
 class _AddedRelease(ReleaseMemory):
     def __init__(self, dim: int, num_heads: int, **options):
         super().__init__(dim, num_heads, pooled_gate="prefix", **options)
-        self.attention_mlp = _Repeated(self.attention_mlp[0], len(self.attention_mlp))
+        # transformers saves no tensor that has two names
+        self.attention_mlp.under_all_names = False
 
 
 def add_memory(
@@ -71,7 +61,8 @@ def add_memory(
 
     The state follows the key/value cache, through ``generate`` and beam search too; see
     :class:`AddedMemory`, which the report has as ``memory``. After ``save_pretrained``, load the
-    model without memory and call :func:`load_memory`.
+    model without memory and call :func:`load_memory`. Adapters of PEFT come after the memory, with
+    ``modules_to_save=["memory"]`` in their config.
 
     Args:
         model: any module that holds one list of decoder blocks.
@@ -95,11 +86,12 @@ def add_memory(
         What was added, with parameter groups for an optimiser.
 
     Raises:
-        TypeError, ValueError: nothing matches, there is a memory already, or an option does not
-            fit; the model is unchanged.
+        TypeError, ValueError: nothing matches, there is a memory already or an adapter of PEFT, or
+            an option does not fit; the model is unchanged.
     """
     if any(hasattr(module, MEMORY) for module in model.modules()):
         raise ValueError("add_memory: the model has a memory already; see remove_memory")
+    refuse_adapters(model)
     check_int("add_memory", "memory_slots", memory_slots, 1)
     check_bool("add_memory", "zero_init", zero_init)
     check_bool("add_memory", "freeze", freeze)

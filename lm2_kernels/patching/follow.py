@@ -14,6 +14,7 @@ from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
+from lm2_kernels.patching.adapters import warn_of_frozen
 from lm2_kernels.patching.hosts import Host, real_tokens, refuse_packed
 from lm2_kernels.state.memory import MemoryState, SegmentCache
 from lm2_kernels.state.segments import compress, gather, run_segments, spread
@@ -109,6 +110,7 @@ class AddedMemory:
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._config = getattr(decoder, "config", None)
         self._carried: dict[int, MemoryState] | None = None
+        self._has_warned = False
         self._begin_anew()
         self._handles = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -172,7 +174,7 @@ class AddedMemory:
             self._carried = None
             return
         self._carried = {
-            index: state.end_segment().reset(rows, self._initial(index, 1))
+            index: state.end_segment().reset(rows, self._initial(index, 1, state.banks[0].device))
             for index, state in self._carried.items()
         }
 
@@ -190,18 +192,21 @@ class AddedMemory:
         for parameter in self.frozen:
             parameter.requires_grad_(True)
 
-    def _initial(self, index: int, batch: int) -> MemoryState:
+    def _initial(self, index: int, batch: int, device: torch.device) -> MemoryState:
         block = self._blocks[index]
         layer, like = block.memory, block.memory.any_parameter()
         if like is None:
             # what is left of a quantised block: its norms
             like = ordinary_parameter(block)
+        if like is not None and not like.is_meta:
+            # the block's, which may be another than the input's; offloaded weights have none
+            device = like.device
         bank = initial_memory(
             1,
             self.options["memory_slots"],
             layer.dim,
             self.options["memory_init"],
-            device=getattr(like, "device", None),
+            device=device,
             dtype=getattr(like, "dtype", None),
         )
         return MemoryState([bank.expand(batch, -1, -1)])
@@ -219,6 +224,9 @@ class AddedMemory:
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return None
+        is_training = decoder.training and torch.is_grad_enabled()
+        if is_training and not self._has_warned and not torch.compiler.is_compiling():
+            self._has_warned = warn_of_frozen(decoder, self.layers)
         batch, length = tokens.shape[:2]
         self._cache = self._host.cache(named)
         kept = self._kept(self._cache)
@@ -228,7 +236,7 @@ class AddedMemory:
         elif self.carry and self._carried is not None:
             states = {index: state.end_segment() for index, state in self._carried.items()}
         else:
-            states = {index: self._initial(index, batch) for index in self._blocks}
+            states = {index: self._initial(index, batch, tokens.device) for index in self._blocks}
         for state in states.values():
             if state.batch != batch:
                 raise ValueError(

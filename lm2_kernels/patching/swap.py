@@ -94,20 +94,13 @@ def swap_memory(model: nn.Module, *, backend: str | None = None) -> Report:
             "use ReleaseMemory with its state dict"
         )
     new = {id(module): _swapped(name, module, backend) for name, module in found.items()}
-    for module in new.values():
-        module._pack()
     replace_modules(model, new)
     return report_on("swapped", model, list(found))
 
 
-def _all_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each under all its names."""
-    return module.named_parameters(remove_duplicate=False)
-
-
 def share_parameters(source: nn.Module, target: nn.Module) -> None:
     """Put one module's parameters in the places of another's, which have the same names."""
-    for name, parameter in list(_all_parameters(source)):
+    for name, parameter in list(source.named_parameters()):
         prefix, _, leaf = name.rpartition(".")
         setattr(target.get_submodule(prefix), leaf, parameter)
 
@@ -143,7 +136,11 @@ def _swapped(name: str, module: nn.Module, backend: str | None) -> SwappedMemory
         backend=backend,
         device="meta",
     )
-    wanted, got = ({n: p.shape for n, p in _all_parameters(m)} for m in (swapped, module))
+    # of one number, () is as good as (1,)
+    wanted, got = (
+        {name: tuple(p.shape) or (1,) for name, p in m.named_parameters()}
+        for m in (swapped, module)
+    )
     if wanted != got:
         raise refuse(f"has other parameters: {sorted(set(wanted.items()) ^ set(got.items()))}")
     share_parameters(module, swapped)

@@ -201,7 +201,8 @@ def check_keys(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Pa
         "of another shape": [
             f"{name} {tuple(got[name].shape)} for {tuple(tensor.shape)}"
             for name, tensor in wanted.items()
-            if name in got and got[name].shape != tensor.shape
+            # torch loads one number into a parameter of shape () or (1,)
+            if name in got and (got[name].shape or (1,)) != (tensor.shape or (1,))
         ],
         "not floating-point": [n for n, tensor in got.items() if not tensor.is_floating_point()],
     }

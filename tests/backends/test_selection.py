@@ -1,6 +1,10 @@
 """Which backend runs: who decides, what the refusals say, and what importing the package needs."""
 
+import asyncio
+import collections
+import concurrent.futures
 import functools
+import itertools
 import os
 import threading
 import types
@@ -202,6 +206,123 @@ def test_use_backend_refuses_an_unknown_name_and_changes_nothing():
     assert backends.requested_backend() == "auto"
 
 
+@pytest.mark.parametrize("entered", [False, True])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_use_backend_ends_in_any_order(order, entered):
+    """As threads, tasks and generators end theirs: what is still open counts, and nothing stays."""
+    names = ["eager", "cpp", "eager"]
+    settings = [lm2.use_backend(name) for name in names]
+    if entered:
+        for setting in settings:
+            setting.__enter__()
+    for count, index in enumerate(order):
+        settings[index].__exit__(None, None, None)
+        left = [names[i] for i in range(3) if i not in order[: count + 1]]
+        assert backends.requested_backend() == (left[-1] if left else "auto")
+
+
+def test_a_setter_in_a_block_ends_with_it():
+    with lm2.use_backend("eager"):
+        for name in ("cpp", "auto", "cpp"):
+            lm2.use_backend(name)
+            assert backends.requested_backend() == name
+    assert backends.requested_backend() == "auto"
+    for _ in range(10):
+        lm2.use_backend("eager")
+    assert len(backends._settings.get()) < 3
+
+
+def test_threads_do_not_see_one_anothers_default():
+    inside = threading.Barrier(2, timeout=60)
+    seen = {}
+
+    def work(name):
+        seen["start " + name] = backends.requested_backend()
+        with lm2.use_backend(name):
+            inside.wait()
+            seen[name] = backends.requested_backend()
+            inside.wait()
+        seen["end " + name] = backends.requested_backend()
+
+    with lm2.use_backend("triton"):
+        threads = [threading.Thread(target=work, args=(name,)) for name in ("eager", "cpp")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert backends.requested_backend() == "triton"
+    expected = {name: name for name in ("eager", "cpp")}
+    expected |= {f"{when} {name}": "auto" for when in ("start", "end") for name in expected}
+    assert seen == expected
+
+
+def test_tasks_do_not_see_one_anothers_default():
+    async def work(name):
+        with lm2.use_backend(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert backends.requested_backend() == name
+
+    async def main():
+        with lm2.use_backend("triton"):
+            await asyncio.gather(work("eager"), work("cpp"))
+            assert backends.requested_backend() == "triton"
+
+    asyncio.run(main())
+    assert backends.requested_backend() == "auto"
+
+
+def test_generators_leave_nothing_behind():
+    def work(name):
+        with lm2.use_backend(name):
+            yield backends.requested_backend()
+
+    first, second = work("eager"), work("cpp")
+    assert (next(first), next(second)) == ("eager", "cpp")
+    first.close()
+    assert backends.requested_backend() == "cpp"
+    second.close()
+    assert backends.requested_backend() == "auto"
+
+
+def test_backward_in_another_thread_runs_where_forward_ran(second_backend):
+    with lm2.use_backend("cpp"):
+        loss = OPS["memory_update"]().sum()
+    with lm2.recording() as recorded:
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert recorded == [("memory_update_backward", "cpp")]
+
+
+def test_concurrent_backwards_that_recompute_leave_nothing_behind(second_backend):
+    """The second run of the forward takes the backend of the first, in each thread its own."""
+    layer = lm2.PaperMemory(8, 2, recompute=True)
+    start = threading.Barrier(4, timeout=60)
+    seen = []
+
+    def work(name):
+        for _ in range(5):
+            with lm2.use_backend(name):
+                output, _ = layer(rows(1, 3, 8), rows(1, 3, 8))
+            start.wait()
+            output.sum().backward()
+            seen.append(backends.requested_backend())
+
+    with lm2.recording() as recorded:
+        names = ("eager", "cpp", "eager", "cpp")
+        threads = [threading.Thread(target=work, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert seen == ["auto"] * 20
+    assert backends.requested_backend() == "auto"
+    counts = collections.Counter(recorded)
+    for function in ("memory_attention_forward", "memory_attention_backward"):
+        assert counts[function, "eager"] == counts[function, "cpp"] > 0
+
+
 def test_backward_runs_where_forward_ran(second_backend):
     with lm2.use_backend("cpp"):
         result = OPS["memory_attention"]()
@@ -259,6 +380,21 @@ def test_recording_ends_after_an_exception():
     assert recorded == []
 
 
+def test_recordings_of_threads_end_alone():
+    """As one ends while another starts, neither is lost or kept."""
+
+    def work():
+        for _ in range(200):
+            with lm2.recording() as recorded:
+                backends.record("nothing", "nowhere")
+            assert ("nothing", "nowhere") in recorded
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(work) for _ in range(4)]:
+            future.result()
+    assert not backends._recordings
+
+
 def test_recording_sees_compiled_calls():
     @torch.compile(fullgraph=True, backend="aot_eager")
     def update(*tensors):
@@ -285,6 +421,55 @@ def test_compiled_code_follows_use_backend(second_backend):
         with lm2.use_backend(name), lm2.recording() as recorded:
             pool(rows(2, 3, 4), rows(4)).sum().backward()
         assert recorded == [("pooled_gate_forward", name), ("pooled_gate_backward", name)]
+
+
+def test_compiled_code_follows_use_backend_in_every_thread(second_backend):
+    """Compiled once a name: what was compiled for one serves every thread that asks for it."""
+    torch._dynamo.reset()
+    compiled = []
+
+    def counting(module, _):
+        compiled.append(module)
+        return module
+
+    pool = torch.compile(functional.pooled_gate, fullgraph=True, backend=counting)
+    x, weight = torch.ones(2, 3, 4), torch.ones(4)
+
+    def ran_by():
+        with lm2.recording() as recorded:
+            pool(x, weight)
+        return [name for _, name in recorded]
+
+    for _ in range(2):
+        assert ran_by() == ["cpp"]
+        with lm2.use_backend("eager"):
+            assert ran_by() == ["eager"]
+            with lm2.use_backend("auto"):
+                assert ran_by() == ["cpp"]
+            with concurrent.futures.ThreadPoolExecutor(1) as executor:
+                assert executor.submit(ran_by).result() == ["cpp"]
+            assert ran_by() == ["eager"]
+    assert ran_by() == ["cpp"]
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_use_backend_inside_of_compiled_code(breaks, second_backend):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=not breaks, backend="aot_eager")
+    def pool(x, weight):
+        with lm2.use_backend("cpp"), lm2.use_backend("eager"):
+            inner = functional.pooled_gate(x, weight)[0]
+            if breaks:
+                torch._dynamo.graph_break()
+        return inner + functional.pooled_gate(x, weight)[0]
+
+    for _ in range(2):
+        with lm2.recording() as recorded:
+            pool(torch.ones(2, 3, 4), torch.ones(4))
+        assert [name for _, name in recorded] == ["eager", "cpp"]
+        assert backends.requested_backend() == "auto"
 
 
 @every_op

@@ -174,7 +174,8 @@ def test_golden_forward_and_gradients(path):
     assert_round_off(outputs[1], case.outputs[1], "memory")
     gradients = torch.autograd.grad(outputs, list(leaves.values()), case.cotangents)
     for name, gradient in zip(leaves, gradients, strict=True):
-        assert_round_off(gradient, case.gradients[name], f"d{name}")
+        # the released biases have no dimension
+        assert_round_off(gradient, case.gradients[name].reshape(gradient.shape), f"d{name}")
 
 
 @pytest.mark.parametrize("path", golden.FILES, ids=lambda path: path.stem)
@@ -185,7 +186,9 @@ def test_state_dict_goes_in_and_out_key_for_key(path):
     layer.load_state_dict(case.weights, strict=True)
     state = layer.state_dict()
     assert state.keys() == case.weights.keys()
-    assert all(torch.equal(state[name], weight) for name, weight in case.weights.items())
+    for name, weight in case.weights.items():
+        # the released biases have no dimension, which torch takes ours for too
+        assert torch.equal(state[name], weight.reshape(state[name].shape))
 
 
 @both_layers
@@ -400,7 +403,7 @@ def test_autocast(kind, options, x_dtype, environment):
             testing.compare(name, result, expected[name], eager[name])
             for name, result in got.items()
             # the errors of one number compare by chance; its parts are in the projector's bias
-            if result.dim() > 0
+            if result.numel() > 1
         ]
 
     with environment():
@@ -825,7 +828,6 @@ _ONES = torch.ones(D, dtype=torch.float64)
         (lm2.ReleaseMemory, {"scale": math.nan}, ValueError, "scale must be finite"),
         (lm2.ReleaseMemory, {"pooled_gate": "other"}, ValueError, "pooled_gate must be 'segment'"),
         (lm2.ReleaseMemory, {_NORM: _norm(eps=-1.0)}, ValueError, "eps must be a float above 0"),
-        (lm2.ReleaseMemory, {_NORM: _norm(bias=None)}, TypeError, "bias must be a torch.Tensor"),
         (
             lm2.ReleaseMemory,
             {_NORM: _norm(bias=torch.ones(D + 1, dtype=torch.float64))},
@@ -929,3 +931,29 @@ def test_a_layer_without_parameters():
     want = reference.memory_attention(*(t.unflatten(-1, (H, -1)) for t in (x, memory, memory)))
     read = want.flatten(-2)
     assert_round_off(output, x + torch.sigmoid(read) * read)
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+@pytest.mark.parametrize(
+    ("index", "output", "unused"),
+    (
+        (0, "read", {"input_gate_proj", "forget_gate_proj"}),
+        (0, "memory", {"input_gate_proj", "forget_gate_proj"}),
+        (1, "read", {"output_gate_proj"}),
+    ),
+)
+def test_no_gradient_where_nothing_flows(index, output, unused, recompute, request):
+    """None, not zeros, which an optimiser would decay; also where our own Linear Function runs."""
+    for _ in range(2):
+        layer = lm2.PaperMemory(D, 3, output=output, recompute=recompute)
+        before = copy.deepcopy(layer.state_dict())
+        x, memory = torch.randn(2, 5, D, requires_grad=True), torch.randn(2, 7, D)
+        layer(x, memory)[index].square().sum().backward()
+        assert {name for name, child in layer.named_children() if child.weight.grad is None} == (
+            unused
+        )
+        torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.5).step()
+        for name, parameter in layer.named_parameters():
+            changed = not torch.equal(parameter, before[name])
+            assert changed == (name.removesuffix(".weight") not in unused)
+        request.getfixturevalue("large_products")

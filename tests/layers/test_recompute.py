@@ -1,5 +1,6 @@
 """Layers that keep their inputs alone for backward: the same bits, from fewer bytes."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -335,10 +336,22 @@ def test_config(tmp_path):
         LM2Config.from_dict({**values, "memory_recompute": 1})
 
 
-def test_replaced_parameters_are_refused():
-    layer = lm2.PaperMemory(8, 2, recompute=True)
-    x, memory = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
-    others = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
-    output, _ = torch.func.functional_call(layer, others, (x, memory))
-    with pytest.raises(RuntimeError, match="backward needs the parameters that forward had"):
-        output.sum().backward()
+@pytest.mark.parametrize("kind", ("PaperMemory", "ReleaseMemory"))
+@pytest.mark.parametrize("moved", (False, True))
+def test_backward_has_the_parameters_that_forward_had(kind, moved):
+    """Those of a functional_call, and those that saved-tensor hooks have moved meanwhile."""
+    torch.manual_seed(0)
+    layer = getattr(lm2, kind)(8, 2, recompute=True, dtype=torch.float64)
+    own = dict(layer.named_parameters())
+    x, memory = torch.randn(2, 1, 4, 8, dtype=torch.float64)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in own.items()}
+    gradients = []
+    for recompute in (True, False):
+        layer.recompute = recompute
+        with torch.autograd.graph.save_on_cpu() if moved else contextlib.nullcontext():
+            outputs = torch.func.functional_call(layer, others, (x, memory))
+        loss = sum(output.square().sum() for output in outputs)
+        gradients.append(torch.autograd.grad(loss, list(others.values())))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)
+    assert all(own[name] is parameter for name, parameter in layer.named_parameters())

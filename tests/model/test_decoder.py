@@ -582,3 +582,15 @@ def test_state_refuses_what_is_no_bank():
             state.select(rows)
     with pytest.raises(ValueError, match="times"):
         state.expand(0)
+
+
+@every_kind
+def test_every_module_is_called(formulation, flow):
+    """So that whoever hooks, shards or offloads any of them is asked."""
+    model, called = small_model(formulation=formulation, flow=flow), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(random_ids(1, 5))
+    # the lists of blocks and of the shared Linear have no forward
+    lists = {n for n, _ in model.named_modules() if n.endswith(("layers", "attention_mlp"))}
+    assert called == {name for name, _ in model.named_modules()} - lists

@@ -1,0 +1,57 @@
+"""PEFT's adapters beside an added memory. PEFT is not imported: its modules are known by parts."""
+
+import warnings
+from collections.abc import Iterable
+
+from torch import nn
+
+# what each module has that PEFT puts in place of another
+_ADAPTER = "adapter_layer_names"
+_ORDER = (
+    "add the memory to the model first, then the adapters, with modules_to_save=['memory'] in "
+    "their config: PEFT then trains, saves and loads the memory with them"
+)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT put adapters into a model, or is it."""
+    is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+    return is_peft or any(hasattr(module, _ADAPTER) for module in model.modules())
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raise ValueError if PEFT came before the memory, which would then be lost on saving."""
+    if has_adapters(model):
+        raise ValueError(
+            f"add_memory: {type(model).__name__} has adapters of PEFT, which would leave the "
+            f"memory out of their files; {_ORDER}. Adapters that are trained already can be loaded "
+            f"after the memory, or merged before it (merge_and_unload)"
+        )
+
+
+def warn_of_frozen(decoder: nn.Module, memories: Iterable[nn.Module]) -> bool:
+    """Warn if the memory does not train although the decoder does. Returns whether it did.
+
+    Args:
+        decoder: in training, with gradients enabled.
+        memories: what its blocks have as ``memory``: PEFT's wrapper if it is to be saved.
+    """
+    own = [memory for memory in memories if not hasattr(memory, _ADAPTER)]
+    trained = [p.requires_grad for memory in own for p in memory.parameters()]
+    if all(trained):
+        return False
+    if has_adapters(decoder):
+        text = (
+            f"the adapters of PEFT do not have the memory among their modules_to_save: it is "
+            f"frozen, and not in their files; {_ORDER}. To keep the memory as it is, save the "
+            f"model with it: merge_and_unload, then save_pretrained"
+        )
+    elif not any(trained):
+        text = (
+            "no parameter of the memory requires gradients, although the model trains: something "
+            "froze them after add_memory"
+        )
+    else:
+        return False
+    warnings.warn(f"add_memory: {text}", stacklevel=2)
+    return True
