@@ -1,5 +1,6 @@
 """What the language model returns: by attributes, as a dict and as a tuple."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +12,8 @@ from lm2_kernels.state.memory import MemoryState
 _NAMES = ("loss", "logits", "memory")
 
 
-class LM2Output(dict[str, Tensor | MemoryState]):
+# ordered, as a dict that FSDP and others make anew as what it was
+class LM2Output(OrderedDict[str, Tensor | MemoryState]):
     """What :class:`LM2ForCausalLM` returns.
 
     ``output.loss`` is ``output["loss"]``; the keys are those of values that are not None. Numbers
