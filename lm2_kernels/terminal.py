@@ -1,33 +1,42 @@
 """What the commands show while they work, and what they write."""
 
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 
+from lm2_kernels.disk import replace_file
+
 _WIDTH = 79
 _BAR = 24
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on standard error, if somebody is there: hours of work do not end for want of it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 class Progress:
     """One line on standard error that changes on a terminal; elsewhere a line now and then."""
 
     def __init__(self):
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._last: object = None
 
     def update(self, text: str, part: object) -> None:
         """Show ``text``; off a terminal only if ``part`` is another than the last one's."""
         if self._is_terminal:
-            print(f"\r\033[K{text[:_WIDTH]}", end="", file=sys.stderr, flush=True)
+            say(f"\r\033[K{text[:_WIDTH]}", end="")
         elif part != self._last:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         self._last = part
 
     def close(self) -> None:
         """Leave an empty line behind."""
         if self._is_terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            say("\r\033[K", end="")
 
 
 class StepBar:
@@ -63,15 +72,33 @@ def columns(rows: list[list[str]]) -> list[str]:
     ]
 
 
+def check_json(path: Path | None) -> None:
+    """Raise unless :func:`write_json` may write there: before the work, not after it.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: the file is there and holds something else than an object of JSON.
+    """
+    if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
+        return
+    if path.is_dir() or not path.parent.is_dir():
+        what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise OSError(f"cannot write {path}: {what}")
+    if path.exists():
+        with path.open("rb") as file:
+            start = file.read(1024).lstrip()
+        if start and not start.startswith(b"{"):
+            raise ValueError(f"{path} holds no JSON: it is not overwritten")
+
+
 def write_json(path: Path | None, content: dict) -> None:
     """Write ``content`` where a ``--json`` option says; None is nowhere.
 
     Raises:
-        OSError: it cannot be written.
+        OSError, ValueError: it cannot be written, or :func:`check_json` says no.
     """
     if path is None:
         return
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    check_json(path)
+    text = json.dumps(content, indent=1) + "\n"
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -65,6 +65,13 @@ def figure_class(extra: str = "bench") -> type:
     return Figure
 
 
+def check_folder(folder: Path) -> None:
+    """Raise ValueError unless :func:`plot` may draw into a folder, as far as can be told before."""
+    figure_class()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--plots {folder} is no folder")
+
+
 def plot(report: dict, folder: Path) -> list[Path]:
     """Draw :func:`figures` into files of a folder, which is made if need be. Returns the files.
 

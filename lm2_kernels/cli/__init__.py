@@ -2,12 +2,14 @@
 what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
 your own.
 
-Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 141 who read the
-output stopped reading.
+Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 130 Ctrl-C ended
+it, 143 SIGTERM ended ``train``, 141 who read the output stopped reading. What cannot be done, and
+what was ended, is one line on standard error.
 """
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -17,11 +19,13 @@ from lm2_kernels.cli.generate import add_generate
 from lm2_kernels.cli.info import add_info
 from lm2_kernels.cli.train import add_train
 from lm2_kernels.cli.verify import add_verify
+from lm2_kernels.terminal import say
 from lm2_kernels.testing.cases import Case
 from lm2_kernels.version import __version__
 
 PROGRAM = "python -m lm2_kernels"
-_BROKEN_PIPE = 141  # as shells say it of a program that SIGPIPE ended
+# as shells say it of a program that SIGPIPE or SIGINT ended
+_BROKEN_PIPE, _INTERRUPTED = 141, 130
 
 
 def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> int:
@@ -39,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return _BROKEN_PIPE
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        say(f"{PROGRAM}: error: {error}")
         return 2
 
 
@@ -50,9 +54,23 @@ def _run(arguments: list[str], cases: Sequence[Case] | None) -> int:
         return options.run(options)
     except BrokenPipeError:
         raise
-    except (OSError, TypeError, ValueError, ArithmeticError) as error:
-        print(f"{PROGRAM} {options.command}: error: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say_error(options, str(error) or "interrupted")
+        return getattr(error, "exit_code", _INTERRUPTED)
+    except (OSError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        _say_error(options, str(error) or type(error).__name__)
         return 2
+    except RuntimeError as error:
+        # as torch tells it of a GPU and of a CPU
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        _say_error(options, str(error))
+        return 2
+
+
+def _say_error(options: argparse.Namespace, text: str) -> None:
+    lines = (line.strip() for line in text.splitlines())
+    say(f"{PROGRAM} {options.command}: error: {'; '.join(line for line in lines if line)}")
 
 
 def _parser() -> argparse.ArgumentParser:

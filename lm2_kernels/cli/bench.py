@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lm2_kernels import machine
 from lm2_kernels.bench import plots, report, suite, works
-from lm2_kernels.terminal import Progress, write_json
+from lm2_kernels.terminal import Progress, check_json, write_json
 from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 
 # some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
@@ -73,6 +73,10 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 
 def run_bench(options: argparse.Namespace) -> int:
     """Measure, or show what was measured."""
+    # before the work, not after it
+    check_json(options.json)
+    if options.plots is not None:
+        plots.check_folder(options.plots)
     if options.compare:
         print(report.compare(*map(report.load, options.compare)))
         return 0
@@ -83,9 +87,6 @@ def run_bench(options: argparse.Namespace) -> int:
         measured = report.load(options.source)
     else:
         selection, budget = _selection(options), _budget(options)
-        if options.plots is not None:
-            # before the work, not after it
-            plots.figure_class()
 
         def save(measured: dict) -> None:
             write_json(options.json, measured)

@@ -7,9 +7,11 @@ then times the released way to compute the memory layer beside this package's.
 
 import argparse
 import collections
+import contextlib
 import copy
 import dataclasses
 import itertools
+import os
 import shlex
 import statistics
 import time
@@ -23,6 +25,7 @@ from lm2_kernels.bench import measure, plots
 from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.bench.works import Row
 from lm2_kernels.checks import check_int
+from lm2_kernels.cli.arguments import seed as _seed
 from lm2_kernels.evaluation.accuracy import Accuracy
 from lm2_kernels.evaluation.stories import Example, QATask
 from lm2_kernels.functional import initial_memory
@@ -30,6 +33,7 @@ from lm2_kernels.machine import best_device
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.patching.swap import swap_memory
+from lm2_kernels.state.files import read_json
 from lm2_kernels.terminal import StepBar, columns, write_json
 from lm2_kernels.training.data import save_tokenizer
 from lm2_kernels.training.loop import train
@@ -52,13 +56,15 @@ LEARNING_RATE, FLOOR = 2e-3, 0.3
 VALIDATION = 500  # stories of each hop
 _VALIDATION_SEED = 1_000_003
 _ROPE_THETA = 10.0
+_REPORT = "report.json"
+_PLOTS = ("losses.png", "losses.svg")
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
     """The ``demo`` command's arguments."""
     parser = commands.add_parser("demo", help="train a small LM2 to remember, in two minutes")
     parser.add_argument("--out", type=Path, default=Path("lm2_demo"), help="a folder (lm2_demo)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and stories (0)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of weights and stories (0)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"({STEPS})")
     parser.set_defaults(run=run_demo)
 
@@ -136,6 +142,7 @@ def run(
     validation = VALIDATION if validation is None else validation
     check_int("demo", "validation", validation, 1)
     out_dir = Path(out_dir)
+    _check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     questions = {
         hops: list(
@@ -151,6 +158,9 @@ def run(
     model, plain = (model.to(device or best_device()) for model in _models(seed))
     for name, trained in (("with memory", model), ("without", plain)):
         outcomes.append(_train(name, trained, batches, questions, progress))
+    baselines = _baselines(questions)
+    # first: it says of the others whose they are
+    _write_report(out_dir / _REPORT, outcomes, baselines, seed)
     model.save(out_dir / "model")
     save_tokenizer(out_dir / "model", TASK.vocabulary)
     answers = _answer(out_dir / "model", [questions[1][0], questions[2][0]])
@@ -161,9 +171,22 @@ def run(
         notes.append(f"no plot of the losses: {error}")
     else:
         plot, _ = _plot(outcomes, out_dir / "losses")
-    report = Report(tuple(outcomes), _baselines(questions), answers, out_dir / "model", plot, notes)
-    _write_report(out_dir / "report.json", report, seed)
-    return report
+    return Report(tuple(outcomes), baselines, answers, out_dir / "model", plot, notes)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError unless what the demo would write over is an earlier demo's."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder} is no folder")
+    there = [name for name in (_REPORT, "model", *_PLOTS) if os.path.lexists(folder / name)]
+    if not there:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        if {"seed", "task", "models", "baselines"} <= set(read_json(folder / _REPORT)):
+            return
+    raise ValueError(
+        f"--out {folder} holds {there[0]}, which is not of an earlier demo: take another folder"
+    )
 
 
 def render(report: Report) -> str:
@@ -339,20 +362,25 @@ def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Pat
         return plots.save(figure, path)
 
 
-def _write_report(path: Path, report: Report, seed: int) -> None:
+def _write_report(
+    path: Path,
+    outcomes: Sequence[Outcome],
+    baselines: dict[str, dict[int, Accuracy]],
+    seed: int,
+) -> None:
     def shares(by_hops: dict[int, Accuracy]) -> dict[str, float]:
         return {f"{hops} hops": accuracy.share for hops, accuracy in by_hops.items()}
 
     content = {
         "seed": seed,
-        "steps": len(report.outcomes[0].losses),
-        "validation": report.outcomes[0].accuracy[1].total,
+        "steps": len(outcomes[0].losses),
+        "validation": outcomes[0].accuracy[1].total,
         "task": dataclasses.asdict(TASK),
         "models": [
             {**dataclasses.asdict(outcome), "accuracy": shares(outcome.accuracy)}
-            for outcome in report.outcomes
+            for outcome in outcomes
         ],
-        "baselines": {name: shares(by_hops) for name, by_hops in report.baselines.items()},
+        "baselines": {name: shares(by_hops) for name, by_hops in baselines.items()},
     }
     write_json(path, content)
 

@@ -1,11 +1,11 @@
 """``python -m lm2_kernels generate``: a trained model goes on with a prompt."""
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lm2_kernels.cli.arguments import seed
 from lm2_kernels.machine import best_device
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.training.data import load_tokenizer
@@ -14,13 +14,15 @@ from lm2_kernels.training.data import load_tokenizer
 def add_generate(commands: argparse._SubParsersAction) -> None:
     """The ``generate`` command's arguments."""
     parser = commands.add_parser("generate", help="let a trained model go on with a prompt")
-    parser.add_argument("model", type=Path, help="the folder that train or demo wrote")
+    parser.add_argument(
+        "model", help="the folder that train or demo wrote, or user/model on the Hugging Face Hub"
+    )
     parser.add_argument("--prompt", required=True, help="text, or token ids for token arrays")
     parser.add_argument("--tokens", type=int, default=200, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     parser.add_argument("--top-k", type=int)
     parser.add_argument("--top-p", type=float)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.set_defaults(run=run_generate)
 
 
@@ -32,6 +34,10 @@ def run_generate(options: argparse.Namespace) -> int:
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ValueError("--prompt is empty")
+    if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
+        raise ValueError(
+            f"--prompt: the model knows the token ids 0 to {model.config.vocab_size - 1}"
+        )
     if not options.temperature >= 0.0:
         raise ValueError(f"--temperature must be 0 or more, got {options.temperature}")
     if options.temperature == 0.0 and (options.top_k, options.top_p) != (None, None):

@@ -9,7 +9,7 @@ import torch
 from lm2_kernels import backends
 from lm2_kernels.backends import cpu_products, extension
 from lm2_kernels.machine import device_types, devices, versions
-from lm2_kernels.terminal import columns, write_json
+from lm2_kernels.terminal import check_json, columns, write_json
 from lm2_kernels.testing.cases import unsupported_reason
 
 
@@ -22,6 +22,7 @@ def add_info(commands: argparse._SubParsersAction) -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     """Print what is here."""
+    check_json(options.json)
     report = collect()
     print(render(report))
     write_json(options.json, report)

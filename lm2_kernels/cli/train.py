@@ -1,168 +1,467 @@
 """``python -m lm2_kernels train``: a model from text files or token arrays."""
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
-import json
 import math
+import os
 import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lm2_kernels import training
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
-from lm2_kernels.state.files import WEIGHTS, load_config, save_config
+from lm2_kernels.state import files
 from lm2_kernels.terminal import StepBar
-from lm2_kernels.training import distributed
-from lm2_kernels.training.data import Bytes, Corpus, save_tokenizer
+from lm2_kernels.training import distributed, folder
+from lm2_kernels.training.data import RAW_DTYPES, TOKENIZER, Bytes, Corpus, tokenizer_text
+from lm2_kernels.training.loop import Batch
 
-# the state of a run that --resume goes on with, beside the model
-_PROGRESS = "progress"
 _SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8},
     "medium": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
+# what a run remembers, and what it is unless given. The parser knows no defaults: --resume has to
+# see what was given.
+_DEFAULTS = {
+    "data_dtype": None,
+    "vocab_size": None,
+    "steps": 1000,
+    "batch": 16,
+    "length": None,
+    "bptt_segments": None,
+    "lr": 1e-3,
+    "warmup": None,
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "dtype": "float32",
+    "validation": 0.05,
+    "save_every": None,
+    "parallel": "ddp",
+    "seed": 0,
+}
+# what a run that goes on may be told anew
+_CHANGEABLE = ("steps", "save_every", "parallel")
+_OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
     """The ``train`` command's arguments."""
     parser = commands.add_parser("train", help="train a model on text files or token arrays")
     parser.add_argument(
-        "data", nargs="+", type=Path, help="text files, or .npy arrays of token ids"
+        "data",
+        nargs="*",
+        type=Path,
+        help="text files, .npy arrays of token ids, or raw ids (--data-dtype); with --resume the "
+        "run's own unless given",
     )
     parser.add_argument("--out", type=Path, required=True, help="the folder for the model")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what train wrote into --out before"
+    )
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with LM2Config's options")
-    parser.add_argument("--size", choices=tuple(_SIZES), default="small", help="if no --config")
+    parser.add_argument("--size", choices=tuple(_SIZES), help="if no --config (small)")
     parser.add_argument("--formulation", choices=("paper", "release"), help="of the memory")
     parser.add_argument("--flow", choices=("depth", "time"), help="of the memory")
     parser.add_argument("--slots", type=int, help="memory slots, the length of a segment")
     parser.add_argument("--no-memory", action="store_true", help="the same model without memory")
-    parser.add_argument("--vocab-size", type=int, help="of token arrays; else from the data")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=16, help="rows a step, all processes together")
+    parser.add_argument(
+        "--data-dtype",
+        choices=RAW_DTYPES,
+        help="of files that are token ids and nothing else, as nanoGPT's .bin (uint16)",
+    )
+    parser.add_argument("--vocab-size", type=int, help="of token ids; else from the data")
+    parser.add_argument("--steps", type=int, help="(1000)")
+    parser.add_argument("--batch", type=int, help="rows a step, all processes together (16)")
     parser.add_argument("--length", type=int, help="tokens of a row; four segments unless given")
     parser.add_argument("--bptt-segments", type=int, help="how far gradients reach back")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="(0.001)")
     parser.add_argument("--warmup", type=int, help="steps; a twentieth unless given")
-    parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--weight-decay", type=float, help="(0.1)")
+    parser.add_argument("--clip", type=float, help="(1)")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
+        type=_precision,
+        metavar="{float32,bfloat16}",
         help="bfloat16 is autocast; the weights stay float32",
     )
-    parser.add_argument("--validation", type=float, default=0.05, help="share of each file's end")
+    parser.add_argument("--validation", type=float, help="share of each file's end (0.05)")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="for --resume")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="under torchrun")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out, by its own options; others may be --steps, --save-every "
+        "and --parallel",
+    )
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun (ddp)")
+    parser.add_argument("--seed", type=int, help="(0)")
     parser.set_defaults(run=run_train)
+
+
+def _precision(text: str) -> str:
+    if text in RAW_DTYPES:
+        raise argparse.ArgumentTypeError(f"{text} is no precision; for data it is --data-dtype")
+    if text not in ("float32", "bfloat16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither float32 nor bfloat16")
+    return text
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, and write the model into ``--out``."""
-    with distributed.process_group() as place:
+    with distributed.process_group() as place, contextlib.ExitStack() as held:
         # a function of its own: nothing of a wrapped model may outlive the group
-        _train(options, *place)
+        _train(options, held, *place)
     return 0
 
 
-def _train(options: argparse.Namespace, rank: int, world: int, device: torch.device) -> None:
-    _check(options)
-    data = Corpus.open(options.data, options.vocab_size)
-    config = _configuration(options, data)
-    length = _or(options.length, 4 * config.memory_slots)
-    seen, kept = data.split(options.validation, length)
-    if options.batch < 1 or options.batch % world:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A run as ``run.json`` has it."""
+
+    options: dict  # by the names of _DEFAULTS, and warmup and length in numbers
+    config: LM2Config
+    data: list[dict]  # of each file: its path and digest
+    tokenizer: str
+    is_finished: bool = False
+
+    def write(self, out: Path) -> None:
+        folder.write_run(out, {**dataclasses.asdict(self), "config": self.config.to_dict()})
+
+    @classmethod
+    def read(cls, out: Path) -> "_Run":
+        content = folder.read_run(out)
+        try:
+            stored = {**_DEFAULTS, **content["options"]}
+            config = LM2Config.from_dict(content["config"])
+            data = [{"path": str(d["path"]), "digest": str(d["digest"])} for d in content["data"]]
+            return cls(stored, config, data, content["tokenizer"], content["is_finished"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the run.json of {out} is damaged: {error}") from None
+
+
+class _Interrupted(KeyboardInterrupt):
+    """A signal ended the run; the text says where it can be gone on with."""
+
+    def __init__(self, text: str, number: int):
+        super().__init__(text)
+        self.exit_code = 128 + number
+
+
+def _train(
+    options: argparse.Namespace,
+    held: contextlib.ExitStack,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> None:
+    # everything is looked at before anything is touched
+    stored = distributed.by_first(lambda: _stored(options))
+    chosen = _chosen(options, stored)
+    data = Corpus.open(_paths(options, stored), chosen["vocab_size"], chosen["data_dtype"])
+    config = _configuration(options, data) if stored is None else stored.config
+    chosen["length"] = _or(chosen["length"], 4 * config.memory_slots)
+    chosen["warmup"] = _or(chosen["warmup"], max(chosen["steps"] // 20, 1))
+    seen, kept = data.split(chosen["validation"], chosen["length"])
+    if chosen["batch"] % world:
         raise ValueError(
-            f"--batch must be a multiple of the number of processes, {world}, got {options.batch}"
+            f"--batch must be a multiple of the number of processes, {world}, got {chosen['batch']}"
         )
-    torch.manual_seed(options.seed)
+    _check_memory(config)
+    run = distributed.by_first(lambda: _described(options, stored, chosen, config, data))
+    torch.manual_seed(chosen["seed"])
     model = LM2ForCausalLM(config).to(device)
-    wrapped = distributed.wrap(model, options.parallel, device)
+    wrapped = distributed.wrap(model, chosen["parallel"], device)
     optimizer = torch.optim.AdamW(
-        training.optimizer_groups(wrapped, options.weight_decay), lr=options.lr
+        training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
     )
-    first = 0
-    if options.resume:
-        first = distributed.load_progress(options.out / _PROGRESS, wrapped, optimizer)
+    progress, first = options.out / folder.PROGRESS, 0
+    has_progress = distributed.by_first(lambda: _claim(options, held))
+    if has_progress:
+        first = distributed.load_progress(progress, wrapped, optimizer)
     if rank == 0:
-        left_out = len(data.files) - len(seen.files)
-        if left_out:
-            print(f"{left_out} files are too short for windows of {length} tokens: left out")
-        if not options.resume:
-            _remove_run(options.out)
-        # a run that is cut short can be gone on with by this
-        save_config(options.out, dataclasses.asdict(config))
-        save_tokenizer(options.out, data.tokenizer)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        print(
-            f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {world} processes of "
-            f"{device.type}, steps {first + 1} to {options.steps}",
-            flush=True,
-        )
+        run.write(options.out)
+        _introduce(model, data, seen, chosen, f"{world} processes of {device.type}", first)
     bar = StepBar("train", first) if rank == 0 else None
+    done = first
 
-    def after_step(done: int, total: int, loss: float) -> None:
-        if options.save_every and done % options.save_every == 0 and done < total:
-            distributed.save_progress(options.out / _PROGRESS, wrapped, optimizer, done)
+    def save_progress() -> None:
+        last = distributed.last_progress(progress)
+        if last is None or last[0] != done:
+            distributed.save_progress(progress, wrapped, optimizer, done)
+
+    def after_step(step: int, total: int, loss: float) -> bool:
+        nonlocal done
+        done = step
         if bar is not None:
-            bar(done, total, loss)
+            bar(step, total, loss)
+        if chosen["save_every"] and step % chosen["save_every"] == 0 and step < total:
+            save_progress()
+        return stop.number is not None
 
-    autocast = None if options.dtype == "float32" else torch.bfloat16
+    autocast = None if chosen["dtype"] == "float32" else torch.bfloat16
+    batches = seen.batches(
+        chosen["batch"], chosen["length"], chosen["seed"], first=first, rank=rank, world=world
+    )
     try:
-        training.train(
-            wrapped,
-            seen.batches(options.batch, length, options.seed, first=first, rank=rank, world=world),
-            steps=options.steps,
-            first=first,
-            optimizer=optimizer,
-            lr=options.lr,
-            warmup=_or(options.warmup, max(options.steps // 20, 1)),
-            clip=options.clip,
-            autocast=autocast,
-            bptt_segments=options.bptt_segments,
-            progress=after_step,
-        )
+        with _Stop(world) as stop:
+            training.train(
+                wrapped,
+                _seeded(batches, chosen["seed"], first, rank),
+                steps=chosen["steps"],
+                first=first,
+                optimizer=optimizer,
+                lr=chosen["lr"],
+                warmup=chosen["warmup"],
+                clip=chosen["clip"],
+                autocast=autocast,
+                bptt_segments=chosen["bptt_segments"],
+                progress=after_step,
+            )
+            if done < chosen["steps"]:
+                save_progress()
+                raise _Interrupted("", stop.number)
+            weights = distributed.full_state_dict(wrapped)
+            if rank == 0:
+                # first of all: it is what all this was for
+                _save_model(options.out, config, data, weights)
+            if chosen["save_every"]:
+                save_progress()
+            elif rank == 0:
+                folder.remove_progress(options.out)
+            if rank == 0:
+                dataclasses.replace(run, is_finished=True).write(options.out)
+        windows = kept.batches(chosen["batch"], chosen["length"], 0, rank=rank, world=world)
+        loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
+        loss = distributed.mean(loss, device)
+    except (OSError, ArithmeticError) as error:
+        raise type(error)(f"{error}; {_where(options.out, done, chosen)}") from error
+    except KeyboardInterrupt as error:
+        code = getattr(error, "exit_code", 128 + signal.SIGINT)
+        raise _Interrupted(
+            f"interrupted after step {done} of {chosen['steps']}; "
+            f"{_where(options.out, done, chosen)}",
+            code - 128,
+        ) from None
     finally:
         if bar is not None:
             bar.close()
-    if options.save_every:
-        distributed.save_progress(options.out / _PROGRESS, wrapped, optimizer, options.steps)
-    windows = kept.batches(options.batch, length, 0, rank=rank, world=world)
-    loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
-    loss = distributed.mean(loss, device)
-    weights = distributed.full_state_dict(wrapped)
     if rank == 0:
-        model.save(options.out, weights)
         print(
             f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
             f"{math.exp(loss):.2f}); the model is in {options.out}"
         )
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that nothing later would refuse."""
-    for name, low in (("length", 2), ("save_every", 1), ("warmup", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {low}, got {value}")
-    if not options.weight_decay >= 0.0:
-        raise ValueError(f"--weight-decay must be at least 0, got {options.weight_decay}")
-    model_options = ("config", "formulation", "flow", "slots", "no_memory")
-    given = [name for name in model_options if getattr(options, name) not in (None, False)]
-    if options.resume and given:
-        raise ValueError(f"--resume goes on with the model as it is: --{given[0]} does not fit")
+def _stored(options: argparse.Namespace) -> _Run | None:
+    """The run to go on with; None is a new one, which may write into its folder."""
+    if not options.resume:
+        folder.check_new(options.out, options.overwrite)
+        return None
+    if options.overwrite:
+        raise ValueError("--overwrite begins anew, --resume does not: give one of them")
+    for name in _OF_THE_MODEL:
+        if getattr(options, name) not in (None, False):
+            raise ValueError(
+                f"--resume goes on with the model as it is: {_flag(name)} does not fit"
+            )
+    run = _Run.read(options.out)
+    if run.is_finished and distributed.last_progress(options.out / folder.PROGRESS) is None:
+        raise ValueError(
+            f"{options.out} holds no saved run: it is finished, and without --save-every nothing "
+            f"was kept to go on from"
+        )
+    return run
 
 
-def _remove_run(folder: Path) -> None:
-    """Remove an earlier run's weights, which would lie beside this one's configuration."""
-    shutil.rmtree(folder / _PROGRESS, ignore_errors=True)
-    (folder / WEIGHTS).unlink(missing_ok=True)
+def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
+    """The run's options by their names: those given, then the run's own, then the defaults."""
+    given = {n: getattr(options, n) for n in _DEFAULTS if getattr(options, n) is not None}
+    _check(given)
+    if stored is None:
+        return _DEFAULTS | given
+    for name, value in given.items():
+        if value != stored.options[name] and name not in _CHANGEABLE:
+            raise ValueError(
+                f"{_flag(name)} of this run is {stored.options[name]}, got {value}: --resume takes "
+                f"the run's own options ({', '.join(map(_flag, _CHANGEABLE))} may be others)"
+            )
+    chosen = stored.options | given
+    last = distributed.last_progress(options.out / folder.PROGRESS)
+    if last is not None and last[0] > chosen["steps"]:
+        raise ValueError(f"--steps {chosen['steps']}: the run has done {last[0]} steps already")
+    return chosen
+
+
+def _check(given: dict) -> None:
+    """Raise ValueError for options that nothing would refuse before the folder is touched."""
+    lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
+    lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
+    for name, low in lows.items():
+        value = given.get(name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{_flag(name)} must be at least {low}, got {value}")
+    if given.get("seed", 0) >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {given['seed']}")
+    if not 0.0 < given.get("clip", 1.0) < math.inf:
+        raise ValueError(f"--clip must be above 0, got {given['clip']}")
+
+
+def _paths(options: argparse.Namespace, stored: _Run | None) -> list[Path]:
+    if options.data:
+        return options.data
+    if stored is None:
+        raise ValueError("give files to train on")
+    return [Path(entry["path"]) for entry in stored.data]
+
+
+def _described(
+    options: argparse.Namespace,
+    stored: _Run | None,
+    chosen: dict,
+    config: LM2Config,
+    data: Corpus,
+) -> _Run:
+    """The run as it will be; of one that goes on the data are compared with what it had."""
+    paths = [str(path.resolve()) for path in _paths(options, stored)]
+    files_now = [
+        {"path": path, "digest": digest} for path, digest in zip(paths, data.digests(), strict=True)
+    ]
+    if stored is not None:
+        kinds = [_kind(tokenizer) for tokenizer in (stored.tokenizer, data.tokenizer.kind)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"the run was trained on {kinds[0]}, got {kinds[1]}")
+        was, now = ([entry["digest"] for entry in some] for some in (stored.data, files_now))
+        if len(was) != len(now):
+            raise ValueError(f"the run was trained on {len(was)} files, got {len(now)}")
+        if was != now:
+            number = next(n for n, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)
+            what = "are in another order" if sorted(was) == sorted(now) else "have changed"
+            raise ValueError(
+                f"the data {what}: {paths[number]} is not what the run was trained on "
+                f"({stored.data[number]['path']})"
+            )
+        for name in _CHANGEABLE:
+            if chosen[name] != stored.options[name]:
+                print(f"{_flag(name)} is {chosen[name]}, was {stored.options[name]}")
+    return _Run(chosen, config, files_now, data.tokenizer.kind)
+
+
+def _kind(tokenizer: str) -> str:
+    return "text" if tokenizer == Bytes.kind else "token ids"
+
+
+def _claim(options: argparse.Namespace, held: contextlib.ExitStack) -> bool:
+    """Hold the folder. Returns whether there is progress to go on from."""
+    held.enter_context(folder.claimed(options.out))
+    if not options.resume:
+        folder.check_new(options.out, options.overwrite, is_held=True)
+        folder.remove_progress(options.out)
+    return distributed.last_progress(options.out / folder.PROGRESS) is not None
+
+
+def _introduce(
+    model: LM2ForCausalLM, data: Corpus, seen: Corpus, chosen: dict, where: str, first: int
+) -> None:
+    left_out = len(data.files) - len(seen.files)
+    if left_out:
+        print(f"{left_out} files are too short for windows of {chosen['length']} tokens: left out")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {where}, "
+        f"steps {first + 1} to {chosen['steps']}",
+        flush=True,
+    )
+
+
+class _Stop:
+    """While it lasts, Ctrl-C and SIGTERM let the step be finished; a second one does not wait.
+
+    Not with several processes, which would not all stop after the same step.
+    """
+
+    def __init__(self, world: int):
+        self.number: int | None = None
+        self._is_on = world == 1 and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "_Stop":
+        for number in (signal.SIGINT, signal.SIGTERM) if self._is_on else ():
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self.number is not None:
+            raise _Interrupted("", number)
+        self.number = number
+
+
+def _seeded(batches: Iterator[Batch], seed: int, first: int, rank: int) -> Iterator[Batch]:
+    """The batches; what is random in a step is, like its batch, a function of its number alone."""
+    for number, batch in enumerate(batches, first):
+        (state,) = np.random.SeedSequence((seed, number, rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state))
+        yield batch
+
+
+def _save_model(out: Path, config: LM2Config, data: Corpus, weights: dict) -> None:
+    """Write the model; if its folder has no place for it, elsewhere."""
+    content = {**config.to_dict(), "backend": None}
+    texts = {TOKENIZER: tokenizer_text(data.tokenizer)}
+    try:
+        files.save(out, content, weights, texts)
+    except OSError as error:
+        other = tempfile.mkdtemp(prefix="lm2_kernels-")
+        try:
+            files.save(other, content, weights, texts)
+        except OSError:
+            shutil.rmtree(other, ignore_errors=True)
+            raise error from None
+        raise OSError(f"{error}; the trained model is in {other} instead") from error
+
+
+def _where(out: Path, done: int, chosen: dict) -> str:
+    """What is left of a run that ended early."""
+    last = distributed.last_progress(out / folder.PROGRESS)
+    if last is not None:
+        return f"the progress of step {last[0]} is saved: go on with --resume"
+    if done == chosen["steps"] and (out / files.WEIGHTS).exists():
+        return f"the model is in {out}"
+    return "nothing was saved" if chosen["save_every"] else "nothing was saved (--save-every)"
+
+
+def _check_memory(config: LM2Config) -> None:
+    """Raise ValueError for a model that this machine has no memory for, before it is made."""
+    with torch.device("meta"):
+        try:
+            model = LM2ForCausalLM(config)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the model is too large: {str(error).splitlines()[0]}") from None
+    count = sum(parameter.numel() for parameter in model.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # in float32
+    if 4 * count > there:
+        raise ValueError(
+            f"a model of {count:,} parameters takes {4e-9 * count:.1f} GB, and this machine has "
+            f"{1e-9 * there:.1f} GB (vocab_size {config.vocab_size}, hidden_size "
+            f"{config.hidden_size})"
+        )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _or(value: int | None, default: int) -> int:
@@ -171,17 +470,13 @@ def _or(value: int | None, default: int) -> int:
 
 def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
     vocab_size, is_text = data.vocab_size, isinstance(data.tokenizer, Bytes)
-    if options.resume:
-        return LM2Config.from_dict(load_config(options.out))
     if options.config is not None:
         try:
-            values = json.loads(options.config.read_text(encoding="utf-8"))
+            values = files.read_json(options.config)
         except ValueError as error:
-            raise ValueError(f"{options.config} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{options.config} must hold an object of LM2Config's options")
+            raise ValueError(f"--config: {error}") from None
     else:
-        values = {**_SIZES[options.size], "memory_slots": 128, "memory_heads": 4}
+        values = {**_SIZES[options.size or "small"], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
         values["tie_word_embeddings"] = True
     values.setdefault("vocab_size", vocab_size)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from lm2_kernels import backends, machine
-from lm2_kernels.terminal import Progress, write_json
+from lm2_kernels.cli.arguments import seed
+from lm2_kernels.terminal import Progress, check_json, write_json
 from lm2_kernels.testing import verify
 from lm2_kernels.testing.cases import DTYPES
 
@@ -30,13 +31,14 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--device", choices=machine.device_choices(), help="where; else the best there is"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the random inputs (0)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
     parser.set_defaults(run=run_verify)
 
 
 def run_verify(options: argparse.Namespace) -> int:
     """Check, and say what failed."""
+    check_json(options.json)
     names = tuple(name for name in backends.NAMES if name in (options.backend or ()))
     on_cpu = options.device == "cpu" or machine.best_device() == "cpu"
     if "triton" in names and on_cpu and not verify.interpreted("triton"):

@@ -38,7 +38,9 @@ def evaluate(
         autocast: run the model under autocast in this dtype; None does not.
     """
     device = next(model.parameters()).device
-    was_training, right, total = model.training, 0, 0
+    was_training = model.training
+    # on the device, which the loop need not wait for
+    right = total = torch.zeros((), dtype=torch.int64, device=device)
     model.eval()
     try:
         for batch in batches:
@@ -47,8 +49,8 @@ def evaluate(
             with autocast_in(device, autocast):
                 predicted = model(**inputs).logits[:, :-1].argmax(-1)
             counted = targets != -100
-            right += int(((predicted == targets) & counted).sum())
-            total += int(counted.sum())
+            right = right + ((predicted == targets) & counted).sum()
+            total = total + counted.sum()
     finally:
         model.train(was_training)
-    return Accuracy(right, total)
+    return Accuracy(int(right), int(total))

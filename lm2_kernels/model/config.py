@@ -1,14 +1,31 @@
 """The sizes and options of the reference language model."""
 
 import dataclasses
+import json
+import sys
 from collections.abc import Mapping
+from typing import ClassVar
 
 from lm2_kernels.backends import check_choice
-from lm2_kernels.checks import check_bool, check_dropout, check_eps, check_int, check_scale
+from lm2_kernels.checks import check_bool, check_int
 from lm2_kernels.layers.start import check_start
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "memory_slots",
+    "memory_heads",
+)
+# beyond it torch counts elements wrongly or not at all
+_LARGEST = 2**31 - 1
+_MOST_BLOCKS = 2**16
 
-@dataclasses.dataclass(frozen=True)
+
+# the fields are frozen by hand, and the hash is by them: see __setattr__
+@dataclasses.dataclass(unsafe_hash=True)
 class LM2Config:
     """The sizes and options of :class:`LM2ForCausalLM`.
 
@@ -68,27 +85,35 @@ class LM2Config:
     initializer_range: float = 0.02
     backend: str | None = None
 
+    # what transformers' Trainer reads of a configuration; no options of the model
+    use_cache: ClassVar[bool] = False
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["memory"]
+
     def __post_init__(self):
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-        for name in (*sizes, "num_attention_heads", "memory_slots", "memory_heads"):
-            check_int("LM2Config", name, getattr(self, name), 1)
+        for name in _SIZES:
+            high = _MOST_BLOCKS if name == "num_hidden_layers" else _LARGEST
+            check_int("LM2Config", name, getattr(self, name), 1, high)
         if self.num_key_value_heads is None:
-            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
-        check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1)
-        check_bool("LM2Config", "tie_word_embeddings", self.tie_word_embeddings)
-        check_bool("LM2Config", "zero_init", self.zero_init)
-        check_bool("LM2Config", "memory_recompute", self.memory_recompute)
-        check_eps("LM2Config", self.rms_norm_eps)
-        check_dropout("LM2Config", self.memory_dropout)
+            self._normalise("num_key_value_heads", self.num_attention_heads)
+        check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1, _LARGEST)
+        for name in ("tie_word_embeddings", "zero_init", "memory_recompute"):
+            check_bool("LM2Config", name, getattr(self, name))
+        for name in ("rms_norm_eps", "rope_theta", "initializer_range", "memory_dropout"):
+            self._check_number(name)
         if self.backend is not None:
+            if not isinstance(self.backend, str):
+                raise TypeError(
+                    f"LM2Config: backend must be a str or None, got {type(self.backend).__name__}"
+                )
             check_choice(self.backend)
-        for name in ("rope_theta", "initializer_range"):
-            check_scale("LM2Config", getattr(self, name))
-            if getattr(self, name) <= 0.0:
-                raise ValueError(f"LM2Config: {name} must be above 0, got {getattr(self, name)!r}")
         if self.memory_layers is None:
-            object.__setattr__(self, "memory_layers", tuple(range(self.num_hidden_layers)))
-        object.__setattr__(self, "memory_layers", tuple(self.memory_layers))
+            self._normalise("memory_layers", tuple(range(self.num_hidden_layers)))
+        if not isinstance(self.memory_layers, list | tuple | range):
+            raise TypeError(
+                f"LM2Config: memory_layers must be a list of ints, or None, got "
+                f"{type(self.memory_layers).__name__} {self.memory_layers!r}"
+            )
+        self._normalise("memory_layers", tuple(self.memory_layers))
         divisors = [
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -107,7 +132,7 @@ class LM2Config:
                 f"embeddings, got {self.head_dim}"
             )
         for layer in self.memory_layers:
-            check_int("LM2Config", "memory_layers", layer, 0)
+            check_int("LM2Config", "a number in memory_layers", layer, 0)
             if layer >= self.num_hidden_layers:
                 raise ValueError(
                     f"LM2Config: memory_layers has {layer}, but the blocks are 0 to "
@@ -124,6 +149,29 @@ class LM2Config:
                 )
         inits = ("identity", "zeros", "learned")
         check_start("LM2Config", self.formulation, self.memory_init, self.zero_init, inits)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # other names are free, for programs that keep notes on a model's configuration
+        if name in self.__dict__ and any(f.name == name for f in dataclasses.fields(self)):
+            raise dataclasses.FrozenInstanceError(f"LM2Config: {name} is fixed; make another")
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if any(field.name == name for field in dataclasses.fields(self)):
+            raise dataclasses.FrozenInstanceError(f"LM2Config: {name} is fixed; make another")
+        super().__delattr__(name)
+
+    def _normalise(self, name: str, value: object) -> None:
+        self.__dict__[name] = value
+
+    def _check_number(self, name: str) -> None:
+        """A finite number above 0; a probability is below 1 and may be 0."""
+        value, is_share = getattr(self, name), name == "memory_dropout"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"LM2Config: {name} must be a float, got {type(value).__name__}")
+        if not (0.0 <= value < 1.0 if is_share else 0.0 < value < sys.float_info.max):
+            wanted = "in [0, 1)" if is_share else "above 0 and finite"
+            raise ValueError(f"LM2Config: {name} must be {wanted}, got {value!r}")
 
     @classmethod
     def published(cls, **changes: object) -> "LM2Config":
@@ -146,18 +194,30 @@ class LM2Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> "LM2Config":
-        """A configuration from ``dataclasses.asdict``'s dict, or the same by way of JSON.
+        """A configuration from :meth:`to_dict`'s dict, or the same by way of JSON.
 
         Raises:
             ValueError: a name is unknown or missing; TypeError, ValueError: a value does not fit.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"LM2Config: the options must be a dict, got {type(values).__name__} {values!r}"
+            )
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
+        unknown = sorted(set(values) - set(fields), key=str)
         required = {n for n, f in fields.items() if f.default is dataclasses.MISSING}
         missing = sorted(required - set(values))
         if unknown or missing:
             raise ValueError(f"LM2Config: unknown options {unknown}, missing options {missing}")
         return cls(**values)
+
+    def to_dict(self) -> dict[str, object]:
+        """The options by their names."""
+        return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        """The options as JSON."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
 
     @property
     def head_dim(self) -> int:

@@ -7,7 +7,6 @@ slots is taken in segments. A segment is its own self-attention window, its toke
 :class:`MemoryState`.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
@@ -25,40 +23,15 @@ from lm2_kernels.layers.start import silence
 from lm2_kernels.linear import apply_linear
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.generation import generate
+from lm2_kernels.model.output import LM2Output
 from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state import files
+from lm2_kernels.state.hub import Place
 from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
 from lm2_kernels.state.segments import compress, gather, leave_graph, run_segments, spread
 
 # rows of logits that are in memory at once while the loss is computed
 _LOSS_ROWS = 1024
-
-
-@dataclasses.dataclass
-class LM2Output:
-    """What :class:`LM2ForCausalLM` returns."""
-
-    logits: Tensor | None  # (B, L, V); None where a loss was asked for and logits were not
-    # mean over labels[:, 1:] that are not -100, 0 without any; float32 at least
-    loss: Tensor | None
-    # None for a model without memory layers, unless use_cache was given
-    memory: MemoryState | None
-
-
-def _flatten_with_keys(output: LM2Output) -> tuple[list[tuple], None]:
-    names = [field.name for field in dataclasses.fields(output)]
-    return [(pytree.GetAttrKey(name), getattr(output, name)) for name in names], None
-
-
-# for torch.export, and whoever walks through outputs
-pytree.register_pytree_node(
-    LM2Output,
-    lambda output: ([output.logits, output.loss, output.memory], None),
-    lambda values, _: LM2Output(*values),
-    serialized_type_name="lm2_kernels.LM2Output",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-torch.serialization.add_safe_globals([LM2Output])
 
 
 def _rotary(positions: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -233,6 +206,16 @@ class LM2ForCausalLM(nn.Module):
         if self.config.zero_init:
             for layer in self.memory_layers():
                 silence(layer)
+
+    def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
+        """Raise NotImplementedError: what there is, is ``memory_recompute``."""
+        raise NotImplementedError(
+            "LM2ForCausalLM has no gradient checkpointing; with LM2Config(memory_recompute=True) "
+            "the memory layers compute again what backward needs"
+        )
+
+    # its name in later versions of transformers
+    activation_checkpointing_enable = gradient_checkpointing_enable
 
     def memory_layers(self) -> list[PaperMemory | ReleaseMemory]:
         """The memory layers, first block first."""
@@ -417,9 +400,17 @@ class LM2ForCausalLM(nn.Module):
     def save(self, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` into a folder, made if need be.
 
-        ``state_dict`` is the model's own unless given (where the model is in parts).
+        An earlier model of this kind is replaced when the new one is whole.
+
+        Args:
+            folder: where to.
+            state_dict: the model's own unless given (where the model is in parts).
+
+        Raises:
+            OSError: it cannot be written; what was there is as it was.
+            ValueError: the folder holds a model of another kind.
         """
-        config = {**dataclasses.asdict(self.config), "backend": None}
+        config = {**self.config.to_dict(), "backend": None}
         files.save(folder, config, self.state_dict() if state_dict is None else state_dict)
 
     @classmethod
@@ -430,21 +421,31 @@ class LM2ForCausalLM(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
     ) -> "LM2ForCausalLM":
         """The model that :meth:`save` wrote.
 
         Args:
-            folder: where to.
+            folder: where to, or the name "user/model" of a repository of the Hugging Face Hub, if
+                ``huggingface_hub`` is installed.
             device: of the parameters; torch's default unless given.
             dtype: of the parameters; as saved unless given.
             backend: as of :class:`LM2Config`.
+            revision: of the repository.
+            token: for a repository that is not public.
+            cache_dir: where the repository's files are kept.
 
         Raises:
-            OSError: there is no such folder or file.
+            OSError: there is no such folder or file, or the Hub does not give it.
             ValueError: a file is damaged, or the weights are not the configuration's (the text
                 lists all keys that are missing or too many).
         """
-        values, tensors = files.load(folder, "cpu")
+        place = Place(
+            "LM2ForCausalLM.load", folder, revision=revision, token=token, cache_dir=cache_dir
+        )
+        values, tensors = files.load(place)
         config = LM2Config.from_dict({**values, "backend": backend})
         with torch.device("meta"):
             model = cls(config)

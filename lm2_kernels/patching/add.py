@@ -1,12 +1,13 @@
 """``add_memory``: a memory layer behind the self-attention of a host's blocks, and back."""
 
 import dataclasses
-import json
+import inspect
 import re
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_bool, check_int
@@ -20,9 +21,11 @@ from lm2_kernels.patching.hosts import Host, find_blocks
 from lm2_kernels.patching.report import Report, module_names, report_on
 from lm2_kernels.patching.swap import SwappedMemory, replace_modules, share_parameters
 from lm2_kernels.state import files
+from lm2_kernels.state.hub import Place
 
 # the attribute of a host's config that save_pretrained writes for load_memory
 _OPTIONS = "lm2_memory"
+_MEMORY_KEY = r"(\d+)\.memory\.(.+)$"
 
 
 class _Replaced:
@@ -164,7 +167,7 @@ def add_memory(
             num_heads,
             dropout=dropout,
             backend=backend,
-            device=like.device,
+            device=_device(block, like),
             dtype=like.dtype,
         )
         if zero_init:
@@ -196,6 +199,16 @@ def add_memory(
     return report_on("added", model, module_names(model, memory.layers), memory)
 
 
+def _device(block: nn.Module, like: nn.Parameter) -> torch.device | str | int:
+    """Where a block computes: offloaded weights are on the meta device until they are needed."""
+    if like.is_meta:
+        for module in block.modules():
+            device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+            if device is not None:
+                return device
+    return like.device
+
+
 def get_memory(model: nn.Module) -> AddedMemory:
     """The memory that :func:`add_memory` gave a model; ValueError if there is none."""
     for module in model.modules():
@@ -211,41 +224,71 @@ def load_memory(
     freeze: bool = True,
     backend: str | None = None,
     host: Host | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Report:
     """Give a model the memory that a model had when ``save_pretrained`` wrote it to a folder.
 
+    Where the host's weights are elsewhere (offloaded, on the meta device), those of the memory are
+    on the CPU.
+
     Args:
         model: the host, as ``from_pretrained`` of the same folder makes it.
-        folder: has ``config.json`` and safetensors files.
+        folder: has ``config.json`` and ``model.safetensors``, or several files and their index
+            ``model.safetensors.index.json``; other files in it do not matter. Or the name
+            "user/model" of a repository of the Hugging Face Hub, if ``huggingface_hub`` is
+            installed.
         freeze: as of :func:`add_memory`.
         backend: as of :func:`add_memory`.
         host: as of :func:`add_memory`.
+        revision: of the repository.
+        token: for a repository that is not public.
+        cache_dir: where the repository's files are kept.
 
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or the Hub does not give it.
         ValueError: there is no memory in the folder, it does not fit, or weights are missing.
     """
-    from safetensors import safe_open  # noqa: PLC0415 - computing needs torch alone
-
-    folder = Path(folder)
-    options = json.loads((folder / files.CONFIG).read_text(encoding="utf-8")).get(_OPTIONS)
+    place = Place("load_memory", folder, revision=revision, token=token, cache_dir=cache_dir)
+    config = place.existing(files.CONFIG)
+    options = files.read_json(config).get(_OPTIONS)
     if options is None:
-        raise ValueError(f"load_memory: {folder / files.CONFIG} has no '{_OPTIONS}'")
-    saved: dict[int, dict[str, Tensor]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                match = re.search(r"(\d+)\.memory\.(.+)$", name)
-                if match:
-                    saved.setdefault(int(match[1]), {})[match[2]] = tensors.get_tensor(name)
+        raise ValueError(f"load_memory: {config} has no '{_OPTIONS}'")
+    known = set(inspect.signature(add_memory).parameters) - {"model", "freeze", "backend", "host"}
+    if not isinstance(options, dict) or not set(options) <= known:
+        raise ValueError(f"load_memory: '{_OPTIONS}' in {config} holds no options of add_memory")
+    saved = _saved_layers(place)
     report = add_memory(model, **options, freeze=freeze, backend=backend, host=host)
     try:
-        for index, layer in zip(options["layers"], report.memory.layers, strict=True):
-            layer.load_state_dict(saved.get(index, {}))
+        for index, layer in zip(report.memory.options["layers"], report.memory.layers, strict=True):
+            _load_layer(layer, saved.get(index, {}))
     except RuntimeError as error:
         remove_memory(model)
         raise ValueError(f"load_memory: block {index} in {folder} does not fit: {error}") from None
     return dataclasses.replace(report, action="loaded")
+
+
+def _saved_layers(place: Place) -> dict[int, dict[str, Tensor]]:
+    """The state dicts of the memory layers, by the numbers of their blocks."""
+    saved: dict[int, dict[str, Tensor]] = {}
+    for file, names in files.weight_files(place).items():
+        for name, tensor in files.read_tensors(file, names, _MEMORY_KEY).items():
+            index, key = re.search(_MEMORY_KEY, name).groups()
+            own = saved.setdefault(int(index), {})
+            if key in own:
+                raise ValueError(f"load_memory: {file} has a second weight for {name!r}")
+            own[key] = tensor
+    return saved
+
+
+def _load_layer(layer: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Load a layer; one without weights of its own, as a host's on the meta device, takes these."""
+    own = layer.state_dict()
+    is_meta = any(tensor.is_meta for tensor in own.values())
+    if is_meta:
+        saved = {n: t.to(own[n].dtype) if n in own else t for n, t in saved.items()}
+    layer.load_state_dict(saved, assign=is_meta)
 
 
 def remove_memory(model: nn.Module) -> Report:

@@ -2,68 +2,168 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor
 
+from lm2_kernels.disk import replace_file, replace_files
+from lm2_kernels.state.hub import Place
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "check_keys",
+    "is_own",
+    "load",
+    "load_config",
+    "load_tensors",
+    "read_json",
+    "read_tensors",
+    "replace_file",
+    "save",
+    "weight_files",
+]
+
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 _FORMAT = "lm2_kernels"
 
 
-def save(folder: str | Path, config: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-    """Write both files, each whole or not at all."""
+def save(
+    folder: str | Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write both files, and ``texts`` by their names: all of them whole, or none.
+
+    Raises:
+        OSError: they cannot be written; what was there is as it was.
+        ValueError: the folder holds a model of another kind.
+    """
     from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
 
     folder = Path(folder)
-    save_config(folder, config)
+    if not is_own(folder):
+        raise ValueError(
+            f"{folder} holds a model of another kind ({CONFIG} or {WEIGHTS} is not of "
+            f"lm2_kernels): save into another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     # parameters may share a buffer, and one may have two names: each gets a place of its own
     own = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    replace_file(folder / WEIGHTS, lambda path: save_file(own, path, metadata={"format": "pt"}))
+    texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
+    writes = {folder / WEIGHTS: lambda path: save_file(own, path, metadata={"format": "pt"})}
+    for name, text in texts.items():
+        writes[folder / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    replace_files(writes)
 
 
-def save_config(folder: Path, config: Mapping[str, object]) -> None:
-    """Write the configuration alone."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": _FORMAT, **config}, indent=1) + "\n"
-    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+def is_own(folder: Path) -> bool:
+    """Whether no model is there but one that :func:`save` wrote."""
+    try:
+        load_config(Place("", folder))
+    except FileNotFoundError:
+        return not any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS, INDEX))
+    except ValueError:
+        return False
+    return True
 
 
-def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path`` and move it there: whoever reads sees the old or the new one."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
-
-
-def load(
-    folder: str | Path, device: torch.device | str | None = None
-) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """The configuration and the tensors that :func:`save` wrote.
+def load(place: Place) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """The configuration and the tensors that :func:`save` wrote, on the CPU.
 
     Raises:
         OSError: there is no such file.
         ValueError: a file is damaged or of another kind.
     """
-    folder = Path(folder)
-    return load_config(folder), load_tensors(folder / WEIGHTS, device)
+    config, tensors = load_config(place), {}
+    for path, names in weight_files(place).items():
+        own = load_tensors(path, "cpu")
+        tensors |= {name: own[name] for name in (own if names is None else names) if name in own}
+    return config, tensors
 
 
-def load_config(folder: Path) -> dict[str, object]:
+def load_config(place: Place) -> dict[str, object]:
     """The configuration alone, as :func:`load`."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.pop("format", None) != _FORMAT:
-        raise ValueError(f"{folder / CONFIG} is not the configuration of an lm2_kernels model")
+    path = place.existing(CONFIG)
+    config = read_json(path)
+    if config.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} is not the configuration of an lm2_kernels model")
     return config
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a file of JSON.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object: it is not the configuration of a model")
+    return content
+
+
+def weight_files(place: Place) -> dict[Path, list[str] | None]:
+    """The files with a model's weights, each with the names of those to take; None is all.
+
+    Where there is ``model.safetensors.index.json`` it decides, otherwise it is
+    ``model.safetensors``. Whatever else lies in the folder does not matter.
+
+    Raises:
+        OSError: a file is not there.
+        ValueError: the index is damaged, or names a file outside of the folder.
+    """
+    index = place.path(INDEX)
+    if not index.exists():
+        return {place.existing(WEIGHTS): None}
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(f, str) for f in table.values()):
+        raise ValueError(f"{index} is damaged: it has no 'weight_map' of names and files")
+    found: dict[str, list[str]] = {}
+    for name, file in table.items():
+        if PurePath(file).is_absolute() or ".." in PurePath(file).parts or not file:
+            raise ValueError(f"{index} names a file outside of its folder: {file!r}")
+        found.setdefault(file, []).append(name)
+    return {place.existing(file): names for file, names in found.items()}
+
+
+def read_tensors(path: Path, names: Sequence[str] | None, pattern: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose names match; nothing else is read.
+
+    Args:
+        path: the file.
+        names: those to choose from, which must be there; None is all that are.
+        pattern: a regular expression, searched for.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or one is missing.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    try:
+        with safe_open(path, "pt") as file:
+            there = set(file.keys())
+            wanted = [n for n in (names or sorted(there)) if re.search(pattern, n)]
+            missing = [name for name in wanted if name not in there]
+            if missing:
+                raise ValueError(f"{path} has no {', '.join(missing)}, which the index names")
+            return {name: file.get_tensor(name) for name in wanted}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def load_tensors(path: str | Path, device: torch.device | str | None = None) -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
 """Training data of your own: text files byte by byte, or arrays of token ids.
 
-Files are mapped, not read: they may be larger than memory.
+Files are mapped, and looked through in pieces: they may be larger than memory.
 """
 
+import codecs
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,10 +14,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Bytes", "Corpus", "Ids", "Words", "load_tokenizer", "save_tokenizer"]
+from lm2_kernels.disk import replace_file
+from lm2_kernels.state.hub import Place
+
+__all__ = [
+    "RAW_DTYPES",
+    "Bytes",
+    "Corpus",
+    "Ids",
+    "Words",
+    "load_tokenizer",
+    "save_tokenizer",
+    "tokenizer_text",
+]
 
 # not tokenizer.json, which is what transformers calls a file of another format
 TOKENIZER = "lm2_tokenizer.json"
+RAW_DTYPES = ("uint8", "uint16", "uint32", "uint64", "int16", "int32", "int64")
+# of token ids whose number of embeddings nobody gave: four times the largest that are in use
+_LARGEST_VOCABULARY = 2**20
+_PIECE = 2**24
+# of a digest: the largest file that is read whole, and the pieces of a larger one
+_WHOLE, _SAMPLE = 2**28, 2**20
+# how files begin that somebody may take for text, and what to do with them
+_NUMPY = b"\x93NUMPY"
+_MAGIC = {
+    _NUMPY: "it is an array of numpy; its name must end in .npy",
+    b"PK": "it is a zip archive, as .npz and .pt are; save token ids by numpy.save",
+    b"\x1f\x8b": "it is compressed by gzip; decompress it",
+    b"BZh": "it is compressed by bzip2; decompress it",
+    b"\xfd7zXZ": "it is compressed by xz; decompress it",
+    b"\x28\xb5\x2f\xfd": "it is compressed by zstd; decompress it",
+    b"PAR1": "it is a Parquet file; write its text or its token ids",
+    b"\x89HDF": "it is an HDF5 file; write its text or its token ids",
+    b"\xff\xfe": "it is text in UTF-16 or UTF-32; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "it is text in UTF-16; convert it: iconv -f UTF-16 -t UTF-8",
+}
 
 
 class Bytes:
@@ -89,13 +123,18 @@ class Ids:
 Tokenizer = Bytes | Words | Ids
 
 
-def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
-    """Write ``lm2_tokenizer.json`` beside a model."""
+def tokenizer_text(tokenizer: Tokenizer) -> str:
+    """What ``lm2_tokenizer.json`` holds."""
     content = {"kind": tokenizer.kind}
     if isinstance(tokenizer, Words):
         content["words"] = list(tokenizer.words)
-    text = json.dumps(content, ensure_ascii=False) + "\n"
-    (Path(folder) / TOKENIZER).write_text(text, encoding="utf-8")
+    return json.dumps(content, ensure_ascii=False) + "\n"
+
+
+def save_tokenizer(folder: str | Path, tokenizer: Tokenizer) -> None:
+    """Write ``lm2_tokenizer.json`` beside a model."""
+    text = tokenizer_text(tokenizer)
+    replace_file(Path(folder) / TOKENIZER, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -104,8 +143,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises:
         ValueError: the file is damaged.
     """
+    place = Place("load_tokenizer", folder)
     # version 0.1.0 wrote it under the second name
-    paths = [Path(folder) / name for name in (TOKENIZER, "tokenizer.json")]
+    paths = (place.path(name) for name in (TOKENIZER, "tokenizer.json"))
     path = next((path for path in paths if path.exists()), None)
     if path is None:
         return Ids()
@@ -127,31 +167,71 @@ class Corpus:
     vocab_size: int
 
     @classmethod
-    def open(cls, paths: Sequence[str | Path], vocab_size: int | None = None) -> "Corpus":
-        """Map files: ``.npy`` arrays of token ids, or else text.
+    def open(
+        cls,
+        paths: Sequence[str | Path],
+        vocab_size: int | None = None,
+        dtype: str | None = None,
+    ) -> "Corpus":
+        """Map files: ``.npy`` arrays of token ids, raw ids of a dtype, or else text in UTF-8.
+
+        All are read once: what is no text, or no token id, is found now.
 
         Args:
             paths: all of one kind.
-            vocab_size: of token ids; unless given, one more than the largest id, which reads the
-                files once.
+            vocab_size: of token ids; one more than the largest id unless given, and then at most
+                2**20.
+            dtype: of files that hold token ids and nothing else, as nanoGPT's ``.bin`` do: one of
+                :data:`RAW_DTYPES`, little-endian.
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: a file is empty or no array of ids, kinds are mixed, or an id is too large.
+            ValueError: a file is empty, or neither text nor ids, kinds are mixed, or an id is too
+                large.
         """
         paths = [Path(path) for path in paths]
         if len({path.suffix == ".npy" for path in paths}) != 1:
             raise ValueError("give text files or .npy arrays of token ids, not both and not none")
-        if paths[0].suffix != ".npy":
+        for path in paths:
+            if not path.is_file():
+                # for what is not there, the error of the system
+                path.open("rb").close()
+                raise ValueError(f"{path} is no file")
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path} is empty")
+        if paths[0].suffix == ".npy":
+            if dtype is not None:
+                raise ValueError(f"--data-dtype is for raw files, and {paths[0]} says its dtype")
+            files = [_map_array(path) for path in paths]
+        elif dtype is not None:
+            files = [_map_raw(path, dtype) for path in paths]
+        else:
+            files = [_map_text(path) for path in paths]
             if vocab_size not in (None, Bytes.vocab_size):
                 raise ValueError(f"text has 256 tokens, its bytes, not {vocab_size}")
-            files = [_map_bytes(path) for path in paths]
             return cls(tuple(files), Bytes(), Bytes.vocab_size)
-        files = [_map_array(path) for path in paths]
-        largest = max(int(file.max()) for file in files)
-        if vocab_size is not None and largest >= vocab_size:
-            raise ValueError(f"there is a token id {largest}, but vocab_size is {vocab_size}")
-        return cls(tuple(files), Ids(), largest + 1 if vocab_size is None else vocab_size)
+        ends = [(int(file.min()), int(file.max())) for file in files]
+        for path, (smallest, largest) in zip(paths, ends, strict=True):
+            if smallest < 0:
+                raise ValueError(f"{path} has negative token ids ({smallest})")
+            if vocab_size is not None and largest >= vocab_size:
+                raise ValueError(f"{path} has a token id {largest}, but vocab_size is {vocab_size}")
+            if vocab_size is None and largest >= _LARGEST_VOCABULARY:
+                raise ValueError(
+                    f"{path} has a token id {largest}, for which a model would need as many "
+                    f"embeddings; if that is meant, give --vocab-size"
+                )
+        if vocab_size is None:
+            vocab_size = max(largest for _, largest in ends) + 1
+        return cls(tuple(files), Ids(), vocab_size)
+
+    def digests(self) -> list[str]:
+        """One a file, in their order: of its length, dtype and content.
+
+        Of files above 256 MiB it reads 256 pieces of 1 MiB, evenly spread, the first and the last
+        among them: a change of some bytes between them is not seen.
+        """
+        return [_digest(file) for file in self.files]
 
     def split(self, share: float, length: int) -> tuple["Corpus", "Corpus"]:
         """The files without their last part, and those parts, of at least ``length`` tokens each.
@@ -208,16 +288,56 @@ class Corpus:
             number += 1
 
 
-def _map_bytes(path: Path) -> np.ndarray:
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty")
-    return np.memmap(path, np.uint8, "r")
+def _pieces(file: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(file), _PIECE):
+        yield file[start : start + _PIECE]
+
+
+def _map_text(path: Path) -> np.ndarray:
+    """The bytes of a file, which are text."""
+    if path.suffix == ".bin":
+        raise ValueError(
+            f"{path} may hold token ids; say which with --data-dtype (nanoGPT's are uint16)"
+        )
+    file = np.memmap(path, np.uint8, "r")
+    decoder, done = codecs.getincrementaldecoder("utf-8")(), 0
+    for piece in _pieces(file):
+        content = piece.tobytes()
+        pending = len(decoder.getstate()[0])
+        zero = content.find(0)
+        try:
+            decoder.decode(content, final=done + len(content) == len(file))
+            wrong = None if zero < 0 else f"byte {done + zero} is 0"
+        except UnicodeDecodeError as error:
+            wrong = f"byte {done - pending + error.start} is no UTF-8"
+        if wrong is not None:
+            start = file[:8].tobytes()
+            kind = next((text for magic, text in _MAGIC.items() if start.startswith(magic)), None)
+            kind = kind or "token ids without a header need --data-dtype"
+            raise ValueError(f"{path} is no text in UTF-8 ({wrong}): {kind}")
+        done += len(content)
+    return file
+
+
+def _map_raw(path: Path, dtype: str) -> np.ndarray:
+    if dtype not in RAW_DTYPES:
+        raise ValueError(f"the dtype of raw files is one of {', '.join(RAW_DTYPES)}, got {dtype}")
+    kind, size = np.dtype(dtype).newbyteorder("<"), path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+    if start.startswith(_NUMPY):
+        raise ValueError(f"{path}: {_MAGIC[_NUMPY]}")
+    if size % kind.itemsize:
+        raise ValueError(f"{path} has {size} bytes, which is no whole number of {dtype}")
+    return np.memmap(path, kind, "r")
 
 
 def _map_array(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of numpy, of zip files and of pickles
         raise ValueError(f"{path} is no .npy array: {error}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is no .npy array: it holds several")
@@ -225,6 +345,17 @@ def _map_array(path: Path) -> np.ndarray:
         raise ValueError(
             f"{path} must be an array of token ids with one axis, got {array.dtype} {array.shape}"
         )
-    if array.dtype.kind == "i" and array.min() < 0:
-        raise ValueError(f"{path} has negative token ids")
     return array
+
+
+def _digest(file: np.ndarray) -> str:
+    size = file.itemsize * len(file)
+    found = hashlib.blake2b(f"{file.dtype.str} {len(file)}".encode(), digest_size=16)
+    if size <= _WHOLE:
+        for piece in _pieces(file):
+            found.update(np.ascontiguousarray(piece))
+    else:
+        length = _SAMPLE // file.itemsize
+        for start in np.linspace(0, len(file) - length, 256).astype(np.int64):
+            found.update(np.ascontiguousarray(file[start : start + length]))
+    return found.hexdigest()

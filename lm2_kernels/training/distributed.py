@@ -9,7 +9,7 @@ import gc
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,7 +20,9 @@ from lm2_kernels import machine
 from lm2_kernels.model.decoder import LM2ForCausalLM
 
 __all__ = [
+    "by_first",
     "full_state_dict",
+    "last_progress",
     "load_progress",
     "mean",
     "process_group",
@@ -94,23 +96,63 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     )
 
 
+def by_first(function: Callable[[], object]) -> object:
+    """What a function gives in process 0, where alone it is called; its error is that of all."""
+    if not dist.is_initialized():
+        return function()
+    outcome: list[object] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except (OSError, TypeError, ValueError) as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome)
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
 def save_progress(
     folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Write what a run needs to be gone on with, with torch's own distributed checkpoints.
 
     The one before is removed when this one is whole.
+
+    Raises:
+        OSError: it cannot be written; the one before is there still.
     """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - slow to import
 
     place = Path(folder) / f"step-{step}"
+    part = place.with_name(f"{place.name}.part")
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    if is_first:
+        shutil.rmtree(part, ignore_errors=True)
     state = _progress(model, optimizer, step)
-    with _alone_is_fine() as alone:
-        dcp.save(state, checkpoint_id=str(place), no_dist=alone)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        for old in Path(folder).glob("step-*"):
-            if old != place:
-                shutil.rmtree(old)
+    try:
+        with _alone_is_fine() as alone:
+            dcp.save(state, checkpoint_id=str(part), no_dist=alone)
+        if not is_first:
+            return
+        shutil.rmtree(place, ignore_errors=True)
+        part.rename(place)
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        if is_first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(f"cannot write {place}: {_reason(error)}") from error
+    for old in Path(folder).glob("step-*"):
+        if old != place:
+            shutil.rmtree(old)
+
+
+def last_progress(folder: str | Path) -> tuple[int, Path] | None:
+    """The steps done, and the place, of what :func:`save_progress` wrote last; None if nothing."""
+    # the metadata is written last, and the folder gets its name then
+    found = [path.parent for path in Path(folder).glob("step-*/.metadata")]
+    steps = [(int(p.name[5:]), p) for p in found if p.name[5:].isdecimal()]
+    return max(steps, default=None)
 
 
 def load_progress(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -118,18 +160,20 @@ def load_progress(folder: str | Path, model: nn.Module, optimizer: torch.optim.O
 
     Raises:
         FileNotFoundError: nothing was saved there.
+        ValueError: it is damaged, or of another model.
     """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - as above
     from torch.distributed.checkpoint.state_dict import set_state_dict  # noqa: PLC0415
 
-    # the metadata is written last
-    whole = [path.parent for path in Path(folder).glob("step-*/.metadata")]
-    if not whole:
+    last = last_progress(folder)
+    if last is None:
         raise FileNotFoundError(f"{folder} holds no saved run; train with --save-every")
-    place = max(whole, key=lambda path: int(path.name.removeprefix("step-")))
     state = _progress(model, optimizer, 0)
-    with _alone_is_fine() as alone:
-        dcp.load(state, checkpoint_id=str(place), no_dist=alone)
+    try:
+        with _alone_is_fine() as alone:
+            dcp.load(state, checkpoint_id=str(last[1]), no_dist=alone)
+    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        raise ValueError(f"{last[1]} is damaged or of another model: {_reason(error)}") from error
     set_state_dict(
         model,
         optimizer,
@@ -137,6 +181,17 @@ def load_progress(folder: str | Path, model: nn.Module, optimizer: torch.optim.O
         optim_state_dict=state["optimizer"],
     )
     return int(state["step"])
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what lies under an error of torch's checkpoints."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -51,11 +51,12 @@ def train(
     clip: float | None = 1.0,
     autocast: torch.dtype | None = None,
     bptt_segments: int | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Callable[[int, int, float], object] | None = None,
 ) -> list[float]:
     """Train with AdamW, the learning rate warmed up and then a cosine.
 
-    Every batch starts from the model's initial memory.
+    Every batch starts from the model's initial memory. A GPU does not wait for the loop: a loss is
+    read while it is busy with that step's backward pass.
 
     Args:
         model: called as ``model(**batch, bptt_segments=bptt_segments)``; its result has ``loss``.
@@ -74,6 +75,7 @@ def train(
         autocast: run the model under autocast in this dtype; None does not.
         bptt_segments: over how many segments gradients reach back; None is all.
         progress: called after each step with the steps done, ``steps`` and the step's loss.
+            Returning True stops.
 
     Returns:
         The loss of every step that was done.
@@ -106,23 +108,42 @@ def train(
                 group["lr"] = lr * learning_rate(step, steps, warmup, floor)
             with autocast_in(device, autocast):
                 loss = model(**moved(batch, device), bptt_segments=bptt_segments).loss
-            value = loss.item()
+            fetched = _Fetched(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            # now that the device has the backward pass to do
+            value = fetched.value()
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"train: the loss of step {step + 1} is {value}; try a lower lr, a longer "
                     f"warmup or a smaller clip"
                 )
-            optimizer.zero_grad()
-            loss.backward()
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             losses.append(value)
-            if progress is not None:
-                progress(step + 1, steps, value)
+            if progress is not None and progress(step + 1, steps, value) is True:
+                break
     finally:
         model.train(was_training)
     return losses
+
+
+class _Fetched:
+    """A loss on its way to the CPU: to read it is to wait for it, but not for what came after."""
+
+    def __init__(self, loss: Tensor):
+        self._copy, self._event = loss.detach(), None
+        # elsewhere a copy that nobody waits for cannot be told from one that is there
+        if loss.device.type in ("cuda", "xpu"):
+            self._copy = self._copy.to("cpu", non_blocking=True)
+            self._event = torch.Event(loss.device)
+            self._event.record()
+
+    def value(self) -> float:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copy.tolist()
 
 
 @torch.no_grad()
@@ -136,10 +157,11 @@ def mean_loss(
     try:
         for batch in batches:
             with autocast_in(device, autocast):
-                losses.append(model(**moved(batch, device)).loss.item())
+                losses.append(model(**moved(batch, device)).loss)
     finally:
         model.train(was_training)
-    return sum(losses) / len(losses) if losses else math.nan
+    # all at once: a GPU waits for each number that is read
+    return torch.stack(losses).cpu().double().mean().item() if losses else math.nan
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

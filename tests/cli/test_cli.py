@@ -295,3 +295,73 @@ def test_report_survives_infinite_errors():
     assert not report.passed
     text = json.dumps(verify.to_json(report), allow_nan=False)
     assert json.loads(text)["checks"][0]["comparisons"][0]["max_share"] is None
+
+
+@pytest.mark.parametrize("command", (["info"], [*EAGER, "--dtype", "float32"], ["bench"]))
+def test_json_replaces_json_alone(command, capsys, monkeypatch, tmp_path):
+    """What somebody named by mistake is there still, and it is said before the work."""
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    for where, message in ((path, "holds no JSON"), (tmp_path, "is a folder")):
+        assert cli.main([*command, "--json", str(where)], cases=[]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert path.read_text() == "mine"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_json_of_an_earlier_run_is_replaced(capsys, tmp_path):
+    path, link = tmp_path / "info.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    for where in (path, path, link):
+        assert cli.main(["info", "--json", str(where)]) == 0
+        assert json.loads(path.read_text())["versions"]
+    assert link.is_symlink()
+    path.write_text("")
+    assert cli.main(["info", "--json", str(path)]) == 0
+    assert cli.main(["info", "--json", "/dev/full"]) == 2
+    assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert Path("/dev/full").is_char_device()
+
+
+def test_plots_need_a_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert cli.main(["bench", "--plots", str(tmp_path / "file")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ("-1", "x", str(2**63)))
+def test_a_seed_that_no_generator_takes(capsys, text):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--seed", text])
+    assert "no integer from 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    (
+        (ValueError("one\n  two"), 2),
+        (MemoryError(), 2),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), 2),
+        (KeyboardInterrupt(), 130),
+    ),
+)
+def test_expected_failures_are_one_line(capsys, monkeypatch, error, code):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("lm2_kernels.cli.info.collect", fail)
+    assert cli.main(["info"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m lm2_kernels info: error: ")
+    assert len(line) > len("python -m lm2_kernels info: error: ")
+
+
+def test_other_errors_are_not_hidden(monkeypatch):
+    def fail():
+        raise RuntimeError("a fault of the package")
+
+    monkeypatch.setattr("lm2_kernels.cli.info.collect", fail)
+    with pytest.raises(RuntimeError, match="a fault of the package"):
+        cli.main(["info"])

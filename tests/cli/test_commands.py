@@ -99,7 +99,10 @@ def test_token_arrays_train_and_generate(tmp_path, capsys):
         cli.main(["generate", str(tmp_path / "model"), "--prompt", "1, 2 3", "--tokens", "4"]) == 0
     )
     assert len(capsys.readouterr().out.split()) == 7
-    assert cli.main([*arguments, "--no-memory"]) == 0
+    for prompt in ("11", "-1", str(10**30)):
+        assert cli.main(["generate", str(tmp_path / "model"), f"--prompt={prompt}"]) == 2
+        assert "the model knows the token ids 0 to 10" in capsys.readouterr().err
+    assert cli.main([*arguments, "--no-memory", "--overwrite"]) == 0
     assert LM2ForCausalLM.load(tmp_path / "model").config.memory_layers == ()
 
 
@@ -111,34 +114,23 @@ def test_two_processes_are_one(text, tmp_path, kind):
     _same(tmp_path / "two", tmp_path / "one")
 
 
-def test_a_run_goes_on(text, tmp_path, monkeypatch):
-    """Cut short and gone on with, also with another number of processes, it is the whole run."""
+def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypatch):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main(_arguments(text, whole)) == 0
     real = training.train
 
-    def killed(*args, progress, **options):
+    def stopped(*args, progress, **options):
         def stop(done, total, loss):
             progress(done, total, loss)
-            if done == 5:
+            if done == 4:
                 raise KeyboardInterrupt
 
         return real(*args, progress=stop, **options)
 
-    monkeypatch.setattr(training, "train", killed)
-    with pytest.raises(KeyboardInterrupt):
-        cli.main(_arguments(text, cut, "--save-every", "2"))
+    monkeypatch.setattr(training, "train", stopped)
+    assert cli.main(_arguments(text, cut, "--save-every", "2")) == 130
     monkeypatch.undo()
-    assert [path.name for path in (cut / "progress").iterdir()] == ["step-4"]
-    assert not (cut / "model.safetensors").exists()
-    resumed = _arguments(text, cut, "--resume")
-    # the model is as it was
-    del resumed[resumed.index("--config") : resumed.index("--out")]
-    assert cli.main(resumed) == 0
-    _same(cut, whole)
-    # once more, from the same place, by two
-    (cut / "model.safetensors").unlink()
-    _run([*resumed, "--parallel", "fsdp"], processes=2)
+    _run(["train", "--out", str(cut), "--resume", "--parallel", "fsdp"], processes=2)
     _same(cut, whole)
 
 
@@ -157,7 +149,15 @@ def test_a_run_goes_on(text, tmp_path, monkeypatch):
         (["--seed", "-1"], "--seed must be"),
         (["--lr", "1e30"], "the loss of step"),
         (["more.npy"], "not both"),
-        (["--flow", "time", "--bptt-segments", "0"], "bptt_segments"),
+        (["--flow", "time", "--bptt-segments", "0"], "--bptt-segments must be at least 1"),
+        (["--lr", "nan"], "--lr must be"),
+        (["--lr", "-1"], "--lr must be"),
+        (["--clip", "0"], "--clip must be"),
+        (["--warmup", "-1"], "--warmup must be"),
+        (["--batch", "-4"], "--batch must be"),
+        (["--vocab-size", "0"], "--vocab-size must be"),
+        (["--slots", "0"], "memory_slots must be"),
+        (["--slots", "5000000000"], "memory_slots must be"),
     ),
 )
 def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):
@@ -165,6 +165,8 @@ def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, me
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("python -m lm2_kernels train: error:")
     assert message in error
+    # whatever was wrong was seen before anything was written, or nothing of value was
+    assert not (tmp_path / "out").exists()
 
 
 def test_wrong_runs_are_refused(text, tmp_path, capsys):
@@ -172,18 +174,19 @@ def test_wrong_runs_are_refused(text, tmp_path, capsys):
     resumed = ["train", str(text), "--out", str(out), "--resume"]
     config = text.with_name("config.json")
     for content, arguments, message in (
-        (SIZES, resumed, "No such file"),
+        (SIZES, resumed, "holds no run"),
         (SIZES, [*resumed, "--slots", "9"], "--slots does not fit"),
+        (SIZES, [*resumed, "--overwrite"], "give one of them"),
         ([1], _arguments(text, out), "must hold an object"),
+        ({**SIZES, "memory_layers": 0}, _arguments(text, out), "memory_layers must be a list"),
         ({**SIZES, "vocab_size": 300}, _arguments(text, out), "text has 256 tokens"),
         ({**SIZES, "vocab_size": 200}, _arguments(text, out), "the data has 256 tokens"),
     ):
         config.write_text(json.dumps(content))
         assert cli.main(arguments) == 2
         assert message in capsys.readouterr().err.splitlines()[-1]
-    # a new run leaves nothing of an earlier one
+    assert not out.exists()
     config.write_text(json.dumps(SIZES))
-    assert cli.main(_arguments(text, out, "--save-every", "2")) == 0
     assert cli.main(_arguments(text, out)) == 0
     assert cli.main(resumed) == 2
     assert "holds no saved run" in capsys.readouterr().err

@@ -117,3 +117,24 @@ def test_swapped_layer_is_equal(size):
     x, memory = torch.randn(2, 2, size, size).double()
     for got, want in zip(theirs(x, memory), ours(x, memory), strict=True):
         assert_round_off(got, want)
+
+
+@pytest.mark.parametrize("name", ("report.json", "losses.png", "losses.svg", "model"))
+def test_what_no_demo_wrote_stays(tmp_path, capsys, name):
+    path = tmp_path / name
+    if name == "model":
+        path.mkdir()
+        path /= "config.json"
+    path.write_text("{}")
+    assert cli.main(["demo", "--out", str(tmp_path), "--steps", "1"]) == 2
+    assert f"holds {name}, which is not of an earlier demo" in capsys.readouterr().err
+    assert path.read_text() == "{}"
+    assert cli.main(["demo", "--out", str(path), "--steps", "1"]) == 2
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_an_earlier_demo_is_replaced(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        demo.run(tmp_path, steps=1, validation=5)
+    assert (tmp_path / "notes.txt").read_text() == "mine"

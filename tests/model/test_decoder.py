@@ -1,8 +1,11 @@
 """The reference model and its state: parity with the released one, segments, loss, no leaks."""
 
+import copy
 import dataclasses
+import io
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.utils import _pytree as pytree
 
 import lm2_kernels as lm2
 from lm2_kernels import LM2Config, LM2ForCausalLM, MemoryState, testing
@@ -456,6 +460,110 @@ def test_wrong_input_is_refused(arguments, error, message):
 def test_wrong_config_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         LM2Config(**{**SMALL, **options})
+
+
+# of each kind of option, values of other kinds; JSON has no more kinds
+_NO_NUMBER = (None, True, "1", [1], {"a": 1}, [[0]])
+_NO_SIZE = (*_NO_NUMBER, 0, -1, 1.5, 2.0, math.nan, math.inf, 2**31, 10**30)
+_NO_WORD = (None, True, 0, 1.5, "other", [], ["depth"], {})
+_WRONG_KINDS = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "memory_slots"), _NO_SIZE),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "memory_heads"), _NO_SIZE),
+    "num_key_value_heads": _NO_SIZE[1:],
+    **dict.fromkeys(("tie_word_embeddings", "memory_recompute", "zero_init"), (None, 0, 1, "no")),
+    **dict.fromkeys(
+        ("rms_norm_eps", "rope_theta", "initializer_range"),
+        (*_NO_NUMBER, 0, -1.0, math.nan, math.inf, -math.inf, 10**400),
+    ),
+    "memory_dropout": (*_NO_NUMBER, -0.1, 1.0, 2, math.nan, math.inf),
+    "memory_layers": (0, True, "01", 1.5, {"0": 1}, [[0]], ["0"], [True], [0.0], [None], [-1], [9]),
+    **dict.fromkeys(("formulation", "flow", "pooled_gate", "memory_init"), _NO_WORD),
+    "backend": (True, 0, 1.5, "other", [], {}),
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(LM2Config)])
+def test_an_option_of_another_kind_is_named(name):
+    for value in _WRONG_KINDS[name]:
+        with pytest.raises((TypeError, ValueError)) as raised:
+            LM2Config.from_dict({**SMALL, name: value})
+        text = str(raised.value)
+        # an unknown backend's error lists those there are
+        assert name in text or value == "other", (value, text)
+        assert "must be" in text or "has 9" in text or value == "other", (value, text)
+
+
+@pytest.mark.parametrize("values", (None, 3, [], "{}", [["vocab_size", 3]]))
+def test_options_that_are_no_dict_are_refused(values):
+    with pytest.raises(TypeError, match="the options must be a dict"):
+        LM2Config.from_dict(values)
+    with pytest.raises(ValueError, match=r"unknown options \[3, 'size'\]"):
+        LM2Config.from_dict({**SMALL, 3: 4, "size": 5})
+
+
+def test_a_configuration_is_fixed_and_takes_notes():
+    """Its options cannot be changed, and hash and equality are theirs; Trainer writes others."""
+    config, same = LM2Config(**SMALL), LM2Config(**SMALL)
+    config.use_cache = config._attn_implementation = False
+    assert (config, hash(config)) == (same, hash(same))
+    for name in ("hidden_size", "memory_layers", "num_key_value_heads"):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            setattr(config, name, 4)
+        with pytest.raises(dataclasses.FrozenInstanceError, match=name):
+            delattr(config, name)
+    assert LM2Config.from_dict(json.loads(config.to_json_string())) == config
+    assert LM2Config.from_dict(config.to_dict()) == config
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config
+    assert dataclasses.replace(config, memory_slots=7).memory_slots == 7
+
+
+def test_output_is_a_dict_and_a_tuple():
+    model, ids = small_model(), random_ids(2, 9)
+    output = model(ids, ids, return_logits=True)
+    assert list(output) == ["loss", "logits", "memory"]
+    assert output.loss is output["loss"] is output[0] is output.to_tuple()[0]
+    assert output[1:] == (output.logits, output.memory)
+    plain = model(ids)
+    assert "loss" not in plain and plain.loss is None
+    assert plain[0] is plain.logits
+    with pytest.raises(KeyError):
+        plain["loss"]
+    with pytest.raises(AttributeError):
+        plain.losses  # noqa: B018 - to be refused
+    plain.loss, plain.logits = output.loss, None
+    assert plain[0] is output.loss and "logits" not in plain
+    plain.logits = output.logits
+    assert list(plain) == ["loss", "logits", "memory"]
+    with pytest.raises(AttributeError, match="no 'losses'"):
+        plain.losses = output.loss
+    # who walks through dicts makes them anew
+    again = type(plain)({name: value for name, value in plain.items()})
+    assert again.logits is plain.logits
+    values, spec = pytree.tree_flatten(output)
+    assert values[0] is output.loss
+    assert pytree.tree_unflatten(values, spec).logits is output.logits
+    mapped = pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, plain)
+    assert not mapped.logits.requires_grad
+
+
+def test_outputs_are_pickled():
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        output = small_model(memory_layers=())(ids, ids, return_logits=True)
+    for again in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+        assert type(again) is type(output)
+        assert torch.equal(again.logits, output.logits)
+        assert again.memory is None
+    file = io.BytesIO()
+    torch.save(output, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True).loss, output.loss)
+
+
+def test_gradient_checkpointing_is_refused_by_name():
+    with pytest.raises(NotImplementedError, match="memory_recompute=True"):
+        small_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={})
 
 
 def test_state_refuses_what_is_no_bank():

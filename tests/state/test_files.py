@@ -1,12 +1,16 @@
 """Saved models: what comes back, and what a damaged or foreign folder says."""
 
+import errno
 import json
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lm2_kernels import LM2ForCausalLM
+from lm2_kernels import LM2ForCausalLM, disk
 from lm2_kernels.state import files
 from tools.models import KINDS, random_ids, small_model
 
@@ -105,3 +109,84 @@ def test_pickled_weights_hold_tensors_alone(tmp_path):
     path.write_bytes(b"what")
     with pytest.raises(ValueError, match="damaged or holds more than tensors"):
         files.load_tensors(path)
+
+
+def _foreign_config(folder):
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+
+
+def _foreign_weights(folder):
+    (folder / "model.safetensors").write_bytes(b"weights")
+
+
+def _foreign_index(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+
+
+@pytest.mark.parametrize("make", (_foreign_config, _foreign_weights, _foreign_index))
+def test_a_model_of_another_kind_is_not_replaced(make, tmp_path):
+    make(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="a model of another kind"):
+        small_model().save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ("model.safetensors", "config.json"))
+def test_a_save_that_fails_leaves_the_earlier_model(name, tmp_path, monkeypatch):
+    """Whichever of its files it is that has no place."""
+    ids = random_ids(1, 4)
+    model = small_model()
+    model.save(tmp_path)
+    real = disk.os.fsync
+
+    def full(descriptor):
+        if name in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "fsync", full)
+        message = rf"cannot write .*{name}: No space left on device"
+        with pytest.raises(OSError, match=message) as raised:
+            small_model(seed=1, rope_theta=9.0).save(tmp_path)
+    assert raised.value.errno == errno.ENOSPC
+    assert torch.equal(LM2ForCausalLM.load(tmp_path)(ids).logits, model(ids).logits)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    (("/dev/full", "No space left"), ("absent/state", "No such file"), (".", "Is a directory")),
+)
+def test_a_state_that_cannot_be_saved_is_one_line(path, error, tmp_path, monkeypatch):
+    """And a device stays a device."""
+    monkeypatch.chdir(tmp_path)
+    state = small_model().initial_state(1)
+    with pytest.raises(OSError, match=f"cannot write {re.escape(path)}: {error}"):
+        state.save(path)
+    assert not list(tmp_path.iterdir())
+    state.save("/dev/null")
+    assert Path("/dev/full").is_char_device() and Path("/dev/null").is_char_device()
+
+
+def test_a_model_in_shards_is_loaded(tmp_path):
+    """By its index, as tools leave it that split large files; other files do not matter."""
+    model, ids = small_model(), random_ids(1, 4)
+    model.save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model_ema.safetensors")
+    parts = {f"model-{n}.safetensors": list(weights)[n::2] for n in (0, 1)}
+    for file, names in parts.items():
+        save_file({name: weights[name] for name in names}, tmp_path / file)
+    table = {name: file for file, names in parts.items() for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": table}))
+    assert torch.equal(LM2ForCausalLM.load(tmp_path)(ids).logits, model(ids).logits)
+    missing = table.pop("model.norm.weight")
+    index.write_text(json.dumps({"weight_map": table}))
+    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
+        LM2ForCausalLM.load(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=missing):
+        LM2ForCausalLM.load(tmp_path)

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lm2_kernels import LM2Config, LM2ForCausalLM
 from lm2_kernels.evaluation.accuracy import Accuracy, evaluate
 from lm2_kernels.evaluation.stories import QATask
-from lm2_kernels.training.loop import learning_rate, optimizer_groups, train
+from lm2_kernels.training import loop
+from lm2_kernels.training.loop import learning_rate, mean_loss, optimizer_groups, train
 
 
 class _Line(nn.Module):
@@ -141,6 +143,62 @@ def test_training_stops_at_a_loss_that_is_not_finite():
             progress=lambda *_: weights.append(model.weight.item()),
         )
     assert [model.weight.item()] == weights
+
+
+def test_training_stops_where_it_is_told():
+    model = _Line()
+    assert len(train(model, _factors(1.0, 1.0, 1.0), steps=3, lr=0.5, progress=_second)) == 2
+    assert len(model.calls) == 2
+
+
+def _second(done, *_):
+    return done == 2
+
+
+class _Waits(TorchDispatchMode):
+    """How many numbers were read from tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.read += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_a_number_from_the_device():
+    """A GPU would wait for it: losses and counts are fetched as copies, or once at the end."""
+    model = _Line()
+    # AdamW counts steps in tensors on the CPU and reads them
+    optimizer = torch.optim.SGD(model.parameters())
+    with _Waits() as waits:
+        train(model, _factors(*[1.0] * 4), steps=4, lr=1e-2, optimizer=optimizer)
+    assert waits.read == 0
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with _Waits() as waits:
+        mean_loss(model, _factors(*[1.0] * 4))
+        evaluate(_Fixed(torch.zeros(2, 4, 3)), [{"input_ids": ids, "labels": ids}] * 4)
+    assert waits.read == 3
+
+
+def test_a_loss_is_read_after_its_backward_pass_was_begun(monkeypatch):
+    """The device has the backward pass to do meanwhile; the parameters are not touched yet."""
+    model, order = _Line(), []
+    value, step = loop._Fetched.value, torch.optim.AdamW.step
+
+    def note(name, real):
+        def call(*args, **options):
+            order.append(name)
+            return real(*args, **options)
+
+        return call
+
+    model.weight.register_hook(lambda _: order.append("backward"))
+    monkeypatch.setattr(loop._Fetched, "value", note("read", value))
+    monkeypatch.setattr(torch.optim.AdamW, "step", note("step", step))
+    train(model, _factors(1.0, 1.0), steps=2, lr=0.1)
+    assert order == ["backward", "read", "step"] * 2
 
 
 @pytest.mark.parametrize(

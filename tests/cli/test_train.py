@@ -1,0 +1,504 @@
+"""``train``'s folder: what it never touches, runs that go on, data, full disks, signals, kills."""
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lm2_kernels import LM2ForCausalLM, cli, disk, training
+from lm2_kernels.cli import train as command
+from lm2_kernels.training import folder
+
+TEXT = "the memory reads what it wrote, and writes what it read. " * 20
+SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "memory_slots": 8,
+    "memory_heads": 2,
+    "memory_dropout": 0.2,
+}
+# none is the default
+OPTIONS = {
+    "--steps": "6",
+    "--batch": "4",
+    "--length": "20",
+    "--bptt-segments": "2",
+    "--lr": "0.01",
+    "--warmup": "3",
+    "--weight-decay": "0.2",
+    "--clip": "0.5",
+    "--dtype": "bfloat16",
+    "--validation": "0.1",
+    "--seed": "7",
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path, text):
+    """What a finished run leaves, at ``tmp_path / "out"``."""
+    out = tmp_path / "out"
+    assert cli.main(_arguments(text, out, "--save-every", "2")) == 0
+    return out
+
+
+def _arguments(text, out, *more):
+    options = [part for option in OPTIONS.items() for part in option]
+    config = str(text.with_name("config.json"))
+    return ["train", str(text), "--config", config, "--out", str(out), *options, *more]
+
+
+def _tree(path: Path) -> dict:
+    return {str(p.relative_to(path)): p.is_file() and p.read_bytes() for p in path.rglob("*")}
+
+
+def _refused(arguments, capsys) -> str:
+    """The one line of a command that cannot be done."""
+    capsys.readouterr()
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert line.startswith("python -m lm2_kernels train: error: ")
+    return line
+
+
+def _weights(path) -> dict:
+    return LM2ForCausalLM.load(path).state_dict()
+
+
+def _equal(got, want):
+    got, want = _weights(got), _weights(want)
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def _during(monkeypatch, step, act):
+    """Have ``act`` called after a step of training, before the command hears of it."""
+    real = training.train
+
+    def watched(*args, progress, **options):
+        def after(done, total, loss):
+            if done == step:
+                act()
+            return progress(done, total, loss)
+
+        return real(*args, progress=after, **options)
+
+    monkeypatch.setattr(training, "train", watched)
+
+
+def _cut(arguments, monkeypatch, step, number=signal.SIGINT):
+    with monkeypatch.context() as patch:
+        _during(patch, step, lambda: signal.raise_signal(number))
+        assert cli.main(arguments) == 128 + number
+
+
+def _own_model(out):
+    LM2ForCausalLM(command.LM2Config.from_dict({**SIZES, "vocab_size": 9})).save(out)
+
+
+def _hub_model(out):
+    out.mkdir()
+    (out / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (out / "model.safetensors").write_bytes(b"weights")
+    (out / "tokenizer.json").write_text("{}")
+
+
+def _weights_alone(out):
+    out.mkdir()
+    (out / "model.safetensors").write_bytes(b"weights")
+
+
+def _shards(out):
+    out.mkdir()
+    (out / "model.safetensors.index.json").write_text("{}")
+
+
+def _damaged_config(out):
+    out.mkdir()
+    (out / "config.json").write_text("{")
+
+
+def _others_run(out):
+    out.mkdir()
+    (out / "run.json").write_text('{"mine": 1}')
+
+
+def _notes(out):
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+
+def _file(out):
+    out.write_text("mine")
+
+
+THERE = [_own_model, _hub_model, _weights_alone, _shards, _damaged_config, _others_run, _notes]
+
+
+@pytest.mark.parametrize("make", [*THERE, _file])
+def test_what_is_there_stays(make, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    make(out)
+    before = _tree(tmp_path)
+    for more in ([], ["--steps", "0"], ["--lr", "nan"], ["--resume"]):
+        _refused(_arguments(text, out, *more), capsys)
+        assert _tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("make", [*THERE, _file])
+def test_overwrite_replaces_what_train_wrote(make, text, tmp_path, capsys):
+    """And nothing else: where it would have to, it refuses."""
+    out = tmp_path / "out"
+    make(out)
+    before = _tree(tmp_path)
+    # not before all is looked at
+    for more in (["--steps", "0"], ["--data-dtype", "uint16", "--vocab-size", "3"]):
+        _refused([*_arguments(text, out, "--overwrite"), *more], capsys)
+        assert _tree(tmp_path) == before
+    if make in (_own_model, _notes):
+        assert cli.main(_arguments(text, out, "--overwrite")) == 0
+        assert LM2ForCausalLM.load(out).config.vocab_size == 256
+        assert make is _own_model or (out / "notes.txt").read_text() == "mine"
+    else:
+        assert "is not of train" in _refused(_arguments(text, out, "--overwrite"), capsys) or (
+            make is _file
+        )
+        assert _tree(tmp_path) == before
+
+
+def test_an_earlier_model_stays_until_the_new_one_is_whole(model, text, monkeypatch, capsys):
+    before = _weights(model)
+    (model / "progress" / "mine").write_text("mine")
+
+    def stop():
+        raise FloatingPointError("the loss of step 5 is nan")
+
+    with monkeypatch.context() as patch:
+        _during(patch, 5, stop)
+        assert cli.main(_arguments(text, model, "--seed", "8", "--overwrite")) == 2
+    assert "the loss of step 5 is nan" in capsys.readouterr().err
+    assert all(torch.equal(before[name], tensor) for name, tensor in _weights(model).items())
+    assert [path.name for path in (model / "progress").iterdir()] == ["mine"]
+
+
+def test_a_cut_run_is_not_begun_anew(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    _cut(_arguments(text, out), monkeypatch, 3)
+    assert "cut short after step 3: go on with --resume" in _refused(_arguments(text, out), capsys)
+    assert cli.main(_arguments(text, out, "--overwrite")) == 0
+
+
+@pytest.mark.parametrize("save_every", ([], ["--save-every", "2"]))
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch, capsys, number, save_every):
+    """From where a signal ended it, by its own options, data and dropout."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(_arguments(text, whole, *save_every)) == 0
+    _cut(_arguments(text, cut, *save_every), monkeypatch, 3, number)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "interrupted after step 3 of 6; the progress of step 3 is saved" in last
+    assert not (cut / "model.safetensors").exists()
+    # once more, in another process so to say
+    torch.manual_seed(1)
+    _cut(["train", "--out", str(cut), "--resume"], monkeypatch, 5, number)
+    assert cli.main(["train", str(text), "--out", str(cut), "--resume"]) == 0
+    _equal(cut, whole)
+    assert {path.name for path in cut.iterdir()} == {path.name for path in whole.iterdir()}
+    # --save-every is remembered, and what was saved otherwise is not gone on with later
+    saved = [path.name for path in (cut / "progress").glob("*")]
+    assert saved == (["step-6"] if save_every else [])
+
+
+def test_more_steps(model, text, capsys):
+    assert cli.main(["train", "--out", str(model), "--resume", "--steps", "8"]) == 0
+    printed = capsys.readouterr()
+    assert "--steps is 8, was 6" in printed.out
+    assert "steps 7 to 8" in printed.out
+    assert [path.name for path in (model / "progress").iterdir()] == ["step-8"]
+    before = _tree(model)
+    for steps, message in (("7", "has done 8 steps"), ("0", "--steps must be")):
+        resumed = ["train", "--out", str(model), "--resume", "--steps", steps]
+        assert message in _refused(resumed, capsys)
+    assert _tree(model) == before
+
+
+@pytest.mark.parametrize("name", [*list(OPTIONS)[1:], "--vocab-size", "--data-dtype"])
+def test_a_changed_option_is_named(model, text, capsys, name):
+    before = _tree(model)
+    changed = {"--dtype": "float32", "--validation": "0.2", "--data-dtype": "uint8"}.get(name, "17")
+    resumed = ["train", str(text), "--out", str(model), "--resume"]
+    line = _refused([*resumed, name, changed], capsys)
+    assert f"{name} of this run is {OPTIONS.get(name)}, got {changed}" in line
+    assert _tree(model) == before
+    # what has not changed may be said
+    if name in OPTIONS:
+        assert cli.main([*resumed, name, OPTIONS[name]]) == 0
+
+
+def test_changed_data_are_named(text, tmp_path, capsys):
+    out, other = tmp_path / "out", tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    arguments = _arguments(text, out, "--save-every", "2")
+    assert cli.main([*arguments[:2], str(other), *arguments[2:]]) == 0
+    resumed = ["train", "--out", str(out), "--resume"]
+    np.save(tmp_path / "ids.npy", np.tile(np.arange(200), 9))
+    before = _tree(out)
+    for data, message in (
+        ([tmp_path / "ids.npy"], "was trained on text, got token ids"),
+        ([text], "was trained on 2 files, got 1"),
+        ([other, text], "are in another order"),
+        ([text, text], "have changed"),
+    ):
+        assert message in _refused([*resumed, *map(str, data)], capsys)
+        assert _tree(out) == before
+    content = other.read_bytes()
+    # one byte, of the same file
+    other.write_bytes(content[:700] + b"x" + content[701:])
+    assert f"have changed: {other}" in _refused(resumed, capsys)
+    assert _tree(out) == before
+    other.unlink()
+    assert "No such file" in _refused(resumed, capsys)
+    # the content counts, wherever it is now
+    (tmp_path / "moved.txt").write_bytes(content)
+    assert cli.main([*resumed, str(text), str(tmp_path / "moved.txt")]) == 0
+
+
+@pytest.mark.parametrize("content", ("{", "[]", "{}", '{"format": "lm2_kernels run"}'))
+def test_a_damaged_run_is_one_line(model, capsys, content):
+    (model / "run.json").write_text(content)
+    line = _refused(["train", "--out", str(model), "--resume"], capsys)
+    assert "run.json" in line
+
+
+def test_damaged_progress_is_one_line(model, capsys):
+    (shard,) = (model / "progress" / "step-6").glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:100])
+    before = _tree(model)
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(model), "--resume"]) == 2
+    assert "step-6 is damaged or of another model" in capsys.readouterr().err.splitlines()[-1]
+    assert _tree(model) == before
+
+
+def test_two_runs_do_not_share_a_folder(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with folder.locked(out):
+        for more in ([], ["--overwrite"]):
+            line = _refused(_arguments(text, out, *more), capsys)
+            assert f"in use by another run (process {os.getpid()} on" in line
+    # what a kill leaves holds nobody up
+    (out / "run.lock").write_text("process 1 on moon")
+    assert cli.main(_arguments(text, out)) == 0
+    assert not (out / "run.lock").exists()
+
+
+def test_where_nothing_can_be_locked_it_is_said(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(folder.fcntl, "flock", no_locks)
+    with folder.locked(tmp_path):
+        pass
+    assert "cannot be locked (No locks available)" in capsys.readouterr().err
+
+
+def _forked(act) -> int:
+    """The wait status of a process of its own that does something."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            os._exit(act())
+        os._exit(99)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("moment", range(9))
+def test_a_kill_leaves_what_goes_on(moment, text, tmp_path):
+    """At each moment at which a file or folder gets its name or loses it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(_arguments(text, whole, "--save-every", "2")) == 0
+    left = [moment]
+
+    def killing(real):
+        def call(*args, **options):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return real(*args, **options)
+
+        return call
+
+    def run() -> int:
+        os.replace, Path.rename = killing(os.replace), killing(Path.rename)
+        shutil.rmtree = killing(shutil.rmtree)
+        return cli.main(_arguments(text, cut, "--save-every", "2"))
+
+    assert os.WTERMSIG(_forked(run)) == signal.SIGKILL
+    arguments = ["train", "--out", str(cut), "--resume"]
+    if not (cut / "run.json").exists():
+        arguments = _arguments(text, cut, "--save-every", "2")
+    assert cli.main(arguments) == 0
+    _equal(cut, whole)
+    assert [path.name for path in (cut / "progress").iterdir()] == ["step-6"]
+
+
+@pytest.mark.parametrize(
+    ("size", "save_every", "message"),
+    (
+        (20_000, "2", "nothing was saved"),
+        (20_000, None, "nothing was saved (--save-every)"),
+    ),
+)
+def test_a_full_disk_is_one_line(size, save_every, message, text, tmp_path):
+    """By a limit on the size of files, which every writer of files meets as on a full disk."""
+    out, said = tmp_path / "out", tmp_path / "said"
+    more = ["--save-every", save_every] if save_every else []
+
+    def run() -> int:
+        with said.open("w") as sys.stderr:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            return cli.main(_arguments(text, out, *more))
+
+    assert os.waitstatus_to_exitcode(_forked(run)) == 2
+    last = said.read_text().splitlines()[-1]
+    assert "cannot write" in last and "File too large" in last and message in last
+    assert "Traceback" not in said.read_text()
+    assert not out.exists()
+
+
+def test_a_full_disk_at_the_last_save_loses_nothing(text, tmp_path, monkeypatch, capsys):
+    """The progress is there, and the model elsewhere."""
+    out, other = tmp_path / "out", tmp_path / "elsewhere"
+    other.mkdir()
+    monkeypatch.setattr(command.tempfile, "mkdtemp", lambda **_: str(other))
+    real = disk.os.fsync
+
+    def full(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.startswith(str(out)) and "model.safetensors" in path:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.os, "fsync", full)
+        assert cli.main(_arguments(text, out, "--save-every", "4")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    for part in (
+        "No space left on device",
+        f"the trained model is in {other}",
+        "the progress of step 4 is saved: go on with --resume",
+    ):
+        assert part in last
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    _equal(out, other)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_full_disk_keeps_the_last_progress(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        _during(patch, 4, lambda: patch.setattr(Path, "rename", full))
+        assert cli.main(_arguments(text, out, "--save-every", "2")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot write" in last and "the progress of step 2 is saved" in last
+    assert [path.name for path in (out / "progress").iterdir()] == ["step-2"]
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+
+
+def test_a_closed_terminal_ends_no_run(text, tmp_path, monkeypatch):
+    class Closed:
+        def isatty(self):
+            return False
+
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    assert cli.main(_arguments(text, tmp_path / "out")) == 0
+
+
+def test_a_second_signal_does_not_wait(text, tmp_path, monkeypatch, capsys):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    _during(monkeypatch, 3, twice)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert cli.main(_arguments(text, tmp_path / "out", "--save-every", "2")) == 130
+    assert "the progress of step 2 is saved" in capsys.readouterr().err.splitlines()[-1]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_signal_while_the_model_is_validated(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    out = tmp_path / "out"
+    assert cli.main(_arguments(text, out)) == 130
+    assert f"the model is in {out}" in capsys.readouterr().err.splitlines()[-1]
+    assert _weights(out)
+
+
+@pytest.mark.parametrize("command_line", (["info"], ["verify", "--backend", "eager"], ["demo"]))
+def test_ctrl_c_is_one_line_everywhere(command_line, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    for name in ("info.collect", "verify.verify.verify", "demo.run"):
+        monkeypatch.setattr(f"lm2_kernels.cli.{name}", interrupt)
+    assert cli.main(command_line) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"python -m lm2_kernels {command_line[0]}: error: interrupted"
+
+
+def test_a_model_without_room_is_refused(text, tmp_path, monkeypatch, capsys):
+    np.save(tmp_path / "ids.npy", np.tile(np.arange(9), 99))
+    arguments = _arguments(tmp_path / "ids.npy", tmp_path / "out")
+    for more, message in (
+        (["--vocab-size", "2147483647"], "parameters takes"),
+        (["--vocab-size", "9223372036854775808"], "vocab_size must be between"),
+    ):
+        assert message in _refused([*arguments, *more], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_raw_token_ids(tmp_path, text, capsys):
+    """As nanoGPT's, against the same ids in an .npy file."""
+    ids = np.tile(np.arange(300, dtype="<u2"), 3)
+    ids.tofile(tmp_path / "train.bin")
+    np.save(tmp_path / "train.npy", ids)
+    raw, array = tmp_path / "raw", tmp_path / "array"
+    assert "--data-dtype" in _refused(_arguments(tmp_path / "train.bin", raw), capsys)
+    assert cli.main(_arguments(tmp_path / "train.bin", raw, "--data-dtype", "uint16")) == 0
+    assert cli.main(_arguments(tmp_path / "train.npy", array)) == 0
+    _equal(raw, array)
+    with pytest.raises(SystemExit):
+        cli.main(_arguments(tmp_path / "train.bin", raw, "--dtype", "uint16"))
+    assert "for data it is --data-dtype" in capsys.readouterr().err
