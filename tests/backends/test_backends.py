@@ -252,6 +252,86 @@ def test_op_strided(backend, case, layout, record_property):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
 
 
+def _same_along(axis):
+    def layout(tensor):
+        return tensor.narrow(axis, 0, 1).expand(tensor.shape)
+
+    layout.__name__ = f"_same_along_{axis}"
+    return layout
+
+
+def _overlapping(tensor):
+    return tensor.contiguous().as_strided(tensor.shape, (1,) * tensor.dim())
+
+
+def _reversed_axes(tensor):
+    axes = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+ONE_OPERAND = (
+    ("memory_attention", (("slot_mask", "random"), ("dropout_p", 0.25)), "query key value"),
+    ("memory_attention", (("top_k", 2),), "query key value"),
+    (
+        "memory_update",
+        (("output_gate", True), ("gate_bias", "prefix")),
+        "hidden candidate memory input_gate forget_gate output_gate gate_bias",
+    ),
+    ("residual_layer_norm", (), "x residual weight bias"),
+    ("pooled_gate", (("prefix", True), ("num_pooled", 3)), "x weight pooled_sum"),
+)
+
+
+def _one_operand_parameters():
+    for backend in BACKENDS:
+        for op, options, names in ONE_OPERAND:
+            attends = op == "memory_attention"
+            sizes = (2, 5, 7, 2, 8) if attends else (2, 5, 0, 0, 8)
+            case = testing.Case(op, *sizes, options)
+            outputs = 2 if op in ("memory_update", "pooled_gate") else 1
+            gradients = [f"gradient {index}" for index in range(outputs)]
+            masks = ["slot_mask"] if case.option("slot_mask") else []
+            for operand in (*names.split(), *gradients, *masks):
+                label = "top_k-" if case.option("top_k") else ""
+                yield _param(backend, case, operand, id=f"{op}-{label}{operand}")
+
+
+@pytest.mark.parametrize(("backend", "case", "operand"), list(_one_operand_parameters()))
+def test_op_with_one_strided_operand(backend, case, operand, record_property):
+    """Each tensor that an op is given, the small ones too, with strides of its own."""
+    record_property("backend", backend)
+
+    def laid_out(inputs, layout):
+        if operand == "slot_mask":
+            mask = layout(inputs.constants["slot_mask"])
+            return inputs._replace(constants={**inputs.constants, "slot_mask": mask})
+        if operand.startswith("gradient"):
+            gradients = list(inputs.cotangents)
+            place = int(operand.split()[1])
+            gradients[place] = layout(gradients[place])
+            return inputs._replace(cotangents=tuple(gradients))
+        tensor = layout(inputs.tensors[operand])
+        return inputs._replace(tensors={**inputs.tensors, operand: tensor})
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        results, copies = (
+            testing.run_case(case, laid_out(inputs, way), _name(backend), seed=seed)
+            for way in (layout, lambda tensor: layout(tensor).contiguous())
+        )
+        if all(torch.equal(result, copies[name]) for name, result in results.items()):
+            return [testing.Comparison("all", 0.0, 0.0)]
+        # another order of sums
+        return testing.compare_case(case, laid_out(inputs, layout), results, seed=seed)
+
+    layouts = [_last_axis_strided, _overlapping, _reversed_axes]
+    layouts += [_same_along(0), _same_along(-1)]
+    with _on(backend, case.op):
+        for layout in layouts:
+            # of a few equal rows, who rounds better is luck, and no factor is too large for it
+            assert_rule(run, narrow=math.inf)
+
+
 @_every_backend()
 @pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
 def test_op_deterministic(backend, case, record_property):
