@@ -8,6 +8,7 @@ may lack.
 """
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -313,7 +314,7 @@ def test_op_with_one_strided_operand(backend, case, operand, record_property):
         tensor = layout(inputs.tensors[operand])
         return inputs._replace(tensors={**inputs.tensors, operand: tensor})
 
-    def run(seed):
+    def run(seed, layout):
         inputs = testing.make_inputs(case, torch.float32, seed=seed)
         results, copies = (
             testing.run_case(case, laid_out(inputs, way), _name(backend), seed=seed)
@@ -329,7 +330,7 @@ def test_op_with_one_strided_operand(backend, case, operand, record_property):
     with _on(backend, case.op):
         for layout in layouts:
             # of a few equal rows, who rounds better is luck, and no factor is too large for it
-            assert_rule(run, narrow=math.inf)
+            assert_rule(functools.partial(run, layout=layout), narrow=math.inf)
 
 
 @_every_backend()
@@ -446,3 +447,47 @@ def test_strong_dropout_does_not_overflow_float16(backend, record_property):
         out.sum().backward()
     assert out.isfinite().all()
     assert query.grad.isfinite().all()
+
+
+# queries and keys whose scores tie: in every row all slots, or all but one
+TIES = {
+    "zero queries": lambda query, key: (torch.zeros_like(query), key),
+    "zeros of both signs": lambda query, key: (query * 0.0, key),
+    "equal keys": lambda query, key: (query, key[:, :1].expand(key.shape)),
+    "one larger": lambda query, key: (
+        query.abs(),
+        torch.where(torch.arange(key.shape[1])[:, None, None] == 7, 1.0, -torch.ones_like(key)),
+    ),
+}
+
+
+@_every_backend()
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("tokens", (3, 9))
+def test_of_equal_scores_top_k_keeps_the_lower_slots(backend, ties, dtype, tokens, record_property):
+    """Forward and backward, and in the oracle: what reads the values tells which were kept."""
+    if testing.unsupported_reason(_name(backend), "memory_attention", testing.DTYPES[dtype], "cpu"):
+        dtype = "float32"
+    record_property("backend", backend)
+    dtype = testing.DTYPES[dtype]
+    query, key = TIES[ties](torch.randn(1, tokens, 1, 8), torch.randn(1, 40, 1, 8))
+    mask = torch.arange(40)[None] != 1
+    options = {"top_k": 5, "slot_mask": mask, "slot_offset": 30, "causal": tokens == 9}
+    expected = [0, 2, 3, 4, 7] if ties == "one larger" else [0, 2, 3, 4, 5]
+
+    def kept(function):
+        leaves = [x.to(dtype) for x in (query, key)]
+        value = torch.eye(40).view(1, 40, 1, 40).to(dtype)
+        # head widths are equal
+        leaves = [torch.nn.functional.pad(x, (0, 32)).requires_grad_() for x in leaves]
+        value.requires_grad_()
+        read = function(*leaves, value, **options)
+        read.sum().backward()
+        read, flows = read[0, :, 0] != 0, value.grad[0, :, 0, 0] != 0
+        assert (read == read[:1]).all()
+        return read[0].nonzero().flatten().tolist(), flows.nonzero().flatten().tolist()
+
+    with _on(backend, "memory_attention"):
+        got = kept(functools.partial(lm2.memory_attention, backend=_name(backend)))
+    assert got == kept(lm2.reference.memory_attention) == (expected, expected)
