@@ -449,6 +449,59 @@ def test_strong_dropout_does_not_overflow_float16(backend, record_property):
     assert query.grad.isfinite().all()
 
 
+def _with_a_key(value):
+    def change(tensors):
+        tensors["query"] = tensors["query"].abs()
+        tensors["key"][:, 1] = value
+
+    return change
+
+
+def _scaled(factor):
+    def change(tensors):
+        tensors["query"] *= factor
+
+    return change
+
+
+EXTREMES = {
+    "logits of 1e8": _scaled(1e8),
+    "logits of -1e8": _scaled(-1e8),
+    "logits of 1e15": _scaled(1e15),
+    "logits of 1e30": _scaled(1e30),
+    "a key of -inf": _with_a_key(-math.inf),
+    "a key of -1e37": _with_a_key(-1e37),
+}
+
+
+@_every_backend()
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(
+    "options", ((), (("slot_mask", "prefix"),), (("dropout_p", 0.3),)), ids=str
+)
+@pytest.mark.parametrize("tokens", (3, 20))
+def test_extreme_logits(backend, extreme, options, tokens, record_property):
+    """The read, and what reaches the values, by the rule; every gradient finite where eager's is.
+
+    Tokens that see nothing are there too.
+    """
+    record_property("backend", backend)
+    case = testing.Case("memory_attention", 1, tokens, 24, 2, 16, options)
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        EXTREMES[extreme](inputs.tensors)
+        eager = testing.run_reference(case, inputs, seed=seed)
+        got = testing.run_case(case, inputs, _name(backend), seed=seed)
+        for name, result in got.items():
+            assert result.isfinite().logical_or(~eager[name].isfinite()).all(), name
+        results = {name: got[name] for name in ("output 0", "dvalue")}
+        return testing.compare_case(case, inputs, results, seed=seed)
+
+    with _on(backend, "memory_attention"):
+        assert_rule(run, narrow=math.inf)
+
+
 # queries and keys whose scores tie: in every row all slots, or all but one
 TIES = {
     "zero queries": lambda query, key: (torch.zeros_like(query), key),
