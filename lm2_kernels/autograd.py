@@ -21,17 +21,25 @@ class _Refusals:
 
     @staticmethod
     def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            "lm2_kernels: forward-mode differentiation is not supported; use reverse mode, or the "
-            "ops of lm2_kernels.reference"
-        )
+        _refuse_forward_mode()
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        raise NotImplementedError(
-            "lm2_kernels: vmap is not supported; the ops take a batch dimension, or use the ops of "
-            "lm2_kernels.reference"
-        )
+        _refuse_vmap()
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise NotImplementedError(
+        "lm2_kernels: forward-mode differentiation is not supported; use reverse mode, or the "
+        "ops of lm2_kernels.reference"
+    )
+
+
+def _refuse_vmap() -> NoReturn:
+    raise NotImplementedError(
+        "lm2_kernels: vmap is not supported; the ops take a batch dimension, or use the ops of "
+        "lm2_kernels.reference"
+    )
 
 
 class _FirstOrderOnly(_Refusals, torch.autograd.Function):
@@ -66,7 +74,15 @@ def _forward(op: str, *args) -> tuple[Tensor, ...]:
     return run(backend, f"{op}_forward", *args)
 
 
+# private to PyTorch; without it nothing is known to be one
+_is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+
+
 def _run_backward(ctx, function: str, *args):
+    # is_grads_batched and vectorize=True map over the backward by an older vmap, which no Function
+    # is told of
+    if any(isinstance(arg, Tensor) and _is_legacy_batched(arg) for arg in args):
+        _refuse_vmap()
     if getattr(ctx, "is_of_operator", False):
         return getattr(torch.ops.lm2_kernels, function)(*args, ctx.backend)
     # grad mode is on in a backward only under create_graph=True
@@ -85,7 +101,12 @@ def apply(function: type[torch.autograd.Function], *args):
     Where no gradient is wanted it is ``function.forward`` alone; and for torch.compile, which then
     sees one operator with its own backward, and takes one tensor in several places.
     """
+    # private to PyTorch: without it, the slow way is right whatever is active
+    is_forward_mode = getattr(forward_ad, "_current_level", 0) >= 0
     if torch.compiler.is_compiling():
+        if is_forward_mode:
+            # torch would drop the tangents of an operator without a word
+            _refuse_forward_mode()
         return function.forward(*args)
     if function not in _with_refusals:
         refusing = type(function.__name__, (_Refusals, function), {})
@@ -93,8 +114,6 @@ def apply(function: type[torch.autograd.Function], *args):
         # forward's signature for defaults: at 60 to 80 us a call, more than some kernels take
         _with_refusals[function] = refusing, super(torch.autograd.Function, refusing).apply
     refusing, fast_apply = _with_refusals[function]
-    # private to PyTorch: without it, the slow way is right whatever is active
-    is_forward_mode = getattr(forward_ad, "_current_level", 0) >= 0
     if is_forward_mode or torch._C._are_functorch_transforms_active():
         return refusing.apply(*args)
     if not torch.is_grad_enabled():

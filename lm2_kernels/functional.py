@@ -72,7 +72,8 @@ def memory_attention(
         slot_offset: the slot that token 0 is bound to; tokens bound past the last slot see all.
         slot_mask: (B, N) bool, True = takes part, as in ``scaled_dot_product_attention``.
         scale: factor on the scores, ``1 / sqrt(K)`` unless given.
-        top_k: keep the k largest probabilities of each row, zero the others, do not renormalise.
+        top_k: keep the k largest probabilities of each row, zero the others, do not renormalise;
+            of slots with equal scores the lower ones are kept, on every backend.
         dropout_p: probability to zero a probability, after top-k; the others are divided by
             ``1 - dropout_p``. The caller decides about training and evaluation.
         backend: the name of one, or "auto"; None takes the default (``use_backend``).

@@ -77,7 +77,8 @@ def memory_attention(
     """Tokens read the memory: ``R = dropout(top_k(softmax(Q K^T * scale))) V``.
 
     Dropout is explicit: ``keep_mask`` says which probabilities stay, and those are divided by
-    ``1 - dropout_p``. A token that sees no slot reads 0.
+    ``1 - dropout_p``. A token that sees no slot reads 0. Of slots with equal scores, top-k keeps
+    the lower ones.
 
     Returns:
         (B, T, H, K)
@@ -102,7 +103,8 @@ def memory_attention(
     scores = scores.masked_fill(~visible & sees_any, -math.inf)
     probabilities = torch.softmax(scores, dim=-1) * visible
     if top_k is not None:
-        kept = probabilities.topk(top_k, dim=-1).indices
+        # a stable sort: of equal scores the lower slots; + 0.0, as some sorts put -0.0 below 0.0
+        kept = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
         probabilities = probabilities * torch.zeros_like(probabilities).scatter(-1, kept, 1.0)
     if keep_mask is not None:
         probabilities = probabilities * keep_mask / (1.0 - dropout_p)

@@ -395,6 +395,76 @@ def test_jacrev_is_refused(case, backend):
         torch.func.jacrev(lambda tensors: run_op(case, inputs, backend, tensors))(inputs.tensors)
 
 
+def batched_gradient(function, x):
+    """As ``torch.autograd.grad(is_grads_batched=True)`` takes it."""
+    x = x.clone().requires_grad_()
+    output = function(x)
+    cotangents = torch.stack((torch.ones_like(output),) * 2)
+    return torch.autograd.grad(output, x, cotangents, is_grads_batched=True)
+
+
+def forward_gradient(function, x):
+    with forward_ad.dual_level():
+        return function(forward_ad.make_dual(x, torch.ones_like(x)))
+
+
+VMAP, FORWARD = "vmap is not supported", "forward-mode differentiation is not supported"
+DOUBLE = "double backward is not supported"
+TRANSFORMS = {
+    "jacobian": (
+        VMAP,
+        functools.partial(torch.autograd.functional.jacobian, vectorize=True),
+    ),
+    "jacobian, forward": (
+        f"{FORWARD}|{VMAP}",
+        functools.partial(
+            torch.autograd.functional.jacobian, vectorize=True, strategy="forward-mode"
+        ),
+    ),
+    "batched gradient": (VMAP, batched_gradient),
+    "forward gradient": (FORWARD, forward_gradient),
+    "hessian": (
+        DOUBLE,
+        lambda f, x: torch.autograd.functional.hessian(lambda x: f(x).square().sum(), x),
+    ),
+    "jvp": (FORWARD, lambda f, x: torch.func.jvp(f, (x,), (x,))),
+    "jacrev": (VMAP, lambda f, x: torch.func.jacrev(f)(x)),
+    "jacfwd": (f"{FORWARD}|{VMAP}", lambda f, x: torch.func.jacfwd(f)(x)),
+    "vmap": (VMAP, lambda f, x: torch.func.vmap(f)(torch.stack((x, x)))),
+    "compiled jvp": (
+        FORWARD,
+        lambda f, x: torch.compile(lambda x: torch.func.jvp(f, (x,), (x,))[1], backend="eager")(x),
+    ),
+}
+
+
+def layer_output(kind, **options):
+    layer = kind(8, 2, **options)
+    bank = torch.randn(1, 5, 8)
+    return lambda x: layer(x, bank)[0]
+
+
+OF_ONE_TENSOR = {
+    "memory_attention": lambda x: lm2.memory_attention(*(x[..., None],) * 3),
+    "memory_update": lambda x: lm2.memory_update(x, x, x, x, x)[1],
+    "residual_layer_norm": lambda x: functional.residual_layer_norm(x, x, x[0, 0], x[0, 0]),
+    "pooled_gate": lambda x: functional.pooled_gate(x, x[0, 0])[0],
+    "PaperMemory": layer_output(lm2.PaperMemory),
+    "ReleaseMemory": layer_output(lm2.ReleaseMemory),
+    "ReleaseMemory, prefix": layer_output(lm2.ReleaseMemory, pooled_gate="prefix"),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", OF_ONE_TENSOR)
+def test_what_is_refused_is_refused_by_every_way(name, transform, backend):
+    torch._dynamo.reset()
+    text, run = TRANSFORMS[transform]
+    with lm2.use_backend(backend), pytest.raises(NotImplementedError, match=text):
+        run(OF_ONE_TENSOR[name], torch.randn(1, 3, 8))
+
+
 @every_backend
 @every_op
 def test_functional_grad_is_the_same(case, backend):

@@ -79,6 +79,14 @@ def _softmax(scores: Tensor, sees_any: Tensor | None) -> Tensor:
     return probabilities if sees_any is None else probabilities.masked_fill_(~sees_any, 0.0)
 
 
+def _is_among_largest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of each row; of equal ones the first, which torch.topk leaves open."""
+    least = scores.topk(count, dim=-1).values[..., -1:]
+    above, ties = scores > least, scores == least
+    left = count - above.sum(dim=-1, keepdim=True)
+    return above.logical_or_(ties.logical_and_(ties.cumsum(dim=-1, dtype=torch.int32) <= left))
+
+
 def _kept(
     scores: Tensor,  # (B, H, rows, visible)
     seed: Tensor | None,
@@ -92,8 +100,7 @@ def _kept(
     factor = None
     if top_k is not None and top_k < visible:
         # chosen by score, not by probability: forward and backward see the same bits
-        chosen = scores.topk(top_k, dim=-1).indices
-        factor = torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
+        factor = _is_among_largest(scores, top_k).to(scores.dtype)
     if seed is not None:
         pair = torch.arange(batch * num_heads, device=scores.device).view(batch, num_heads, 1)
         row = torch.arange(first_row, first_row + rows, device=scores.device)

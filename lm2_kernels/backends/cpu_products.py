@@ -42,7 +42,9 @@ _ratios: dict[tuple[torch.dtype, bool, bool], float] = {}
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias
+    # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias. It
+    # reads a bias as if it had no strides
+    bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
 
 
@@ -74,6 +76,12 @@ def is_widened(dtype: torch.dtype) -> bool:
     return _ratio(dtype, True, False) > _MARGIN
 
 
+def _is_matrix(x: Tensor) -> bool:
+    """Whether rows or columns are contiguous and apart, as both libraries know a matrix."""
+    (rows, columns), (row, column) = x.shape, x.stride()
+    return (column == 1 and row >= columns) or (row == 1 and column >= rows)
+
+
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """``a @ b + bias``, all of one dtype, or the ReLU of that.
 
@@ -84,13 +92,17 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = Fa
         relu: whether negative results become 0, in place.
     """
     num_rows = a.shape[:-1].numel()
+    # of what differs in dtype, torch's own says so
     is_choice = a.device.type == "cpu" and a.dtype == b.dtype
+    is_choice = is_choice and (bias is None or bias.dtype == a.dtype)
     # neither way has a derivative: a backward under create_graph takes torch's
     is_choice = is_choice and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     result = None
     if is_choice and is_large(a.dtype, num_rows, b.numel()):
         rows = a if a.dim() == 2 else a.flatten(0, -2)
-        if _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
+        # what is expanded, or strided along both axes, torch's own copies
+        is_plain = _is_matrix(rows) and _is_matrix(b)
+        if is_plain and _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
             result = _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
     if result is None:
         result = _torch(a, b, bias)

@@ -8,6 +8,7 @@ may lack.
 """
 
 import contextlib
+import functools
 import math
 
 import pytest
@@ -252,6 +253,86 @@ def test_op_strided(backend, case, layout, record_property):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0)
 
 
+def _same_along(axis):
+    def layout(tensor):
+        return tensor.narrow(axis, 0, 1).expand(tensor.shape)
+
+    layout.__name__ = f"_same_along_{axis}"
+    return layout
+
+
+def _overlapping(tensor):
+    return tensor.contiguous().as_strided(tensor.shape, (1,) * tensor.dim())
+
+
+def _reversed_axes(tensor):
+    axes = tuple(reversed(range(tensor.dim())))
+    return tensor.permute(axes).contiguous().permute(axes)
+
+
+ONE_OPERAND = (
+    ("memory_attention", (("slot_mask", "random"), ("dropout_p", 0.25)), "query key value"),
+    ("memory_attention", (("top_k", 2),), "query key value"),
+    (
+        "memory_update",
+        (("output_gate", True), ("gate_bias", "prefix")),
+        "hidden candidate memory input_gate forget_gate output_gate gate_bias",
+    ),
+    ("residual_layer_norm", (), "x residual weight bias"),
+    ("pooled_gate", (("prefix", True), ("num_pooled", 3)), "x weight pooled_sum"),
+)
+
+
+def _one_operand_parameters():
+    for backend in BACKENDS:
+        for op, options, names in ONE_OPERAND:
+            attends = op == "memory_attention"
+            sizes = (2, 5, 7, 2, 8) if attends else (2, 5, 0, 0, 8)
+            case = testing.Case(op, *sizes, options)
+            outputs = 2 if op in ("memory_update", "pooled_gate") else 1
+            gradients = [f"gradient {index}" for index in range(outputs)]
+            masks = ["slot_mask"] if case.option("slot_mask") else []
+            for operand in (*names.split(), *gradients, *masks):
+                label = "top_k-" if case.option("top_k") else ""
+                yield _param(backend, case, operand, id=f"{op}-{label}{operand}")
+
+
+@pytest.mark.parametrize(("backend", "case", "operand"), list(_one_operand_parameters()))
+def test_op_with_one_strided_operand(backend, case, operand, record_property):
+    """Each tensor that an op is given, the small ones too, with strides of its own."""
+    record_property("backend", backend)
+
+    def laid_out(inputs, layout):
+        if operand == "slot_mask":
+            mask = layout(inputs.constants["slot_mask"])
+            return inputs._replace(constants={**inputs.constants, "slot_mask": mask})
+        if operand.startswith("gradient"):
+            gradients = list(inputs.cotangents)
+            place = int(operand.split()[1])
+            gradients[place] = layout(gradients[place])
+            return inputs._replace(cotangents=tuple(gradients))
+        tensor = layout(inputs.tensors[operand])
+        return inputs._replace(tensors={**inputs.tensors, operand: tensor})
+
+    def run(seed, layout):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        results, copies = (
+            testing.run_case(case, laid_out(inputs, way), _name(backend), seed=seed)
+            for way in (layout, lambda tensor: layout(tensor).contiguous())
+        )
+        if all(torch.equal(result, copies[name]) for name, result in results.items()):
+            return [testing.Comparison("all", 0.0, 0.0)]
+        # another order of sums
+        return testing.compare_case(case, laid_out(inputs, layout), results, seed=seed)
+
+    layouts = [_last_axis_strided, _overlapping, _reversed_axes]
+    layouts += [_same_along(0), _same_along(-1)]
+    with _on(backend, case.op):
+        for layout in layouts:
+            # of a few equal rows, who rounds better is luck, and no factor is too large for it
+            assert_rule(functools.partial(run, layout=layout), narrow=math.inf)
+
+
 @_every_backend()
 @pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
 def test_op_deterministic(backend, case, record_property):
@@ -366,3 +447,100 @@ def test_strong_dropout_does_not_overflow_float16(backend, record_property):
         out.sum().backward()
     assert out.isfinite().all()
     assert query.grad.isfinite().all()
+
+
+def _with_a_key(value):
+    def change(tensors):
+        tensors["query"] = tensors["query"].abs()
+        tensors["key"][:, 1] = value
+
+    return change
+
+
+def _scaled(factor):
+    def change(tensors):
+        tensors["query"] *= factor
+
+    return change
+
+
+EXTREMES = {
+    "logits of 1e8": _scaled(1e8),
+    "logits of -1e8": _scaled(-1e8),
+    "logits of 1e15": _scaled(1e15),
+    "logits of 1e30": _scaled(1e30),
+    "a key of -inf": _with_a_key(-math.inf),
+    "a key of -1e37": _with_a_key(-1e37),
+}
+
+
+@_every_backend()
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(
+    "options", ((), (("slot_mask", "prefix"),), (("dropout_p", 0.3),)), ids=str
+)
+@pytest.mark.parametrize("tokens", (3, 20))
+def test_extreme_logits(backend, extreme, options, tokens, record_property):
+    """The read, and what reaches the values, by the rule; every gradient finite where eager's is.
+
+    Tokens that see nothing are there too.
+    """
+    record_property("backend", backend)
+    case = testing.Case("memory_attention", 1, tokens, 24, 2, 16, options)
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        EXTREMES[extreme](inputs.tensors)
+        eager = testing.run_reference(case, inputs, seed=seed)
+        got = testing.run_case(case, inputs, _name(backend), seed=seed)
+        for name, result in got.items():
+            assert result.isfinite().logical_or(~eager[name].isfinite()).all(), name
+        results = {name: got[name] for name in ("output 0", "dvalue")}
+        return testing.compare_case(case, inputs, results, seed=seed)
+
+    with _on(backend, "memory_attention"):
+        assert_rule(run, narrow=math.inf)
+
+
+# queries and keys whose scores tie: in every row all slots, or all but one
+TIES = {
+    "zero queries": lambda query, key: (torch.zeros_like(query), key),
+    "zeros of both signs": lambda query, key: (query * 0.0, key),
+    "equal keys": lambda query, key: (query, key[:, :1].expand(key.shape)),
+    "one larger": lambda query, key: (
+        query.abs(),
+        torch.where(torch.arange(key.shape[1])[:, None, None] == 7, 1.0, -torch.ones_like(key)),
+    ),
+}
+
+
+@_every_backend()
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("tokens", (3, 9))
+def test_of_equal_scores_top_k_keeps_the_lower_slots(backend, ties, dtype, tokens, record_property):
+    """Forward and backward, and in the oracle: what reads the values tells which were kept."""
+    if testing.unsupported_reason(_name(backend), "memory_attention", testing.DTYPES[dtype], "cpu"):
+        dtype = "float32"
+    record_property("backend", backend)
+    dtype = testing.DTYPES[dtype]
+    query, key = TIES[ties](torch.randn(1, tokens, 1, 8), torch.randn(1, 40, 1, 8))
+    mask = torch.arange(40)[None] != 1
+    options = {"top_k": 5, "slot_mask": mask, "slot_offset": 30, "causal": tokens == 9}
+    expected = [0, 2, 3, 4, 7] if ties == "one larger" else [0, 2, 3, 4, 5]
+
+    def kept(function):
+        leaves = [x.to(dtype) for x in (query, key)]
+        value = torch.eye(40).view(1, 40, 1, 40).to(dtype)
+        # head widths are equal
+        leaves = [torch.nn.functional.pad(x, (0, 32)).requires_grad_() for x in leaves]
+        value.requires_grad_()
+        read = function(*leaves, value, **options)
+        read.sum().backward()
+        read, flows = read[0, :, 0] != 0, value.grad[0, :, 0, 0] != 0
+        assert (read == read[:1]).all()
+        return read[0].nonzero().flatten().tolist(), flows.nonzero().flatten().tolist()
+
+    with _on(backend, "memory_attention"):
+        got = kept(functools.partial(lm2.memory_attention, backend=_name(backend)))
+    assert got == kept(lm2.reference.memory_attention) == (expected, expected)

@@ -64,6 +64,60 @@ def test_product(library, transposed_a, transposed_b, has_bias, relu, monkeypatc
     assert_rule(run)
 
 
+def _plain(x):
+    return x
+
+
+def _turned(x):
+    return x.t().contiguous().t()
+
+
+def _every_second(x):
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def _part_of_a_row(x):
+    wide = x.new_full((*x.shape[:-1], x.shape[-1] + 5), float("nan"))
+    wide[..., 3 : 3 + x.shape[-1]] = x
+    return wide[..., 3 : 3 + x.shape[-1]]
+
+
+def _same_rows(x):
+    return x[:1].expand(x.shape)
+
+
+def _overlapping_rows(x):
+    return x.contiguous().as_strided(x.shape, (1,) * x.dim())
+
+
+LAYOUTS = (_plain, _turned, _every_second, _part_of_a_row, _same_rows, _overlapping_rows)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("layout_b", LAYOUTS)
+@pytest.mark.parametrize("layout_a", LAYOUTS)
+def test_product_of_any_strides(library, layout_a, layout_b, dtype, monkeypatch):
+    """Of every operand, the bias too. Small whole numbers: exact by either way."""
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, library.replace("onednn", "float32"))
+    draw = torch.Generator().manual_seed(0)
+    a, b, bias = (
+        torch.randint(-2, 3, shape, generator=draw).to(dtype) for shape in ((9, 8), (8, 5), (5,))
+    )
+    a, b = layout_a(a), layout_b(b)
+    for layout_bias in LAYOUTS:
+        if layout_bias is not _turned:
+            c = layout_bias(bias)
+            with torch.no_grad():
+                got = cpu_products.product(a, b, c)
+            assert torch.equal(got.double(), a.double() @ b.double() + c.double())
+
+
+def test_a_bias_of_another_dtype_is_refused(library):
+    """By the same words whatever the size."""
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        cpu_products.product(torch.ones(9, 8), torch.ones(8, 5), torch.ones(5).bfloat16())
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_relu_keeps_nan(library, dtype, monkeypatch):
     """A diverged weight has to show."""

@@ -205,6 +205,26 @@ def _memory_attention_fwd_kernel(
     _store_rows(out_ptrs, acc, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
+@triton.jit
+def _lse_in_log2(lse):
+    """The log-sum-exp of rows in units of log 2, a little lower where it is large.
+
+    From 2^16 on a unit in its last place is as much as a probability: lowered by four of them, no
+    row loses its largest one, and _probabilities keeps it at 1.
+    """
+    lse_log2 = lse * _LOG2_E
+    size = tl.abs(lse_log2)
+    is_large = (size > 65536.0) & (lse < float("inf"))
+    return tl.where(is_large, lse_log2 - size * 4.76837158203125e-07, lse_log2)
+
+
+@triton.jit
+def _probabilities(scores_log2, lse_log2):
+    # +inf: rows past the end and rows that see no slot, whatever their scores
+    p = tl.exp2(tl.minimum(scores_log2 - lse_log2, 0.0))
+    return tl.where(lse_log2 == float("inf"), 0.0, p)
+
+
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _memory_attention_bwd_delta_kernel(
     dout_ptr,  # (B, T, H, K)
@@ -345,7 +365,7 @@ def _memory_attention_bwd_dkey_value_kernel(
         # +inf: rows past the end, and rows that see no slot, have no probabilities
         lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = tl.exp2(scores * scale_log2 - (lse * _LOG2_E)[None, :])
+        p = _probabilities(scores * scale_log2, _lse_in_log2(lse)[None, :])
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
 
@@ -455,7 +475,7 @@ def _memory_attention_bwd_dquery_kernel(
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
     lse = tl.load(lse_ptr + score_rows, mask=mask_t, other=float("inf"))
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
-    lse_log2 = lse * _LOG2_E
+    lse_log2 = _lse_in_log2(lse)
 
     key_ptr += b * stride_kb + h * stride_kh
     value_ptr += b * stride_vb + h * stride_vh
@@ -489,7 +509,7 @@ def _memory_attention_bwd_dquery_kernel(
         # a masked slot is not even read: 0 * NaN would reach every row
         k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(scores * scale_log2 - lse_log2[:, None])
+        p = _probabilities(scores * scale_log2, lse_log2[:, None])
         if HAS_CORRECTION:
             row_sum += tl.sum(tl.where(visible, p, 0.0), 1)
         v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
