@@ -2,8 +2,11 @@
 
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from torch import nn
+
+from lm2_kernels.state.files import CONFIG
 
 # what each module has that PEFT puts in place of another
 _ADAPTER = "adapter_layer_names"
@@ -17,6 +20,11 @@ def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT put adapters into a model, or is it."""
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
     return is_peft or any(hasattr(module, _ADAPTER) for module in model.modules())
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has adapters that PEFT saved, and no model."""
+    return (folder / "adapter_config.json").is_file() and not (folder / CONFIG).exists()
 
 
 def refuse_adapters(model: nn.Module) -> None:

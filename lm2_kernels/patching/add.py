@@ -15,7 +15,7 @@ from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
 from lm2_kernels.layers.start import check_start, silence
-from lm2_kernels.patching.adapters import refuse_adapters
+from lm2_kernels.patching.adapters import is_adapter, refuse_adapters
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
 from lm2_kernels.patching.hosts import Host, find_blocks
 from lm2_kernels.patching.report import Report, module_names, report_on
@@ -251,6 +251,11 @@ def load_memory(
         ValueError: there is no memory in the folder, it does not fit, or weights are missing.
     """
     place = Place("load_memory", folder, revision=revision, token=token, cache_dir=cache_dir)
+    if is_adapter(Path(folder)):
+        raise ValueError(
+            f"load_memory: {folder} holds adapters of PEFT, and the memory with them: call "
+            f"add_memory with the options that it had, then PeftModel.from_pretrained"
+        )
     config = place.existing(files.CONFIG)
     options = files.read_json(config).get(_OPTIONS)
     if options is None:

@@ -117,6 +117,14 @@ def test_merged_adapters_leave_the_memory(name, formulation, tmp_path):
     lm2.add_memory(merged, memory_slots=6, num_heads=3)
 
 
+def test_the_memory_of_an_adapter_is_not_loaded_alone(tmp_path):
+    peft.get_peft_model(_with_memory(), _adapters()).save_pretrained(tmp_path)
+    host = _host()
+    with pytest.raises(ValueError, match=r"add_memory .*, then PeftModel\.from_pretrained"):
+        lm2.load_memory(host, tmp_path)
+    assert torch.equal(_logits(host), _logits(_host()))
+
+
 def test_an_adapter_goes_on_training(tmp_path):
     model = _train(peft.get_peft_model(_with_memory(), _adapters()))
     model.save_pretrained(tmp_path)
