@@ -500,6 +500,32 @@ def test_without_gradients(case, mode, backend):
 
 
 @every_backend
+@every_op
+def test_saved_tensors_elsewhere(case, backend):
+    """Hooks that hand back copies: the same gradients."""
+    inputs = testing.make_inputs(case, torch.float32)
+    expected = all_gradients(case, inputs, backend)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+        got = all_gradients(case, inputs, backend)
+    assert all(torch.equal(got[name], gradient) for name, gradient in expected.items())
+
+
+@every_backend
+@every_op
+def test_the_default_dtype_does_not_matter(case, backend):
+    inputs = testing.make_inputs(case, torch.float32)
+    expected = testing.run_case(case, inputs, backend)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = testing.run_case(case, inputs, backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, result in expected.items():
+        assert got[name].dtype == result.dtype
+        assert torch.equal(got[name], result), name
+
+
+@every_backend
 @pytest.mark.parametrize("case", [*FULL, attention(dropout_p=0.5)], ids=case_id)
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "hooks"])
 def test_checkpointing_recomputes_the_same(case, use_reentrant, backend):

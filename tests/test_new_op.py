@@ -77,7 +77,7 @@ def toy_gate_backward(
     def backward(ctx, dout):
         needs = ctx.needs_input_grad[:2]
         grads = _run_backward(
-            ctx.backend, "toy_gate_backward", dout, *ctx.saved_tensors, *needs
+            ctx, "toy_gate_backward", dout, *ctx.saved_tensors, *needs
         )
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
 

@@ -502,6 +502,34 @@ def test_extreme_logits(backend, extreme, options, tokens, record_property):
         assert_rule(run, narrow=math.inf)
 
 
+@_every_backend()
+@pytest.mark.parametrize("size", (1e4, -1e4, 1e20, -1e20, 1e30, -1e30))
+def test_extreme_inputs_of_the_other_ops(backend, size, record_property):
+    """Results and gradients are finite where those of the oracle in float32 are, and nowhere else.
+
+    The square of 1e20 overflows.
+    """
+    record_property("backend", backend)
+    cases = {
+        "input_gate": testing.Case("memory_update", 1, 3, 0, 0, 8, (("output_gate", True),)),
+        "forget_gate": testing.Case("memory_update", 1, 3, 0, 0, 8),
+        "output_gate": testing.Case("memory_update", 1, 3, 0, 0, 8, (("output_gate", True),)),
+        "gate_bias": testing.Case("memory_update", 1, 3, 0, 0, 8, (("gate_bias", "segment"),)),
+        "candidate": testing.Case("memory_update", 1, 3, 0, 0, 8),
+        "x": testing.Case("residual_layer_norm", 1, 3, 0, 0, 8),
+        "weight": testing.Case("pooled_gate", 1, 3, 0, 0, 8, (("prefix", True),)),
+    }
+    for name, case in cases.items():
+        inputs = testing.make_inputs(case, torch.float32)
+        tensor = inputs.tensors[name]
+        tensor.copy_(torch.full_like(tensor, size) * tensor.sign() if name == "x" else size)
+        want = testing.run_reference(case, inputs)
+        with _on(backend, case.op):
+            got = testing.run_case(case, inputs, _name(backend))
+        for result in want:
+            assert torch.equal(got[result].isfinite(), want[result].isfinite()), (name, result)
+
+
 # queries and keys whose scores tie: in every row all slots, or all but one
 TIES = {
     "zero queries": lambda query, key: (torch.zeros_like(query), key),
