@@ -23,7 +23,7 @@ def _logits(model, ids, **inputs):
 
 
 @hosted
-@both
+@pytest.mark.parametrize("formulation", ("paper", pytest.param("release", marks=pytest.mark.slow)))
 def test_compiled_in_one_graph(formulation):
     """With and without gradients, and whatever use_cache says; the cache it makes is refused."""
     model, ids = llama(formulation), tokens(2, 12)
@@ -49,9 +49,9 @@ def test_compiled_in_one_graph(formulation):
 @pytest.mark.parametrize(
     ("formulation", "strict"),
     [
-        ("paper", False),
         ("release", False),
         ("paper", True),
+        pytest.param("paper", False, marks=pytest.mark.slow),
         pytest.param("release", True, marks=pytest.mark.slow),
     ],
 )
