@@ -500,9 +500,8 @@ class AddedMemory:
     def _tie(self, cache: object, states: dict[int, MemoryState], num_columns: int) -> None:
         """Give a cache the states that belong to what it holds."""
         caches.follow(cache)
-        length = cache.get_seq_length()
-        # what a static cache says is on the device, and is looked at when the cache is used again
-        length = num_columns if isinstance(length, Tensor) else int(length)
+        # not num_columns: of windows, and of some static caches, it is what they call it
+        length = int(cache.get_seq_length())
         setattr(cache, KEPT, Kept(self._owner, states, num_columns, length))
 
 

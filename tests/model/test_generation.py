@@ -1,5 +1,7 @@
 """Generation: what it gives is what forward over the whole text gives, token by token."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -78,6 +80,21 @@ def test_generation_goes_on(formulation, flow):
     then = model.generate(second, memory=start.memory, max_new_tokens=9)
     whole = torch.cat([start.sequences, second], dim=1)
     assert torch.equal(torch.cat([start.sequences, then.sequences], 1), _greedy(model, whole, 9))
+
+
+def test_threads_share_a_model():
+    """Nothing of a call is kept on the model."""
+    model, prompts = _model(), [random_ids(2, 4 + seed, seed=seed) for seed in range(4)]
+
+    def run(ids):
+        grown = model(ids, ids).loss
+        return model.generate(ids, max_new_tokens=9).sequences, grown.detach()
+
+    wants = [run(ids) for ids in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(run, prompts), wants, strict=True):
+                assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
 def test_rows_end():

@@ -28,7 +28,9 @@ CHATS = """
 import sys
 import torch
 from lm2_kernels import get_memory
+from lm2_kernels import MemoryState
 from tools.hosts import go_on, begin, llama, new_cache
+from tools.models import KINDS, random_ids, small_model
 torch.set_num_threads(1)
 what, folder, cases = sys.argv[1], sys.argv[2], eval(sys.argv[3])
 for formulation in ("paper", "release"):
@@ -42,6 +44,25 @@ for formulation in ("paper", "release"):
             cache = new_cache()
             get_memory(model).load_cache(name, cache)
         torch.save(go_on(model, cache, rest, mask), f"{name}.{what}")
+
+# and of LM2ForCausalLM by its state, rows at different places
+for formulation, flow in KINDS:
+    name, ids = f"{folder}/model-{formulation}-{flow}", random_ids(2, 21)
+    model = small_model(torch.float32, formulation=formulation, flow=flow).eval()
+    mask = torch.ones(2, 10)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        if what == "begin":
+            state = model(ids[:, :10], attention_mask=mask, use_cache=True).memory
+            state.save(name)
+        else:
+            state = MemoryState.load(name)
+        steps = []
+        for token in ids[:, 10:].split(1, dim=1):
+            output = model(token, memory=state, use_cache=True)
+            state = output.memory
+            steps.append(output.logits)
+    torch.save(torch.cat(steps, dim=1), f"{name}.{what}")
 """
 
 
@@ -134,7 +155,7 @@ def test_a_chat_goes_on_in_another_process(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("*.begin"))
-    assert len(files) == 2 * len(PLACES)
+    assert len(files) == 2 * len(PLACES) + 4
     for file in files:
         want = torch.load(file)
         assert torch.equal(torch.load(file.with_suffix(".go on")), want), file.name

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lm2_kernels import add_memory, get_memory
-from tools.hosts import SLOTS, bare_llama, hosted, llama, new_cache, padded, tokens
+from tools.hosts import SLOTS, bare_llama, hosted, llama, new_cache, padded, tokens, transformers
 
 pytestmark = hosted
 
@@ -73,7 +73,7 @@ def test_threads_share_a_model(what, formulation):
         assert torch.equal(run(ids), want)
 
     works = [lambda i=i, w=w: check(i, w) for i, w in zip(inputs, wants, strict=True)]
-    _run_in_threads(works, 12)
+    _run_in_threads(works, 8)
 
 
 @pytest.mark.parametrize("is_learning", (False, True))
@@ -202,19 +202,13 @@ def test_generation_is_not_compiled():
     assert model.get_compiled_call(None) == model.__call__
     want = model.generate(ids, max_new_tokens=10, do_sample=False)
     ways = [{"cache_implementation": "static"}]
-    if hasattr(transformers_config(), "prefill_chunk_size"):
+    if hasattr(transformers.GenerationConfig(), "prefill_chunk_size"):
         ways.append({"prefill_chunk_size": 7})
     for options in ways:
         got = model.generate(ids, max_new_tokens=10, do_sample=False, **options)
         assert torch.equal(got, want)
     remove_memory(model)
     assert not {"get_compiled_call", "generate_batch"} & model.__dict__.keys()
-
-
-def transformers_config():
-    import transformers
-
-    return transformers.GenerationConfig()
 
 
 @pytest.mark.parametrize(
