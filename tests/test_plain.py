@@ -457,8 +457,10 @@ def _with_aliases(layer, parameters):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_transforms_of_functional_call(kind):
+@pytest.mark.parametrize("recompute", (False, True))
+def test_transforms_of_functional_call(kind, recompute):
     layer = _layer(kind)
+    layer.recompute = recompute
     x, memory = _inputs()
     parameters = dict(layer.named_parameters())
 

@@ -212,6 +212,10 @@ class MemoryLayer(nn.Module):
         parameters = tuple(self.parameters())
         if not any(t is not None and t.requires_grad for t in (*tensors, *parameters)):
             return function(*tensors, place)
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling and torch._C._are_functorch_transforms_active():
+            # torch.func.grad and the like take no checkpoints: all is kept, for the same gradients
+            return function(*tensors, place)
         # imports torch._dynamo, which importing the package does not wait for
         from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
 
@@ -220,7 +224,7 @@ class MemoryLayer(nn.Module):
             # the same dropout mask: its seed is drawn again
             "preserve_rng_state": self.training and self.dropout > 0.0,
         }
-        if torch.compiler.is_compiling():
+        if is_compiling:
             return checkpoint(function, *tensors, place, **options)
         backend = requested_backend()
 

@@ -99,7 +99,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), WRONG, ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize(
+    ("name", "content", "message"), WRONG, ids=lambda v: v[:20] if isinstance(v, str) else ""
+)
 def test_what_is_no_data_is_one_line(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
