@@ -97,7 +97,7 @@ DKEY_VALUE_16BIT: _Attention = {
         256: AttentionConfig(32, 32, 8, 2),  # sm_80: (128, 165, 66)
     },
     "gfx942": {
-        64: AttentionConfig(64, 64, 4, 2),  # (368, 405, 24)
+        64: AttentionConfig(32, 64, 4, 2),  # 64 rows spill 41 words on triton 3.6
         128: AttentionConfig(32, 64, 4, 2),  # (313, 338, 20)
         256: AttentionConfig(32, 32, 4, 1),  # (441, 440, 16)
     },
