@@ -297,6 +297,11 @@ class LM2ForCausalLM(nn.Module):
                 labels are looked at on a CPU alone; elsewhere the embedding and the loss refuse
                 those that are out of bounds in their own words.
         """
+        if self.config.num_banks > 0 and getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "LM2ForCausalLM: nn.DataParallel cannot gather the memory of its replicas; use "
+                "DistributedDataParallel, or one device"
+            )
         self.check_inputs(input_ids, labels, memory, attention_mask)
         if bptt_segments is not None:
             check_int("LM2ForCausalLM", "bptt_segments", bptt_segments, 1)
@@ -455,7 +460,6 @@ class LM2ForCausalLM(nn.Module):
         # copies: in the file they lie at any address, and matrix products want aligned ones
         copies = {name: tensor.clone() for name, tensor in tensors.items()}
         model.load_state_dict(copies, assign=True)
-        # moving the model, even to where it is, packs its projections
         return model.to(device or torch.get_default_device(), dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What the language model returns: by attributes, as a dict and as a tuple."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -21,20 +21,20 @@ class LM2Output(OrderedDict[str, Tensor | MemoryState]):
     outputs of transformers, whose Trainer takes these.
 
     Args:
-        loss: see :attr:`loss`; or a dict of all.
+        loss: see :attr:`loss`; or a dict of all, or its pairs.
         logits: see :attr:`logits`.
         memory: see :attr:`memory`.
     """
 
     def __init__(
         self,
-        loss: Tensor | Mapping[str, Tensor | MemoryState] | None = None,
+        loss: Tensor | Mapping[str, Tensor | MemoryState] | Iterable[tuple] | None = None,
         logits: Tensor | None = None,
         memory: MemoryState | None = None,
     ):
         values = {"loss": loss, "logits": logits, "memory": memory}
-        if isinstance(loss, Mapping):
-            # who walks through dicts makes them anew like this
+        if not (loss is None or isinstance(loss, Tensor)):
+            # who walks through dicts makes them anew like this, DataParallel from pairs
             values = dict(loss)
         super().__init__({name: value for name, value in values.items() if value is not None})
 

@@ -2,11 +2,10 @@
 
 import warnings
 from collections.abc import Iterable
-from pathlib import Path
 
 from torch import nn
 
-from lm2_kernels.state.files import CONFIG
+from lm2_kernels.state.hub import Place
 
 # what each module has that PEFT puts in place of another
 _ADAPTER = "adapter_layer_names"
@@ -22,9 +21,9 @@ def has_adapters(model: nn.Module) -> bool:
     return is_peft or any(hasattr(module, _ADAPTER) for module in model.modules())
 
 
-def is_adapter(folder: Path) -> bool:
-    """Whether a folder has adapters that PEFT saved, and no model."""
-    return (folder / "adapter_config.json").is_file() and not (folder / CONFIG).exists()
+def is_adapter(place: Place) -> bool:
+    """Whether a folder or repository has adapters that PEFT saved."""
+    return place.path("adapter_config.json").is_file()
 
 
 def refuse_adapters(model: nn.Module) -> None:
@@ -44,17 +43,20 @@ def warn_of_frozen(decoder: nn.Module, memories: Iterable[nn.Module]) -> bool:
         decoder: in training, with gradients enabled.
         memories: what its blocks have as ``memory``: PEFT's wrapper if it is to be saved.
     """
+    memories = list(memories)
     own = [memory for memory in memories if not hasattr(memory, _ADAPTER)]
-    trained = [p.requires_grad for memory in own for p in memory.parameters()]
-    if all(trained):
+    frozen = [p for memory in own for p in memory.parameters() if not p.requires_grad]
+    trained = [p for memory in memories for p in memory.parameters() if p.requires_grad]
+    if trained and not frozen:
         return False
     if has_adapters(decoder):
         text = (
-            f"the adapters of PEFT do not have the memory among their modules_to_save: it is "
-            f"frozen, and not in their files; {_ORDER}. To keep the memory as it is, save the "
-            f"model with it: merge_and_unload, then save_pretrained"
+            f"the adapter of PEFT that trains does not have the memory among its modules_to_save: "
+            f"the memory's own weights are frozen, and not in the adapter's files; {_ORDER}. To "
+            f"keep the memory as it is, save the model with it: merge_and_unload, then "
+            f"save_pretrained"
         )
-    elif not any(trained):
+    elif not trained:
         text = (
             "no parameter of the memory requires gradients, although the model trains: something "
             "froze them after add_memory"

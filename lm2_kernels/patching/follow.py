@@ -294,6 +294,8 @@ class AddedMemory:
         tokens = named.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             return None
+        if self.carry:
+            self._check_carry()
         is_training = decoder.training and torch.is_grad_enabled()
         if is_training and not self._has_warned and not torch.compiler.is_compiling():
             self._has_warned = warn_of_frozen(decoder, self.layers)
@@ -333,6 +335,19 @@ class AddedMemory:
             # not the caller's: Host.pass_keys want a tensor of this pass alone
             return (), {**named, "position_ids": positions.clone()}
         return None
+
+    def _check_carry(self) -> None:
+        if torch.compiler.is_exporting():
+            raise NotImplementedError(
+                "add_memory: torch.export takes no carry: what one call leaves for the next would "
+                "not be in the program; set carry = False"
+            )
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "add_memory: backward runs a whole pass again, which by now would start from "
+                "another carried memory; with carry, checkpoint blocks and not the model "
+                "(gradient_checkpointing_enable)"
+            )
 
     def _kept(self, cache: object | None) -> Kept | None:
         """What a cache carries for us, None if it is empty."""
@@ -444,7 +459,8 @@ class AddedMemory:
         if current is not None and torch._C._current_graph_task_id() == -1:
             return None
         recorded = self._recorded.get(_place(key))
-        return None if recorded is None or recorded.is_ambiguous else recorded
+        # the pass itself, where a backward runs a whole one: a checkpoint around the model
+        return None if recorded in (None, current) or recorded.is_ambiguous else recorded
 
     def _record(self, key: Tensor | None, current: _Pass) -> None:
         """Remember the pass as long as the tensor lives, which recomputing a block needs too."""

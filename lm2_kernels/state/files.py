@@ -54,7 +54,7 @@ def save(
             f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # parameters may share a buffer, and one may have two names: each gets a place of its own
+    # one tensor may have two names, or be a part of another: each gets a place of its own
     own = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -120,7 +120,8 @@ def weight_files(place: Place) -> dict[Path, list[str] | None]:
     """The files with a model's weights, each with the names of those to take; None is all.
 
     Where there is ``model.safetensors.index.json`` it decides, otherwise it is
-    ``model.safetensors``. Whatever else lies in the folder does not matter.
+    ``model.safetensors``; so it is beside an index whose files are gone, which an earlier save has
+    left. Whatever else lies in the folder does not matter.
 
     Raises:
         OSError: a file is not there.
@@ -137,7 +138,13 @@ def weight_files(place: Place) -> dict[Path, list[str] | None]:
         if PurePath(file).is_absolute() or ".." in PurePath(file).parts or not file:
             raise ValueError(f"{index} names a file outside of its folder: {file!r}")
         found.setdefault(file, []).append(name)
-    return {place.existing(file): names for file, names in found.items()}
+    paths = {place.path(file): names for file, names in found.items()}
+    missing = [path for path in paths if not path.is_file()]
+    if not missing:
+        return paths
+    if place.path(WEIGHTS).is_file():
+        return {place.path(WEIGHTS): None}
+    raise FileNotFoundError(f"no such file: {missing[0]}, which {index} names")
 
 
 def read_tensors(path: Path, names: Sequence[str] | None, pattern: str) -> dict[str, Tensor]:

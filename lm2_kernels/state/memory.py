@@ -30,10 +30,23 @@ def on_device(values: Sequence, device: torch.device) -> Tensor:
 
 
 class _Stream:
-    """Which of the states that share buffers is the last one: it alone may write into them."""
+    """Which of the states that share buffers is the last: it alone may write into them, once."""
 
     def __init__(self):
         self.last = 0
+        self._free = {0: True}
+
+    def claim(self, number: int) -> bool:
+        """Whether whoever goes on from the state ``number`` may write; of several one alone may.
+
+        They may be threads: ``dict.pop`` is one step, and needs no lock, which would not pickle.
+        """
+        return self._free.pop(number, False)
+
+    def advance(self) -> None:
+        """Begin the state after the one that was claimed."""
+        self.last += 1
+        self._free = {self.last: True}
 
 
 class SegmentCache:
@@ -539,8 +552,8 @@ class MemoryState:
 
         Arguments as of :class:`SegmentCache`.
         """
-        may_write = self._stream is not None and self._stream.last == self._number
-        in_place = may_write and not torch.is_grad_enabled()
+        is_kept = self._stream is not None and not torch.is_grad_enabled()
+        in_place = is_kept and self._stream.claim(self._number)
         cache = SegmentCache(
             self._cache,
             self._starts,
@@ -569,7 +582,7 @@ class MemoryState:
         if not torch.is_grad_enabled():
             # from here on this state's own cache is another's to write to
             stream = self._stream if cache.in_place else _Stream()
-            stream.last += 1
+            stream.advance()
         starts = cache.ends(self.batch)
         if not cache.keep:
             return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()

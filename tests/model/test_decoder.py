@@ -518,6 +518,21 @@ def test_a_configuration_is_fixed_and_takes_notes():
     assert dataclasses.replace(config, memory_slots=7).memory_slots == 7
 
 
+def test_data_parallel(monkeypatch):
+    """Outputs without a memory are gathered; with one it is said that they cannot be."""
+    gather = lambda device, dim, *tensors: torch.cat([t.reshape(-1, *t.shape[1:]) for t in tensors])  # noqa: E731
+    monkeypatch.setattr(torch.nn.parallel.scatter_gather.Gather, "apply", gather)
+    model, ids = small_model(memory_layers=()), random_ids(2, 9)
+    model._is_replica = True
+    gathered = torch.nn.parallel.gather([model(ids[:1]), model(ids[1:])], "cpu")
+    assert isinstance(gathered, lm2.model.LM2Output)
+    assert_round_off(gathered.logits, model(ids).logits)
+    model = small_model()
+    model._is_replica = True
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model(ids)
+
+
 def test_output_is_a_dict_and_a_tuple():
     model, ids = small_model(), random_ids(2, 9)
     output = model(ids, ids, return_logits=True)

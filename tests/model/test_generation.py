@@ -1,5 +1,6 @@
 """Generation: what it gives is what forward over the whole text gives, token by token."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -95,6 +96,44 @@ def test_threads_share_a_model():
         for _ in range(5):
             for got, want in zip(pool.map(run, prompts), wants, strict=True):
                 assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("in_threads", (False, True))
+def test_calls_go_on_from_one_state(in_threads):
+    """Also one within another: each has what it writes for itself."""
+    model, ids = _model(), random_ids(1, 3)
+    tails = [random_ids(1, 2, seed=seed) for seed in (2, 3, 4)]
+    last = random_ids(1, 1, seed=5)
+    wants = [model(torch.cat([ids, tail, last], dim=1)).logits[:, -1] for tail in tails]
+    gate, calls = threading.Barrier(3 if in_threads else 1), []
+
+    def meet(*_):
+        # in mid-pass
+        gate.wait(60)
+        if not in_threads and not calls:
+            calls.append(None)
+            calls[0] = go_on(tails[1])
+
+    def go_on(tail):
+        with torch.no_grad():
+            memory = model(tail, memory=state, use_cache=True).memory
+            return model(last, memory=memory).logits[:, -1]
+
+    for _ in range(3):
+        with torch.no_grad():
+            # the second one's buffers have room to be written to
+            state = model(ids[:, :1], use_cache=True).memory
+            state = model(ids[:, 1:], memory=state, use_cache=True).memory
+        calls.clear()
+        handle = model.model.layers[0].mlp.register_forward_hook(meet)
+        if in_threads:
+            with ThreadPoolExecutor(3) as pool:
+                gots = list(pool.map(go_on, tails))
+        else:
+            gots = [go_on(tails[0]), *calls]
+        handle.remove()
+        for got, want in zip(gots, wants, strict=False):
+            assert_round_off(got, want)
 
 
 def test_rows_end():

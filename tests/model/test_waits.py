@@ -23,6 +23,8 @@ def test_waits_are_seen():
         lambda: x[x > 0],
         lambda: there.to(DEVICE),
         lambda: torch.equal(x, x),
+        lambda: torch.tensor([1, 2], device=DEVICE),
+        lambda: there[x.long()],
     ):
         # some have no shape on meta
         with counted(1) as waits, contextlib.suppress(RuntimeError, NotImplementedError):

@@ -93,6 +93,16 @@ def test_other_files_do_not_matter(saved, sharded):
     _loads(str(folder), want)
 
 
+def test_an_index_without_its_files_is_of_an_earlier_save(saved):
+    """transformers takes the shards away, and leaves the index."""
+    folder, want = saved
+    table = dict.fromkeys(
+        load_file(folder / "model.safetensors"), "model-00001-of-00002.safetensors"
+    )
+    _write_index(folder, table)
+    _loads(folder, want)
+
+
 def test_wrong_files_are_named(saved):
     folder, _ = saved
     table = _split(folder)

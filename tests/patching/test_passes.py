@@ -46,6 +46,59 @@ def _learn(model, ids):
     return torch.cat([g.flatten() for g in torch.autograd.grad(model(ids).logits.sum(), leaves)])
 
 
+def _around(model, ids):
+    return checkpoint(lambda ids: model(ids, use_cache=False).logits, ids, use_reentrant=False)
+
+
+def _around_reentrant(model, ids):
+    zero = torch.zeros((), requires_grad=True)
+    return checkpoint(
+        lambda ids, zero: model(ids, use_cache=False).logits + zero, ids, zero, use_reentrant=True
+    )
+
+
+def _around_decoder(model, ids):
+    run = lambda ids: model.model(ids, use_cache=False).last_hidden_state  # noqa: E731
+    return model.lm_head(checkpoint(run, ids, use_reentrant=False))
+
+
+@pytest.mark.parametrize("around", (_around, _around_reentrant, _around_decoder))
+def test_a_checkpoint_around_the_model(around):
+    """Backward runs a whole pass, which is no recomputation of blocks."""
+    model, ids = llama().train(), tokens()
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    model(ids).logits.sum().backward()
+    want = [leaf.grad for leaf in leaves]
+    model.zero_grad()
+    around(model, ids).sum().backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+    memory = get_memory(model)
+    memory.carry = True
+    model(ids)
+    with pytest.raises(RuntimeError, match="checkpoint blocks and not the model"):
+        around(model, ids).sum().backward()
+    memory.reset()
+    memory.carry = False
+    model.zero_grad()
+    around(model, ids).sum().backward()
+    for leaf, gradient in zip(leaves, want, strict=True):
+        assert torch.equal(leaf.grad, gradient)
+
+
+def test_a_pass_with_gradients_within_backward():
+    model, ids, got = llama().train(), tokens(), []
+    logits = model(ids).logits
+
+    def hook(gradient):
+        with torch.enable_grad():
+            got.append(model(ids).logits)
+
+    logits.register_hook(hook)
+    logits.sum().backward()
+    assert torch.equal(got[0], logits)
+
+
 def _generate(model, ids):
     mask = torch.ones_like(ids)
     mask[0, :4] = 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.export import Dim, export
 
-from lm2_kernels import swap_memory
+from lm2_kernels import get_memory, swap_memory
 from tools.hosts import SLOTS, bare_llama, hosted, llama, new_cache, tokens
 from tools.waits import DEVICE, counted
 
@@ -195,3 +195,15 @@ def test_a_swapped_layer_waits_for_its_first_mask():
         counts.append(len(_waits(model, run, answer=1)))
     # two layers
     assert counts == [2, 0, 0]
+
+
+@hosted
+def test_export_takes_no_carry():
+    """And leaves nothing of itself in the model."""
+    model, ids = llama(), tokens()
+    memory = get_memory(model)
+    memory.carry = True
+    with pytest.raises(NotImplementedError, match="takes no carry"):
+        export(model, (), {"input_ids": ids, "use_cache": False}, strict=False)
+    assert memory.state is None
+    assert type(model(ids, use_cache=False).logits) is torch.Tensor

@@ -180,6 +180,14 @@ def test_a_memory_that_adapters_forget_is_warned_of(name):
     assert len([each for each in told if "add_memory" in str(each.message)]) == 1
 
 
+def test_a_second_adapter_that_forgets_the_memory_is_warned_of():
+    model = peft.get_peft_model(_with_memory(), _adapters())
+    model.add_adapter("b", _adapters(save_memory=False))
+    model.set_adapter("b")
+    with pytest.warns(UserWarning, match=r"modules_to_save=\['memory'\]"):
+        _train(model)
+
+
 @pytest.mark.parametrize("of", (lambda model: model, lambda model: model.get_base_model()))
 @pytest.mark.parametrize("name", ("lora", "ia3"))
 def test_adapters_before_the_memory_are_refused(name, of):

@@ -47,23 +47,25 @@ class Waits(TorchDispatchMode):
         what = _READ.get(func)
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         if what is not None and any(t.device == DEVICE for t in tensors):
-            self._add(what)
+            self.add(what)
         if func is aten._local_scalar_dense.default and tensors[0].device == DEVICE:
             return torch.tensor(self.answer).to(tensors[0].dtype).item()
         if func is aten._to_copy.default:
             target = torch.device(kwargs.get("device") or args[0].device)
             if (args[0].device == DEVICE) != (target == DEVICE):
                 if target != DEVICE or not kwargs.get("non_blocking"):
-                    self._add(f"copy to {target.type}")
+                    self.add(f"copy to {target.type}")
                 if target != DEVICE:
                     return torch.full(args[0].shape, self.answer, dtype=args[0].dtype)
         if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             indices = [i for i in args[1] if i is not None]
             if any(i.device == DEVICE and i.dtype in (torch.bool, torch.uint8) for i in indices):
-                self._add("index of a mask")
+                self.add("index of a mask")
+            if args[0].device != DEVICE and any(i.device == DEVICE for i in indices):
+                self.add("index on the device")
         return func(*args, **kwargs)
 
-    def _add(self, what: str) -> None:
+    def add(self, what: str) -> None:
         own = [f for f in traceback.extract_stack() if "/lm2_kernels/" in f.filename]
         place = f"{own[-1].filename.rpartition('/')[2]}:{own[-1].lineno}" if own else "elsewhere"
         self.found.append(f"{what} in {place}")
@@ -79,7 +81,13 @@ def counted(answer: int = 0) -> Iterator[list[str]]:
     def run(backend: str, function: str, *args):
         return getattr(torch.ops.lm2_kernels, function)(*args, backend)
 
-    autocast, waits = torch.autocast, Waits(answer)
+    autocast, tensor, waits = torch.autocast, torch.tensor, Waits(answer)
+
+    def tensor_there(data, *, device=None, **options):
+        # a copy that is waited for, of which no operator tells
+        if device is not None and torch.device(device) == DEVICE:
+            waits.add("tensor")
+        return tensor(data, device=device, **options)
 
     def autocast_but_there(device_type: str, *args, **options):
         if device_type == DEVICE.type:
@@ -89,6 +97,7 @@ def counted(answer: int = 0) -> Iterator[list[str]]:
     with (
         mock.patch.object(autograd, "run", run),
         mock.patch.object(torch, "autocast", autocast_but_there),
+        mock.patch.object(torch, "tensor", tensor_there),
         use_backend("eager"),
         waits,
     ):
