@@ -51,7 +51,8 @@ class _LinearFunction(torch.autograd.Function):
                 dweight = cpu_products.product(rows.t(), x.flatten(0, -2).to(dy.dtype))
                 dweight = dweight.to(weight.dtype)
             if needs_dbias:
-                dbias = rows.sum(dim=0).to(weight.dtype)
+                # autograd casts it to the bias's
+                dbias = rows.sum(dim=0)
         return dx, dweight, dbias, None
 
 
@@ -74,10 +75,13 @@ def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | N
     if not cpu_products.is_large(dtype, x.shape[:-1].numel(), x.shape[-1] ** 2):
         return None
     # modes count products, trace them or give them meaning, by the names that they know
-    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0:
+    if torch._C._len_torch_dispatch_stack() > 0:
         return None
     parameters = plain_parameters(layer, nn.Linear)
     if parameters is None or type(x) not in ORDINARY:
+        return None
+    weight, bias = parameters
+    if bias is not None and bias.shape != weight.shape[:1]:
         return None
     is_cast = autocast_dtype("cpu") is not None
     for parameter in parameters:

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
+from lm2_kernels import backends, linear
 from lm2_kernels.backends import cpu_products
 from tools.rounding import assert_round_off
 
@@ -186,6 +188,66 @@ def test_a_patched_function_is_called(name, size, monkeypatch):
     assert len(seen) == (8 if name == "linear" else 2)
 
 
+class _Functions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_functions(size):
+    layer = _layer("release")
+    want = _run(layer)
+    with _Functions() as mode:
+        _assert_same(_run(layer), want)
+    assert mode.seen.count(F.linear) == 8
+    assert mode.seen.count(F.layer_norm) == 2
+    # the mode of a default device watches nothing
+    with torch.device("cpu"), backends.recording() as ran:
+        layer(*_inputs())
+    assert [name for name, _ in ran].count("residual_layer_norm_forward") == 2
+
+
+def test_a_patched_call_of_modules_is_seen(size, monkeypatch):
+    layer, seen = _layer("release"), []
+    original = nn.Module._call_impl
+
+    def call(module, *args):
+        seen.append(type(module))
+        return original(module, *args)
+
+    monkeypatch.setattr(nn.Module, "_call_impl", call)
+    _run(layer)
+    assert seen.count(nn.Linear) == 8
+    assert seen.count(nn.LayerNorm) == 2
+
+
+@pytest.mark.parametrize(("kind", "name"), _LINEAR)
+def test_a_bias_that_is_a_buffer(kind, name, size):
+    layer = _layer(kind)
+    module = layer.get_submodule(name)
+    bias = torch.randn(module.out_features, dtype=torch.float64)
+    module.bias = nn.Parameter(bias)
+    want = layer(*_inputs())
+    del module.bias
+    module.register_buffer("bias", bias)
+    _assert_same(layer(*_inputs()), want)
+
+
+@pytest.mark.parametrize("shape", ((1,), (1, D), (2, T, D)))
+def test_a_bias_that_is_broadcast(shape, size):
+    layer = _layer("paper")
+    bias = torch.randn(shape, dtype=torch.float64)
+    x, memory = _inputs()
+    layer.query_proj.bias = nn.Parameter(bias)
+    want = F.linear(x, layer.query_proj.weight) + bias
+    assert_round_off(linear.apply_linear(x, layer.query_proj), want)
+    layer(x, memory)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", (8, 1024))
 def test_operations_are_counted_at_every_size(kind, rows, monkeypatch):
@@ -311,6 +373,8 @@ def test_norms_of_other_kinds(norm):
     output, new_memory = layer(x, memory)
     (output.sum() + new_memory.sum()).backward()
     ((given, made),) = seen
+    layer.attended_memory_layernorm2 = copy.deepcopy(norm)
+    _assert_same(layer(x, memory), (output, new_memory))
     assert given.shape == (2, T, D)
     _assert_same([made], [norm(given)])
     assert x.grad.abs().sum() > 0
@@ -473,6 +537,41 @@ def test_transforms_of_functional_call(kind, recompute):
         assert_round_off(got[name], gradient)
 
 
+def test_functional_call_with_a_state_dict():
+    """In which the shared Linear stands under several names."""
+    layer = _layer("release")
+    before = dict(layer.named_parameters())
+    want = layer(*_inputs())
+    _assert_same(torch.func.functional_call(layer, layer.state_dict(), _inputs()), want)
+    assert all(parameter is before[name] for name, parameter in layer.named_parameters())
+
+
+def test_the_shared_linear_in_other_dtypes_and_diverged():
+    layer, other = _layer("release"), _layer("release")
+    with torch.no_grad():
+        layer.attention_mlp[0].weight[0, 0] = float("nan")
+    copies = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    other.load_state_dict(copies)
+    assert other.attention_mlp[0].weight[0, 0].isnan()
+    copies["attention_mlp.1.weight"] = copies["attention_mlp.1.weight"].bfloat16()
+    other.load_state_dict(copies)
+    copies["attention_mlp.1.weight"] = nn.Parameter(copies["attention_mlp.0.weight"] + 1.0)
+    with pytest.raises(RuntimeError, match="differs from"):
+        other.load_state_dict(copies)
+
+
+def test_the_shared_linear_is_called_by_its_list():
+    layer, seen = _layer("release"), []
+    layer.attention_mlp.register_forward_hook(lambda *_: seen.append(1))
+    layer(*_inputs())
+    assert seen
+    layer.attention_mlp[1] = nn.Identity()
+    assert list(layer.attention_mlp) == [layer.attention_mlp[0]] * 3
+    layer.attention_mlp = nn.Flatten(0, 1)
+    with pytest.raises(ValueError, match="attention_mlp: result must have 3 dimensions"):
+        layer(*_inputs())
+
+
 def test_the_shared_linear():
     """One module of one name; in the state dict under all its names, as the released module's."""
     layer = _layer("release")
@@ -486,9 +585,8 @@ def test_the_shared_linear():
     assert aliases == [f"a.attention_mlp.{i}.{n}" for i in range(3) for n in ("weight", "bias")]
     mlp = layer.attention_mlp
     assert len(mlp) == 3
-    assert (
-        list(mlp) == [mlp[0]] * 3 == [mlp[-1]] * 3 == [layer.get_submodule("attention_mlp.2")] * 3
-    )
+    assert list(mlp) == [mlp[0], mlp[1], mlp[-1]]
+    assert layer.get_parameter("attention_mlp.2.weight") is mlp[0].weight
     with pytest.raises(IndexError):
         mlp[3]
     with pytest.raises(AttributeError):

@@ -321,6 +321,11 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         global _traced
         if torch.compiler.is_compiling():
             _traced = (*_traced, self._backend)
+            return
+        settings = _settings.get(())
+        if not any(setter() is self for setter, _ in settings):
+            # entered a second time, or in another thread than it was made in
+            _set((*settings, (weakref.ref(self), self._backend)))
 
     def __exit__(self, *exception: object) -> None:
         global _traced

@@ -1,7 +1,6 @@
 """What both memory layers share: options, checks of inputs, reading and writing."""
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -30,7 +29,7 @@ from lm2_kernels.checks import (
     go_together,
 )
 from lm2_kernels.linear import apply_linear
-from lm2_kernels.plain import plain_parameters
+from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -219,46 +218,25 @@ class MemoryLayer(nn.Module):
         # imports torch._dynamo, which importing the package does not wait for
         from torch.utils.checkpoint import checkpoint  # noqa: PLC0415
 
+        modules = list(self.modules())
+        # dropout, ours or that of an adapter in a submodule's place, draws the same masks again
         options = {
             "use_reentrant": False,
-            # the same dropout mask: its seed is drawn again
-            "preserve_rng_state": self.training and self.dropout > 0.0,
+            "preserve_rng_state": any(module.training for module in modules),
         }
         if is_compiling:
             return checkpoint(function, *tensors, place, **options)
         backend = requested_backend()
+        held = [(module, dict(module._parameters), dict(module._buffers)) for module in modules]
+        # as inputs: autograd then notices if they change before backward
+        values = {t: None for _, *dicts in held for d in dicts for t in d.values() if t is not None}
 
         def again(*inputs: Tensor | None) -> tuple[Tensor, ...]:
             # backward may run outside of the caller's use_backend, and of a functional_call
-            with use_backend(backend), self._holding(inputs[len(tensors) :]):
-                return function(*inputs[: len(tensors)], place)
+            with use_backend(backend):
+                return function.__func__(_as_held(self, held), *inputs[: len(tensors)], place)
 
-        # the parameters as inputs: autograd then notices if they change before backward
-        return checkpoint(again, *tensors, *parameters, **options)
-
-    @contextlib.contextmanager
-    def _holding(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Have the layer hold these parameters, in the order of :meth:`parameters`."""
-        places = {}
-        for module in self.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    places.setdefault(parameter, []).append((module, name))
-        # while FSDP1 runs backward, the layer has none: it set the tensors as plain attributes
-        changed = [
-            (own, given, places[own])
-            for own, given in zip(places, parameters, strict=bool(places))
-            if own is not given
-        ]
-        for _, given, names in changed:
-            for module, name in names:
-                module._parameters[name] = given
-        try:
-            yield
-        finally:
-            for own, _, names in changed:
-                for module, name in names:
-                    module._parameters[name] = own
+        return checkpoint(again, *tensors, *values, **options)
 
     def _operand(self, tensor: Tensor, x: Tensor) -> Tensor:
         """A float32 memory as a matrix operand beside a 16-bit x (autocast does it itself)."""
@@ -299,6 +277,33 @@ class MemoryLayer(nn.Module):
         return read.flatten(-2)
 
 
+# of each module its parameters and buffers
+_Held = list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]]
+
+
+def _as_held(layer: MemoryLayer, held: _Held) -> MemoryLayer:
+    """The layer with the tensors that it held: itself, or else a copy that shares all but those.
+
+    Of what is sharded the sharding decides what there is, and sets plain attributes meanwhile.
+    """
+    if not any(
+        name in now and now[name] is not tensor
+        for module, *dicts in held
+        for now, then in zip((module._parameters, module._buffers), dicts, strict=True)
+        for name, tensor in then.items()
+        if type(tensor) in ORDINARY and type(now.get(name)) in ORDINARY
+    ):
+        return layer
+    copies: dict[nn.Module, nn.Module] = {}
+    for module, parameters, buffers in held:
+        copied = copies[module] = object.__new__(type(module))
+        copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers)
+    for copied in copies.values():
+        own = {name: copies.get(child, child) for name, child in copied._modules.items()}
+        copied.__dict__["_modules"] = own
+    return copies[layer]
+
+
 def project(op: str, x: Tensor, layer: nn.Module, width: int, *, relu: bool = False) -> Tensor:
     """``layer(x)``, or its ReLU, (B, T, width) in the dtype that x is computed in.
 
@@ -310,11 +315,10 @@ def project(op: str, x: Tensor, layer: nn.Module, width: int, *, relu: bool = Fa
         if parameter is not None and (parameter.dtype != dtype or parameter.device != device):
             _check_parameters(op, x, layer, dtype)
     result = apply_linear(x, layer, relu=relu)
-    if result.dtype == dtype and result.device == device and result.shape == (*x.shape[:-1], width):
+    if is_result(result, x, width, dtype):
         return result
-    return check_result(
-        op, result, x, width, dtype, is_cast=autocast_dtype(device.type) is not None
-    )
+    is_cast = autocast_dtype(device.type) is not None
+    return check_result(op, result, x, width, dtype, is_cast=is_cast)
 
 
 def _check_parameters(op: str, x: Tensor, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -326,6 +330,12 @@ def _check_parameters(op: str, x: Tensor, layer: nn.Module, dtype: torch.dtype) 
             check_tensors(op, input=x, **{name: parameter})
             if not (is_cast and go_together(dtype, parameter.dtype)):
                 check_dtypes(op, dtype, (), **{name: parameter})
+
+
+def is_result(result: Tensor, x: Tensor, width: int, dtype: torch.dtype) -> bool:
+    """Whether :func:`check_result` would give the result back as it is."""
+    shape = (*x.shape[:-1], width)
+    return result.dtype == dtype and result.device == x.device and result.shape == shape
 
 
 def check_result(

@@ -39,10 +39,11 @@ class PaperMemory(MemoryLayer):
         write: which token writes which slot; "position" is the only rule so far.
         recompute: keep x and memory alone for backward, instead of about 9 tensors of their size
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
-            forward pass. Options, ``training`` and parameters must then be in backward what they
-            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
-            anyway, is not recomputed; one fed whole is. With dropout, not under
-            ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
+            forward pass. Options and ``training`` must then be in backward what they were in
+            forward. A submodule that changes its own buffers in forward, as a spectral norm does
+            while training, is refused in backward. A segment fed in pieces with ``cache``, which
+            holds keys and values anyway, is not recomputed; one fed whole is. With dropout, not
+            under ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
             backward (its others do not).
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.

@@ -24,6 +24,7 @@ from lm2_kernels.layers.base import (
     PieceReader,
     Reader,
     check_result,
+    is_result,
     ordinary_parameter,
     project,
 )
@@ -32,7 +33,7 @@ from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
 class _Shared(nn.Module):
-    """One module in every place of a list; in the state dict it stands under each place's name.
+    """A Linear with a ReLU behind it, several times; in the state dict under each place's name.
 
     To everything else it is one module of one name, as functional_call, pruning and sharding need.
     """
@@ -43,6 +44,11 @@ class _Shared(nn.Module):
         self.under_all_names = True
         self.add_module("0", module)
 
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = project("ReleaseMemory.attention_mlp", x, layer, x.shape[-1], relu=True)
+        return x
+
     def __len__(self) -> int:
         return self.places
 
@@ -50,9 +56,16 @@ class _Shared(nn.Module):
         return itertools.repeat(self._modules["0"], self.places)
 
     def __getitem__(self, index: int) -> nn.Module:
+        self._check_index(index)
+        return self._modules["0"]
+
+    def __setitem__(self, index: int, module: nn.Module) -> None:
+        self._check_index(index)
+        self._modules["0"] = module
+
+    def _check_index(self, index: int) -> None:
         if not -self.places <= index < self.places:
             raise IndexError(f"index {index} is out of range for {self.places} places")
-        return self._modules["0"]
 
     def extra_repr(self) -> str:
         return f"places={self.places}"
@@ -60,7 +73,10 @@ class _Shared(nn.Module):
     # by the names of the state dict: for get_submodule, set_submodule, distributed checkpoints
 
     def __getattr__(self, name: str):
-        return super().__getattr__("0" if self._is_place(name) else name)
+        if not self._is_place(name):
+            return super().__getattr__(name)
+        module = super().__getattr__("0")
+        return module if int(name) == 0 else _twin(module)
 
     def __setattr__(self, name: str, value: object) -> None:
         super().__setattr__("0" if self._is_place(name) else name, value)
@@ -112,10 +128,45 @@ def _owned(tensor: Tensor) -> Tensor:
 
 
 def _are_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of a state dict are one; True where that cannot be seen."""
-    if first is second or not (type(first) is type(second) is Tensor) or first.is_meta:
-        return True
-    return first.shape == second.shape and torch.equal(first, second.to(first))
+    """Whether two tensors of a state dict are one, in the narrower dtype; True where that cannot be
+    seen.
+    """
+    for tensor in (first, second):
+        if first is second or type(tensor) not in ORDINARY or tensor.is_meta:
+            return True
+    if first.shape != second.shape:
+        return False
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    first, second = (tensor.detach().to(first.device, narrow) for tensor in (first, second))
+    return torch.allclose(first, second, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+class _TwinParameters(dict[str, Tensor | None]):
+    """Parameters under a second name: what replaces one is the first name's too.
+
+    A plain tensor is not, which functional_call puts in a parameter's place for a while: it has put
+    it in the first place as well, and would put it there again in place of the parameter.
+    """
+
+    def __init__(self, first: dict[str, Tensor | None]):
+        super().__init__(first)
+        self._first = first
+
+    def __setitem__(self, name: str, tensor: Tensor | None) -> None:
+        super().__setitem__(name, tensor)
+        if isinstance(tensor, nn.Parameter):
+            self._first[name] = tensor
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module as it is found under a second name."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(
+        module.__dict__,
+        _parameters=_TwinParameters(module._parameters),
+        _buffers=dict(module._buffers),
+    )
+    return twin
 
 
 # (x (B, T, D), w (D,)) -> pooled (B, 1 or T, D) and the sum over all tokens so far (B, D)
@@ -184,10 +235,11 @@ class ReleaseMemory(MemoryLayer):
         write: which token writes which slot; "position" is the only rule so far.
         recompute: keep x and memory alone for backward, instead of about 13 tensors of their size
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
-            forward pass. Options, ``training`` and parameters must then be in backward what they
-            were in forward. A segment fed in pieces with ``cache``, which holds keys and values
-            anyway, is not recomputed; one fed whole is. With dropout, not under
-            ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
+            forward pass. Options and ``training`` must then be in backward what they were in
+            forward. A submodule that changes its own buffers in forward, as a spectral norm does
+            while training, is refused in backward. A segment fed in pieces with ``cache``, which
+            holds keys and values anyway, is not recomputed; one fed whole is. With dropout, not
+            under ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
             backward (its others do not).
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
@@ -273,7 +325,7 @@ class ReleaseMemory(MemoryLayer):
         # the two biases in the shape that they have here, () or (1,)
         for name in ("input_bias", "forget_bias"):
             saved, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(saved, Tensor) and saved.numel() == own.numel() == 1:
+            if isinstance(saved, Tensor) and saved.shape != own.shape and saved.numel() == 1:
                 state_dict[prefix + name] = saved.reshape(own.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -467,9 +519,10 @@ class ReleaseMemory(MemoryLayer):
             read = reader.read(query, rows, block)
             name = "attended_memory_layernorm"
             attended = self._normalise(name, read, rows, self.attended_memory_layernorm)
-            mixed = attended
-            for layer in self.attention_mlp:
-                mixed = self._project("attention_mlp", mixed, layer, relu=True)
+            mixed = self.attention_mlp(attended)
+            if not is_result(mixed, attended, self.dim, attended.dtype):
+                op = f"{type(self).__name__}.attention_mlp"
+                mixed = check_result(op, mixed, x, self.dim, attended.dtype, is_cast=True)
             name = "attended_memory_layernorm2"
             rows = self._normalise(name, mixed, attended, self.attended_memory_layernorm2)
         return rows

@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import lm2_kernels as lm2
@@ -334,6 +337,86 @@ def test_config(tmp_path):
     assert LM2Config.from_dict(values).memory_recompute is False
     with pytest.raises(TypeError, match="memory_recompute must be a bool"):
         LM2Config.from_dict({**values, "memory_recompute": 1})
+
+
+def test_threads_that_recompute_leave_the_parameters():
+    """Their saved tensors are copies; while one computes backward, another reads the layer."""
+    layer = lm2.PaperMemory(16, 2, recompute=True, dtype=torch.float64)
+    own = list(layer.parameters())
+    x = torch.randn(2, 8, 16, dtype=torch.float64)
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in layer.named_parameters()}
+    with torch.no_grad():
+        read = layer(x, x)[0]
+
+    def learn(parameters):
+        with torch.autograd.graph.save_on_cpu():
+            output, _ = torch.func.functional_call(layer, parameters, (x, x))
+        return torch.autograd.grad(output.sum(), parameters["query_proj.weight"])[0]
+
+    def backward(_):
+        graph = output_of_others.sum()
+        return torch.autograd.grad(graph, others["query_proj.weight"], retain_graph=True)[0]
+
+    def infer(_):
+        with torch.no_grad():
+            return layer(x, x)[0]
+
+    wants = [learn(others), None, read]
+    output_of_others, _ = torch.func.functional_call(layer, others, (x, x))
+    wants[1] = backward(None)
+    with ThreadPoolExecutor(4) as pool:
+        futures = [(pool.submit(f, None), w) for f, w in [(backward, wants[1]), (infer, read)] * 20]
+        for future, want in futures:
+            assert torch.equal(future.result(), want)
+    assert all(a is b for a, b in zip(layer.parameters(), own, strict=True))
+
+
+@pytest.mark.parametrize("kind", ("PaperMemory", "ReleaseMemory"))
+@pytest.mark.parametrize("name", ("value_proj", "query_proj"))
+def test_the_buffers_that_forward_had(kind, name):
+    """Of a pruned weight, the mask that functional_call gave."""
+    layer = getattr(lm2, kind)(8, 2, dtype=torch.float64)
+    prune.identity(layer.get_submodule(name), "weight")
+    mask = torch.arange(64.0, dtype=torch.float64).view(8, 8).remainder(2)
+    tensors = {**dict(layer.named_parameters()), f"{name}.weight_mask": mask}
+    x = torch.randn(1, 4, 8, dtype=torch.float64)
+    gradients = []
+    for recompute in (True, False):
+        layer.recompute = recompute
+        output, _ = torch.func.functional_call(layer, tensors, (x, x))
+        weight = tensors[f"{name}.weight_orig"]
+        gradients.append(torch.autograd.grad(output.square().sum(), weight)[0])
+    assert torch.equal(*gradients)
+    assert not gradients[0][mask == 0].any()
+    output, _ = layer(x, x)
+    layer.recompute = True
+    output, _ = layer(x, x)
+    layer.get_submodule(name).weight_mask.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ("PaperMemory", "ReleaseMemory"))
+def test_a_submodule_that_drops_out(kind):
+    """As an adapter with dropout does, in a layer that is in evaluation otherwise."""
+    layer = getattr(lm2, kind)(8, 2, dtype=torch.float64).eval()
+    layer.query_proj = nn.Sequential(layer.query_proj, nn.Dropout(0.5))
+    x, gradients = torch.randn(2, 4, 8, dtype=torch.float64), []
+    for layer.recompute in (True, False):
+        torch.manual_seed(3)
+        output, _ = layer(x, x)
+        # backward is not where forward was
+        torch.manual_seed(4)
+        gradients.append(torch.autograd.grad(output.square().sum(), layer.key_proj.weight)[0])
+    assert torch.equal(*gradients)
+
+
+def test_a_submodule_that_changes_its_buffers_is_refused():
+    layer = lm2.PaperMemory(8, 2, recompute=True)
+    parametrizations.spectral_norm(layer.value_proj)
+    output, _ = layer(torch.randn(1, 4, 8), torch.randn(1, 4, 8))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 @pytest.mark.parametrize("kind", ("PaperMemory", "ReleaseMemory"))
