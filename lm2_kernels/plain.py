@@ -49,8 +49,9 @@ def plain_parameters(
     ):
         return None
     # as module.weight finds them: FSDP1 sets plain attributes
-    found = {**module._parameters, **module.__dict__}
-    weight, bias = found.get("weight"), found.get("bias", _MISSING)
+    own, parameters = module.__dict__, module._parameters
+    weight = own["weight"] if "weight" in own else parameters.get("weight")
+    bias = own["bias"] if "bias" in own else parameters.get("bias", _MISSING)
     if _is_ordinary(weight) and (bias is None or _is_ordinary(bias)):
         return weight, bias
     return None
