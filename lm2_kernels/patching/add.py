@@ -252,12 +252,14 @@ def load_memory(
     """
     place = Place("load_memory", folder, revision=revision, token=token, cache_dir=cache_dir)
     config = place.path(files.CONFIG)
-    if not config.is_file() and is_adapter(place):
-        raise ValueError(
-            f"load_memory: {folder} holds adapters of PEFT, and the memory with them: call "
-            f"add_memory with the options that it had, then PeftModel.from_pretrained"
-        )
-    options = files.read_json(place.existing(files.CONFIG)).get(_OPTIONS)
+    if not config.is_file():
+        if is_adapter(place):
+            raise ValueError(
+                f"load_memory: {folder} holds adapters of PEFT, and the memory with them: call "
+                f"add_memory with the options that it had, then PeftModel.from_pretrained"
+            )
+        raise FileNotFoundError(f"load_memory: no such file: {config}")
+    options = files.read_json(config).get(_OPTIONS)
     if options is None:
         raise ValueError(f"load_memory: {config} has no '{_OPTIONS}'")
     known = set(inspect.signature(add_memory).parameters) - {"model", "freeze", "backend", "host"}
