@@ -24,7 +24,7 @@ from lm2_kernels.patching.adapters import warn_of_frozen
 from lm2_kernels.patching.caches import KEPT, Kept, memories
 from lm2_kernels.patching.hosts import Host, read_tokens
 from lm2_kernels.plain import ORDINARY
-from lm2_kernels.state.memory import MemoryState, SegmentCache
+from lm2_kernels.state.memory import MemoryState, SegmentCache, part_banks
 from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
 
 # the attribute of a decoder that holds its AddedMemory
@@ -196,7 +196,7 @@ class AddedMemory:
         kept = self._kept(cache)
         if kept is None:
             raise ValueError("save_cache: the cache is empty")
-        caches.write(path, cache, self.fingerprint())
+        caches.write(path, cache, kept, self.fingerprint())
 
     def load_cache(
         self, path: str | Path, cache: object, device: torch.device | str | None = None
@@ -212,18 +212,23 @@ class AddedMemory:
             OSError: there is no such file.
             ValueError: it is damaged, holds something else, or is of a model with other weights.
             NotImplementedError: the cache is of another kind than the saved one.
+
+        The cache is filled when all was checked; what is refused leaves it empty.
         """
+        caches.check_empty(cache)
         layers = self.layers
         if device is None:
             device = getattr(layers[0].any_parameter(), "device", "cpu")
-        state, num_columns = caches.read(path, cache, self.fingerprint(), device)
+        saved = caches.read(path, self.fingerprint(), device)
+        state = saved.state
         state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
         shapes = [layer.cache_shapes().items() for layer in layers]
         state.check_cache(
             {f"{index}.{name}": shape for index, own in enumerate(shapes) for name, shape in own}
         )
-        states = dict(zip(self._blocks, caches.parted(state), strict=True))
-        self._tie(cache, states, num_columns)
+        caches.fill(cache, saved)
+        states = dict(zip(self._blocks, part_banks(state), strict=True))
+        self._tie(cache, states, saved.num_columns)
 
     def remove(self) -> None:
         """Take the layers and hooks out; what was frozen is trainable again."""

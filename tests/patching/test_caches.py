@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lm2_kernels import get_memory
@@ -179,7 +180,8 @@ def test_a_cache_of_windows_is_saved(tmp_path):
         model(ids[:, :13], past_key_values=caches[0])
         memory.save_cache(tmp_path / "chat", caches[0])
         with pytest.raises(NotImplementedError, match=r"config=model\.config"):
-            memory.load_cache(tmp_path / "chat", new_cache())
+            memory.load_cache(tmp_path / "chat", refused := new_cache())
+        assert refused.get_seq_length() == 0
         memory.load_cache(tmp_path / "chat", caches[1])
         assert torch.equal(*(go_on(model, cache, ids[:, 13:]) for cache in caches))
 
@@ -222,14 +224,129 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
             memory.load_cache(path, new_cache())
 
 
-def test_a_static_cache_is_not_saved(tmp_path):
-    model, ids = llama(), tokens()
-    options = {"config": model.config, "max_cache_len": 32}
+def _static(config):
+    options = {"config": config, "max_cache_len": 32}
     try:
-        cache = transformers.StaticCache(**options)
+        return transformers.StaticCache(**options)
     except TypeError:
-        cache = transformers.StaticCache(**options, max_batch_size=2)
+        return transformers.StaticCache(**options, max_batch_size=2)
+
+
+def _quantized(config):
+    """As HQQ's: what is quantised is no tensor, but a pair."""
+    kinds = transformers.cache_utils
+
+    class Pairs:
+        def _quantize(self, tensor, axis):
+            return tensor.half(), {"axis": axis}
+
+        def _dequantize(self, pair):
+            return pair[0].float()
+
+    if hasattr(kinds, "QuantizedLayer"):
+        layer = type("HQQQuantizedLayer", (Pairs, kinds.QuantizedLayer), {})
+        cache = transformers.DynamicCache()
+        cache.layers = [layer(residual_length=4) for _ in range(2)]
+        return cache
+    options = kinds.QuantizedCacheConfig(backend="HQQ", residual_length=4)
+    return type("HQQQuantizedCache", (Pairs, kinds.QuantizedCache), {})(options)
+
+
+def _fp8(config):
+    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no such cache")
+    return transformers.QuantizedCache("fp8", config)
+
+
+OTHERS = {
+    "static": _static,
+    "quantized": _quantized,
+    "fp8": _fp8,
+    "one's own": lambda config: type("Mine", (transformers.DynamicCache,), {})(),
+}
+
+
+@pytest.mark.parametrize("length", (13, 16))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_caches_are_not_saved(kind, length, tmp_path):
+    """Nor loaded: what they hold beside keys and values would be lost."""
+    model, ids = llama(), tokens()
+    memory, path = get_memory(model), tmp_path / "chat"
+    cache, empty = (OTHERS[kind](model.config) for _ in range(2))
     with torch.no_grad():
-        model(ids, past_key_values=cache, cache_position=torch.arange(20))
-    with pytest.raises(NotImplementedError, match="DynamicCache, not this StaticCache"):
-        get_memory(model).save_cache(tmp_path / "chat", cache)
+        model(ids[:, :length], past_key_values=cache, cache_position=torch.arange(length))
+    with pytest.raises(NotImplementedError, match="takes a DynamicCache, not this"):
+        memory.save_cache(path, cache)
+    assert not path.exists()
+    memory.save_cache(path, begin(model)[1])
+    with pytest.raises(NotImplementedError, match="takes a DynamicCache, not this"):
+        memory.load_cache(path, empty)
+    assert int(empty.get_seq_length()) == 0
+
+
+def test_a_cache_of_states_is_not_saved(tmp_path):
+    """Of a host that has linear attention beside the keys and values."""
+    from lm2_kernels import add_memory
+
+    if not hasattr(transformers, "FalconH1Config"):
+        pytest.skip("this transformers has no such model")
+    config = transformers.FalconH1Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.FalconH1ForCausalLM(config).eval()
+    memory = add_memory(model, memory_slots=8, num_heads=4).memory
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    with pytest.raises(NotImplementedError, match=r"not this .*may hold more"):
+        memory.save_cache(tmp_path / "chat", cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_loaded_leaves_the_cache_empty(tmp_path):
+    model, path = llama(), tmp_path / "chat.safetensors"
+    memory = get_memory(model)
+    _, cache, rest, _ = begin(model)
+    memory.save_cache(path, cache)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    spoilt = [
+        {name: tensor for name, tensor in tensors.items() if name != "value.1"},
+        {**tensors, "key.1": tensors["key.1"][:1]},
+        {name: t[..., :-1] if "bank" in name else t for name, t in tensors.items()},
+        {name: t for name, t in tensors.items() if not name.startswith("memory.cache.0.")},
+    ]
+    empty = new_cache()
+    for each in spoilt:
+        save_file({name: t.contiguous() for name, t in each.items()}, path, metadata=notes)
+        with pytest.raises(ValueError, match=r"holds no cache|of another configuration"):
+            memory.load_cache(path, empty)
+        assert empty.get_seq_length() == 0
+    save_file(tensors, path, metadata=notes)
+    memory.load_cache(path, empty)
+    assert torch.equal(go_on(model, empty, rest), go_on(model, cache, rest))
+
+
+def test_windows_of_another_size_are_refused(tmp_path):
+    from lm2_kernels import add_memory
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config, wider = (
+        transformers.MistralConfig(**sizes, **heads, sliding_window=window) for window in (6, 9)
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    memory = add_memory(model, memory_slots=8, num_heads=4).memory
+    try:
+        cache, other = (transformers.DynamicCache(config=c) for c in (config, wider))
+    except TypeError:
+        pytest.skip("this transformers cuts no cache to a window")
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+    memory.save_cache(tmp_path / "chat", cache)
+    with pytest.raises(NotImplementedError, match="as the saved one was made"):
+        memory.load_cache(tmp_path / "chat", other)
+    assert other.get_seq_length() == 0
