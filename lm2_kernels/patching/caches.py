@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import pickle
 import weakref
 from pathlib import Path
 from typing import Protocol
@@ -26,11 +27,11 @@ _LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 class Kept:
     """What a key/value cache carries for us."""
 
-    owner: int | None  # whose memory; None, after unpickling: of those with the same weights
+    owner: int | None  # whose memory; None after unpickling
     states: dict[int, MemoryState]
     num_columns: int  # tokens read, padding included
     length: int  # what the cache called its length then
-    print: str | None = None  # of the owner's weights, where the owner is elsewhere
+    print: str | None = None  # of the owner's weights, if they were asked for
 
 
 class Following:
@@ -62,13 +63,22 @@ class Following:
     def __deepcopy__(self, memo):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # it may go on with a copy of its model when the original is gone
+        kept = self.__dict__[KEPT]
+        kept = dataclasses.replace(kept, print=print_of(kept))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, KEPT: kept}, memo))
         return copied
 
     def __reduce__(self):
         # the class was made here: by its name pickle would find the one it was made from
         state, kept = self.__dict__.copy(), self.__dict__[KEPT]
-        state[KEPT] = dataclasses.replace(kept, owner=None, print=_print_of(kept))
+        own = print_of(kept)
+        if own is None:
+            raise pickle.PicklingError(
+                "add_memory: the model that filled this cache is gone, and with it what tells "
+                "whose cache it is; pickle or copy a cache while its model lives"
+            )
+        state[KEPT] = dataclasses.replace(kept, owner=None, print=own)
         return _made, (type(self).__mro__[2], state)
 
 
@@ -105,9 +115,20 @@ class _Memory(Protocol):
 
 # the memories that live, by their numbers
 memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+# of those that were taken out of their models, the fingerprints
+_removed: dict[int, str] = {}
 
 
-def _print_of(kept: Kept) -> str | None:
+def retire(owner: int, fingerprint: str) -> None:
+    """Of a memory that is taken out of its model: remember whose its caches are."""
+    memories.pop(owner, None)
+    _removed[owner] = fingerprint
+
+
+def print_of(kept: Kept) -> str | None:
+    """The fingerprint of what filled a cache; None if that is gone, and nobody asked before."""
+    if kept.owner in _removed:
+        return _removed[kept.owner]
     owner = None if kept.owner is None else memories.get(kept.owner)
     return kept.print if owner is None else owner.fingerprint()
 

@@ -1,6 +1,7 @@
 """Caches of a patched model: pickled, copied, saved, and gone on from elsewhere."""
 
 import copy
+import gc
 import importlib
 import io
 import os
@@ -350,3 +351,72 @@ def test_windows_of_another_size_are_refused(tmp_path):
     with pytest.raises(NotImplementedError, match="as the saved one was made"):
         memory.load_cache(tmp_path / "chat", other)
     assert other.get_seq_length() == 0
+
+
+TOGETHER = {
+    "deepcopy": copy.deepcopy,
+    "pickle": COPIES["pickle"],
+    "torch.save": _by_torch,
+}
+
+
+@pytest.mark.parametrize("is_freed", (False, True))
+@pytest.mark.parametrize("is_first", (True, False))
+@pytest.mark.parametrize("how", TOGETHER)
+def test_a_model_and_its_cache_are_copied_together(how, is_first, is_freed):
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    copied = TOGETHER[how]([model, cache] if is_first else [cache, model])
+    other, again = copied if is_first else copied[::-1]
+    want = go_on(model, cache, rest)
+    if is_freed:
+        del model, cache
+        gc.collect()
+    assert torch.equal(go_on(other, again, rest), want)
+
+
+def test_a_copy_that_was_trained_refuses_what_it_has_not_read():
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    other, again = copy.deepcopy((model, cache))
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(ValueError, match="another model"):
+        go_on(other, again, rest)
+    # its own is one that it filled
+    go_on(other, begin(other)[1], rest)
+    go_on(model, again, rest)
+
+
+@pytest.mark.parametrize("how", ("pickle", "torch.save"))
+def test_what_no_model_can_go_on_with_is_not_pickled(how):
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    copied = copy.deepcopy(cache)
+    del model
+    gc.collect()
+    with pytest.raises(pickle.PicklingError, match="the model that filled this cache is gone"):
+        COPIES[how](cache)
+    # a copy that was made in time knows whose it is
+    go_on(llama(), COPIES[how](copied), rest)
+
+
+def test_caches_of_a_memory_that_was_removed():
+    """They are the bare model's from then on, or an equal memory's."""
+    from lm2_kernels import remove_memory
+
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    want = go_on(model, copy.deepcopy(cache), rest)
+    memory = get_memory(model)
+    remove_memory(model)
+    for is_freed in (False, True):
+        if is_freed:
+            del memory
+            gc.collect()
+        again = pickle.loads(pickle.dumps(cache))
+        assert torch.equal(go_on(llama(), again, rest), want)
+    go_on(model, cache, rest)
+    assert pickle.loads(pickle.dumps(cache)).get_seq_length() == 20
+    with pytest.raises(ValueError, match="cannot follow"):
+        llama()(rest, past_key_values=cache)
