@@ -154,7 +154,7 @@ def write(path: str | Path, cache: object, kept: Kept, fingerprint: str) -> None
             tensors |= {f"key.{index}": key, f"value.{index}": value}
     state = join_banks(list(kept.states.values()))
     tensors |= {f"memory.{name}": tensor for name, tensor in state.to_tensors().items()}
-    numbers = {"lengths": lengths, "columns": kept.num_columns, "length": kept.length}
+    numbers = {"lengths": lengths, "columns": kept.num_columns}
     notes = {"format": _FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
     write_state(path, tensors, notes)
 
@@ -215,7 +215,8 @@ def fill(cache: object, saved: Saved) -> None:
         NotImplementedError: the cache was made in another way than the one that was saved.
     """
     layers = list(getattr(cache, "layers", []))
-    may_grow = not layers or getattr(cache, "layer_class_to_replicate", None) is not None
+    # which one made from a config does not
+    may_grow = getattr(cache, "layer_class_to_replicate", "any") is not None
     for index, (key, _) in saved.pairs.items():
         length = saved.lengths[index]
         window = getattr(layers[index], "sliding_window", None) if index < len(layers) else None

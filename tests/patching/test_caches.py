@@ -249,6 +249,8 @@ def _quantized(config):
         cache = transformers.DynamicCache()
         cache.layers = [layer(residual_length=4) for _ in range(2)]
         return cache
+    if hasattr(kinds, "DynamicLayer"):
+        pytest.skip("this transformers quantises beside the layers")
     options = kinds.QuantizedCacheConfig(backend="HQQ", residual_length=4)
     return type("HQQQuantizedCache", (Pairs, kinds.QuantizedCache), {})(options)
 
@@ -301,6 +303,8 @@ def test_a_cache_of_states_is_not_saved(tmp_path):
     memory = add_memory(model, memory_slots=8, num_heads=4).memory
     with torch.no_grad():
         cache = model(tokens(), use_cache=True).past_key_values
+    if cache is None:
+        pytest.skip("this transformers makes no cache for it")
     with pytest.raises(NotImplementedError, match=r"not this .*may hold more"):
         memory.save_cache(tmp_path / "chat", cache)
     assert not list(tmp_path.iterdir())
@@ -348,6 +352,12 @@ def test_windows_of_another_size_are_refused(tmp_path):
     with torch.no_grad():
         model(tokens(), past_key_values=cache)
     memory.save_cache(tmp_path / "chat", cache)
+    with pytest.raises(NotImplementedError, match="as the saved one was made"):
+        memory.load_cache(tmp_path / "chat", other)
+    assert other.get_seq_length() == 0
+    # or made for a model of fewer layers
+    fewer = transformers.MistralConfig(**{**sizes, "num_hidden_layers": 1}, **heads)
+    other = transformers.DynamicCache(config=fewer)
     with pytest.raises(NotImplementedError, match="as the saved one was made"):
         memory.load_cache(tmp_path / "chat", other)
     assert other.get_seq_length() == 0
