@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import pickle
 import weakref
 from pathlib import Path
 from typing import Protocol
@@ -11,25 +12,26 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lm2_kernels.state.files import replace_file
-from lm2_kernels.state.memory import MemoryState
+from lm2_kernels.state.files import read_state, write_state
+from lm2_kernels.state.memory import MemoryState, join_banks
 
 # the attribute of a cache that holds what it carries
 KEPT = "_lm2_kept"
 _FORMAT = "lm2_kernels.cache"
-# what a layer of a cache may hold beside keys and values, as it is made anew
-_CONSTANTS = ("_sliding_window_tensor",)
+# the cache that can be saved, and what its layers may be, where it has any
+_CACHE = "DynamicCache"
+_LAYERS = {"DynamicLayer", "DynamicSlidingWindowLayer"}
 
 
 @dataclasses.dataclass
 class Kept:
     """What a key/value cache carries for us."""
 
-    owner: int | None  # whose memory; None, after unpickling: of those with the same weights
+    owner: int | None  # whose memory; None after unpickling
     states: dict[int, MemoryState]
     num_columns: int  # tokens read, padding included
     length: int  # what the cache called its length then
-    print: str | None = None  # of the owner's weights, where the owner is elsewhere
+    print: str | None = None  # of the owner's weights, if they were asked for
 
 
 class Following:
@@ -61,13 +63,22 @@ class Following:
     def __deepcopy__(self, memo):
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # it may go on with a copy of its model when the original is gone
+        kept = self.__dict__[KEPT]
+        kept = dataclasses.replace(kept, print=print_of(kept))
+        copied.__dict__.update(copy.deepcopy({**self.__dict__, KEPT: kept}, memo))
         return copied
 
     def __reduce__(self):
         # the class was made here: by its name pickle would find the one it was made from
         state, kept = self.__dict__.copy(), self.__dict__[KEPT]
-        state[KEPT] = dataclasses.replace(kept, owner=None, print=_print_of(kept))
+        own = print_of(kept)
+        if own is None:
+            raise pickle.PicklingError(
+                "add_memory: the model that filled this cache is gone, and with it what tells "
+                "whose cache it is; pickle or copy a cache while its model lives"
+            )
+        state[KEPT] = dataclasses.replace(kept, owner=None, print=own)
         return _made, (type(self).__mro__[2], state)
 
 
@@ -104,9 +115,20 @@ class _Memory(Protocol):
 
 # the memories that live, by their numbers
 memories: weakref.WeakValueDictionary[int, _Memory] = weakref.WeakValueDictionary()
+# of those that were taken out of their models, the fingerprints
+_removed: dict[int, str] = {}
 
 
-def _print_of(kept: Kept) -> str | None:
+def retire(owner: int, fingerprint: str) -> None:
+    """Of a memory that is taken out of its model: remember whose its caches are."""
+    memories.pop(owner, None)
+    _removed[owner] = fingerprint
+
+
+def print_of(kept: Kept) -> str | None:
+    """The fingerprint of what filled a cache; None if that is gone, and nobody asked before."""
+    if kept.owner in _removed:
+        return _removed[kept.owner]
     owner = None if kept.owner is None else memories.get(kept.owner)
     return kept.print if owner is None else owner.fingerprint()
 
@@ -123,129 +145,114 @@ def follow(cache: object) -> None:
         cache.__class__ = _following(type(cache))
 
 
-def write(path: str | Path, cache: object, fingerprint: str) -> None:
+def write(path: str | Path, cache: object, kept: Kept, fingerprint: str) -> None:
     """Write a cache and what it carries as one safetensors file."""
-    from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
-
-    kept: Kept = getattr(cache, KEPT)
     tensors, lengths = {}, []
     for index, (key, value) in enumerate(_keys_and_values(cache)):
         lengths.append(0 if key is None else int(cache.get_seq_length(index)))
         if key is not None:
             tensors |= {f"key.{index}": key, f"value.{index}": value}
-    state = _joined(list(kept.states.values()))
+    state = join_banks(list(kept.states.values()))
     tensors |= {f"memory.{name}": tensor for name, tensor in state.to_tensors().items()}
-    # one copy each: they may share their memory
-    copies = {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    numbers = {"lengths": lengths, "columns": kept.num_columns, "length": kept.length}
+    numbers = {"lengths": lengths, "columns": kept.num_columns}
     notes = {"format": _FORMAT, "fingerprint": fingerprint, "numbers": json.dumps(numbers)}
-    replace_file(path, lambda part: save_file(copies, part, metadata=notes))
+    write_state(path, tensors, notes)
 
 
-def read(
-    path: str | Path, cache: object, fingerprint: str, device: torch.device | str
-) -> tuple[MemoryState, int]:
-    """Fill an empty cache with what :func:`write` wrote. Returns the blocks' states as one, and the
-    columns read.
+@dataclasses.dataclass
+class Saved:
+    """What :func:`write` wrote."""
+
+    pairs: dict[int, tuple[Tensor, Tensor]]  # keys and values of the layers that hold any
+    lengths: list[int]  # the tokens of each layer
+    state: MemoryState  # the blocks' states as one
+    num_columns: int
+
+
+def read(path: str | Path, fingerprint: str, device: torch.device | str) -> Saved:
+    """Read what :func:`write` wrote.
 
     Raises:
+        OSError: there is no such file.
         ValueError: the file is damaged, holds something else, or is of another model.
-        NotImplementedError: the cache is not of the kind that was saved.
     """
-    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
-
-    if int(cache.get_seq_length()) != 0:
-        raise ValueError("load_cache: the cache must be empty, as DynamicCache() makes it")
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            # copies: products may round by where a tensor lies, and in the file it lies anywhere
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            notes = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"load_cache: {path} is not a safetensors file: {error}") from None
+        tensors, notes = read_state(path, device)
+    except ValueError as error:
+        raise ValueError(f"load_cache: {error}") from None
     prefix = "memory."
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     state = MemoryState.from_tensors(own)
+    damaged = ValueError(f"load_cache: {path} holds no cache with a memory")
     if notes.get("format") != _FORMAT or state is None:
-        raise ValueError(f"load_cache: {path} holds no cache with a memory")
+        raise damaged
     if notes["fingerprint"] != fingerprint:
         raise ValueError(
-            f"load_cache: {path} was written by a memory with other weights: what it holds is not "
-            f"what this model would have read"
+            f"load_cache: {path} was written by a model with other weights, or with another "
+            f"adapter: what it holds is not what this model would have read"
         )
-    numbers = json.loads(notes["numbers"])
+    numbers, pairs = json.loads(notes["numbers"]), {}
     for index, length in enumerate(numbers["lengths"]):
-        if length == 0:
-            continue
-        key, value = tensors[f"key.{index}"], tensors[f"value.{index}"]
-        if key.shape[0] != state.batch:
-            raise ValueError(f"load_cache: {path} holds no cache with a memory")
-        cache.update(key, value, index)
-        layer = cache.layers[index] if hasattr(cache, "layers") else None
-        if isinstance(getattr(layer, "cumulative_length", None), int):
-            # of a window, which no longer holds all its tokens
-            layer.cumulative_length = length
-        if int(cache.get_seq_length(index)) != length:
+        pair = tensors.get(f"key.{index}"), tensors.get(f"value.{index}")
+        if any((length > 0) != (t is not None and len(t) == state.batch) for t in pair):
+            raise damaged
+        if length > 0:
+            pairs[index] = pair
+    return Saved(pairs, numbers["lengths"], state, numbers["columns"])
+
+
+def check_empty(cache: object) -> None:
+    """Raise unless a cache is one that :func:`fill` can fill."""
+    _check_kind("load_cache", cache)
+    if int(cache.get_seq_length()) != 0:
+        raise ValueError("load_cache: the cache must be empty, as DynamicCache() makes it")
+
+
+def fill(cache: object, saved: Saved) -> None:
+    """Fill an empty cache with keys and values; if it cannot take them it stays empty.
+
+    Raises:
+        NotImplementedError: the cache was made in another way than the one that was saved.
+    """
+    layers = list(getattr(cache, "layers", []))
+    # which one made from a config does not
+    may_grow = getattr(cache, "layer_class_to_replicate", "any") is not None
+    for index, (key, _) in saved.pairs.items():
+        length = saved.lengths[index]
+        window = getattr(layers[index], "sliding_window", None) if index < len(layers) else None
+        # one token less than the window's, as the next one is in it too
+        needed = length if window is None else min(length, window - 1)
+        if key.shape[-2] < needed or (index >= len(layers) and not may_grow):
             raise NotImplementedError(
                 f"load_cache: a {type(cache).__name__} made like this cannot take the file's "
                 f"{length} tokens of layer {index}; make it as the saved one was made, "
                 f"DynamicCache(config=model.config) if that was"
             )
-    return state, numbers["columns"]
+    for index, (key, value) in saved.pairs.items():
+        cache.update(key, value, index)
+        if getattr(cache, "layers", None) and hasattr(cache.layers[index], "cumulative_length"):
+            # of a window, which no longer holds all its tokens
+            cache.layers[index].cumulative_length = saved.lengths[index]
+
+
+def _check_kind(what: str, cache: object) -> None:
+    """Raise NotImplementedError unless a cache holds keys and values alone, as far as we know."""
+    # by their names, as transformers is not imported; what is made from them may hold more
+    others = {type(layer).__name__ for layer in getattr(cache, "layers", [])} - _LAYERS
+    if type(cache).__name__ != _CACHE or others:
+        whose = f" whose layers are {', '.join(sorted(others))}" if others else ""
+        raise NotImplementedError(
+            f"{what}: takes a {_CACHE}, not this {type(cache).__name__}{whose}: it may hold more "
+            f"than keys and values"
+        )
 
 
 def _keys_and_values(cache: object) -> list[tuple[Tensor | None, Tensor | None]]:
     """Each layer's, (B, heads, tokens, width); None where it holds nothing."""
+    _check_kind("save_cache", cache)
     if hasattr(cache, "layers"):
-        for index, layer in enumerate(cache.layers):
-            others = [n for n, v in vars(layer).items() if isinstance(v, Tensor)]
-            others = sorted(set(others) - {"keys", "values", *_CONSTANTS})
-            if others or not hasattr(layer, "keys"):
-                raise _unsaved(cache, f"layer {index} is a {type(layer).__name__}")
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    elif hasattr(cache, "key_cache"):
-        # before transformers 4.56
-        pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
     else:
-        raise _unsaved(cache, "it has neither layers nor key_cache")
-    pairs = [(k, v) if isinstance(k, Tensor) and k.numel() else (None, None) for k, v in pairs]
-    for index, (key, _) in enumerate(pairs):
-        layer = cache.layers[index] if hasattr(cache, "layers") else None
-        is_window = isinstance(getattr(layer, "cumulative_length", None), int)
-        if key is not None and not is_window and key.shape[-2] != cache.get_seq_length(index):
-            raise _unsaved(cache, f"layer {index} does not hold one entry a token")
-    return pairs
-
-
-def _unsaved(cache: object, why: str) -> NotImplementedError:
-    return NotImplementedError(
-        f"save_cache: takes a DynamicCache, not this {type(cache).__name__}: {why}"
-    )
-
-
-def _joined(states: list[MemoryState]) -> MemoryState:
-    """The states of several blocks, which stand at one place, as one of several banks."""
-    banks, cache = [], {}
-    for index, state in enumerate(states):
-        banks += state._incoming
-        for name, tensor in state._cache.items():
-            cache[f"bank{index}" if name == "bank0" else f"{index}.{name}"] = tensor
-    return MemoryState._make(banks, states[0]._starts, cache, states[0].batch)
-
-
-def parted(state: MemoryState) -> list[MemoryState]:
-    """The states of which :func:`write` made one."""
-    states = []
-    for index, bank in enumerate(state._incoming):
-        cache = {}
-        for name, tensor in state._cache.items():
-            number, _, rest = name.partition(".")
-            if name == f"bank{index}":
-                cache["bank0"] = tensor
-            elif number == str(index):
-                cache[rest] = tensor
-        states.append(MemoryState._make([bank], state._starts, cache, state.batch))
-    return states
+        # before transformers 4.54
+        pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
+    return [(k, v) if isinstance(k, Tensor) and k.numel() else (None, None) for k, v in pairs]

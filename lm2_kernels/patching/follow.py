@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import inspect
 import itertools
 import sys
@@ -23,8 +22,9 @@ from lm2_kernels.patching import caches
 from lm2_kernels.patching.adapters import warn_of_frozen
 from lm2_kernels.patching.caches import KEPT, Kept, memories
 from lm2_kernels.patching.hosts import Host, read_tokens
+from lm2_kernels.patching.prints import fingerprint
 from lm2_kernels.plain import ORDINARY
-from lm2_kernels.state.memory import MemoryState, SegmentCache
+from lm2_kernels.state.memory import MemoryState, SegmentCache, part_banks
 from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
 
 # the attribute of a decoder that holds its AddedMemory
@@ -99,6 +99,7 @@ class AddedMemory:
     def __init__(self, decoder: nn.Module, blocks: dict[int, nn.Module], host: Host, options: dict):
         self.carry = False
         self.options = options  # of add_memory
+        self._decoder = decoder
         self._blocks = blocks
         self._host = host
         self.frozen: list[nn.Parameter] = []
@@ -119,7 +120,7 @@ class AddedMemory:
             self._handles.append(block.register_forward_hook(functools.partial(self._leave, index)))
 
     def _begin_anew(self) -> None:
-        # caches that another filled are not this one's, though it be a copy: it has other weights
+        # caches that another filled are not this one's, unless their weights are equal
         self._owner = next(_owners)
         memories[self._owner] = self
         # the pass that runs, each thread's own: its attribute call
@@ -196,7 +197,7 @@ class AddedMemory:
         kept = self._kept(cache)
         if kept is None:
             raise ValueError("save_cache: the cache is empty")
-        caches.write(path, cache, self.fingerprint())
+        caches.write(path, cache, kept, self.fingerprint())
 
     def load_cache(
         self, path: str | Path, cache: object, device: torch.device | str | None = None
@@ -210,23 +211,30 @@ class AddedMemory:
 
         Raises:
             OSError: there is no such file.
-            ValueError: it is damaged, holds something else, or is of a model with other weights.
+            ValueError: it is damaged, holds something else, or is of a model with other weights,
+                those of the host and of active adapters included.
             NotImplementedError: the cache is of another kind than the saved one.
+
+        The cache is filled when all was checked; what is refused leaves it empty.
         """
+        caches.check_empty(cache)
         layers = self.layers
         if device is None:
             device = getattr(layers[0].any_parameter(), "device", "cpu")
-        state, num_columns = caches.read(path, cache, self.fingerprint(), device)
+        saved = caches.read(path, self.fingerprint(), device)
+        state = saved.state
         state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
         shapes = [layer.cache_shapes().items() for layer in layers]
         state.check_cache(
             {f"{index}.{name}": shape for index, own in enumerate(shapes) for name, shape in own}
         )
-        states = dict(zip(self._blocks, caches.parted(state), strict=True))
-        self._tie(cache, states, num_columns)
+        caches.fill(cache, saved)
+        states = dict(zip(self._blocks, part_banks(state), strict=True))
+        self._tie(cache, states, saved.num_columns)
 
     def remove(self) -> None:
         """Take the layers and hooks out; what was frozen is trainable again."""
+        caches.retire(self._owner, self.fingerprint())
         for handle in self._handles:
             handle.remove()
         for block in self._blocks.values():
@@ -254,16 +262,9 @@ class AddedMemory:
         return MemoryState([bank.expand(batch, -1, -1)])
 
     def fingerprint(self) -> str:
-        """Of the layers' weights, from some of each: those of another model have another."""
-        samples = hashlib.sha256(repr(sorted(self._blocks)).encode())
-        for layer in self.layers:
-            for name, tensor in layer.state_dict().items():
-                samples.update(f"{name} {tuple(tensor.shape)}".encode())
-                if isinstance(tensor, Tensor) and not tensor.is_meta:
-                    flat = tensor.detach().flatten()
-                    some = flat[:: max(1, flat.numel() // 64)]
-                    samples.update(str(some.double().tolist()).encode())
-        return samples.hexdigest()
+        """Of the decoder's weights, those of the layers included: another model has another."""
+        # which the shapes of weights do not tell
+        return fingerprint(self._decoder, f"{self.options['num_heads']} heads")
 
     def _running(self) -> _Call | None:
         """The pass that this thread runs, of which a hook calls the model again."""
@@ -368,9 +369,10 @@ class AddedMemory:
         if length == 0:
             return None
         kept = getattr(cache, KEPT, None)
-        if kept is not None and kept.owner is None and kept.print == self.fingerprint():
-            kept = dataclasses.replace(kept, owner=self._owner)
-        if kept is None or kept.owner != self._owner:
+        # a cache from elsewhere, or a copy of one: it goes on with weights as its model has them
+        if kept is None or (
+            kept.owner != self._owner and caches.print_of(kept) != self.fingerprint()
+        ):
             raise ValueError(
                 "add_memory: the cache holds tokens that this memory has not read: it was filled "
                 "before the memory was added, by another model or under torch.compile; see "

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 import torch
@@ -21,10 +21,11 @@ __all__ = [
     "load_config",
     "load_tensors",
     "read_json",
+    "read_state",
     "read_tensors",
-    "replace_file",
     "save",
     "weight_files",
+    "write_state",
 ]
 
 CONFIG = "config.json"
@@ -45,8 +46,6 @@ def save(
         OSError: they cannot be written; what was there is as it was.
         ValueError: the folder holds a model of another kind.
     """
-    from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
-
     folder = Path(folder)
     if not is_own(folder):
         raise ValueError(
@@ -54,16 +53,57 @@ def save(
             f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    # one tensor may have two names, or be a part of another: each gets a place of its own
+    texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
+    writes = {folder / WEIGHTS: _writer(tensors, {"format": "pt"})}
+    for name, text in texts.items():
+        writes[folder / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    replace_files(writes)
+
+
+def _writer(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Callable[[Path], object]:
+    """What writes a safetensors file of tensors and notes to a path."""
+    from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
+
+    # tensors may share their memory, and one may have two names: each gets a place of its own
     own = {
         name: tensor.detach().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
-    writes = {folder / WEIGHTS: lambda path: save_file(own, path, metadata={"format": "pt"})}
-    for name, text in texts.items():
-        writes[folder / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
-    replace_files(writes)
+    return lambda path: save_file(own, path, metadata=dict(notes))
+
+
+def write_state(path: str | Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> None:
+    """Write a state as one safetensors file, whole or not at all.
+
+    Args:
+        path: of the file.
+        tensors: by their names; they may share their memory.
+        notes: texts that go with them.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    replace_file(path, _writer(tensors, notes))
+
+
+def read_state(
+    path: str | Path, device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and notes that :func:`write_state` wrote.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
+
+    try:
+        with safe_open(path, "pt", device=str(device)) as file:
+            # copies: products may round by where a tensor lies, and in the file it lies anywhere
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
 def is_own(folder: Path) -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lm2_kernels.state.files import replace_file
+from lm2_kernels.state.files import read_state, write_state
 
-__all__ = ["MemoryState", "SegmentCache", "on_device"]
+__all__ = ["MemoryState", "SegmentCache", "join_banks", "on_device", "part_banks"]
 
 _FORMAT = "lm2_kernels.MemoryState"
 _SUM = "sum"
@@ -626,14 +626,7 @@ class MemoryState:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
-        from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
-
-        # one copy each: they may share their memory
-        copies = {
-            name: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for name, tensor in self.to_tensors().items()
-        }
-        replace_file(path, lambda part: save_file(copies, part, metadata={"format": _FORMAT}))
+        write_state(path, self.to_tensors(), {"format": _FORMAT})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "MemoryState":
@@ -642,19 +635,9 @@ class MemoryState:
         Raises:
             ValueError: the file is damaged, or holds something else.
         """
-        from safetensors import SafetensorError, safe_open  # noqa: PLC0415 - as above
-
-        try:
-            with safe_open(path, "pt", device=str(device)) as file:
-                # copies: products may round by where a tensor lies, in the file that is anywhere
-                tensors = {n: file.get_tensor(n).clone() for n in file.keys()}  # noqa: SIM118
-                found = (file.metadata() or {}).get("format")
-        except SafetensorError as error:
-            raise ValueError(
-                f"MemoryState.load: {path} is not a safetensors file: {error}"
-            ) from None
+        tensors, notes = read_state(path, device)
         state = cls.from_tensors(tensors)
-        if found != _FORMAT or state is None:
+        if notes.get("format") != _FORMAT or state is None:
             raise ValueError(f"MemoryState.load: {path} holds no memory state")
         return state
 
@@ -686,6 +669,34 @@ def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, 
         )
         and (most == 0 or all(_rows_name(index) in cache for index in range(len(banks))))
     )
+
+
+def join_banks(states: Sequence[MemoryState]) -> MemoryState:
+    """States of one bank (B, N, D) each, which stand at one place, as one state of several banks.
+
+    What state ``i`` keeps of a segment as ``name`` is then ``i.name``.
+    """
+    banks, cache = [], {}
+    for index, state in enumerate(states):
+        banks += state._incoming
+        for name, tensor in state._cache.items():
+            own = name == _rows_name(0)
+            cache[_rows_name(index) if own else f"{index}.{name}"] = tensor
+    return MemoryState._make(banks, states[0]._starts, cache, states[0].batch)
+
+
+def part_banks(state: MemoryState) -> list[MemoryState]:
+    """The states of which :func:`join_banks` made one."""
+    states = []
+    for index, bank in enumerate(state._incoming):
+        rows, prefix = _rows_name(index), f"{index}."
+        cache = {
+            _rows_name(0) if name == rows else name.removeprefix(prefix): tensor
+            for name, tensor in state._cache.items()
+            if name == rows or name.startswith(prefix)
+        }
+        states.append(MemoryState._make([bank], state._starts, cache, state.batch))
+    return states
 
 
 def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:

@@ -1,6 +1,7 @@
 """Caches of a patched model: pickled, copied, saved, and gone on from elsewhere."""
 
 import copy
+import gc
 import importlib
 import io
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lm2_kernels import get_memory
@@ -179,7 +181,8 @@ def test_a_cache_of_windows_is_saved(tmp_path):
         model(ids[:, :13], past_key_values=caches[0])
         memory.save_cache(tmp_path / "chat", caches[0])
         with pytest.raises(NotImplementedError, match=r"config=model\.config"):
-            memory.load_cache(tmp_path / "chat", new_cache())
+            memory.load_cache(tmp_path / "chat", refused := new_cache())
+        assert refused.get_seq_length() == 0
         memory.load_cache(tmp_path / "chat", caches[1])
         assert torch.equal(*(go_on(model, cache, ids[:, 13:]) for cache in caches))
 
@@ -222,14 +225,208 @@ def test_what_cannot_be_saved_or_loaded(tmp_path):
             memory.load_cache(path, new_cache())
 
 
-def test_a_static_cache_is_not_saved(tmp_path):
-    model, ids = llama(), tokens()
-    options = {"config": model.config, "max_cache_len": 32}
+def _static(config):
+    options = {"config": config, "max_cache_len": 32}
     try:
-        cache = transformers.StaticCache(**options)
+        return transformers.StaticCache(**options)
     except TypeError:
-        cache = transformers.StaticCache(**options, max_batch_size=2)
+        return transformers.StaticCache(**options, max_batch_size=2)
+
+
+def _quantized(config):
+    """As HQQ's: what is quantised is no tensor, but a pair."""
+    kinds = transformers.cache_utils
+
+    class Pairs:
+        def _quantize(self, tensor, axis):
+            return tensor.half(), {"axis": axis}
+
+        def _dequantize(self, pair):
+            return pair[0].float()
+
+    if hasattr(kinds, "QuantizedLayer"):
+        layer = type("HQQQuantizedLayer", (Pairs, kinds.QuantizedLayer), {})
+        cache = transformers.DynamicCache()
+        cache.layers = [layer(residual_length=4) for _ in range(2)]
+        return cache
+    if hasattr(kinds, "DynamicLayer"):
+        pytest.skip("this transformers quantises beside the layers")
+    options = kinds.QuantizedCacheConfig(backend="HQQ", residual_length=4)
+    return type("HQQQuantizedCache", (Pairs, kinds.QuantizedCache), {})(options)
+
+
+def _fp8(config):
+    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("this transformers has no such cache")
+    return transformers.QuantizedCache("fp8", config)
+
+
+OTHERS = {
+    "static": _static,
+    "quantized": _quantized,
+    "fp8": _fp8,
+    "one's own": lambda config: type("Mine", (transformers.DynamicCache,), {})(),
+}
+
+
+@pytest.mark.parametrize("length", (13, 16))
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_caches_are_not_saved(kind, length, tmp_path):
+    """Nor loaded: what they hold beside keys and values would be lost."""
+    model, ids = llama(), tokens()
+    memory, path = get_memory(model), tmp_path / "chat"
+    cache, empty = (OTHERS[kind](model.config) for _ in range(2))
     with torch.no_grad():
-        model(ids, past_key_values=cache, cache_position=torch.arange(20))
-    with pytest.raises(NotImplementedError, match="DynamicCache, not this StaticCache"):
-        get_memory(model).save_cache(tmp_path / "chat", cache)
+        model(ids[:, :length], past_key_values=cache, cache_position=torch.arange(length))
+    with pytest.raises(NotImplementedError, match="takes a DynamicCache, not this"):
+        memory.save_cache(path, cache)
+    assert not path.exists()
+    memory.save_cache(path, begin(model)[1])
+    with pytest.raises(NotImplementedError, match="takes a DynamicCache, not this"):
+        memory.load_cache(path, empty)
+    assert int(empty.get_seq_length()) == 0
+
+
+def test_a_cache_of_states_is_not_saved(tmp_path):
+    """Of a host that has linear attention beside the keys and values."""
+    from lm2_kernels import add_memory
+
+    if not hasattr(transformers, "FalconH1Config"):
+        pytest.skip("this transformers has no such model")
+    config = transformers.FalconH1Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, mamba_d_ssm=32, mamba_n_heads=4,
+        mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.FalconH1ForCausalLM(config).eval()
+    memory = add_memory(model, memory_slots=8, num_heads=4).memory
+    with torch.no_grad():
+        cache = model(tokens(), use_cache=True).past_key_values
+    if cache is None:
+        pytest.skip("this transformers makes no cache for it")
+    with pytest.raises(NotImplementedError, match=r"not this .*may hold more"):
+        memory.save_cache(tmp_path / "chat", cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_loaded_leaves_the_cache_empty(tmp_path):
+    model, path = llama(), tmp_path / "chat.safetensors"
+    memory = get_memory(model)
+    _, cache, rest, _ = begin(model)
+    memory.save_cache(path, cache)
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(path)
+    spoilt = [
+        {name: tensor for name, tensor in tensors.items() if name != "value.1"},
+        {**tensors, "key.1": tensors["key.1"][:1]},
+        {name: t[..., :-1] if "bank" in name else t for name, t in tensors.items()},
+        {name: t for name, t in tensors.items() if not name.startswith("memory.cache.0.")},
+    ]
+    empty = new_cache()
+    for each in spoilt:
+        save_file({name: t.contiguous() for name, t in each.items()}, path, metadata=notes)
+        with pytest.raises(ValueError, match=r"holds no cache|of another configuration"):
+            memory.load_cache(path, empty)
+        assert empty.get_seq_length() == 0
+    save_file(tensors, path, metadata=notes)
+    memory.load_cache(path, empty)
+    assert torch.equal(go_on(model, empty, rest), go_on(model, cache, rest))
+
+
+def test_windows_of_another_size_are_refused(tmp_path):
+    from lm2_kernels import add_memory
+
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    config, wider = (
+        transformers.MistralConfig(**sizes, **heads, sliding_window=window) for window in (6, 9)
+    )
+    model = transformers.MistralForCausalLM(config).eval()
+    memory = add_memory(model, memory_slots=8, num_heads=4).memory
+    try:
+        cache, other = (transformers.DynamicCache(config=c) for c in (config, wider))
+    except TypeError:
+        pytest.skip("this transformers cuts no cache to a window")
+    with torch.no_grad():
+        model(tokens(), past_key_values=cache)
+    memory.save_cache(tmp_path / "chat", cache)
+    with pytest.raises(NotImplementedError, match="as the saved one was made"):
+        memory.load_cache(tmp_path / "chat", other)
+    assert other.get_seq_length() == 0
+    # or made for a model of fewer layers
+    fewer = transformers.MistralConfig(**{**sizes, "num_hidden_layers": 1}, **heads)
+    other = transformers.DynamicCache(config=fewer)
+    with pytest.raises(NotImplementedError, match="as the saved one was made"):
+        memory.load_cache(tmp_path / "chat", other)
+    assert other.get_seq_length() == 0
+
+
+TOGETHER = {
+    "deepcopy": copy.deepcopy,
+    "pickle": COPIES["pickle"],
+    "torch.save": _by_torch,
+}
+
+
+@pytest.mark.parametrize("is_freed", (False, True))
+@pytest.mark.parametrize("is_first", (True, False))
+@pytest.mark.parametrize("how", TOGETHER)
+def test_a_model_and_its_cache_are_copied_together(how, is_first, is_freed):
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    copied = TOGETHER[how]([model, cache] if is_first else [cache, model])
+    other, again = copied if is_first else copied[::-1]
+    want = go_on(model, cache, rest)
+    if is_freed:
+        del model, cache
+        gc.collect()
+    assert torch.equal(go_on(other, again, rest), want)
+
+
+def test_a_copy_that_was_trained_refuses_what_it_has_not_read():
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    other, again = copy.deepcopy((model, cache))
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(0.1)
+    with pytest.raises(ValueError, match="another model"):
+        go_on(other, again, rest)
+    # its own is one that it filled
+    go_on(other, begin(other)[1], rest)
+    go_on(model, again, rest)
+
+
+@pytest.mark.parametrize("how", ("pickle", "torch.save"))
+def test_what_no_model_can_go_on_with_is_not_pickled(how):
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    copied = copy.deepcopy(cache)
+    del model
+    gc.collect()
+    with pytest.raises(pickle.PicklingError, match="the model that filled this cache is gone"):
+        COPIES[how](cache)
+    # a copy that was made in time knows whose it is
+    go_on(llama(), COPIES[how](copied), rest)
+
+
+def test_caches_of_a_memory_that_was_removed():
+    """They are the bare model's from then on, or an equal memory's."""
+    from lm2_kernels import remove_memory
+
+    model = llama()
+    _, cache, rest, _ = begin(model)
+    want = go_on(model, copy.deepcopy(cache), rest)
+    memory = get_memory(model)
+    remove_memory(model)
+    for is_freed in (False, True):
+        if is_freed:
+            del memory
+            gc.collect()
+        again = pickle.loads(pickle.dumps(cache))
+        assert torch.equal(go_on(llama(), again, rest), want)
+    go_on(model, cache, rest)
+    assert pickle.loads(pickle.dumps(cache)).get_seq_length() == 20
+    with pytest.raises(ValueError, match="cannot follow"):
+        llama()(rest, past_key_values=cache)
