@@ -42,7 +42,7 @@ def save(
     """Write both files, and ``texts`` by their names: all of them whole, or none.
 
     Raises:
-        OSError: they cannot be written; what was there is as it was.
+        OSError: they cannot be written.
         ValueError: the folder holds a model of another kind.
     """
     from safetensors.torch import save_file  # noqa: PLC0415 - computing needs torch alone
@@ -50,7 +50,7 @@ def save(
     folder = Path(folder)
     if not is_own(folder):
         raise ValueError(
-            f"{folder} holds a model of another kind ({CONFIG} or {WEIGHTS} is not of "
+            f"{folder} holds a model of another kind ({CONFIG}, {WEIGHTS} or {INDEX} is not of "
             f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,18 +60,24 @@ def save(
         for name, tensor in tensors.items()
     }
     texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
-    writes = {folder / WEIGHTS: lambda path: save_file(own, path, metadata={"format": "pt"})}
-    for name, text in texts.items():
-        writes[folder / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    writes = {
+        folder / name: lambda path, text=text: path.write_text(text, encoding="utf-8")
+        for name, text in texts.items()
+    }
+    # last: of a model that a kill cut short the configuration says whose it is
+    writes[folder / WEIGHTS] = lambda path: save_file(own, path, metadata={"format": "pt"})
     replace_files(writes)
 
 
 def is_own(folder: Path) -> bool:
     """Whether no model is there but one that :func:`save` wrote."""
+    if os.path.lexists(folder / INDEX):
+        # it would decide what is loaded, whatever is saved beside it
+        return False
     try:
         load_config(Place("", folder))
     except FileNotFoundError:
-        return not any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS, INDEX))
+        return not any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS))
     except ValueError:
         return False
     return True
