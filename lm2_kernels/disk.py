@@ -5,38 +5,47 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 
 def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """:func:`replace_files` of one file."""
-    replace_files({Path(path): write})
+    """:func:`replace_files` of one file, but of a link it is the target that is replaced."""
+    _replace({Path(path): write}, follow=True)
 
 
 def replace_files(writes: Mapping[Path, Callable[[Path], object]]) -> None:
-    """Write files beside their places, and move them there when all of them are whole.
+    """Write files beside their places, and move them there in order when all of them are whole.
 
-    Whoever reads sees the old file or the new one, also after a kill or with a full disk. The
-    target of a link is replaced, not the link. What is no file (a pipe, a terminal) is written to.
+    Whoever reads sees of each file the old one or the new one, also after a kill or with a full
+    disk. A link is replaced, and its target stays. What is no file (a pipe, a terminal) is written
+    to.
 
     Args:
         writes: for each file a function that writes it to the path that it is given.
 
     Raises:
-        OSError: one cannot be written; all are as they were.
+        OSError: one cannot be written, and all are as they were; or one that is whole cannot be
+            moved, and those before it are new.
     """
+    _replace(writes, follow=False)
+
+
+def _replace(writes: Mapping[Path, Callable[[Path], object]], follow: bool) -> None:
     parts: dict[Path, Path] = {}
     try:
         for wanted, write in writes.items():
-            path = Path(os.path.realpath(wanted))
             try:
-                if path.is_dir():
+                if wanted.is_dir():
                     raise IsADirectoryError(errno.EISDIR, "")
-                if path.exists() and not path.is_file():
-                    _copy_into(path, write)
+                # before links are followed: a pipe's leads nowhere
+                if wanted.exists() and not wanted.is_file():
+                    _copy_into(wanted, write)
                     continue
-                part = path.with_name(f"{path.name}.{os.getpid()}.part")
+                path = Path(os.path.realpath(wanted)) if follow else wanted
+                # two threads of a process may write to one path
+                part = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.part")
                 parts[part] = path
                 write(part)
                 # a disk may say only now that it is full

@@ -51,6 +51,8 @@ _DEFAULTS = {
 }
 # what a run that goes on may be told anew
 _CHANGEABLE = ("steps", "save_every", "parallel")
+# what ends a run in one line; their kinds take other arguments than a text
+_ERRORS = (OSError, ArithmeticError, MemoryError, ValueError)
 _OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
 
 
@@ -164,7 +166,7 @@ def _train(
     device: torch.device,
 ) -> None:
     # everything is looked at before anything is touched
-    stored = distributed.by_first(lambda: _stored(options))
+    is_locked, stored = distributed.by_first(lambda: _stored(options, held))
     chosen = _chosen(options, stored)
     data = Corpus.open(_paths(options, stored), chosen["vocab_size"], chosen["data_dtype"])
     config = _configuration(options, data) if stored is None else stored.config
@@ -183,15 +185,17 @@ def _train(
     optimizer = torch.optim.AdamW(
         training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
     )
+    # before the progress of an earlier run goes: a batch may be too large for the memory
+    next(seen.batches(chosen["batch"], chosen["length"], chosen["seed"], rank=rank, world=world))
     progress, first = options.out / folder.PROGRESS, 0
-    has_progress = distributed.by_first(lambda: _claim(options, held))
+    has_progress = distributed.by_first(lambda: _claim(options, held, is_locked))
     if has_progress:
         first = distributed.load_progress(progress, wrapped, optimizer)
     if rank == 0:
         run.write(options.out)
         _introduce(model, data, seen, chosen, f"{world} processes of {device.type}", first)
     bar = StepBar("train", first) if rank == 0 else None
-    done = first
+    done, is_saved = first, False
 
     def save_progress() -> None:
         last = distributed.last_progress(progress)
@@ -233,22 +237,25 @@ def _train(
             if rank == 0:
                 # first of all: it is what all this was for
                 _save_model(options.out, config, data, weights)
+                is_saved = True
             if chosen["save_every"]:
                 save_progress()
-            elif rank == 0:
-                folder.remove_progress(options.out)
             if rank == 0:
                 dataclasses.replace(run, is_finished=True).write(options.out)
+            if rank == 0 and not chosen["save_every"]:
+                folder.remove_progress(options.out)
         windows = kept.batches(chosen["batch"], chosen["length"], 0, rank=rank, world=world)
         loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
         loss = distributed.mean(loss, device)
-    except (OSError, ArithmeticError) as error:
-        raise type(error)(f"{error}; {_where(options.out, done, chosen)}") from error
+    except _ERRORS as error:
+        kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+        text = str(error) or type(error).__name__
+        raise kind(f"{text}; {_where(options.out, is_saved, chosen)}") from error
     except KeyboardInterrupt as error:
         code = getattr(error, "exit_code", 128 + signal.SIGINT)
         raise _Interrupted(
             f"interrupted after step {done} of {chosen['steps']}; "
-            f"{_where(options.out, done, chosen)}",
+            f"{_where(options.out, is_saved, chosen)}",
             code - 128,
         ) from None
     finally:
@@ -261,11 +268,18 @@ def _train(
         )
 
 
-def _stored(options: argparse.Namespace) -> _Run | None:
-    """The run to go on with; None is a new one, which may write into its folder."""
+def _stored(options: argparse.Namespace, held: contextlib.ExitStack) -> tuple[bool, _Run | None]:
+    """Whether the folder is there, and so held, and the run to go on with.
+
+    None is a new one, which may write into its folder.
+    """
+    is_there = options.out.is_dir()
+    if is_there:
+        # before it is read, so that no other run changes what was read
+        held.enter_context(folder.locked(options.out))
     if not options.resume:
         folder.check_new(options.out, options.overwrite)
-        return None
+        return is_there, None
     if options.overwrite:
         raise ValueError("--overwrite begins anew, --resume does not: give one of them")
     for name in _OF_THE_MODEL:
@@ -279,7 +293,7 @@ def _stored(options: argparse.Namespace) -> _Run | None:
             f"{options.out} holds no saved run: it is finished, and without --save-every nothing "
             f"was kept to go on from"
         )
-    return run
+    return is_there, run
 
 
 def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
@@ -359,11 +373,11 @@ def _kind(tokenizer: str) -> str:
     return "text" if tokenizer == Bytes.kind else "token ids"
 
 
-def _claim(options: argparse.Namespace, held: contextlib.ExitStack) -> bool:
-    """Hold the folder. Returns whether there is progress to go on from."""
-    held.enter_context(folder.claimed(options.out))
+def _claim(options: argparse.Namespace, held: contextlib.ExitStack, is_locked: bool) -> bool:
+    """Make the folder and hold it. Returns whether there is progress to go on from."""
+    held.enter_context(folder.claimed(options.out, is_locked))
     if not options.resume:
-        folder.check_new(options.out, options.overwrite, is_held=True)
+        folder.check_new(options.out, options.overwrite)
         folder.remove_progress(options.out)
     return distributed.last_progress(options.out / folder.PROGRESS) is not None
 
@@ -417,28 +431,28 @@ def _seeded(batches: Iterator[Batch], seed: int, first: int, rank: int) -> Itera
 
 
 def _save_model(out: Path, config: LM2Config, data: Corpus, weights: dict) -> None:
-    """Write the model; if its folder has no place for it, elsewhere."""
+    """Write the model; if that cannot be in its folder, for whatever reason, elsewhere."""
     content = {**config.to_dict(), "backend": None}
     texts = {TOKENIZER: tokenizer_text(data.tokenizer)}
     try:
         files.save(out, content, weights, texts)
-    except OSError as error:
+    except Exception as error:
         other = tempfile.mkdtemp(prefix="lm2_kernels-")
         try:
             files.save(other, content, weights, texts)
-        except OSError:
+        except Exception:
             shutil.rmtree(other, ignore_errors=True)
             raise error from None
         raise OSError(f"{error}; the trained model is in {other} instead") from error
 
 
-def _where(out: Path, done: int, chosen: dict) -> str:
+def _where(out: Path, is_saved: bool, chosen: dict) -> str:
     """What is left of a run that ended early."""
+    if is_saved:
+        return f"the model is in {out}"
     last = distributed.last_progress(out / folder.PROGRESS)
     if last is not None:
         return f"the progress of step {last[0]} is saved: go on with --resume"
-    if done == chosen["steps"] and (out / files.WEIGHTS).exists():
-        return f"the model is in {out}"
     return "nothing was saved" if chosen["save_every"] else "nothing was saved (--save-every)"
 
 

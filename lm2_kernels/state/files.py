@@ -43,20 +43,23 @@ def save(
     """Write both files, and ``texts`` by their names: all of them whole, or none.
 
     Raises:
-        OSError: they cannot be written; what was there is as it was.
+        OSError: they cannot be written.
         ValueError: the folder holds a model of another kind.
     """
     folder = Path(folder)
     if not is_own(folder):
         raise ValueError(
-            f"{folder} holds a model of another kind ({CONFIG} or {WEIGHTS} is not of "
+            f"{folder} holds a model of another kind ({CONFIG}, {WEIGHTS} or {INDEX} is not of "
             f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
     texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
-    writes = {folder / WEIGHTS: _writer(tensors, {"format": "pt"})}
-    for name, text in texts.items():
-        writes[folder / name] = lambda path, text=text: path.write_text(text, encoding="utf-8")
+    writes = {
+        folder / name: lambda path, text=text: path.write_text(text, encoding="utf-8")
+        for name, text in texts.items()
+    }
+    # last: of a model that a kill cut short the configuration says whose it is
+    writes[folder / WEIGHTS] = _writer(tensors, {"format": "pt"})
     replace_files(writes)
 
 
@@ -108,10 +111,13 @@ def read_state(
 
 def is_own(folder: Path) -> bool:
     """Whether no model is there but one that :func:`save` wrote."""
+    if os.path.lexists(folder / INDEX):
+        # it would decide what is loaded, whatever is saved beside it
+        return False
     try:
         load_config(Place("", folder))
     except FileNotFoundError:
-        return not any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS, INDEX))
+        return not any(os.path.lexists(folder / name) for name in (CONFIG, WEIGHTS))
     except ValueError:
         return False
     return True

@@ -7,6 +7,7 @@ model (DistributedDataParallel), with ``fsdp`` a share of every parameter (FSDP2
 import contextlib
 import gc
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from lm2_kernels.model.decoder import LM2ForCausalLM
 __all__ = [
     "by_first",
     "full_state_dict",
+    "is_step",
     "last_progress",
     "load_progress",
     "mean",
@@ -143,8 +145,14 @@ def save_progress(
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(f"cannot write {place}: {_reason(error)}") from error
     for old in Path(folder).glob("step-*"):
-        if old != place:
+        if old != place and is_step(old):
             shutil.rmtree(old)
+
+
+def is_step(path: Path) -> bool:
+    """Whether :func:`save_progress` gave a folder its name."""
+    is_named = re.fullmatch(r"step-\d+(\.part)?", path.name) is not None
+    return is_named and path.is_dir() and not path.is_symlink()
 
 
 def last_progress(folder: str | Path) -> tuple[int, Path] | None:

@@ -10,41 +10,36 @@ import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
 
-from lm2_kernels.disk import replace_file
+from lm2_kernels.disk import replace_files
 from lm2_kernels.state import files
 from lm2_kernels.terminal import say
 from lm2_kernels.training.data import TOKENIZER
-from lm2_kernels.training.distributed import last_progress
+from lm2_kernels.training.distributed import is_step, last_progress
 
 PROGRESS = "progress"
 _RUN = "run.json"
-_LOCK = "run.lock"
 _FORMAT = "lm2_kernels run"
-# how files begin that a kill left
-_PARTS = tuple(f"{name}." for name in (_RUN, files.CONFIG, files.WEIGHTS, TOKENIZER))
+# what a kill leaves of :func:`replace_files`; once without the second number
+_NAMES = "|".join(map(re.escape, (_RUN, files.CONFIG, files.WEIGHTS, TOKENIZER)))
+_PART = re.compile(rf"({_NAMES})\.\d+(-\d+)?\.part")
 
 
-def check_new(folder: Path, overwrite: bool, *, is_held: bool = False) -> None:
+def check_new(folder: Path, overwrite: bool) -> None:
     """Raise ValueError unless a new run may write into a folder; nothing is touched.
 
     It may if there is nothing of value. With ``overwrite`` it may replace what ``train`` wrote
-    before, beside whatever else there is. ``is_held``: by this process (:func:`claimed`).
+    before, beside whatever else there is.
 
     Raises:
-        ValueError: it may not; OSError: the folder cannot be read, or a run is writing there.
+        ValueError: it may not; OSError: the folder cannot be read.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
         raise ValueError(f"--out {folder} is no folder")
-    if not is_held and (folder / _LOCK).exists():
-        with locked(folder):
-            pass
     foreign = _foreign(folder)
     if foreign is not None:
         raise ValueError(
@@ -89,77 +84,76 @@ def read_run(folder: Path) -> dict:
 def write_run(folder: Path, content: Mapping[str, object]) -> None:
     """Write ``run.json``."""
     text = json.dumps({"format": _FORMAT, **content}, indent=1) + "\n"
-    replace_file(folder / _RUN, lambda part: part.write_text(text, encoding="utf-8"))
+    replace_files({folder / _RUN: lambda part: part.write_text(text, encoding="utf-8")})
 
 
-def remove_progress(folder: Path) -> None:
+def remove_progress(folder: Path, keep: Path | None = None) -> None:
     """Remove the progress of an earlier run, and nothing else."""
     place = folder / PROGRESS
     for path in place.glob("step-*"):
-        if path.is_dir() and not path.is_symlink():
+        if is_step(path) and path != keep:
             shutil.rmtree(path)
     with contextlib.suppress(OSError):
         place.rmdir()
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace."""
-    is_new = not folder.exists()
+def claimed(folder: Path, is_locked: bool) -> Iterator[None]:
+    """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace.
+
+    ``is_locked``: by this process (:func:`locked`), as it must be if it was there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(folder):
-            try:
-                yield
-            finally:
-                own = {path.name for path in folder.iterdir()}
-                if own <= {_RUN, _LOCK, PROGRESS} and last_progress(folder / PROGRESS) is None:
-                    remove_progress(folder)
-                    (folder / _RUN).unlink(missing_ok=True)
-    finally:
-        if is_new:
-            # whatever is in it keeps it
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with contextlib.nullcontext() if is_locked else locked(folder):
+        try:
+            _clean(folder)
+            yield
+        finally:
+            own = {path.name for path in folder.iterdir()}
+            is_worthless = last_progress(folder / PROGRESS) is None and _foreign(folder) is None
+            if own <= {_RUN, PROGRESS} and is_worthless:
+                remove_progress(folder)
+                (folder / _RUN).unlink(missing_ok=True)
+            for path in made:
+                # whatever is in it keeps it
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+def _clean(folder: Path) -> None:
+    """Remove what killed runs left beside what is whole."""
+    for path in folder.iterdir():
+        if _is_part(path):
+            path.unlink()
+    last = last_progress(folder / PROGRESS)
+    if last is not None:
+        remove_progress(folder, keep=last[1])
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder alone, by a lock that ends with the process, however that ends.
+    """Hold a folder alone, by a lock that ends with the process, however that ends.
+
+    The lock is on the folder itself: no file is made.
 
     Raises:
-        OSError: another process holds it.
+        OSError: another process holds it, or it is not there.
     """
-    path = folder / _LOCK
-    file = _open_lock(path)
+    number = os.open(folder, os.O_RDONLY)
     try:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(f"{folder} is in use by another run") from None
+        except OSError as error:
+            say(f"{folder} cannot be locked ({error.strerror}): start no second run there")
+        # it may have been removed between being opened and being locked
+        if not os.path.samestat(os.fstat(number), folder.stat()):
+            raise OSError(f"{folder} is in use by another run")
         yield
     finally:
-        # while it is held: whoever waits for it would find a file of no folder, and looks again
-        path.unlink(missing_ok=True)
-        file.close()
-
-
-def _open_lock(path: Path) -> TextIO:
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or "another process"
-            file.close()
-            raise OSError(f"{path.parent} is in use by another run ({holder})") from None
-        except OSError as error:
-            say(f"{path.parent} cannot be locked ({error.strerror}): start no second run there")
-        # it may have been removed between being opened and being locked
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()
+        os.close(number)
 
 
 def _foreign(folder: Path) -> str | None:
@@ -173,12 +167,21 @@ def _foreign(folder: Path) -> str | None:
         except ValueError:
             return _RUN
     place = folder / PROGRESS
-    return PROGRESS if os.path.lexists(place) and not place.is_dir() else None
+    if not os.path.lexists(place):
+        return None
+    # every run has written its run.json before its progress, and that into a folder of its own
+    is_own = (folder / _RUN).exists() and place.is_dir() and not place.is_symlink()
+    return None if is_own else PROGRESS
 
 
 def _is_worthless(path: Path) -> bool:
     """Whether it is what a run leaves that was cut short before it had anything."""
+    if path.name == PROGRESS:
+        return all(map(is_step, path.iterdir()))
     # safetensors has parts of its own
-    is_part = path.name.endswith(".part") and path.name.startswith(_PARTS)
-    is_part |= re.fullmatch(r"\.tmp\w{6}", path.name) is not None
-    return is_part or path.name in (_RUN, _LOCK, PROGRESS, TOKENIZER)
+    is_part = _is_part(path) or re.fullmatch(r"\.tmp\w{6}", path.name) is not None
+    return is_part or path.name == _RUN
+
+
+def _is_part(path: Path) -> bool:
+    return _PART.fullmatch(path.name) is not None and path.is_file() and not path.is_symlink()

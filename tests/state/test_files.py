@@ -119,17 +119,45 @@ def _foreign_weights(folder):
     (folder / "model.safetensors").write_bytes(b"weights")
 
 
+def _own_beside_an_index(folder):
+    small_model().save(folder)
+    _foreign_index(folder)
+
+
 def _foreign_index(folder):
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
-@pytest.mark.parametrize("make", (_foreign_config, _foreign_weights, _foreign_index))
+@pytest.mark.parametrize(
+    "make", (_foreign_config, _foreign_weights, _foreign_index, _own_beside_an_index)
+)
 def test_a_model_of_another_kind_is_not_replaced(make, tmp_path):
     make(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="a model of another kind"):
         small_model().save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_link_is_replaced_and_not_its_target(tmp_path):
+    small_model().save(tmp_path / "one")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+    (tmp_path / "two").mkdir()
+    for name in before:
+        (tmp_path / "two" / name).symlink_to(tmp_path / "one" / name)
+    small_model(seed=1).save(tmp_path / "two")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
+    assert not any(path.is_symlink() for path in (tmp_path / "two").iterdir())
+
+
+def test_a_state_goes_into_a_pipe(tmp_path):
+    state = small_model().initial_state(1)
+    state.save(tmp_path / "state")
+    reader, writer = os.pipe()
+    state.save(f"/dev/fd/{writer}")
+    os.close(writer)
+    with open(reader, "rb") as file:
+        assert file.read() == (tmp_path / "state").read_bytes()
 
 
 @pytest.mark.parametrize("name", ("model.safetensors", "config.json"))
