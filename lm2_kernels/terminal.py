@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import sys
+import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from lm2_kernels.disk import replace_file
@@ -72,12 +75,14 @@ def columns(rows: list[list[str]]) -> list[str]:
     ]
 
 
-def check_json(path: Path | None) -> None:
+def check_json(path: Path | None, keys: Collection[str]) -> None:
     """Raise unless :func:`write_json` may write there: before the work, not after it.
 
+    ``keys`` are those by which a command knows what it wrote before.
+
     Raises:
-        OSError: there is no such folder.
-        ValueError: the file is there and holds something else than an object of JSON.
+        OSError: nothing can be written there.
+        ValueError: the file is there and holds something else than what the command writes.
     """
     if path is None or (path.exists() and not path.is_file() and not path.is_dir()):
         return
@@ -85,20 +90,32 @@ def check_json(path: Path | None) -> None:
         what = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
         raise OSError(f"cannot write {path}: {what}")
     if path.exists():
-        with path.open("rb") as file:
-            start = file.read(1024).lstrip()
-        if start and not start.startswith(b"{"):
-            raise ValueError(f"{path} holds no JSON: it is not overwritten")
+        try:
+            there = json.loads(path.read_bytes() or "null")
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path} holds no JSON: it is not overwritten") from None
+        if there is not None and not (isinstance(there, dict) and set(keys) <= there.keys()):
+            raise ValueError(f"{path} holds JSON of something else: it is not overwritten")
+    check_writable(path)
 
 
-def write_json(path: Path | None, content: dict) -> None:
-    """Write ``content`` where a ``--json`` option says; None is nowhere.
+def check_writable(path: Path) -> None:
+    """Raise OSError unless a file can be made beside ``path``, or where it leads."""
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from None
+
+
+def write_json(path: Path | None, content: dict, keys: Collection[str]) -> None:
+    """Write ``content``, which has ``keys``, where a ``--json`` option says; None is nowhere.
 
     Raises:
         OSError, ValueError: it cannot be written, or :func:`check_json` says no.
     """
     if path is None:
         return
-    check_json(path)
+    check_json(path, keys)
     text = json.dumps(content, indent=1) + "\n"
     replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -3,11 +3,12 @@ what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` 
 your own.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 130 Ctrl-C ended
-it, 143 SIGTERM ended ``train``, 141 who read the output stopped reading. What cannot be done, and
-what was ended, is one line on standard error.
+it, 143 SIGTERM or 129 SIGHUP ended ``train``, 141 who read the output stopped reading. What cannot
+be done, and what was ended, is one line on standard error.
 """
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -31,6 +32,9 @@ _BROKEN_PIPE, _INTERRUPTED = 141, 130
 def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> int:
     """Run the command line and return its exit code; ``cases`` replaces those ``verify`` runs."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # a character that a terminal cannot show ends no work
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             return _run(arguments, cases)

@@ -15,6 +15,9 @@ _WORKS = (*works.WORKS, suite.GROWTH)
 _DEFAULT_WORKS = ("memory_attention", "paper layer", "release layer")
 _BUDGET, _BUDGET_FOR_ALL = 300.0, 3600.0
 
+# by which a report is known
+_KEYS = ("machine", "ceilings", "results")
+
 
 def add_bench(commands: argparse._SubParsersAction) -> None:
     """The ``bench`` command's arguments."""
@@ -74,7 +77,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
 def run_bench(options: argparse.Namespace) -> int:
     """Measure, or show what was measured."""
     # before the work, not after it
-    check_json(options.json)
+    check_json(options.json, _KEYS)
     if options.plots is not None:
         plots.check_folder(options.plots)
     if options.compare:
@@ -89,7 +92,7 @@ def run_bench(options: argparse.Namespace) -> int:
         selection, budget = _selection(options), _budget(options)
 
         def save(measured: dict) -> None:
-            write_json(options.json, measured)
+            write_json(options.json, measured, _KEYS)
 
         progress = Progress()
 

@@ -34,7 +34,7 @@ from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.patching.swap import swap_memory
 from lm2_kernels.state.files import read_json
-from lm2_kernels.terminal import StepBar, columns, write_json
+from lm2_kernels.terminal import StepBar, check_writable, columns, write_json
 from lm2_kernels.training.data import save_tokenizer
 from lm2_kernels.training.loop import train
 
@@ -57,6 +57,8 @@ VALIDATION = 500  # stories of each hop
 _VALIDATION_SEED = 1_000_003
 _ROPE_THETA = 10.0
 _REPORT = "report.json"
+# by which a report is known
+_KEYS = ("seed", "task", "models", "baselines")
 _PLOTS = ("losses.png", "losses.svg")
 
 
@@ -144,6 +146,7 @@ def run(
     out_dir = Path(out_dir)
     _check_folder(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
+    check_writable(out_dir / _REPORT)
     questions = {
         hops: list(
             itertools.islice(
@@ -182,7 +185,7 @@ def _check_folder(folder: Path) -> None:
     if not there:
         return
     with contextlib.suppress(OSError, ValueError):
-        if {"seed", "task", "models", "baselines"} <= set(read_json(folder / _REPORT)):
+        if set(_KEYS) <= set(read_json(folder / _REPORT)):
             return
     raise ValueError(
         f"--out {folder} holds {there[0]}, which is not of an earlier demo: take another folder"
@@ -382,7 +385,7 @@ def _write_report(
         ],
         "baselines": {name: shares(by_hops) for name, by_hops in baselines.items()},
     }
-    write_json(path, content)
+    write_json(path, content, _KEYS)
 
 
 def _shares(by_hops: dict[int, Accuracy]) -> list[str]:

@@ -12,6 +12,9 @@ from lm2_kernels.machine import device_types, devices, versions
 from lm2_kernels.terminal import check_json, columns, write_json
 from lm2_kernels.testing.cases import unsupported_reason
 
+# by which a report is known
+_KEYS = ("versions", "devices", "unsupported")
+
 
 def add_info(commands: argparse._SubParsersAction) -> None:
     """The ``info`` command's arguments."""
@@ -22,10 +25,10 @@ def add_info(commands: argparse._SubParsersAction) -> None:
 
 def run_info(options: argparse.Namespace) -> int:
     """Print what is here."""
-    check_json(options.json)
+    check_json(options.json, _KEYS)
     report = collect()
     print(render(report))
-    write_json(options.json, report)
+    write_json(options.json, report, _KEYS)
     return 0
 
 

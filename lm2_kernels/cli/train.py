@@ -262,9 +262,11 @@ def _train(
         if bar is not None:
             bar.close()
     if rank == 0:
+        # above, float64 overflows
+        perplexity = math.exp(loss) if loss < 700.0 else math.inf
         print(
             f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
-            f"{math.exp(loss):.2f}); the model is in {options.out}"
+            f"{perplexity:.2f}); the model is in {options.out}"
         )
 
 
@@ -299,8 +301,8 @@ def _stored(options: argparse.Namespace, held: contextlib.ExitStack) -> tuple[bo
 def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
     """The run's options by their names: those given, then the run's own, then the defaults."""
     given = {n: getattr(options, n) for n in _DEFAULTS if getattr(options, n) is not None}
-    _check(given)
     if stored is None:
+        _check(_DEFAULTS | given)
         return _DEFAULTS | given
     for name, value in given.items():
         if value != stored.options[name] and name not in _CHANGEABLE:
@@ -309,24 +311,26 @@ def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
                 f"the run's own options ({', '.join(map(_flag, _CHANGEABLE))} may be others)"
             )
     chosen = stored.options | given
+    _check(chosen)
     last = distributed.last_progress(options.out / folder.PROGRESS)
     if last is not None and last[0] > chosen["steps"]:
         raise ValueError(f"--steps {chosen['steps']}: the run has done {last[0]} steps already")
     return chosen
 
 
-def _check(given: dict) -> None:
+def _check(chosen: dict) -> None:
     """Raise ValueError for options that nothing would refuse before the folder is touched."""
     lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
     lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
-        value = given.get(name)
+        value = chosen[name]
         if value is not None and not low <= value < math.inf:
-            raise ValueError(f"{_flag(name)} must be at least {low}, got {value}")
-    if given.get("seed", 0) >= 2**63:
-        raise ValueError(f"--seed must be below 2**63, got {given['seed']}")
-    if not 0.0 < given.get("clip", 1.0) < math.inf:
-        raise ValueError(f"--clip must be above 0, got {given['clip']}")
+            finite = " and finite" if isinstance(low, float) else ""
+            raise ValueError(f"{_flag(name)} must be at least {low}{finite}, got {value}")
+    if chosen["seed"] >= 2**63:
+        raise ValueError(f"--seed must be below 2**63, got {chosen['seed']}")
+    if not 0.0 < chosen["clip"] < math.inf:
+        raise ValueError(f"--clip must be above 0 and finite, got {chosen['clip']}")
 
 
 def _paths(options: argparse.Namespace, stored: _Run | None) -> list[Path]:
@@ -388,18 +392,19 @@ def _introduce(
     left_out = len(data.files) - len(seen.files)
     if left_out:
         print(f"{left_out} files are too short for windows of {chosen['length']} tokens: left out")
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count, last = sum(parameter.numel() for parameter in model.parameters()), chosen["steps"]
     print(
         f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {where}, "
-        f"steps {first + 1} to {chosen['steps']}",
+        + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
         flush=True,
     )
 
 
 class _Stop:
-    """While it lasts, Ctrl-C and SIGTERM let the step be finished; a second one does not wait.
+    """While it lasts, Ctrl-C, SIGTERM and SIGHUP let the step be finished; a second does not wait.
 
-    Not with several processes, which would not all stop after the same step.
+    What was ignored is so still, as under ``nohup``. Not with several processes, which would
+    not all stop after the same step.
     """
 
     def __init__(self, world: int):
@@ -408,7 +413,9 @@ class _Stop:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "_Stop":
-        for number in (signal.SIGINT, signal.SIGTERM) if self._is_on else ():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if self._is_on else ():
+            if signal.getsignal(number) in (signal.SIG_IGN, None):
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -487,6 +494,8 @@ def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
     if options.config is not None:
         try:
             values = files.read_json(options.config)
+            # which a saved model has beside the options
+            values.pop("format", None)
         except ValueError as error:
             raise ValueError(f"--config: {error}") from None
     else:

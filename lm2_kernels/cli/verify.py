@@ -13,6 +13,9 @@ from lm2_kernels.terminal import Progress, check_json, write_json
 from lm2_kernels.testing import verify
 from lm2_kernels.testing.cases import DTYPES
 
+# by which a report is known
+_KEYS = ("passed", "num_checks", "checks")
+
 
 def add_verify(commands: argparse._SubParsersAction) -> None:
     """The ``verify`` command's arguments."""
@@ -38,7 +41,7 @@ def add_verify(commands: argparse._SubParsersAction) -> None:
 
 def run_verify(options: argparse.Namespace) -> int:
     """Check, and say what failed."""
-    check_json(options.json)
+    check_json(options.json, _KEYS)
     names = tuple(name for name in backends.NAMES if name in (options.backend or ()))
     on_cpu = options.device == "cpu" or machine.best_device() == "cpu"
     if "triton" in names and on_cpu and not verify.interpreted("triton"):
@@ -60,7 +63,7 @@ def run_verify(options: argparse.Namespace) -> int:
     finally:
         progress.close()
     print(verify.render(report))
-    write_json(options.json, verify.to_json(report))
+    write_json(options.json, verify.to_json(report), _KEYS)
     return int(not report.passed)
 
 

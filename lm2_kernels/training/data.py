@@ -7,6 +7,7 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -151,6 +152,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return Ids()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if path.name != TOKENIZER and "kind" not in content:
+            # one of transformers
+            return Ids()
         if content["kind"] == "words":
             return Words(content["words"])
         return {"bytes": Bytes, "ids": Ids}[content["kind"]]()
@@ -193,11 +197,13 @@ class Corpus:
         if len({path.suffix == ".npy" for path in paths}) != 1:
             raise ValueError("give text files or .npy arrays of token ids, not both and not none")
         for path in paths:
-            if not path.is_file():
-                # for what is not there, the error of the system
+            # for what is not there, the error of the system
+            status = path.stat()
+            if path.is_dir():
                 path.open("rb").close()
-                raise ValueError(f"{path} is no file")
-            if path.stat().st_size == 0:
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError(f"{path} is no regular file")
+            if status.st_size == 0:
                 raise ValueError(f"{path} is empty")
         if paths[0].suffix == ".npy":
             if dtype is not None:
@@ -313,7 +319,12 @@ def _map_text(path: Path) -> np.ndarray:
         if wrong is not None:
             start = file[:8].tobytes()
             kind = next((text for magic, text in _MAGIC.items() if start.startswith(magic)), None)
-            kind = kind or "token ids without a header need --data-dtype"
+            kind = kind or (
+                "token ids without a header need --data-dtype"
+                if zero >= 0
+                else "convert text in another encoding (iconv -f LATIN1 -t UTF-8); token ids "
+                "without a header need --data-dtype"
+            )
             raise ValueError(f"{path} is no text in UTF-8 ({wrong}): {kind}")
         done += len(content)
     return file

@@ -124,6 +124,7 @@ def save_progress(
 
     Raises:
         OSError: it cannot be written; the one before is there still.
+        KeyboardInterrupt: as raised meanwhile; likewise.
     """
     import torch.distributed.checkpoint as dcp  # noqa: PLC0415 - slow to import
 
@@ -143,6 +144,9 @@ def save_progress(
     except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
         if is_first:
             shutil.rmtree(part, ignore_errors=True)
+        for failure, _ in getattr(error, "failures", {}).values():
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure from None
         raise OSError(f"cannot write {place}: {_reason(error)}") from error
     for old in Path(folder).glob("step-*"):
         if old != place and is_step(old):

@@ -1,10 +1,12 @@
 """``python -m lm2_kernels``: what it prints and writes, and that a wrong backend cannot pass."""
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -302,12 +304,28 @@ def test_json_replaces_json_alone(command, capsys, monkeypatch, tmp_path):
     """What somebody named by mistake is there still, and it is said before the work."""
     path = tmp_path / "notes.txt"
     path.write_text("mine")
-    for where, message in ((path, "holds no JSON"), (tmp_path, "is a folder")):
+    for where, message in (
+        (path, "holds no JSON"),
+        (tmp_path, "is a folder"),
+        ("/proc/report.json", "cannot write"),
+    ):
         assert cli.main([*command, "--json", str(where)], cases=[]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
     assert path.read_text() == "mine"
     assert [entry.name for entry in tmp_path.iterdir()] == ["notes.txt"]
+    # what another program wrote, or another command
+    for content in (
+        {"name": "package", "versions": {}},
+        {"format": "lm2_kernels"},
+        [],
+        {},
+        {"a": 1},
+    ):
+        path.write_text(json.dumps(content))
+        assert cli.main([*command, "--json", str(path)], cases=[]) == 2
+        assert "JSON of something else" in capsys.readouterr().err
+        assert json.loads(path.read_text()) == content
 
 
 def test_json_of_an_earlier_run_is_replaced(capsys, tmp_path):
@@ -322,6 +340,30 @@ def test_json_of_an_earlier_run_is_replaced(capsys, tmp_path):
     assert cli.main(["info", "--json", "/dev/full"]) == 2
     assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
     assert Path("/dev/full").is_char_device()
+
+
+def test_json_goes_into_a_pipe():
+    reader, writer = os.pipe()
+    content = []
+
+    def read():
+        with open(reader, "rb") as file:
+            content.append(file.read())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert cli.main(["info", "--json", f"/dev/fd/{writer}"]) == 0
+    os.close(writer)
+    thread.join()
+    assert json.loads(content[0])["versions"]
+
+
+def test_a_terminal_without_unicode_ends_nothing(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr("lm2_kernels.cli.info.render", lambda _: "modèle")
+    assert cli.main(["info"]) == 0
+    assert out.buffer.getvalue() == b"mod\\xe8le\n"
 
 
 def test_plots_need_a_folder(capsys, tmp_path):

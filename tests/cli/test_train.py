@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import filesystem
 
 from lm2_kernels import LM2ForCausalLM, cli, disk, training
 from lm2_kernels.cli import train as command
@@ -331,7 +332,7 @@ def test_a_cut_run_is_not_begun_anew(text, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("save_every", ([], ["--save-every", "2"]))
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 def test_a_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch, capsys, number, save_every):
     """From where a signal ended it, by its own options, data and dropout."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -598,6 +599,64 @@ def test_a_second_signal_does_not_wait(text, tmp_path, monkeypatch, capsys):
     assert cli.main(_arguments(text, tmp_path / "out", "--save-every", "2")) == 130
     assert "the progress of step 2 is saved" in capsys.readouterr().err.splitlines()[-1]
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_second_signal_while_progress_is_saved(text, tmp_path, monkeypatch, capsys):
+    """Torch's checkpoints wrap whatever ends them."""
+    real = filesystem.FileSystemWriter.write_data
+
+    def interrupted(self, *args, **options):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(filesystem.FileSystemWriter, "write_data", interrupted)
+    _during(monkeypatch, 3, lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(_arguments(text, tmp_path / "out")) == 130
+    assert "nothing was saved" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_ignored_signal_ends_nothing(text, tmp_path):
+    """As of nohup, and of what a shell starts in the background."""
+
+    def run() -> int:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        real = training.loop.learning_rate
+
+        def hung_up(*args):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGINT)
+            return real(*args)
+
+        training.loop.learning_rate = hung_up
+        return cli.main(_arguments(text, tmp_path / "out"))
+
+    assert os.waitstatus_to_exitcode(_forked(run)) == 0
+
+
+def test_a_perplexity_without_end_ends_nothing(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: 1e4)
+    assert cli.main(_arguments(text, tmp_path / "out")) == 0
+    assert "perplexity inf" in capsys.readouterr().out
+
+
+def test_a_named_pipe_is_no_data(text, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    line = _refused(["train", str(tmp_path / "pipe"), "--out", str(tmp_path / "out")], capsys)
+    assert "is no regular file" in line
+
+
+def test_a_models_own_configuration_is_taken(model, text, tmp_path, capsys):
+    options = ["--steps", "1", "--batch", "2", "--length", "20", "--lr"]
+    arguments = ["train", str(text), "--config", str(model / "config.json"), *options]
+    assert "and finite, got inf" in _refused(
+        [*arguments, "inf", "--out", str(tmp_path / "new")], capsys
+    )
+    assert cli.main([*arguments, "0.1", "--out", str(tmp_path / "new")]) == 0
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(model), "--resume"]) == 0
+    assert "all 6 steps are done" in capsys.readouterr().out
 
 
 def test_a_signal_while_the_model_is_validated(text, tmp_path, monkeypatch, capsys):

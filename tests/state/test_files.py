@@ -1,9 +1,11 @@
 """Saved models: what comes back, and what a damaged or foreign folder says."""
 
+import concurrent.futures
 import errno
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,18 @@ def test_a_link_is_replaced_and_not_its_target(tmp_path):
     small_model(seed=1).save(tmp_path / "two")
     assert {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()} == before
     assert not any(path.is_symlink() for path in (tmp_path / "two").iterdir())
+
+
+def test_two_threads_write_one_file(tmp_path):
+    meeting = threading.Barrier(2)
+
+    def write(part):
+        part.write_text("whole")
+        meeting.wait(60)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: disk.replace_file(tmp_path / "file", write), range(2)))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["whole"]
 
 
 def test_a_state_goes_into_a_pipe(tmp_path):

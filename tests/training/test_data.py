@@ -115,7 +115,7 @@ def test_no_file_is_one_line(tmp_path):
         Corpus.open([tmp_path / "absent.txt"])
     with pytest.raises(IsADirectoryError):
         Corpus.open([tmp_path])
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is no regular file"):
         Corpus.open(["/dev/zero"])
     with pytest.raises(ValueError, match="not none"):
         Corpus.open([])
@@ -230,3 +230,17 @@ def test_tokenizers(tmp_path):
     assert isinstance(load_tokenizer(tmp_path), Bytes)
     (tmp_path / "tokenizer.json").unlink()
     assert isinstance(load_tokenizer(tmp_path), Ids)
+
+
+def test_a_tokenizer_of_transformers_is_none_of_ours(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    assert isinstance(load_tokenizer(tmp_path), Ids)
+    (tmp_path / "lm2_tokenizer.json").write_text('{"version": "1.0", "model": {}}')
+    with pytest.raises(ValueError, match="is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_text_in_latin_1_is_told_how(tmp_path):
+    (tmp_path / "text").write_bytes("déjà vu ".encode("latin-1"))
+    with pytest.raises(ValueError, match="iconv -f LATIN1"):
+        Corpus.open([tmp_path / "text"])
