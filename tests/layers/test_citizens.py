@@ -264,6 +264,12 @@ def _train_a_little(layers):
         optimizer.step()
 
 
+def _train_in_a_process(layers):
+    # a forked process has none of the threads that torch may have started
+    torch.set_num_threads(1)
+    _train_a_little(layers)
+
+
 @pytest.mark.parametrize("method", ("fork", "spawn"))
 def test_parameters_in_shared_memory(method):
     """They stay there, and one process sees what another trains."""
@@ -273,7 +279,7 @@ def test_parameters_in_shared_memory(method):
         layer.double()
         assert all(parameter.is_shared() for parameter in layer.parameters())
     process = torch.multiprocessing.get_context(method).Process(
-        target=_train_a_little, args=(layers,)
+        target=_train_in_a_process, args=(layers,)
     )
     process.start()
     _train_a_little(alone)
