@@ -110,22 +110,20 @@ def _call(module, seen, monkeypatch):
     monkeypatch.setattr(nn.Module, "__call__", _watched(nn.Module.__call__, module, seen))
 
 
-def _global_hook(module, seen, monkeypatch):
+def _of_all_modules(register, module, seen, monkeypatch):
     def hook(called, *_):
         if called is module:
             seen.append(1)
 
-    handle = torch.nn.modules.module.register_module_forward_hook(hook)
-    monkeypatch.callback(handle.remove)
+    monkeypatch.callback(register(hook).remove)
 
 
-def _global_pre_hook(module, seen, monkeypatch):
-    def hook(called, *_):
-        if called is module:
-            seen.append(1)
+def _global_hook(*args):
+    _of_all_modules(torch.nn.modules.module.register_module_forward_hook, *args)
 
-    handle = torch.nn.modules.module.register_module_forward_pre_hook(hook)
-    monkeypatch.callback(handle.remove)
+
+def _global_pre_hook(*args):
+    _of_all_modules(torch.nn.modules.module.register_module_forward_pre_hook, *args)
 
 
 def _subclass(module, seen, _):

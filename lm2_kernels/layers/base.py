@@ -277,6 +277,15 @@ class MemoryLayer(nn.Module):
         return read.flatten(-2)
 
 
+def shallow_copy(
+    module: nn.Module, parameters: dict[str, Tensor | None], buffers: dict[str, Tensor | None]
+) -> nn.Module:
+    """A module that shares all with another but its parameters and buffers."""
+    copied = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers)
+    return copied
+
+
 # of each module its parameters and buffers
 _Held = list[tuple[nn.Module, dict[str, Tensor | None], dict[str, Tensor | None]]]
 
@@ -296,8 +305,7 @@ def _as_held(layer: MemoryLayer, held: _Held) -> MemoryLayer:
         return layer
     copies: dict[nn.Module, nn.Module] = {}
     for module, parameters, buffers in held:
-        copied = copies[module] = object.__new__(type(module))
-        copied.__dict__.update(module.__dict__, _parameters=parameters, _buffers=buffers)
+        copies[module] = shallow_copy(module, parameters, buffers)
     for copied in copies.values():
         own = {name: copies.get(child, child) for name, child in copied._modules.items()}
         copied.__dict__["_modules"] = own
@@ -314,11 +322,7 @@ def project(op: str, x: Tensor, layer: nn.Module, width: int, *, relu: bool = Fa
     for parameter in layer._parameters.values():
         if parameter is not None and (parameter.dtype != dtype or parameter.device != device):
             _check_parameters(op, x, layer, dtype)
-    result = apply_linear(x, layer, relu=relu)
-    if is_result(result, x, width, dtype):
-        return result
-    is_cast = autocast_dtype(device.type) is not None
-    return check_result(op, result, x, width, dtype, is_cast=is_cast)
+    return check_result(op, apply_linear(x, layer, relu=relu), x, width, dtype)
 
 
 def _check_parameters(op: str, x: Tensor, layer: nn.Module, dtype: torch.dtype) -> None:
@@ -332,21 +336,20 @@ def _check_parameters(op: str, x: Tensor, layer: nn.Module, dtype: torch.dtype) 
                 check_dtypes(op, dtype, (), **{name: parameter})
 
 
-def is_result(result: Tensor, x: Tensor, width: int, dtype: torch.dtype) -> bool:
-    """Whether :func:`check_result` would give the result back as it is."""
-    shape = (*x.shape[:-1], width)
-    return result.dtype == dtype and result.device == x.device and result.shape == shape
-
-
 def check_result(
-    op: str, result: Tensor, x: Tensor, width: int, dtype: torch.dtype, *, is_cast: bool
+    op: str, result: Tensor, x: Tensor, width: int, dtype: torch.dtype, *, is_cast: bool = False
 ) -> Tensor:
     """What a submodule made of x, (B, T, width) in ``dtype``; TypeError or ValueError if it is not.
 
-    ``is_cast``: whether a result of another dtype that goes with ``dtype`` is cast to it.
+    ``is_cast``: whether a result of another dtype that goes with ``dtype`` is cast to it, as it is
+    under autocast.
     """
+    shape = (*x.shape[:-1], width)
+    if result.dtype == dtype and result.device == x.device and result.shape == shape:
+        return result
     check_tensors(op, input=x, result=result)
-    check_shape(op, "result", result, "(B, T, width)", (*x.shape[:-1], width))
+    check_shape(op, "result", result, "(B, T, width)", shape)
+    is_cast = is_cast or autocast_dtype(x.device.type) is not None
     if not is_cast or not go_together(dtype, result.dtype):
         check_dtypes(op, dtype, (), result=result)
     return result.to(dtype)

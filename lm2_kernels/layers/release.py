@@ -24,9 +24,9 @@ from lm2_kernels.layers.base import (
     PieceReader,
     Reader,
     check_result,
-    is_result,
     ordinary_parameter,
     project,
+    shallow_copy,
 )
 from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
@@ -160,13 +160,7 @@ class _TwinParameters(dict[str, Tensor | None]):
 
 def _twin(module: nn.Module) -> nn.Module:
     """A module as it is found under a second name."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(
-        module.__dict__,
-        _parameters=_TwinParameters(module._parameters),
-        _buffers=dict(module._buffers),
-    )
-    return twin
+    return shallow_copy(module, _TwinParameters(module._parameters), dict(module._buffers))
 
 
 # (x (B, T, D), w (D,)) -> pooled (B, 1 or T, D) and the sum over all tokens so far (B, D)
@@ -519,10 +513,8 @@ class ReleaseMemory(MemoryLayer):
             read = reader.read(query, rows, block)
             name = "attended_memory_layernorm"
             attended = self._normalise(name, read, rows, self.attended_memory_layernorm)
-            mixed = self.attention_mlp(attended)
-            if not is_result(mixed, attended, self.dim, attended.dtype):
-                op = f"{type(self).__name__}.attention_mlp"
-                mixed = check_result(op, mixed, x, self.dim, attended.dtype, is_cast=True)
+            op, mixed = f"{type(self).__name__}.attention_mlp", self.attention_mlp(attended)
+            mixed = check_result(op, mixed, attended, self.dim, attended.dtype, is_cast=True)
             name = "attended_memory_layernorm2"
             rows = self._normalise(name, mixed, attended, self.attended_memory_layernorm2)
         return rows

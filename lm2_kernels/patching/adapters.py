@@ -8,7 +8,7 @@ from torch import nn
 from lm2_kernels.state.hub import Place
 
 # what each module has that PEFT puts in place of another
-_ADAPTER = "adapter_layer_names"
+ADAPTER = "adapter_layer_names"
 _ORDER = (
     "add the memory to the model first, then the adapters, with modules_to_save=['memory'] in "
     "their config: PEFT then trains, saves and loads the memory with them"
@@ -18,7 +18,7 @@ _ORDER = (
 def has_adapters(model: nn.Module) -> bool:
     """Whether PEFT put adapters into a model, or is it."""
     is_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
-    return is_peft or any(hasattr(module, _ADAPTER) for module in model.modules())
+    return is_peft or any(hasattr(module, ADAPTER) for module in model.modules())
 
 
 def is_adapter(place: Place) -> bool:
@@ -44,7 +44,7 @@ def warn_of_frozen(decoder: nn.Module, memories: Iterable[nn.Module]) -> bool:
         memories: what its blocks have as ``memory``: PEFT's wrapper if it is to be saved.
     """
     memories = list(memories)
-    own = [memory for memory in memories if not hasattr(memory, _ADAPTER)]
+    own = [memory for memory in memories if not hasattr(memory, ADAPTER)]
     frozen = [p for memory in own for p in memory.parameters() if not p.requires_grad]
     trained = [p for memory in memories for p in memory.parameters() if p.requires_grad]
     if trained and not frozen:

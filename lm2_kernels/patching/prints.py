@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lm2_kernels.patching.adapters import ADAPTER
+
 # numbers of each tensor that count, about
 _SAMPLES = 64
 
@@ -36,7 +38,7 @@ def fingerprint(module: nn.Module, note: str = "") -> str:
 def _weights(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a state dict has, by the names that they have without PEFT."""
     # not state_dict itself, which gathers or converts what is sharded or quantised
-    if hasattr(module, "adapter_layer_names"):
+    if hasattr(module, ADAPTER):
         yield from _adapted(module, prefix)
         return
     own = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}

@@ -10,24 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import lm2_kernels as lm2
 from lm2_kernels.patching import add_memory, get_memory, load_memory
+from tools.hosts import bare_llama
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 INDEX = "model.safetensors.index.json"
-
-
-def _host(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 def _draw(model):
@@ -41,7 +28,7 @@ def _draw(model):
 @pytest.fixture
 def saved(tmp_path):
     """A folder as ``save_pretrained`` writes it, and the model's logits."""
-    model = _host()
+    model = bare_llama()
     add_memory(model, memory_slots=4, num_heads=2)
     _draw(model).save_pretrained(tmp_path / "saved")
     return tmp_path / "saved", _logits(model)
@@ -53,7 +40,7 @@ def _logits(model):
 
 
 def _loads(folder, want, **options):
-    model = _host()
+    model = bare_llama()
     load_memory(model, folder, **options)
     torch.testing.assert_close(_logits(model), want)
 
@@ -107,7 +94,7 @@ def test_wrong_files_are_named(saved):
     folder, _ = saved
     table = _split(folder)
     name = next(name for name in table if ".memory." in name)
-    index, model = (folder / INDEX).read_text(), _host()
+    index, model = (folder / INDEX).read_text(), bare_llama()
 
     def refused(error, message):
         with pytest.raises(error, match=message):
@@ -149,7 +136,7 @@ def test_two_weights_of_one_name_are_refused(saved):
     name = next(name for name in tensors if ".memory." in name)
     save_file({**tensors, f"other.{name}": tensors[name].clone()}, folder / "model.safetensors")
     with pytest.raises(ValueError, match="second weight"):
-        load_memory(_host(), folder)
+        load_memory(bare_llama(), folder)
 
 
 class _Hub(types.ModuleType):
@@ -187,7 +174,7 @@ def test_a_repository_of_the_hub(saved, sharded, tmp_path, monkeypatch):
     assert [call[2] for call in hub.calls] == ["main", *["0123abcd"] * (len(hub.calls) - 1)]
     assert {call[3:] for call in hub.calls} == {("secret", cache)}
     with pytest.raises(OSError, match=r"does not give it: 404 Client Error$"):
-        load_memory(_host(), "user/other")
+        load_memory(bare_llama(), "user/other")
     # a folder of that name comes first
     (tmp_path / "user").mkdir()
     folder.rename(tmp_path / "user" / "model")
@@ -196,7 +183,9 @@ def test_a_repository_of_the_hub(saved, sharded, tmp_path, monkeypatch):
     assert not hub.calls
 
 
-@pytest.mark.parametrize("load", (lambda name: load_memory(_host(), name), lm2.LM2ForCausalLM.load))
+@pytest.mark.parametrize(
+    "load", (lambda name: load_memory(bare_llama(), name), lm2.LM2ForCausalLM.load)
+)
 def test_without_the_hub(load, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -221,20 +210,20 @@ def test_the_cache_of_the_hub_offline(saved, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     _loads("user/model", want, cache_dir=tmp_path / "cache")
     with pytest.raises(OSError, match="'user/other'"):
-        load_memory(_host(), "user/other", cache_dir=tmp_path / "cache")
+        load_memory(bare_llama(), "user/other", cache_dir=tmp_path / "cache")
 
 
 def test_options_of_the_hub_are_not_for_a_folder(saved):
     folder, _ = saved
     with pytest.raises(ValueError, match="is no repository of the Hub, which revision is for"):
-        load_memory(_host(), folder, revision="main")
+        load_memory(bare_llama(), folder, revision="main")
 
 
 def test_a_host_on_the_meta_device_keeps_the_weights(saved):
     """Whose own weights come later: those of the memory are there, and not lost."""
     folder, _ = saved
     with torch.device("meta"):
-        model = _host()
+        model = bare_llama()
     load_memory(model, folder)
     wanted = load_file(folder / "model.safetensors")
     for name, parameter in model.named_parameters():
@@ -245,7 +234,7 @@ def test_a_host_on_the_meta_device_keeps_the_weights(saved):
 def test_an_offloaded_host_has_its_memory_where_it_computes(saved):
     """accelerate's hooks say where, while the weights are on the meta device."""
     folder, want = saved
-    model = _host()
+    model = bare_llama()
     weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
     for block in model.model.layers:
         block.self_attn.q_proj._hf_hook = types.SimpleNamespace(execution_device="cpu")
