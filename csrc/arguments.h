@@ -43,16 +43,16 @@ struct MemoryAttention {
 };
 
 struct MemoryAttentionForward : MemoryAttention {
-  void* out;  // (B, T, H, K) contiguous
-  void* lse;  // (B, H, T) contiguous; natural log-sum-exp, +inf for a row that sees no slot
+  void* out;         // (B, T, H, K) contiguous
+  void* statistics;  // (B, H, 2, T) contiguous; what backward wants of a row, or 0
 };
 
 struct MemoryAttentionBackward : MemoryAttention {
   View dout, out;
-  const void* lse;   // (B, H, T) contiguous
-  void* dquery;      // (B, T, H, K) contiguous; null: not needed
-  void* dkey_value;  // (B, N, 2, H, K) contiguous; null: not needed. Not both are null
-  void* workspace;   // of the size the backend asked for, 256-byte aligned; null if it asked for 0
+  const void* statistics;  // (B, H, 2, T) contiguous
+  void* dquery;            // (B, T, H, K) contiguous; null: not needed
+  void* dkey_value;        // (B, N, 2, H, K) contiguous; null: not needed. Not both are null
+  void* workspace;  // of the size the backend asked for, 256-byte aligned; null if it asked for 0
 };
 
 struct MemoryUpdate {

@@ -308,17 +308,18 @@ struct Bindings {
     fill(call, args, query, key, value, slot_mask, seed, causal, slot_offset, scale, top_k,
          dropout_p);
     Tensor out = call.result({args.batch, args.tokens, args.heads, args.width}, args.dtype);
-    Tensor lse = call.result({args.batch, args.heads, args.tokens}, accumulation(args.dtype));
+    Tensor statistics =
+        call.result({args.batch, args.heads, 2, args.tokens}, accumulation(args.dtype));
     args.out = pointer(out);
-    args.lse = pointer(lse);
+    args.statistics = pointer(statistics);
     if (args.batch > 0) call.run(args);
-    return {out, lse};
+    return {out, statistics};
   }
 
   static std::tuple<Tensor, Tensor> memory_attention_backward(
       const Tensor& dout, const Tensor& query, const Tensor& key, const Tensor& value,
       const OptionalTensor& slot_mask, const OptionalTensor& seed, const Tensor& out,
-      const Tensor& lse, bool causal, int64_t slot_offset, double scale,
+      const Tensor& statistics, bool causal, int64_t slot_offset, double scale,
       std::optional<int64_t> top_k, double dropout_p, bool needs_dquery, bool needs_dkey_value) {
     Call<Device> call("memory_attention", query);
     MemoryAttentionBackward args;
@@ -328,8 +329,9 @@ struct Bindings {
     const auto read = {args.batch, args.tokens, args.heads, args.width};
     args.dout = call.view("dout", dout, read, {type});
     args.out = call.view("out", out, read, {type});
-    args.lse = call.plain("lse", lse, {args.batch, args.heads, args.tokens},
-                          scalar_type(accumulation(args.dtype)));
+    args.statistics =
+        call.plain("statistics", statistics, {args.batch, args.heads, 2, args.tokens},
+                   scalar_type(accumulation(args.dtype)));
     Tensor dquery = call.result(read, args.dtype, needs_dquery);
     Tensor dkey_value = call.result({args.batch, args.slots, 2, args.heads, args.width}, args.dtype,
                                     needs_dkey_value);

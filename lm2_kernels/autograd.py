@@ -123,10 +123,10 @@ def apply(function: type[torch.autograd.Function], *args):
 
 
 class MemoryAttentionFunction(torch.autograd.Function):
-    """``(query, key, value, slot_mask, seed, ...) -> (out, lse)``.
+    """``(query, key, value, slot_mask, seed, ...) -> (out, statistics)``.
 
-    Saves query, key, value and out by reference, lse (4 B H T bytes), and the slot mask and seed if
-    there are any: nothing of size (T, N). The dropout mask is recomputed from the seed.
+    Saves query, key, value and out by reference, statistics (8 B H T bytes), and the slot mask and
+    seed if there are any: nothing of size (T, N). The dropout mask is recomputed from the seed.
     """
 
     @staticmethod
@@ -136,10 +136,10 @@ class MemoryAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         query, key, value, slot_mask, seed, *ctx.options, ctx.backend = inputs
-        out, lse = output
-        ctx.mark_non_differentiable(lse)
+        out, statistics = output
+        ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, slot_mask, seed, out, lse)
+        ctx.save_for_backward(query, key, value, slot_mask, seed, out, statistics)
 
     @staticmethod
     def backward(ctx, dout, _):

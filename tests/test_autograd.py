@@ -634,14 +634,14 @@ B, T, N, H, D = 2, 128, 128, 3, 32
     ids=["plain", "top_k", "dropout", "slot_mask"],
 )
 def test_memory_attention_saves_no_scores(options, dtype, backend):
-    """query, key, value, out, mask by reference; lse (4 B H T) and the seed (8) of its own."""
+    """query, key, value, out, mask by reference; statistics (8 B H T) and the seed (8) of its own."""
     case = Case("memory_attention", B, T, N, H, 8, tuple(options.items()))
     inputs = testing.make_inputs(case, dtype)
     saved, leaves, outputs = saved_tensors(case, inputs, backend)
     assert all(tensor.numel() < T * N for tensor in saved)
     masks = [inputs.constants[name] for name in ("slot_mask",) if name in inputs.constants]
     own = own_bytes(saved, [*leaves.values(), *outputs, *masks])
-    assert own == 4 * B * H * T + (8 if "dropout_p" in options else 0)
+    assert own == 8 * B * H * T + (8 if "dropout_p" in options else 0)
 
 
 @every_backend

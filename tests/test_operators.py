@@ -45,7 +45,7 @@ def _attention_backward(**changes):
     arguments = _attention() | {
         "dout": torch.randn(B, T, H, K),
         "out": torch.randn(B, T, H, K),
-        "lse": torch.randn(B, H, T),
+        "statistics": torch.randn(B, H, 2, T),
         "needs_dquery": True,
         "needs_dkey_value": True,
     }

@@ -294,15 +294,13 @@ struct Head {
   }
 
   // Turns a row of products into exp(score - maximum), in place, and 0 from `visible` up to `end`:
-  // times the result, that is the probabilities. The natural log-sum-exp goes to `lse`, what top-k
-  // and dropout put on each slot to `factor`, and whether they do to `has_factor`.
-  Scalar softmax(Scalar* row, int64_t t, int64_t end, Scalar* lse, Scalar* factor,
-                 bool* has_factor) const {
+  // times the result, that is the probabilities. What top-k and dropout put on each slot goes to
+  // `factor`, and whether they do to `has_factor`.
+  Scalar softmax(Scalar* row, int64_t t, int64_t end, Scalar* factor, bool* has_factor) const {
     const int64_t count = visible(t);
     *has_factor = false;
     if (first_visible >= count) {
       for (int64_t j = 0; j < end; ++j) row[j] = 0;
-      *lse = std::numeric_limits<Scalar>::infinity();
       return 1;
     }
     const auto low = S::set(-std::numeric_limits<Scalar>::infinity());
@@ -316,8 +314,7 @@ struct Head {
     });
     const bool has_top_k = args.top_k != 0 && args.top_k < count;
     if (has_top_k) keep_top_k(row, factor, count, args.top_k);
-    const Scalar maximum = S::maximum(most);
-    const auto shift = S::set(maximum);
+    const auto shift = S::set(S::maximum(most));
     auto sum = S::zero();
     vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       const auto p = S::exp_down(get<S>(row + j, part) - shift);
@@ -325,7 +322,6 @@ struct Head {
       sum = sum + keep<S>(p, S::zero(), part);
     });
     const Scalar total = S::sum(sum);
-    *lse = maximum + std::log(total);
     for (int64_t j = count; j < end; ++j) row[j] = 0;
     if (args.seed != nullptr) {
       const Scalar kept = static_cast<Scalar>(args.keep_factor);
@@ -347,9 +343,8 @@ struct Head {
     const int64_t count = visible(t);
     // the scores again, and their softmax from them: from a rounded log-sum-exp, a one-hot row
     // would not cancel exactly
-    Scalar lse;
     bool has_factor;
-    const auto inverse = S::set(softmax(p, t, end, &lse, factor, &has_factor));
+    const auto inverse = S::set(softmax(p, t, end, factor, &has_factor));
     auto sum = S::zero();
     vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       const auto x = get<S>(p + j, part) * inverse;
@@ -473,10 +468,8 @@ static void forward_few(const MemoryAttentionForward& args) {
         const int64_t count = head.visible(t);
         widen<S>(head.rows(args.query) + t * args.query.row_stride, query, head.width);
         products_with_rows(head, args.key, query, count, row);
-        const int64_t index = item * args.tokens + t;
         bool has_factor;
-        const Scalar inverse = head.softmax(row, t, count, static_cast<Scalar*>(args.lse) + index,
-                                            factor, &has_factor);
+        const Scalar inverse = head.softmax(row, t, count, factor, &has_factor);
         for (int64_t j = 0; has_factor && j < count; ++j) row[j] *= factor[j];
         head.put_row(sum_of_rows(head, args.value, row, count), inverse, args.out, t);
       }
@@ -487,6 +480,9 @@ static void forward_few(const MemoryAttentionForward& args) {
 template <class S, class T>
 static void attention_forward(const MemoryAttentionForward& args) {
   using Scalar = typename S::Scalar;
+  // backward has whole rows of scores, and wants nothing
+  const int64_t rows = args.batch * args.heads * args.tokens;
+  std::memset(args.statistics, 0, 2 * rows * sizeof(Scalar));
   if (args.tokens <= kFewRows) return forward_few<S, T>(args);
   const Split<S> split(args);
   parallel(split.items, 1, [&](int64_t begin, int64_t end) {
@@ -513,10 +509,9 @@ static void attention_forward(const MemoryAttentionForward& args) {
         Scalar inverse[kBlockRows];
         for (int64_t i = 0; i < rows; ++i) {
           Scalar* const row = scores + i * stride;
-          const int64_t index = (head.b * args.heads + head.h) * args.tokens + first + i;
           bool has_factor;
-          inverse[i] = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots,
-                                    static_cast<Scalar*>(args.lse) + index, factor, &has_factor);
+          inverse[i] = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots, factor,
+                                    &has_factor);
           const int64_t count = has_factor ? head.visible(first + i) : 0;
           for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
         }

@@ -6,14 +6,16 @@
 //
 //   pass      owns      other     W                        Y
 //   forward   queries   slots     P, by online softmax     V
-//   statistic queries   slots     none: row sums of P and of P * dP (float32 only)
+//   delta     queries   slots     none: row sums of P and of P * dP (float32 only)
 //   dquery    queries   slots     dS = P (dP - delta)      K
 //   dkey      slots     queries   dS^T                     Q
 //   dvalue    slots     queries   (P * dropout)^T          dO
 //
 // with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
-// P comes from the log-sum-exp. In float32 its rounding is made good by the row's own sums, so that
-// a one-hot row cancels as in a plain softmax; in 16 bits delta is rowsum(dO * O).
+// P comes from two numbers a row that the forward pass leaves: the largest visible product q k, and
+// the logarithm of the sum of exp(scale (q k - largest)). A negative scale is the product's sign.
+// In float32 delta is the row sum of P * dP, so that a one-hot row cancels as in a plain softmax;
+// in 16 bits it is rowsum(dO * O).
 //
 // Layout: (B, T or N, H, K) by strides; tiles lie in shared memory, zero where a slot is masked or
 // a row or column is not there.
@@ -24,17 +26,16 @@
 namespace lm2::cuda {
 namespace {
 
-enum class Pass { forward, statistic, dquery, dkey, dvalue };
+enum class Pass { forward, delta, dquery, dkey, dvalue };
 
 // What a kernel is given beside the arguments of the op.
 struct Job {
   MemoryAttention args;
   View dout;
-  const float* lse;
-  float* correction;  // (B, H, T): 1 / sum of exp(s - lse); null: 1
-  float* delta;       // (B, H, T)
-  void* result;       // out, dquery or dkey_value
-  float* lse_out;
+  const float* statistics;  // (B, H, 2, T)
+  float* new_statistics;    // where the forward pass writes them
+  float* delta;  // (B, H, T)
+  void* result;  // out, dquery or dkey_value
   bool vectors;  // rows start at multiples of 16 bytes and are whole ones
 };
 
@@ -216,9 +217,17 @@ __device__ __forceinline__ float exponential(float x) {
 
 // Per token what the backward passes need of it.
 struct Token {
-  float lse, correction, delta;
+  float largest, log_sum, delta;
   dropout::RowKeys keys;
 };
+
+// The largest product of a row as the backward passes use it. They may add up its terms in another
+// order: where that moves a score by as much as a probability, it is four units in its last place
+// lower, so that no row loses it there.
+__device__ __forceinline__ float lowered(float largest, float scale) {
+  const float size = fabsf(largest);
+  return size * scale > 726817.0f ? largest - size * 0x1p-21f : largest;
+}
 
 template <class T, int kWidth, Pass kPass>
 // one block is enough: registers are worth more than occupancy
@@ -229,7 +238,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
   constexpr int kStride = Tile::kStride;
   constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
   constexpr bool kNeedsDp =
-      kPass == Pass::statistic || kPass == Pass::dquery || kPass == Pass::dkey;
+      kPass == Pass::delta || kPass == Pass::dquery || kPass == Pass::dkey;
   const MemoryAttention& args = job.args;
   LM2_DYNAMIC_SHARED(T, shared);
   T* const owned1 = shared;                     // Q, or K
@@ -252,18 +261,20 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
                                            first, kOwnsSlots);
   }
 
-  const int64_t statistics = head_index * args.tokens;
+  // of the score, with its sign left to the product; above 0, as 0 * -inf is NaN
+  const float scale = fmaxf(static_cast<float>(fabs(args.scale)), 1.2e-38f);
+  const float sign = args.scale < 0.0 ? -1.0f : 1.0f;
+  const int64_t first_row = head_index * args.tokens;
   const auto token_of = [&](int64_t index) {
-    Token token = {0.0f, 1.0f, 0.0f, {0, 0}};
+    Token token = {0.0f, 0.0f, 0.0f, {0, 0}};
     if (index >= args.tokens) return token;
     if constexpr (kPass != Pass::forward) {
-      token.lse = job.lse[statistics + index];
-      if constexpr (kPass != Pass::statistic) {
-        if (job.correction != nullptr) token.correction = job.correction[statistics + index];
-        if constexpr (kNeedsDp) token.delta = job.delta[statistics + index];
-      }
+      const float* const row = job.statistics + 2 * first_row + index;
+      token.largest = row[0];
+      token.log_sum = row[args.tokens];
+      if constexpr (kNeedsDp && kPass != Pass::delta) token.delta = job.delta[first_row + index];
     }
-    if (args.seed != nullptr) token.keys = dropout::row_keys(*args.seed, statistics + index);
+    if (args.seed != nullptr) token.keys = dropout::row_keys(*args.seed, first_row + index);
     return token;
   };
   // of the two owned rows of this thread; of the other kind they change from tile to tile
@@ -272,8 +283,8 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     for (int i = 0; i < 2; ++i) tokens[i] = token_of(first + 16 * warp + g + 8 * i);
   }
 
-  float result[kPass == Pass::statistic ? 1 : kWidth / 8][4] = {};
-  // forward: the running maximum and sum; statistic: the sums of P and of P * dP
+  float result[kPass == Pass::delta ? 1 : kWidth / 8][4] = {};
+  // forward: the running maximum and sum; delta: the sums of P and of P * dP
   float running[2][2] = {{kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f},
                          {kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f}};
 
@@ -306,7 +317,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     if constexpr (kNeedsDp) {
       scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2);
     }
-    const float scale = static_cast<float>(args.scale);
+    const float factor = static_cast<float>(args.scale);
     const float keep_factor = static_cast<float>(args.keep_factor);
 #pragma unroll
     for (int n = 0; n < kOther / 8; ++n) {
@@ -325,13 +336,15 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
         if (visible && args.slot_mask != nullptr) {
           visible = args.slot_mask[b * args.mask_batch_stride + slot * args.mask_slot_stride] != 0;
         }
-        const float x = visible ? s[n][i] * scale : -INFINITY;
+        const float x = visible ? s[n][i] * sign : -INFINITY;
         if constexpr (kPass == Pass::forward) {
           s[n][i] = x;
           seen[i / 2] = seen[i / 2] || visible;
         } else {
           const Token& token = kOwnsSlots ? columns[i % 2] : tokens[i / 2];
-          const float p = visible ? exponential<T>(x - token.lse) * token.correction : 0.0f;
+          // 0 where a difference is NaN: what counts in such a row is its sum
+          const float below = fminf(x - token.largest, 0.0f) * scale;
+          const float p = visible ? exponential<T>(below - token.log_sum) : 0.0f;
           float keep = 1.0f;
           if (args.seed != nullptr) {
             const uint32_t bits = dropout::bits(token.keys, static_cast<uint32_t>(slot));
@@ -340,11 +353,11 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
           if constexpr (kPass == Pass::dvalue) {
             // keep_factor comes last: here it could exceed float16
             s[n][i] = keep == 0.0f ? 0.0f : p;
-          } else if constexpr (kPass == Pass::statistic) {
+          } else if constexpr (kPass == Pass::delta) {
             running[i / 2][0] += p;
             if (visible) running[i / 2][1] += p * (dp[n][i] * keep);
           } else {
-            s[n][i] = visible ? p * (dp[n][i] * keep - token.delta) * scale : 0.0f;
+            s[n][i] = visible ? p * (dp[n][i] * keep - token.delta) * factor : 0.0f;
           }
         }
       }
@@ -360,7 +373,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
         most = quad_max(most);
         // nothing seen yet: any finite shift leaves the zeros zero
         const float shift = most == -INFINITY ? 0.0f : most;
-        const float shrink = exponential<T>(running[row][0] - shift);
+        const float shrink = exponential<T>((running[row][0] - shift) * scale);
         float sum = 0.0f;
         const int64_t own = first + 16 * warp + g + 8 * row;
 #pragma unroll
@@ -368,7 +381,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * row + i];
-            x = exponential<T>(x - shift);
+            x = exponential<T>((x - shift) * scale);
             sum += x;
             if (args.seed != nullptr && own < args.tokens) {
               const uint32_t slot = static_cast<uint32_t>(tile + 8 * n + 2 * t + i);
@@ -385,7 +398,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
         }
       }
     }
-    if constexpr (kPass != Pass::statistic) {
+    if constexpr (kPass != Pass::delta) {
       constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey;
       add_weighted<T, kWidth>(result, s, kTakesFirst ? other1 : other2, weights_memory);
     }
@@ -402,13 +415,14 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
       const bool any = quad_max(seen[row] ? 1.0f : 0.0f) != 0.0f;
       factor = any ? factor / sum : 0.0f;
       if (t == 0 && own < args.tokens) {
-        job.lse_out[statistics + own] = any ? running[row][0] + logf(sum) : INFINITY;
+        float* const statistics = job.new_statistics + 2 * first_row + own;
+        statistics[0] = lowered(running[row][0], scale);
+        statistics[args.tokens] = any ? logf(sum) : INFINITY;
       }
-    } else if constexpr (kPass == Pass::statistic) {
+    } else if constexpr (kPass == Pass::delta) {
       const float sum = quad_sum(running[row][0]), product = quad_sum(running[row][1]);
       if (t == 0 && own < args.tokens) {
-        job.correction[statistics + own] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        job.delta[statistics + own] = sum == 0.0f ? 0.0f : product / sum;
+        job.delta[first_row + own] = sum == 0.0f ? 0.0f : product / sum;
       }
       continue;
     }
@@ -419,7 +433,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     }
     T* const out = static_cast<T*>(job.result) + offset * args.width;
 #pragma unroll
-    for (int n = 0; n < (kPass == Pass::statistic ? 1 : kWidth / 8); ++n) {
+    for (int n = 0; n < (kPass == Pass::delta ? 1 : kWidth / 8); ++n) {
       for (int i = 0; i < 2; ++i) {
         const int column = 8 * n + 2 * t + i;
         if (column < args.width) out[column] = from_float<T>(result[n][2 * row + i] * factor);
@@ -490,8 +504,7 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   job.delta = static_cast<float*>(args.workspace);
   cudaError_t error = cudaSuccess;
   if constexpr (sizeof(T) == 4) {
-    job.correction = job.delta + rows;
-    error = launch<T, kWidth, Pass::statistic>(job, stream);
+    error = launch<T, kWidth, Pass::delta>(job, stream);
   } else {
     if (!fits_grid((rows + 3) / 4)) return cudaErrorInvalidConfiguration;
     LM2_LAUNCH(delta_kernel<T>, dim3(static_cast<unsigned>((rows + 3) / 4)), dim3(128), 0, stream,
@@ -549,22 +562,20 @@ cudaError_t dispatch(const MemoryAttention& args, const Run& run) {
 cudaError_t memory_attention_forward(const MemoryAttentionForward& args, cudaStream_t stream) {
   Job job = job_of(args, View{});
   job.result = args.out;
-  job.lse_out = static_cast<float*>(args.lse);
+  job.new_statistics = static_cast<float*>(args.statistics);
   return dispatch(
       args, [&]<class T, int kWidth>() { return launch<T, kWidth, Pass::forward>(job, stream); });
 }
 
 cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaStream_t stream) {
   Job job = job_of(args, args.dout);
-  job.lse = static_cast<const float*>(args.lse);
+  job.statistics = static_cast<const float*>(args.statistics);
   return dispatch(args,
                   [&]<class T, int kWidth>() { return backward<T, kWidth>(job, args, stream); });
 }
 
 int64_t workspace_bytes(const MemoryAttentionBackward& args) {
-  // delta, and in float32 the correction
-  const int64_t rows = args.batch * args.heads * args.tokens;
-  return rows * (args.dtype == Dtype::float32 ? 8 : 4);
+  return args.batch * args.heads * args.tokens * 4;  // delta
 }
 
 }  // namespace lm2::cuda

@@ -132,23 +132,20 @@ def memory_attention_forward(
     keys, values = _by_head(key, slot_mask), _by_head(value, slot_mask)
     queries = query.transpose(1, 2)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(
-        batch, num_heads, num_tokens, dtype=accumulation_dtype(query), device=query.device
+    # backward has whole rows of scores, and wants nothing
+    statistics = torch.zeros(
+        batch, num_heads, 2, num_tokens, dtype=accumulation_dtype(query), device=query.device
     )
     for start, end, visible in _row_blocks(query, num_slots, causal, slot_offset):
         rows = queries[:, :, start:end].to(keys.dtype)
         scores = _scores(rows, keys[:, :, :visible], slot_mask, causal, slot_offset + start, scale)
         sees_any = _sees_any(slot_mask, causal, slot_offset + start, end - start, visible)
-        row_lse = torch.logsumexp(scores, dim=-1)
-        if sees_any is not None:
-            row_lse.masked_fill_(~sees_any[..., 0], math.inf)
-        lse[:, :, start:end] = row_lse
         factor = _kept(scores, seed, start, num_tokens, top_k, dropout_p)
         probabilities = _softmax(scores, sees_any)
         if factor is not None:
             probabilities.mul_(factor)
         out[:, start:end] = (probabilities @ values[:, :, :visible]).transpose(1, 2)
-    return out, lse
+    return out, statistics
 
 
 def memory_attention_backward(
@@ -159,7 +156,7 @@ def memory_attention_backward(
     slot_mask: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     causal: bool,
     slot_offset: int,
     scale: float,

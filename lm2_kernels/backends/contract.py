@@ -38,15 +38,15 @@ def _like(tensor: Tensor, shape: tuple[int, ...], needed: bool, dtype=None) -> T
 
 
 def memory_attention_forward(query):
-    """``out`` (B, T, H, K), ``lse`` (B, H, T).
+    """``out`` (B, T, H, K), ``statistics`` (B, H, 2, T).
 
-    ``lse``, float32 (float64 for float64), is the natural log-sum-exp of a row's visible scores,
-    +inf for a row that sees no slot. ``seed`` is an int64 scalar tensor on the device, or None
+    ``statistics``, float32 (float64 for float64), are two numbers a row for the same backend's
+    backward, which alone knows what they are; 0 where it needs none. ``seed`` is an int64 scalar tensor on the device, or None
     without dropout; the keep mask is the one of :mod:`lm2_kernels.backends.dropout`.
     """
     batch, num_tokens, num_heads, _ = query.shape
-    lse = query.new_empty(batch, num_heads, num_tokens, dtype=accumulation_dtype(query))
-    return query.new_empty(query.shape), lse
+    statistics = query.new_empty(batch, num_heads, 2, num_tokens, dtype=accumulation_dtype(query))
+    return query.new_empty(query.shape), statistics
 
 
 def memory_attention_backward(query, key, needs_dquery, needs_dkey_value):

@@ -9,6 +9,7 @@ may lack.
 
 import contextlib
 import functools
+import itertools
 import math
 
 import pytest
@@ -483,7 +484,8 @@ EXTREMES = {
 def test_extreme_logits(backend, extreme, options, tokens, record_property):
     """The read, and what reaches the values, by the rule; every gradient finite where eager's is.
 
-    Tokens that see nothing are there too.
+    Tokens that see nothing are there too. Nothing more can be asked where scores round by more than
+    they differ: the next test has scores that do not round.
     """
     record_property("backend", backend)
     case = testing.Case("memory_attention", 1, tokens, 24, 2, 16, options)
@@ -500,6 +502,80 @@ def test_extreme_logits(backend, extreme, options, tokens, record_property):
 
     with _on(backend, "memory_attention"):
         assert_rule(run, narrow=math.inf)
+
+
+def _whole_numbers(case, dtype, size):
+    """Inputs whose products are exact in float32, whatever the order: many scores of a row tie."""
+    inputs = testing.make_inputs(case, dtype)
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(tensor, unit):
+        tensor.copy_(torch.randint(-2, 3, tensor.shape, generator=generator) * unit)
+
+    fill(inputs.tensors["query"], size)
+    fill(inputs.tensors["key"], size)
+    # in 16 bits the mean of up to six values is exact, too
+    fill(inputs.tensors["value"], 1 / 8 if dtype == torch.float32 else 60 / 256)
+    fill(inputs.cotangents[0], 1 / 8)
+    return inputs
+
+
+def _every_dtype(dtypes):
+    return pytest.mark.parametrize(
+        ("backend", "dtype"),
+        [
+            _param(backend, dtype, id=dtype)
+            for backend, (known, _) in BACKENDS.items()
+            for dtype in dtypes
+            if dtype in known
+        ],
+    )
+
+
+ATTENTION_OPTIONS = ((), (("slot_mask", "prefix"),), (("dropout_p", 0.5),))
+
+
+@_every_dtype(GPU_DTYPES)
+@pytest.mark.parametrize("size", (2.0**6, 2.0**13, 2.0**40))
+def test_extreme_logits_that_tie(backend, dtype, size, record_property):
+    """Every result and gradient by the rule: what is one-hot stays so, equal slots share."""
+    record_property("backend", backend)
+    if dtype == "float16":
+        size = min(size, 2.0**13)
+    for options, scale, tokens in itertools.product(ATTENTION_OPTIONS, (0.5, -0.5, 0.0), (3, 20)):
+        options = (*options, ("scale", scale))
+        case = testing.Case("memory_attention", 1, tokens, 24, 2, 8, options)
+        inputs = _whole_numbers(case, testing.DTYPES[dtype], size)
+        # in 16 bits the scores of the oracle's own arithmetic would overflow
+        plain = testing.run_reference(case, inputs, torch.float32)
+        oracle = testing.run_reference(case, inputs, torch.float64)
+        with _on(backend, "memory_attention"):
+            results = testing.run_case(case, inputs, _name(backend))
+        for name, result in results.items():
+            unit = size if name in ("dquery", "dkey") else 1.0
+            wanted = (oracle[name] / unit, plain[name].to(result.dtype) / unit)
+            compared = testing.compare(name, result / unit, *wanted)
+            assert compared.passed, (case.id, compared)
+
+
+@_every_dtype(("bfloat16", "float16"))
+@pytest.mark.parametrize("size", (1e2, 1e4))
+@pytest.mark.parametrize("ties", (False, True), ids=("", "ties"))
+def test_extreme_logits_are_finite_in_16_bits(backend, dtype, size, ties, record_property):
+    """Wherever they are in eager, up to the largest numbers there are."""
+    record_property("backend", backend)
+    for seed, options in enumerate(ATTENTION_OPTIONS * 3):
+        case = testing.Case("memory_attention", 1, 20, 24, 2, 16, options)
+        inputs = testing.make_inputs(case, testing.DTYPES[dtype], seed=seed)
+        for name in ("query", "key"):
+            inputs.tensors[name] *= size
+        if ties:
+            inputs.tensors["key"][:, 1::2] = inputs.tensors["key"][:, ::2]
+        eager = testing.run_case(case, inputs, "eager", seed=seed)
+        with _on(backend, "memory_attention"):
+            got = testing.run_case(case, inputs, _name(backend), seed=seed)
+        for name, result in got.items():
+            assert result.isfinite().logical_or(~eager[name].isfinite()).all(), (seed, name)
 
 
 @_every_backend()

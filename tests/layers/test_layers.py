@@ -683,7 +683,7 @@ def operator_arguments(call: str) -> tuple:
     weight, total = draw(D), draw(B, D)
     options = (True, 1, 0.5)
     backends.get("eager")
-    read, lse = torch.ops.lm2_kernels.memory_attention_forward(
+    read, statistics = torch.ops.lm2_kernels.memory_attention_forward(
         query, key, value, mask, seed, *options, None, 0.25, "eager"
     )
     _, mean, rstd = torch.ops.lm2_kernels.residual_layer_norm_forward(
@@ -695,13 +695,13 @@ def operator_arguments(call: str) -> tuple:
         "memory_attention_forward": (*attention, *options, None, 0.25),
         "memory_attention_forward plain": (query, key, value, None, None, *options, 2, 0.0),
         "memory_attention_backward": (
-            *(read, *attention, read, lse, *options, None, 0.25, True, True),
+            *(read, *attention, read, statistics, *options, None, 0.25, True, True),
         ),
         "memory_attention_backward query": (
-            *(read, *attention, read, lse, *options, None, 0.25, True, False),
+            *(read, *attention, read, statistics, *options, None, 0.25, True, False),
         ),
         "memory_attention_backward bank": (
-            *(read, *attention, read, lse, *options, None, 0.25, False, True),
+            *(read, *attention, read, statistics, *options, None, 0.25, False, True),
         ),
         "memory_update_forward": (rows, *update),
         "memory_update_forward release": (rows, *update[:4], None, None, "read"),

@@ -4,8 +4,14 @@ Four kernels, none of which writes to an address that another program touches: t
 the backward one each for ``delta``, for dK with dV, and for dQ. Scores are recomputed tile by tile
 and never stored. Letters as in :mod:`lm2_kernels.reference`; ``o`` is ``slot_offset``.
 
-What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), a
-positive ``scale``, or finite values in slots that are masked off.
+What the backward kernels know of a row are two numbers: the largest of its visible products ``q k``,
+and the logarithm to base 2 of the sum of ``exp(scale (q k - largest))``. In one number, a
+log-sum-exp, the second would be lost beside a large first one, and with it what equal slots share.
+Products are compared before they are scaled: so the largest minus itself is 0 at any size, whatever
+a compiler contracts. A negative scale is the query's sign.
+
+What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), a scale
+above 0, or finite values in slots that are masked off.
 """
 
 import torch
@@ -19,7 +25,8 @@ from lm2_kernels.backends.triton import launch, tables
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
+# a scale of 0 leaves a hidden slot's -inf alone, in float32
+_LEAST_SCALE = tl.constexpr(1.2e-38)
 
 # a group of heads is scheduled together while what its programs share stays within this many bytes:
 # well inside the level 2 cache of the data centre GPUs (40 MB and more)
@@ -81,7 +88,7 @@ def _memory_attention_fwd_kernel(
     slot_mask_ptr,  # (B, N) uint8, or None
     seed_ptr,  # int64 scalar, or None
     out_ptr,  # (B, T, H, K) contiguous
-    lse_ptr,  # (B, H, T) contiguous
+    statistics_ptr,  # (B, H, 2, T) contiguous
     stride_qb,
     stride_qt,
     stride_qh,
@@ -139,8 +146,7 @@ def _memory_attention_fwd_kernel(
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
 
     q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-    scale_log2 = scale * _LOG2_E
-    # the running maximum and sum are those of the scores in units of log 2
+    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
@@ -166,14 +172,13 @@ def _memory_attention_fwd_kernel(
 
         k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
         k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-        # multiplied before the maximum is taken: the scale may be negative
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores = tl.where(visible, scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = tl.where(visible, products, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(products, 1))
         # while a row has seen nothing above -inf, the difference would be NaN
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(scores - finite_max[:, None])
-        alpha = tl.exp2(row_max - finite_max)
+        p = tl.exp2((products - finite_max[:, None]) * scale_log2)
+        alpha = tl.exp2((row_max - finite_max) * scale_log2)
         row_sum = row_sum * alpha + tl.sum(p, 1)
         row_max = new_max
         if HAS_DROPOUT:
@@ -186,43 +191,48 @@ def _memory_attention_fwd_kernel(
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
-    lse = row_max * _LN_2 + tl.log(row_sum)
+    log_sum = tl.log2(row_sum)
+    # The backward may add up the terms of a product in another order. Where that moves a score by
+    # as much as a probability, the largest is stored four units in its last place lower: so no row
+    # loses it there.
+    size = tl.abs(row_max)
+    lower = row_max - size * 4.76837158203125e-07
+    row_max = tl.where(size * scale_log2 > 1048576.0, lower, row_max)
     if HAS_MASK:
         if CAUSAL:
             sees_any = tl.min(first_visible, 0) <= slot_offset + offs_t
         else:
             sees_any = (tl.min(first_visible, 0) < num_slots) & mask_t
-        lse = tl.where(sees_any, lse, float("inf"))
+        log_sum = tl.where(sees_any, log_sum, float("inf"))
         row_sum = tl.where(sees_any, row_sum, 1.0)
     factor = 1.0 / row_sum
     if HAS_DROPOUT:
         factor = factor * keep_scale
     acc = acc * factor[:, None]
 
-    tl.store(lse_ptr + pid_bh.to(tl.int64) * num_tokens + offs_t, lse, mask=mask_t)
+    statistics_ptrs = statistics_ptr + pid_bh.to(tl.int64) * 2 * num_tokens + offs_t
+    tl.store(statistics_ptrs, row_max, mask=mask_t)
+    tl.store(statistics_ptrs + num_tokens, log_sum, mask=mask_t)
     out_rows = (b * num_tokens + offs_t64) * num_heads + h
     out_ptrs = out_ptr + out_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
     _store_rows(out_ptrs, acc, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
 @triton.jit
-def _lse_in_log2(lse):
-    """The log-sum-exp of rows in units of log 2, a little lower where it is large.
+def _load_statistics(ptrs, num_tokens, mask_t):
+    """The largest products of some rows, and the logarithms of their sums.
 
-    From 2^16 on a unit in its last place is as much as a probability: lowered by four of them, no
-    row loses its largest one, and _probabilities keeps it at 1.
+    The latter is +inf for a row that is not there or sees no slot: it has no probabilities.
     """
-    lse_log2 = lse * _LOG2_E
-    size = tl.abs(lse_log2)
-    is_large = (size > 65536.0) & (lse < float("inf"))
-    return tl.where(is_large, lse_log2 - size * 4.76837158203125e-07, lse_log2)
+    largest = tl.load(ptrs, mask=mask_t, other=0.0)
+    return largest, tl.load(ptrs + num_tokens, mask=mask_t, other=float("inf"))
 
 
 @triton.jit
-def _probabilities(scores_log2, lse_log2):
-    # +inf: rows past the end and rows that see no slot, whatever their scores
-    p = tl.exp2(tl.minimum(scores_log2 - lse_log2, 0.0))
-    return tl.where(lse_log2 == float("inf"), 0.0, p)
+def _probabilities(products, largest, log_sum, scale_log2):
+    # a NaN becomes 0: what counts in such a row is its sum, NaN or +inf
+    below = tl.minimum(products - largest, 0.0, propagate_nan=tl.PropagateNan.NONE)
+    return tl.exp2(below * scale_log2 - log_sum)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -280,9 +290,8 @@ def _memory_attention_bwd_dkey_value_kernel(
     value_ptr,  # (B, N, H, K)
     slot_mask_ptr,  # (B, N) uint8, or None
     seed_ptr,  # int64 scalar, or None
-    lse_ptr,  # (B, H, T) contiguous
+    statistics_ptr,  # (B, H, 2, T) contiguous
     delta_ptr,  # (B, H, T) contiguous
-    correction_ptr,  # (B, H, T) contiguous, or None
     dkey_value_ptr,  # (B, N, 2, H, K) contiguous
     stride_dob,
     stride_dot,
@@ -310,7 +319,6 @@ def _memory_attention_bwd_dkey_value_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -346,14 +354,12 @@ def _memory_attention_bwd_dkey_value_kernel(
     query_ptr += b * stride_qb + h * stride_qh
     dout_ptr += b * stride_dob + h * stride_doh
     first_score_row = pid_bh.to(tl.int64) * num_tokens
-    lse_ptr += first_score_row
+    statistics_ptr += 2 * first_score_row
     delta_ptr += first_score_row
-    if HAS_CORRECTION:
-        correction_ptr += first_score_row
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    scale_log2 = scale * _LOG2_E
+    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(first_row, num_tokens, BLOCK_T):
@@ -362,15 +368,11 @@ def _memory_attention_bwd_dkey_value_kernel(
         mask_t = rows < num_tokens
         q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
         q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-        # +inf: rows past the end, and rows that see no slot, have no probabilities
-        lse = tl.load(lse_ptr + rows, mask=mask_t, other=float("inf"))
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        p = _probabilities(scores * scale_log2, _lse_in_log2(lse)[None, :])
+        largest, log_sum = _load_statistics(statistics_ptr + rows, num_tokens, mask_t)
+        products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        p = _probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
-
-        if HAS_CORRECTION:
-            p = p * tl.load(correction_ptr + rows, mask=mask_t, other=1.0)[None, :]
 
         dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
         dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
@@ -411,9 +413,8 @@ def _memory_attention_bwd_dquery_kernel(
     value_ptr,  # (B, N, H, K)
     slot_mask_ptr,  # (B, N) uint8, or None
     seed_ptr,  # int64 scalar, or None
-    lse_ptr,  # (B, H, T) contiguous
+    statistics_ptr,  # (B, H, 2, T) contiguous
     delta_ptr,  # (B, H, T) contiguous
-    correction_ptr,  # (B, H, T) contiguous, written; or None
     dquery_ptr,  # (B, T, H, K) contiguous
     stride_dob,
     stride_dot,
@@ -441,17 +442,11 @@ def _memory_attention_bwd_dquery_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    HAS_CORRECTION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program owns BLOCK_T rows of one head and runs over the slots that they see.
-
-    With HAS_CORRECTION it also writes, for each row, the reciprocal of the sum of its recomputed
-    probabilities: a float32 lse is known to half a unit in its last place only (2e-4 at 4000), and
-    this factor takes that error out of the gradients.
-    """
+    """One program owns BLOCK_T rows of one head and runs over the slots that they see."""
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     pid_bh, pid_t = _head_and_block(num_blocks, heads_per_group)
     pid_t = num_blocks - 1 - pid_t
@@ -473,9 +468,10 @@ def _memory_attention_bwd_dquery_kernel(
     q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
     dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
-    lse = tl.load(lse_ptr + score_rows, mask=mask_t, other=float("inf"))
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
-    lse_log2 = _lse_in_log2(lse)
+    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
+    statistics_ptr += pid_bh.to(tl.int64) * 2 * num_tokens
+    largest, log_sum = _load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
 
     key_ptr += b * stride_kb + h * stride_kh
     value_ptr += b * stride_vb + h * stride_vh
@@ -484,8 +480,6 @@ def _memory_attention_bwd_dquery_kernel(
     if HAS_DROPOUT:
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), score_rows)
 
-    scale_log2 = scale * _LOG2_E
-    row_sum = tl.zeros([BLOCK_T], tl.float32)
     dq = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
     end = num_slots
     if CAUSAL:
@@ -508,10 +502,8 @@ def _memory_attention_bwd_dquery_kernel(
         k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
         # a masked slot is not even read: 0 * NaN would reach every row
         k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = _probabilities(scores * scale_log2, lse_log2[:, None])
-        if HAS_CORRECTION:
-            row_sum += tl.sum(tl.where(visible, p, 0.0), 1)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = _probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
         v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
         v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -522,11 +514,6 @@ def _memory_attention_bwd_dquery_kernel(
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
     dq = dq * scale
-    if HAS_CORRECTION:
-        # rows that see no slot have no sum to correct
-        correction = 1.0 / tl.where(lse == float("inf"), 1.0, row_sum)
-        tl.store(correction_ptr + score_rows, correction, mask=mask_t)
-        dq = dq * correction[:, None]
     dq_rows = (b * num_tokens + offs_t64) * num_heads + h
     dq_ptrs = dquery_ptr + dq_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
     _store_rows(dq_ptrs, dq, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
@@ -597,11 +584,15 @@ def memory_attention_forward(
         )
     batch, num_tokens, num_heads, head_width = query.shape
     num_slots = key.shape[1]
+    if scale < 0.0:
+        query, scale = -query, -scale
     query, key, value = map(launch.last_contiguous, (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
+    statistics = torch.empty(
+        batch, num_heads, 2, num_tokens, dtype=torch.float32, device=query.device
+    )
     if batch == 0:
-        return out, lse
+        return out, statistics
     block_k = _block_k(head_width)
     config = tables.attention_forward(
         launch.target_of(query),
@@ -621,7 +612,7 @@ def memory_attention_forward(
             mask,
             seed,
             out,
-            lse,
+            statistics,
             *_strides(query),
             *_strides(key),
             *_strides(value),
@@ -644,7 +635,7 @@ def memory_attention_forward(
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
-    return out, lse
+    return out, statistics
 
 
 def memory_attention_backward(
@@ -655,7 +646,7 @@ def memory_attention_backward(
     slot_mask: Tensor | None,
     seed: Tensor | None,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     causal: bool,
     slot_offset: int,
     scale: float,
@@ -675,7 +666,7 @@ def memory_attention_backward(
             slot_mask,
             seed,
             out,
-            lse,
+            statistics,
             causal,
             slot_offset,
             scale,
@@ -693,7 +684,9 @@ def memory_attention_backward(
     if batch == 0 or not (needs_dquery or needs_dkey_value):
         return dquery, dkey_value
     dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
-    delta = torch.empty_like(lse)
+    if scale < 0.0:
+        query = -query
+    delta = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
     mask, *mask_strides = _mask_arguments(slot_mask)
     block_k = _block_k(head_width)
     choice = (
@@ -703,13 +696,7 @@ def memory_attention_backward(
         _is_ragged(dout, query, key, value, out),
     )
     num_pairs = batch * num_heads
-    # half precision rounds p and dS by more than the correction would change them
-    correction = torch.empty_like(lse) if query.dtype == torch.float32 else None
-    # the dQ kernel computes the correction, so it then runs even if dQ is not needed
-    dquery_buffer = dquery
-    if correction is not None and not needs_dquery:
-        dquery_buffer = query.new_empty(query.shape)
-    inputs = (dout, query, key, value, mask, seed, lse, delta, correction)
+    inputs = (dout, query, key, value, mask, seed, statistics, delta)
     scalars = (
         *_strides(dout),
         *_strides(query),
@@ -720,7 +707,7 @@ def memory_attention_backward(
         num_slots,
         num_heads,
         slot_offset,
-        scale,
+        abs(scale),
         dropout.threshold(dropout_p),
         1.0 / (1.0 - dropout_p),
     )
@@ -729,7 +716,6 @@ def memory_attention_backward(
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "HAS_DROPOUT": seed is not None,
-        "HAS_CORRECTION": correction is not None,
         "BLOCK_K": block_k,
     }
     with launch.device_guard(query.device):
@@ -747,12 +733,12 @@ def memory_attention_backward(
             BLOCK_K=block_k,
             num_warps=4,
         )
-        if needs_dquery or correction is not None:
+        if needs_dquery:
             config = tables.attention_dquery(*choice)
             grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
             _memory_attention_bwd_dquery_kernel[grid](
                 *inputs,
-                dquery_buffer,
+                dquery,
                 *scalars,
                 _heads_per_group(num_pairs, num_slots, head_width, query.element_size()),
                 **flags,
@@ -775,4 +761,6 @@ def memory_attention_backward(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
+    if scale < 0.0:
+        dquery.neg_()
     return dquery, dkey_value
