@@ -48,8 +48,8 @@ MUTANTS = (
     Mutant(
         "scale forgotten",
         "memory_attention",
-        'scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2',
-        'scores = tl.dot(q, tl.trans(k), input_precision="ieee") * _LOG2_E',
+        "p = tl.exp2((products - finite_max[:, None]) * scale_log2)",
+        "p = tl.exp2((products - finite_max[:, None]) * _LOG2_E)",
         READ,
     ),
     Mutant(

@@ -65,7 +65,7 @@ FORWARD_16BIT: _Attention = {
     },
     "gfx942": {
         64: AttentionConfig(128, 64, 8, 2),  # (166, 195, 32)
-        128: AttentionConfig(128, 64, 8, 2),  # (238, 230, 48)
+        128: AttentionConfig(128, 32, 8, 2),  # (170, 190, 32), 64 slots spill 13 words
         256: AttentionConfig(64, 32, 4, 2),  # (279, 283, 36)
     },
 }
