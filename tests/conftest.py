@@ -3,13 +3,10 @@
 import collections
 import os
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lm2_kernels import linear
-from lm2_kernels.backends import cpu_products
 from tools import hardware
 from tools.emulated_avx512 import avx512_reason
 from tools.emulated_cuda import emulation_reason
@@ -42,15 +39,6 @@ torch.set_num_threads(int(os.environ.get("LM2_KERNELS_TEST_THREADS", "1")))
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def large_products(monkeypatch):
-    """Linear layers of any size and dtype are large enough for our own Function."""
-    ways = SimpleNamespace(
-        is_large=lambda *_: True, is_widened=lambda _: True, product=cpu_products.product
-    )
-    monkeypatch.setattr(linear, "cpu_products", ways)
 
 
 @pytest.fixture(autouse=True)

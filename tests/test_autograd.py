@@ -634,7 +634,7 @@ B, T, N, H, D = 2, 128, 128, 3, 32
     ids=["plain", "top_k", "dropout", "slot_mask"],
 )
 def test_memory_attention_saves_no_scores(options, dtype, backend):
-    """query, key, value, out, mask by reference; statistics (8 B H T) and the seed (8) of its own."""
+    """query, key, value, out, mask by reference; of its own 8 B H T bytes, and 8 for the seed."""
     case = Case("memory_attention", B, T, N, H, 8, tuple(options.items()))
     inputs = testing.make_inputs(case, dtype)
     saved, leaves, outputs = saved_tensors(case, inputs, backend)

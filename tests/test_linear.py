@@ -6,6 +6,7 @@ from torch import nn
 
 import lm2_kernels as lm2
 from lm2_kernels import linear, testing
+from tools.products import large_products
 from tools.rounding import assert_round_off, assert_rule
 
 DIM = 12
@@ -13,7 +14,8 @@ DIM = 12
 
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("relu", (False, True))
-def test_function_equals_the_layer(bias, relu, large_products):
+@large_products()
+def test_function_equals_the_layer(bias, relu):
     layer = nn.Linear(DIM, DIM + 1, bias=bias, dtype=torch.float64)
     x = torch.randn(2, 5, DIM, dtype=torch.float64, requires_grad=True)
     inputs = [x, *layer.parameters()]
@@ -32,7 +34,8 @@ def test_function_equals_the_layer(bias, relu, large_products):
 
 
 @pytest.mark.parametrize("needed", range(3))
-def test_only_the_gradients_that_are_wanted(needed, large_products):
+@large_products()
+def test_only_the_gradients_that_are_wanted(needed):
     layer = nn.Linear(DIM, DIM)
     inputs = [torch.randn(3, DIM), layer.weight, layer.bias]
     for index, tensor in enumerate(inputs):
@@ -42,7 +45,8 @@ def test_only_the_gradients_that_are_wanted(needed, large_products):
 
 
 @pytest.mark.parametrize("name", ("query_proj", "input_gate_proj", "value_proj"))
-def test_weight_changed_before_backward_is_refused(name, large_products):
+@large_products()
+def test_weight_changed_before_backward_is_refused(name):
     layer = lm2.PaperMemory(DIM, 3).requires_grad_(False)
     x, memory = torch.randn(2, 5, DIM, requires_grad=True), torch.randn(2, 7, DIM)
     output, new_memory = layer(x, memory.requires_grad_())
@@ -52,7 +56,8 @@ def test_weight_changed_before_backward_is_refused(name, large_products):
         (output.sum() + new_memory.sum()).backward()
 
 
-def test_autocast_products_are_in_its_dtype(large_products):
+@large_products()
+def test_autocast_products_are_in_its_dtype():
     layer = nn.Linear(DIM, DIM, bias=False)
 
     def run(seed):

@@ -41,8 +41,9 @@ def memory_attention_forward(query):
     """``out`` (B, T, H, K), ``statistics`` (B, H, 2, T).
 
     ``statistics``, float32 (float64 for float64), are two numbers a row for the same backend's
-    backward, which alone knows what they are; 0 where it needs none. ``seed`` is an int64 scalar tensor on the device, or None
-    without dropout; the keep mask is the one of :mod:`lm2_kernels.backends.dropout`.
+    backward, which alone knows what they are; 0 where it needs none. ``seed`` is an int64 scalar
+    tensor on the device, or None without dropout; the keep mask is the one of
+    :mod:`lm2_kernels.backends.dropout`.
     """
     batch, num_tokens, num_heads, _ = query.shape
     statistics = query.new_empty(batch, num_heads, 2, num_tokens, dtype=accumulation_dtype(query))

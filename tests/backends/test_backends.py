@@ -543,8 +543,7 @@ def test_extreme_logits_that_tie(backend, dtype, size, record_property):
     if dtype == "float16":
         size = min(size, 2.0**13)
     for options, scale, tokens in itertools.product(ATTENTION_OPTIONS, (0.5, -0.5, 0.0), (3, 20)):
-        options = (*options, ("scale", scale))
-        case = testing.Case("memory_attention", 1, tokens, 24, 2, 8, options)
+        case = testing.Case("memory_attention", 1, tokens, 24, 2, 8, (*options, ("scale", scale)))
         inputs = _whole_numbers(case, testing.DTYPES[dtype], size)
         # in 16 bits the scores of the oracle's own arithmetic would overflow
         plain = testing.run_reference(case, inputs, torch.float32)

@@ -4,8 +4,8 @@ Four kernels, none of which writes to an address that another program touches: t
 the backward one each for ``delta``, for dK with dV, and for dQ. Scores are recomputed tile by tile
 and never stored. Letters as in :mod:`lm2_kernels.reference`; ``o`` is ``slot_offset``.
 
-What the backward kernels know of a row are two numbers: the largest of its visible products ``q k``,
-and the logarithm to base 2 of the sum of ``exp(scale (q k - largest))``. In one number, a
+What the backward kernels know of a row are two numbers: the largest of its visible products
+``q k``, and the logarithm to base 2 of the sum of ``exp(scale (q k - largest))``. In one number, a
 log-sum-exp, the second would be lost beside a large first one, and with it what equal slots share.
 Products are compared before they are scaled: so the largest minus itself is 0 at any size, whatever
 a compiler contracts. A negative scale is the query's sign.
