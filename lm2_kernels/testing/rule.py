@@ -8,10 +8,10 @@
 where e is the oracle's code run in k's dtype on the same inputs, and round() rounds to k's dtype.
 So a kernel may be about as wrong as plain PyTorch is, and no literal tolerance is needed. Gradients
 whose true value is 0 are apart: a softmax over one slot passes no gradient, plain PyTorch finds an
-exact 0 there, and a kernel that works from the log-sum-exp a rounding error. These elements get the
-one absolute floor of the package, :data:`ZERO_FLOOR` ulps of 1 (inputs and cotangents are of
-order 1). In float64 the oracle is its own yardstick, so k may be :data:`FLOAT64_ULPS` ulps of
-max|r| away from it.
+exact 0 there, and a kernel that works from what the forward pass has rounded a rounding error.
+These elements get the one absolute floor of the package, :data:`ZERO_FLOOR` ulps of 1 (inputs and
+cotangents are of order 1). In float64 the oracle is its own yardstick, so k may be
+:data:`FLOAT64_ULPS` ulps of max|r| away from it.
 
 Eager's error in a tensor of a few hundred elements is partly luck, and differs from processor to
 processor. So :func:`judge` takes the median of several draws where one fails narrowly.
