@@ -44,89 +44,89 @@ _Attention = dict[str, dict[int, AttentionConfig]]  # by target and padded head 
 # without and with mask and dropout, kilobytes of shared memory.
 FORWARD_16BIT: _Attention = {
     "sm_80": {
-        64: AttentionConfig(128, 128, 8, 2),  # (227, 253, 48)
-        128: AttentionConfig(128, 64, 8, 3),  # (209, 252, 96)
+        64: AttentionConfig(128, 128, 8, 2),  # (230, 254, 48)
+        128: AttentionConfig(128, 64, 8, 3),  # (207, 254, 96)
         256: AttentionConfig(64, 64, 8, 2),  # (183, 255, 104)
     },
     "sm_90": {
-        64: AttentionConfig(128, 128, 8, 2),  # (173, 254, 80)
-        128: AttentionConfig(128, 64, 8, 3),  # (173, 217, 128)
-        256: AttentionConfig(128, 32, 8, 2),  # (241, 254, 128)
-    },
-    "sm_100": {
-        64: AttentionConfig(128, 64, 8, 3),  # (128, 188, 64)
-        128: AttentionConfig(128, 64, 8, 3),  # (173, 197, 128)
+        64: AttentionConfig(128, 128, 8, 2),  # (172, 254, 80)
+        128: AttentionConfig(128, 64, 8, 3),  # (173, 218, 128)
         256: AttentionConfig(128, 32, 8, 2),  # (246, 254, 128)
     },
+    "sm_100": {
+        64: AttentionConfig(128, 64, 8, 3),  # (128, 187, 65)
+        128: AttentionConfig(128, 64, 8, 3),  # (173, 198, 129)
+        256: AttentionConfig(128, 32, 8, 2),  # (246, 251, 129)
+    },
     "small": {
-        64: AttentionConfig(128, 64, 8, 2),  # sm_80: (165, 189, 32)
-        128: AttentionConfig(64, 64, 8, 2),  # sm_80: (128, 179, 56)
-        256: AttentionConfig(64, 32, 8, 2),  # sm_80: (179, 232, 68)
+        64: AttentionConfig(128, 64, 8, 2),  # sm_89: (167, 190, 32)
+        128: AttentionConfig(64, 64, 8, 2),  # sm_89: (128, 178, 56)
+        256: AttentionConfig(64, 32, 8, 2),  # sm_89: (181, 230, 68)
     },
     "gfx942": {
-        64: AttentionConfig(128, 64, 8, 2),  # (166, 195, 32)
+        64: AttentionConfig(128, 64, 8, 2),  # (175, 183, 32)
         128: AttentionConfig(128, 32, 8, 2),  # (170, 190, 32), 64 slots spill 13 words
-        256: AttentionConfig(64, 32, 4, 2),  # (279, 283, 36)
+        256: AttentionConfig(64, 32, 4, 2),  # (279, 287, 36)
     },
 }
 # where 128 rows a program would leave multiprocessors without work
 FORWARD_16BIT_FEW: dict[int, AttentionConfig] = {
-    64: AttentionConfig(64, 64, 8, 2),
-    128: AttentionConfig(64, 64, 8, 2),  # (134, 179, 80) at most
-    256: AttentionConfig(64, 64, 8, 2),  # (189, 255, 160) at most
+    64: AttentionConfig(64, 64, 8, 2),  # (165, 188, 41) at most
+    128: AttentionConfig(64, 64, 8, 2),  # (164, 183, 81) at most
+    256: AttentionConfig(64, 64, 8, 2),  # (194, 255, 161) at most
 }
 DKEY_VALUE_16BIT: _Attention = {
     "sm_80": {
-        64: AttentionConfig(32, 128, 8, 2),  # (185, 220, 40)
-        128: AttentionConfig(64, 64, 8, 2),  # (176, 186, 72)
-        256: AttentionConfig(32, 64, 8, 3),  # (255, 255, 132), 8 words with dropout on triton 3.6
+        64: AttentionConfig(32, 128, 8, 2),  # (180, 178, 40)
+        128: AttentionConfig(64, 64, 8, 2),  # (176, 186, 73)
+        256: AttentionConfig(32, 64, 8, 3),  # (251, 255, 133), 8 words with dropout on triton 3.6
     },
     "sm_90": {
-        64: AttentionConfig(64, 128, 8, 2),  # (201, 211, 64)
-        128: AttentionConfig(32, 128, 8, 2),  # (221, 233, 96)
-        256: AttentionConfig(32, 64, 8, 3),  # (255, 255, 160)
+        64: AttentionConfig(64, 128, 8, 2),  # (223, 209, 65)
+        128: AttentionConfig(32, 128, 8, 2),  # (231, 234, 96)
+        256: AttentionConfig(32, 64, 8, 3),  # (255, 255, 161)
     },
     "sm_100": {
-        64: AttentionConfig(64, 128, 8, 2),  # (121, 254, 80)
-        128: AttentionConfig(64, 128, 8, 2),  # (142, 255, 160)
-        256: AttentionConfig(32, 64, 8, 2),  # (126, 122, 160)
+        64: AttentionConfig(64, 128, 8, 2),  # (128, 231, 81)
+        128: AttentionConfig(32, 128, 8, 2),  # (127, 126, 112), 64 tokens spill 20 words at 80
+        256: AttentionConfig(32, 64, 8, 2),  # (126, 128, 160)
     },
     "small": {
-        64: AttentionConfig(32, 64, 4, 2),  # (190, 199, 24)
-        128: AttentionConfig(32, 64, 8, 2),  # sm_80: (170, 186, 52)
-        256: AttentionConfig(32, 32, 8, 2),  # sm_80: (128, 165, 66)
+        64: AttentionConfig(32, 64, 4, 2),  # sm_89: (180, 178, 24)
+        128: AttentionConfig(32, 64, 8, 2),  # sm_89: (171, 174, 52)
+        256: AttentionConfig(32, 32, 8, 2),  # sm_89: (136, 163, 66)
     },
     "gfx942": {
-        64: AttentionConfig(32, 64, 4, 2),  # 64 rows spill 41 words on triton 3.6
-        128: AttentionConfig(32, 64, 4, 2),  # (313, 338, 20)
-        256: AttentionConfig(32, 32, 4, 1),  # (441, 440, 16)
+        64: AttentionConfig(32, 64, 4, 2),  # (294, 338, 12), 64 rows spill 41 words on triton 3.6
+        128: AttentionConfig(32, 64, 4, 2),  # (370, 400, 20)
+        256: AttentionConfig(32, 32, 4, 1),  # (424, 457, 16)
     },
 }
 DQUERY_16BIT: _Attention = {
     "sm_80": {
-        64: AttentionConfig(64, 64, 4, 2),  # (186, 255, 36)
-        128: AttentionConfig(64, 64, 8, 2),  # (160, 174, 80)
-        256: AttentionConfig(64, 64, 8, 1),  # (222, 254, 128)
+        64: AttentionConfig(64, 64, 4, 2),  # (184, 255, 36)
+        128: AttentionConfig(64, 64, 8, 2),  # (168, 221, 80)
+        256: AttentionConfig(64, 64, 8, 1),  # (228, 255, 128)
     },
     "sm_90": {
-        64: AttentionConfig(128, 64, 8, 3),  # (127, 186, 80)
-        128: AttentionConfig(128, 64, 8, 2),  # (174, 255, 128)
-        256: AttentionConfig(128, 32, 8, 2),  # (228, 255, 192)
+        64: AttentionConfig(128, 64, 8, 3),  # (128, 188, 80)
+        128: AttentionConfig(128, 64, 8, 2),  # (176, 255, 128)
+        256: AttentionConfig(128, 32, 8, 2),  # (231, 255, 192)
     },
     "sm_100": {
-        64: AttentionConfig(128, 64, 8, 3),  # (98, 236, 88)
-        128: AttentionConfig(128, 64, 8, 2),  # (111, 212, 144)
-        256: AttentionConfig(64, 64, 8, 2),  # (117, 159, 224)
+        64: AttentionConfig(128, 64, 8, 3),  # (102, 238, 88)
+        128: AttentionConfig(128, 64, 8, 2),  # (112, 210, 144)
+        256: AttentionConfig(64, 64, 8, 2),  # (117, 165, 224)
     },
     "small": {
-        64: AttentionConfig(64, 32, 4, 2),  # (160, 182, 28)
-        128: AttentionConfig(64, 32, 8, 2),  # (136, 184, 56)
-        256: AttentionConfig(64, 32, 8, 1),  # sm_80: (202, 248, 96)
+        64: AttentionConfig(64, 32, 4, 2),  # sm_89: (164, 182, 28)
+        128: AttentionConfig(64, 32, 8, 2),  # sm_89: (132, 174, 56)
+        256: AttentionConfig(64, 16, 8, 1),  # sm_89: (204, 248, 80), 32 slots spill 8 words
     },
     "gfx942": {
-        64: AttentionConfig(128, 64, 8, 2),  # (162, 220, 32)
-        128: AttentionConfig(64, 32, 4, 2),  # (265, 264, 20)
-        256: AttentionConfig(32, 32, 4, 1),  # (327, 335, 16)
+        64: AttentionConfig(128, 64, 8, 2),  # (181, 221, 32)
+        128: AttentionConfig(64, 32, 4, 2),  # (262, 265, 20)
+        256: AttentionConfig(32, 32, 4, 1),  # (328, 336, 16)
     },
 }
 
@@ -134,25 +134,25 @@ DQUERY_16BIT: _Attention = {
 # registers, so that tiles of 64 x 64 spill by thousands of words
 FORWARD_FLOAT32: dict[int, AttentionConfig] = {
     # not 64 rows: triton 3.6 makes TF32 products of them on sm_100, whatever the kernel asks for
-    64: AttentionConfig(32, 64, 8, 2),  # (94, 80, 48) at most
-    128: AttentionConfig(32, 32, 16, 2),  # (64, 76, 52) at most
-    256: AttentionConfig(16, 32, 8, 2),  # sm_80: (76, 80, 82)
+    64: AttentionConfig(32, 64, 8, 2),  # (76, 80, 48) at most
+    128: AttentionConfig(32, 32, 16, 2),  # (64, 70, 52) at most
+    256: AttentionConfig(16, 32, 8, 2),  # (80, 80, 82) at most
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
-    64: AttentionConfig(32, 32, 8, 2),  # (90, 92, 36) at most
-    128: AttentionConfig(32, 32, 16, 2),  # (82, 110, 68) at most
-    256: AttentionConfig(16, 32, 8, 2),  # (170, 198, 98) at most
+    64: AttentionConfig(32, 32, 8, 2),  # (92, 96, 36) at most
+    128: AttentionConfig(32, 32, 16, 2),  # (70, 90, 68) at most
+    256: AttentionConfig(16, 32, 8, 2),  # (170, 194, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
-    64: AttentionConfig(32, 64, 16, 2),  # sm_80: (54, 56, 56)
-    128: AttentionConfig(32, 32, 16, 2),  # sm_80: (64, 126, 68)
-    256: AttentionConfig(32, 16, 8, 2),  # sm_80: (142, 150, 98)
+    64: AttentionConfig(32, 64, 16, 2),  # (54, 54, 56) at most
+    128: AttentionConfig(32, 32, 8, 2),  # (97, 80, 68) at most; of 16 warps 6 words spill
+    256: AttentionConfig(32, 16, 8, 2),  # (140, 145, 98) at most
 }
 # gfx942 has 64 KB of shared memory and warps of 64 lanes
 FLOAT32_GFX942: dict[int, AttentionConfig] = {
-    64: AttentionConfig(32, 32, 4, 1),  # (248, 260, 8) at most
-    128: AttentionConfig(32, 16, 4, 1),  # (260, 264, 16) at most
-    256: AttentionConfig(16, 16, 4, 1),  # (331, 336, 16) at most
+    64: AttentionConfig(32, 32, 4, 1),  # (291, 295, 8) at most
+    128: AttentionConfig(32, 16, 4, 1),  # (246, 256, 16) at most
+    256: AttentionConfig(16, 16, 4, 1),  # (324, 338, 16) at most
 }
 
 # Heads whose rows are not 16-byte aligned (odd widths, odd strides): every element has an address
