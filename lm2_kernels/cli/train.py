@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import shutil
 import signal
 import tempfile
@@ -18,7 +17,7 @@ import torch
 
 from lm2_kernels import training
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.model.decoder import LM2ForCausalLM
+from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
 from lm2_kernels.state import files
 from lm2_kernels.terminal import StepBar
 from lm2_kernels.training import distributed, folder
@@ -177,7 +176,7 @@ def _train(
         raise ValueError(
             f"--batch must be a multiple of the number of processes, {world}, got {chosen['batch']}"
         )
-    _check_memory(config)
+    check_room(config)
     run = distributed.by_first(lambda: _described(options, stored, chosen, config, data))
     torch.manual_seed(chosen["seed"])
     model = LM2ForCausalLM(config).to(device)
@@ -461,24 +460,6 @@ def _where(out: Path, is_saved: bool, chosen: dict) -> str:
     if last is not None:
         return f"the progress of step {last[0]} is saved: go on with --resume"
     return "nothing was saved" if chosen["save_every"] else "nothing was saved (--save-every)"
-
-
-def _check_memory(config: LM2Config) -> None:
-    """Raise ValueError for a model that this machine has no memory for, before it is made."""
-    with torch.device("meta"):
-        try:
-            model = LM2ForCausalLM(config)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"the model is too large: {str(error).splitlines()[0]}") from None
-    count = sum(parameter.numel() for parameter in model.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # in float32
-    if 4 * count > there:
-        raise ValueError(
-            f"a model of {count:,} parameters takes {4e-9 * count:.1f} GB, and this machine has "
-            f"{1e-9 * there:.1f} GB (vocab_size {config.vocab_size}, hidden_size "
-            f"{config.hidden_size})"
-        )
 
 
 def _flag(name: str) -> str:
