@@ -8,7 +8,6 @@ import math
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from lm2_kernels import training
+from lm2_kernels.cli.signals import Interrupted, Stop
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
 from lm2_kernels.state import files
@@ -149,14 +149,6 @@ class _Run:
             raise ValueError(f"the run.json of {out} is damaged: {error}") from None
 
 
-class _Interrupted(KeyboardInterrupt):
-    """A signal ended the run; the text says where it can be gone on with."""
-
-    def __init__(self, text: str, number: int):
-        super().__init__(text)
-        self.exit_code = 128 + number
-
-
 def _train(
     options: argparse.Namespace,
     held: contextlib.ExitStack,
@@ -215,7 +207,8 @@ def _train(
         chosen["batch"], chosen["length"], chosen["seed"], first=first, rank=rank, world=world
     )
     try:
-        with _Stop(world) as stop:
+        # several processes would not all stop after the same step
+        with Stop(is_on=world == 1) as stop:
             training.train(
                 wrapped,
                 _seeded(batches, chosen["seed"], first, rank),
@@ -231,7 +224,7 @@ def _train(
             )
             if done < chosen["steps"]:
                 save_progress()
-                raise _Interrupted("", stop.number)
+                raise Interrupted("", stop.number)
             weights = distributed.full_state_dict(wrapped)
             if rank == 0:
                 # first of all: it is what all this was for
@@ -251,11 +244,10 @@ def _train(
         text = str(error) or type(error).__name__
         raise kind(f"{text}; {_where(options.out, is_saved, chosen)}") from error
     except KeyboardInterrupt as error:
-        code = getattr(error, "exit_code", 128 + signal.SIGINT)
-        raise _Interrupted(
+        raise Interrupted(
             f"interrupted after step {done} of {chosen['steps']}; "
             f"{_where(options.out, is_saved, chosen)}",
-            code - 128,
+            getattr(error, "number", signal.SIGINT),
         ) from None
     finally:
         if bar is not None:
@@ -397,35 +389,6 @@ def _introduce(
         + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
         flush=True,
     )
-
-
-class _Stop:
-    """While it lasts, Ctrl-C, SIGTERM and SIGHUP let the step be finished; a second does not wait.
-
-    What was ignored is so still, as under ``nohup``. Not with several processes, which would
-    not all stop after the same step.
-    """
-
-    def __init__(self, world: int):
-        self.number: int | None = None
-        self._is_on = world == 1 and threading.current_thread() is threading.main_thread()
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "_Stop":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if self._is_on else ():
-            if signal.getsignal(number) in (signal.SIG_IGN, None):
-                continue
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.number is not None:
-            raise _Interrupted("", number)
-        self.number = number
 
 
 def _seeded(batches: Iterator[Batch], seed: int, first: int, rank: int) -> Iterator[Batch]:
