@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from lm2_kernels import training
+from lm2_kernels.checks import SEEDS
 from lm2_kernels.cli.signals import Interrupted, Stop
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
@@ -312,14 +313,14 @@ def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
 def _check(chosen: dict) -> None:
     """Raise ValueError for options that nothing would refuse before the folder is touched."""
     lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
-    lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
+    lows |= {"save_every": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = chosen[name]
         if value is not None and not low <= value < math.inf:
             finite = " and finite" if isinstance(low, float) else ""
             raise ValueError(f"{_flag(name)} must be at least {low}{finite}, got {value}")
-    if chosen["seed"] >= 2**63:
-        raise ValueError(f"--seed must be below 2**63, got {chosen['seed']}")
+    if chosen["seed"] not in SEEDS:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {chosen['seed']}")
     if not 0.0 < chosen["clip"] < math.inf:
         raise ValueError(f"--clip must be above 0 and finite, got {chosen['clip']}")
 
