@@ -5,13 +5,9 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lm2_kernels import training
@@ -22,8 +18,8 @@ from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
 from lm2_kernels.state import files
 from lm2_kernels.terminal import StepBar
 from lm2_kernels.training import distributed, folder
-from lm2_kernels.training.data import RAW_DTYPES, TOKENIZER, Bytes, Corpus, tokenizer_text
-from lm2_kernels.training.loop import Batch
+from lm2_kernels.training.data import RAW_DTYPES, Bytes, Corpus
+from lm2_kernels.training.loop import seeded
 
 _SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -212,7 +208,7 @@ def _train(
         with Stop(is_on=world == 1) as stop:
             training.train(
                 wrapped,
-                _seeded(batches, chosen["seed"], first, rank),
+                seeded(batches, chosen["seed"], first, rank),
                 steps=chosen["steps"],
                 first=first,
                 optimizer=optimizer,
@@ -229,7 +225,7 @@ def _train(
             weights = distributed.full_state_dict(wrapped)
             if rank == 0:
                 # first of all: it is what all this was for
-                _save_model(options.out, config, data, weights)
+                folder.save_model(options.out, config, data.tokenizer, weights)
                 is_saved = True
             if chosen["save_every"]:
                 save_progress()
@@ -390,30 +386,6 @@ def _introduce(
         + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
         flush=True,
     )
-
-
-def _seeded(batches: Iterator[Batch], seed: int, first: int, rank: int) -> Iterator[Batch]:
-    """The batches; what is random in a step is, like its batch, a function of its number alone."""
-    for number, batch in enumerate(batches, first):
-        (state,) = np.random.SeedSequence((seed, number, rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(state))
-        yield batch
-
-
-def _save_model(out: Path, config: LM2Config, data: Corpus, weights: dict) -> None:
-    """Write the model; if that cannot be in its folder, for whatever reason, elsewhere."""
-    content = {**config.to_dict(), "backend": None}
-    texts = {TOKENIZER: tokenizer_text(data.tokenizer)}
-    try:
-        files.save(out, content, weights, texts)
-    except Exception as error:
-        other = tempfile.mkdtemp(prefix="lm2_kernels-")
-        try:
-            files.save(other, content, weights, texts)
-        except Exception:
-            shutil.rmtree(other, ignore_errors=True)
-            raise error from None
-        raise OSError(f"{error}; the trained model is in {other} instead") from error
 
 
 def _where(out: Path, is_saved: bool, chosen: dict) -> str:

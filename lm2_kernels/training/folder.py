@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, and what a run remembers of itself.
+"""A run's folder: who may write there, and what it holds.
 
 ``run.json`` has a run's options, its configuration and the digests of its data; ``progress`` what
 it goes on from. The model is there when it is whole.
@@ -10,13 +10,17 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from lm2_kernels.disk import replace_files
+from lm2_kernels.model.config import LM2Config
 from lm2_kernels.state import files
 from lm2_kernels.terminal import say
-from lm2_kernels.training.data import TOKENIZER
+from lm2_kernels.training.data import TOKENIZER, Tokenizer, tokenizer_text
 from lm2_kernels.training.distributed import is_step, last_progress
 
 PROGRESS = "progress"
@@ -85,6 +89,28 @@ def write_run(folder: Path, content: Mapping[str, object]) -> None:
     """Write ``run.json``."""
     text = json.dumps({"format": _FORMAT, **content}, indent=1) + "\n"
     replace_files({folder / _RUN: lambda part: part.write_text(text, encoding="utf-8")})
+
+
+def save_model(
+    folder: Path, config: LM2Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]
+) -> None:
+    """Write the model; if that cannot be in its folder, for whatever reason, elsewhere.
+
+    Raises:
+        OSError: the model is elsewhere, and the text says where; else what was in the way.
+    """
+    content = {**config.to_dict(), "backend": None}
+    texts = {TOKENIZER: tokenizer_text(tokenizer)}
+    try:
+        files.save(folder, content, weights, texts)
+    except Exception as error:
+        other = tempfile.mkdtemp(prefix="lm2_kernels-")
+        try:
+            files.save(other, content, weights, texts)
+        except Exception:
+            shutil.rmtree(other, ignore_errors=True)
+            raise error from None
+        raise OSError(f"{error}; the trained model is in {other} instead") from error
 
 
 def remove_progress(folder: Path, keep: Path | None = None) -> None:
