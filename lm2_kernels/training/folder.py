@@ -124,17 +124,29 @@ def remove_progress(folder: Path, keep: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, is_locked: bool) -> Iterator[None]:
+def claimed(folder: Path, is_locked: bool, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace.
 
-    ``is_locked``: by this process (:func:`locked`), as it must be if it was there.
+    Without ``resume`` the progress of an earlier run goes. Yields whether there is progress.
+
+    Args:
+        folder: of the run.
+        is_locked: by this process (:func:`locked`), as it must be if it was there.
+        resume: go on with the run there.
+        overwrite: as of :func:`check_new`.
+
+    Raises:
+        OSError, ValueError: as :func:`locked` and :func:`check_new`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if is_locked else locked(folder):
         try:
             _clean(folder)
-            yield
+            if not resume:
+                check_new(folder, overwrite)
+                remove_progress(folder)
+            yield last_progress(folder / PROGRESS) is not None
         finally:
             own = {path.name for path in folder.iterdir()}
             is_worthless = last_progress(folder / PROGRESS) is None and _foreign(folder) is None

@@ -266,7 +266,7 @@ def test_a_link_to_another_model_is_no_way_to_it(model, text, tmp_path):
 
 def test_a_run_is_held_before_it_is_read(model, monkeypatch, capsys):
     """Another one that goes on with it in between would be undone."""
-    real, seen = command._claim, []
+    real, seen = folder.claimed, []
 
     def claim(*args):
         resumed = ["train", "--out", str(model), "--resume", "--steps", "8"]
@@ -276,7 +276,7 @@ def test_a_run_is_held_before_it_is_read(model, monkeypatch, capsys):
         return real(*args)
 
     command_line = cli._parser().parse_args
-    monkeypatch.setattr(command, "_claim", claim)
+    monkeypatch.setattr(folder, "claimed", claim)
     assert cli.main(["train", "--out", str(model), "--resume", "--steps", "7"]) == 0
     assert seen
 
