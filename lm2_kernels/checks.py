@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# what every generator takes, of torch and of numpy
+SEEDS = range(2**63)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,6 +1,7 @@
 """What a result can depend on: versions of software, and the devices of this machine."""
 
 import importlib
+import os
 import platform
 import subprocess
 
@@ -65,6 +66,11 @@ def check_device(device: str) -> None:
     """Raise ValueError if there is no such device here."""
     if device not in device_types():
         raise ValueError(f"device '{device}': torch sees no GPU of this type")
+
+
+def memory_bytes() -> int:
+    """The memory of the CPU, whoever uses it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def devices() -> list[dict]:

@@ -11,6 +11,7 @@ import argparse
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -25,8 +26,8 @@ from lm2_kernels.testing.cases import Case
 from lm2_kernels.version import __version__
 
 PROGRAM = "python -m lm2_kernels"
-# as shells say it of a program that SIGPIPE or SIGINT ended
-_BROKEN_PIPE, _INTERRUPTED = 141, 130
+# added to the number of the signal that ended a program, as shells do
+_SIGNAL = 128
 
 
 def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None = None) -> int:
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, *, cases: Sequence[Case] | None
         # nobody reads on, or the disk is full: what is left in the buffer has no place
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
-            return _BROKEN_PIPE
+            return _SIGNAL + signal.SIGPIPE
         say(f"{PROGRAM}: error: {error}")
         return 2
 
@@ -60,7 +61,7 @@ def _run(arguments: list[str], cases: Sequence[Case] | None) -> int:
         raise
     except KeyboardInterrupt as error:
         _say_error(options, str(error) or "interrupted")
-        return getattr(error, "exit_code", _INTERRUPTED)
+        return _SIGNAL + getattr(error, "number", signal.SIGINT)
     except (OSError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         _say_error(options, str(error) or type(error).__name__)
         return 2

@@ -2,6 +2,8 @@
 
 import argparse
 
+from lm2_kernels.checks import SEEDS
+
 
 def seed(text: str) -> int:
     """A seed that every generator takes."""
@@ -9,6 +11,6 @@ def seed(text: str) -> int:
         value = int(text)
     except ValueError:
         value = -1
-    if not 0 <= value < 2**63:
+    if value not in SEEDS:
         raise argparse.ArgumentTypeError(f"{text} is no integer from 0 to 2**63 - 1")
     return value

@@ -3,56 +3,33 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
-import os
-import shutil
 import signal
-import tempfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from lm2_kernels import training
+from lm2_kernels.cli.signals import Interrupted, Stop
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.model.decoder import LM2ForCausalLM
+from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
 from lm2_kernels.state import files
 from lm2_kernels.terminal import StepBar
 from lm2_kernels.training import distributed, folder
-from lm2_kernels.training.data import RAW_DTYPES, TOKENIZER, Bytes, Corpus, tokenizer_text
-from lm2_kernels.training.loop import Batch
+from lm2_kernels.training.data import RAW_DTYPES, Bytes, Corpus
+from lm2_kernels.training.loop import seeded
+from lm2_kernels.training.run import DEFAULTS, Run, chosen_options, examined, flag
 
 _SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8},
     "medium": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-# what a run remembers, and what it is unless given. The parser knows no defaults: --resume has to
-# see what was given.
-_DEFAULTS = {
-    "data_dtype": None,
-    "vocab_size": None,
-    "steps": 1000,
-    "batch": 16,
-    "length": None,
-    "bptt_segments": None,
-    "lr": 1e-3,
-    "warmup": None,
-    "weight_decay": 0.1,
-    "clip": 1.0,
-    "dtype": "float32",
-    "validation": 0.05,
-    "save_every": None,
-    "parallel": "ddp",
-    "seed": 0,
-}
-# what a run that goes on may be told anew
-_CHANGEABLE = ("steps", "save_every", "parallel")
 # what ends a run in one line; their kinds take other arguments than a text
 _ERRORS = (OSError, ArithmeticError, MemoryError, ValueError)
+# which a run that goes on has already
 _OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
 
 
@@ -119,374 +96,50 @@ def _precision(text: str) -> str:
 
 def run_train(options: argparse.Namespace) -> int:
     """Train, and write the model into ``--out``."""
+    if options.resume and options.overwrite:
+        raise ValueError("--overwrite begins anew, --resume does not: give one of them")
+    for name in _OF_THE_MODEL if options.resume else ():
+        if getattr(options, name) not in (None, False):
+            raise ValueError(f"--resume goes on with the model as it is: {flag(name)} does not fit")
     with distributed.process_group() as place, contextlib.ExitStack() as held:
         # a function of its own: nothing of a wrapped model may outlive the group
         _train(options, held, *place)
     return 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """A run as ``run.json`` has it."""
+def _planned(
+    options: argparse.Namespace, held: contextlib.ExitStack, rank: int, world: int
+) -> tuple[Run, Corpus, Corpus, bool]:
+    """The run, what to train on and to validate with, and whether its folder is there and so held.
 
-    options: dict  # by the names of _DEFAULTS, and warmup and length in numbers
-    config: LM2Config
-    data: list[dict]  # of each file: its path and digest
-    tokenizer: str
-    is_finished: bool = False
-
-    def write(self, out: Path) -> None:
-        folder.write_run(out, {**dataclasses.asdict(self), "config": self.config.to_dict()})
-
-    @classmethod
-    def read(cls, out: Path) -> "_Run":
-        content = folder.read_run(out)
-        try:
-            stored = {**_DEFAULTS, **content["options"]}
-            config = LM2Config.from_dict(content["config"])
-            data = [{"path": str(d["path"]), "digest": str(d["digest"])} for d in content["data"]]
-            return cls(stored, config, data, content["tokenizer"], content["is_finished"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the run.json of {out} is damaged: {error}") from None
-
-
-class _Interrupted(KeyboardInterrupt):
-    """A signal ended the run; the text says where it can be gone on with."""
-
-    def __init__(self, text: str, number: int):
-        super().__init__(text)
-        self.exit_code = 128 + number
-
-
-def _train(
-    options: argparse.Namespace,
-    held: contextlib.ExitStack,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> None:
-    # everything is looked at before anything is touched
-    is_locked, stored = distributed.by_first(lambda: _stored(options, held))
-    chosen = _chosen(options, stored)
-    data = Corpus.open(_paths(options, stored), chosen["vocab_size"], chosen["data_dtype"])
+    Everything is looked at, and nothing touched.
+    """
+    is_locked, stored = distributed.by_first(
+        lambda: held.enter_context(examined(options.out, options.resume, options.overwrite))
+    )
+    given = {n: getattr(options, n) for n in DEFAULTS if getattr(options, n) is not None}
+    chosen = chosen_options(given, options.out, stored)
+    if not options.data and stored is None:
+        raise ValueError("give files to train on")
+    paths = options.data or stored.paths
+    data = Corpus.open(paths, chosen["vocab_size"], chosen["data_dtype"])
     config = _configuration(options, data) if stored is None else stored.config
-    chosen["length"] = _or(chosen["length"], 4 * config.memory_slots)
-    chosen["warmup"] = _or(chosen["warmup"], max(chosen["steps"] // 20, 1))
+    if chosen["length"] is None:
+        chosen["length"] = 4 * config.memory_slots
+    if chosen["warmup"] is None:
+        chosen["warmup"] = max(chosen["steps"] // 20, 1)
     seen, kept = data.split(chosen["validation"], chosen["length"])
     if chosen["batch"] % world:
         raise ValueError(
             f"--batch must be a multiple of the number of processes, {world}, got {chosen['batch']}"
         )
-    _check_memory(config)
-    run = distributed.by_first(lambda: _described(options, stored, chosen, config, data))
-    torch.manual_seed(chosen["seed"])
-    model = LM2ForCausalLM(config).to(device)
-    wrapped = distributed.wrap(model, chosen["parallel"], device)
-    optimizer = torch.optim.AdamW(
-        training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
-    )
-    # before the progress of an earlier run goes: a batch may be too large for the memory
-    next(seen.batches(chosen["batch"], chosen["length"], chosen["seed"], rank=rank, world=world))
-    progress, first = options.out / folder.PROGRESS, 0
-    has_progress = distributed.by_first(lambda: _claim(options, held, is_locked))
-    if has_progress:
-        first = distributed.load_progress(progress, wrapped, optimizer)
-    if rank == 0:
-        run.write(options.out)
-        _introduce(model, data, seen, chosen, f"{world} processes of {device.type}", first)
-    bar = StepBar("train", first) if rank == 0 else None
-    done, is_saved = first, False
-
-    def save_progress() -> None:
-        last = distributed.last_progress(progress)
-        if last is None or last[0] != done:
-            distributed.save_progress(progress, wrapped, optimizer, done)
-
-    def after_step(step: int, total: int, loss: float) -> bool:
-        nonlocal done
-        done = step
-        if bar is not None:
-            bar(step, total, loss)
-        if chosen["save_every"] and step % chosen["save_every"] == 0 and step < total:
-            save_progress()
-        return stop.number is not None
-
-    autocast = None if chosen["dtype"] == "float32" else torch.bfloat16
-    batches = seen.batches(
-        chosen["batch"], chosen["length"], chosen["seed"], first=first, rank=rank, world=world
-    )
-    try:
-        with _Stop(world) as stop:
-            training.train(
-                wrapped,
-                _seeded(batches, chosen["seed"], first, rank),
-                steps=chosen["steps"],
-                first=first,
-                optimizer=optimizer,
-                lr=chosen["lr"],
-                warmup=chosen["warmup"],
-                clip=chosen["clip"],
-                autocast=autocast,
-                bptt_segments=chosen["bptt_segments"],
-                progress=after_step,
-            )
-            if done < chosen["steps"]:
-                save_progress()
-                raise _Interrupted("", stop.number)
-            weights = distributed.full_state_dict(wrapped)
-            if rank == 0:
-                # first of all: it is what all this was for
-                _save_model(options.out, config, data, weights)
-                is_saved = True
-            if chosen["save_every"]:
-                save_progress()
-            if rank == 0:
-                dataclasses.replace(run, is_finished=True).write(options.out)
-            if rank == 0 and not chosen["save_every"]:
-                folder.remove_progress(options.out)
-        windows = kept.batches(chosen["batch"], chosen["length"], 0, rank=rank, world=world)
-        loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
-        loss = distributed.mean(loss, device)
-    except _ERRORS as error:
-        kind = next(kind for kind in _ERRORS if isinstance(error, kind))
-        text = str(error) or type(error).__name__
-        raise kind(f"{text}; {_where(options.out, is_saved, chosen)}") from error
-    except KeyboardInterrupt as error:
-        code = getattr(error, "exit_code", 128 + signal.SIGINT)
-        raise _Interrupted(
-            f"interrupted after step {done} of {chosen['steps']}; "
-            f"{_where(options.out, is_saved, chosen)}",
-            code - 128,
-        ) from None
-    finally:
-        if bar is not None:
-            bar.close()
-    if rank == 0:
-        # above, float64 overflows
-        perplexity = math.exp(loss) if loss < 700.0 else math.inf
-        print(
-            f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
-            f"{perplexity:.2f}); the model is in {options.out}"
-        )
-
-
-def _stored(options: argparse.Namespace, held: contextlib.ExitStack) -> tuple[bool, _Run | None]:
-    """Whether the folder is there, and so held, and the run to go on with.
-
-    None is a new one, which may write into its folder.
-    """
-    is_there = options.out.is_dir()
-    if is_there:
-        # before it is read, so that no other run changes what was read
-        held.enter_context(folder.locked(options.out))
-    if not options.resume:
-        folder.check_new(options.out, options.overwrite)
-        return is_there, None
-    if options.overwrite:
-        raise ValueError("--overwrite begins anew, --resume does not: give one of them")
-    for name in _OF_THE_MODEL:
-        if getattr(options, name) not in (None, False):
-            raise ValueError(
-                f"--resume goes on with the model as it is: {_flag(name)} does not fit"
-            )
-    run = _Run.read(options.out)
-    if run.is_finished and distributed.last_progress(options.out / folder.PROGRESS) is None:
-        raise ValueError(
-            f"{options.out} holds no saved run: it is finished, and without --save-every nothing "
-            f"was kept to go on from"
-        )
-    return is_there, run
-
-
-def _chosen(options: argparse.Namespace, stored: _Run | None) -> dict:
-    """The run's options by their names: those given, then the run's own, then the defaults."""
-    given = {n: getattr(options, n) for n in _DEFAULTS if getattr(options, n) is not None}
-    if stored is None:
-        _check(_DEFAULTS | given)
-        return _DEFAULTS | given
-    for name, value in given.items():
-        if value != stored.options[name] and name not in _CHANGEABLE:
-            raise ValueError(
-                f"{_flag(name)} of this run is {stored.options[name]}, got {value}: --resume takes "
-                f"the run's own options ({', '.join(map(_flag, _CHANGEABLE))} may be others)"
-            )
-    chosen = stored.options | given
-    _check(chosen)
-    last = distributed.last_progress(options.out / folder.PROGRESS)
-    if last is not None and last[0] > chosen["steps"]:
-        raise ValueError(f"--steps {chosen['steps']}: the run has done {last[0]} steps already")
-    return chosen
-
-
-def _check(chosen: dict) -> None:
-    """Raise ValueError for options that nothing would refuse before the folder is touched."""
-    lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
-    lows |= {"save_every": 1, "warmup": 0, "seed": 0, "lr": 0.0, "weight_decay": 0.0}
-    for name, low in lows.items():
-        value = chosen[name]
-        if value is not None and not low <= value < math.inf:
-            finite = " and finite" if isinstance(low, float) else ""
-            raise ValueError(f"{_flag(name)} must be at least {low}{finite}, got {value}")
-    if chosen["seed"] >= 2**63:
-        raise ValueError(f"--seed must be below 2**63, got {chosen['seed']}")
-    if not 0.0 < chosen["clip"] < math.inf:
-        raise ValueError(f"--clip must be above 0 and finite, got {chosen['clip']}")
-
-
-def _paths(options: argparse.Namespace, stored: _Run | None) -> list[Path]:
-    if options.data:
-        return options.data
-    if stored is None:
-        raise ValueError("give files to train on")
-    return [Path(entry["path"]) for entry in stored.data]
-
-
-def _described(
-    options: argparse.Namespace,
-    stored: _Run | None,
-    chosen: dict,
-    config: LM2Config,
-    data: Corpus,
-) -> _Run:
-    """The run as it will be; of one that goes on the data are compared with what it had."""
-    paths = [str(path.resolve()) for path in _paths(options, stored)]
-    files_now = [
-        {"path": path, "digest": digest} for path, digest in zip(paths, data.digests(), strict=True)
-    ]
+    check_room(config)
+    run = distributed.by_first(lambda: Run.on(paths, data, chosen, config))
     if stored is not None:
-        kinds = [_kind(tokenizer) for tokenizer in (stored.tokenizer, data.tokenizer.kind)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"the run was trained on {kinds[0]}, got {kinds[1]}")
-        was, now = ([entry["digest"] for entry in some] for some in (stored.data, files_now))
-        if len(was) != len(now):
-            raise ValueError(f"the run was trained on {len(was)} files, got {len(now)}")
-        if was != now:
-            number = next(n for n, (a, b) in enumerate(zip(was, now, strict=True)) if a != b)
-            what = "are in another order" if sorted(was) == sorted(now) else "have changed"
-            raise ValueError(
-                f"the data {what}: {paths[number]} is not what the run was trained on "
-                f"({stored.data[number]['path']})"
-            )
-        for name in _CHANGEABLE:
-            if chosen[name] != stored.options[name]:
-                print(f"{_flag(name)} is {chosen[name]}, was {stored.options[name]}")
-    return _Run(chosen, config, files_now, data.tokenizer.kind)
-
-
-def _kind(tokenizer: str) -> str:
-    return "text" if tokenizer == Bytes.kind else "token ids"
-
-
-def _claim(options: argparse.Namespace, held: contextlib.ExitStack, is_locked: bool) -> bool:
-    """Make the folder and hold it. Returns whether there is progress to go on from."""
-    held.enter_context(folder.claimed(options.out, is_locked))
-    if not options.resume:
-        folder.check_new(options.out, options.overwrite)
-        folder.remove_progress(options.out)
-    return distributed.last_progress(options.out / folder.PROGRESS) is not None
-
-
-def _introduce(
-    model: LM2ForCausalLM, data: Corpus, seen: Corpus, chosen: dict, where: str, first: int
-) -> None:
-    left_out = len(data.files) - len(seen.files)
-    if left_out:
-        print(f"{left_out} files are too short for windows of {chosen['length']} tokens: left out")
-    count, last = sum(parameter.numel() for parameter in model.parameters()), chosen["steps"]
-    print(
-        f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {where}, "
-        + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
-        flush=True,
-    )
-
-
-class _Stop:
-    """While it lasts, Ctrl-C, SIGTERM and SIGHUP let the step be finished; a second does not wait.
-
-    What was ignored is so still, as under ``nohup``. Not with several processes, which would
-    not all stop after the same step.
-    """
-
-    def __init__(self, world: int):
-        self.number: int | None = None
-        self._is_on = world == 1 and threading.current_thread() is threading.main_thread()
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "_Stop":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if self._is_on else ():
-            if signal.getsignal(number) in (signal.SIG_IGN, None):
-                continue
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.number is not None:
-            raise _Interrupted("", number)
-        self.number = number
-
-
-def _seeded(batches: Iterator[Batch], seed: int, first: int, rank: int) -> Iterator[Batch]:
-    """The batches; what is random in a step is, like its batch, a function of its number alone."""
-    for number, batch in enumerate(batches, first):
-        (state,) = np.random.SeedSequence((seed, number, rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(state))
-        yield batch
-
-
-def _save_model(out: Path, config: LM2Config, data: Corpus, weights: dict) -> None:
-    """Write the model; if that cannot be in its folder, for whatever reason, elsewhere."""
-    content = {**config.to_dict(), "backend": None}
-    texts = {TOKENIZER: tokenizer_text(data.tokenizer)}
-    try:
-        files.save(out, content, weights, texts)
-    except Exception as error:
-        other = tempfile.mkdtemp(prefix="lm2_kernels-")
-        try:
-            files.save(other, content, weights, texts)
-        except Exception:
-            shutil.rmtree(other, ignore_errors=True)
-            raise error from None
-        raise OSError(f"{error}; the trained model is in {other} instead") from error
-
-
-def _where(out: Path, is_saved: bool, chosen: dict) -> str:
-    """What is left of a run that ended early."""
-    if is_saved:
-        return f"the model is in {out}"
-    last = distributed.last_progress(out / folder.PROGRESS)
-    if last is not None:
-        return f"the progress of step {last[0]} is saved: go on with --resume"
-    return "nothing was saved" if chosen["save_every"] else "nothing was saved (--save-every)"
-
-
-def _check_memory(config: LM2Config) -> None:
-    """Raise ValueError for a model that this machine has no memory for, before it is made."""
-    with torch.device("meta"):
-        try:
-            model = LM2ForCausalLM(config)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"the model is too large: {str(error).splitlines()[0]}") from None
-    count = sum(parameter.numel() for parameter in model.parameters())
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # in float32
-    if 4 * count > there:
-        raise ValueError(
-            f"a model of {count:,} parameters takes {4e-9 * count:.1f} GB, and this machine has "
-            f"{1e-9 * there:.1f} GB (vocab_size {config.vocab_size}, hidden_size "
-            f"{config.hidden_size})"
-        )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+        stored.check_data(run)
+        for change in stored.changes(run) if rank == 0 else ():
+            print(change)
+    return run, seen, kept, is_locked
 
 
 def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
@@ -517,3 +170,126 @@ def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
     if is_text and config.vocab_size != vocab_size:
         raise ValueError(f"text has {vocab_size} tokens, the configuration {config.vocab_size}")
     return config
+
+
+def _train(
+    options: argparse.Namespace,
+    held: contextlib.ExitStack,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> None:
+    out = options.out
+    run, seen, kept, is_locked = _planned(options, held, rank, world)
+    chosen = run.options
+    torch.manual_seed(chosen["seed"])
+    model = LM2ForCausalLM(run.config).to(device)
+    wrapped = distributed.wrap(model, chosen["parallel"], device)
+    optimizer = torch.optim.AdamW(
+        training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
+    )
+    batches = functools.partial(
+        seen.batches, chosen["batch"], chosen["length"], chosen["seed"], rank=rank, world=world
+    )
+    # before the progress of an earlier run goes: a batch may be too large for the memory
+    next(batches())
+    progress, first = out / folder.PROGRESS, 0
+    claim = folder.claimed(out, is_locked, options.resume, options.overwrite)
+    if distributed.by_first(lambda: held.enter_context(claim)):
+        first = distributed.load_progress(progress, wrapped, optimizer)
+    if rank == 0:
+        run.write(out)
+        _introduce(model, run, seen, f"{world} processes of {device.type}", first)
+    bar = StepBar("train", first) if rank == 0 else None
+    done, is_saved = first, False
+
+    def save_progress() -> None:
+        last = distributed.last_progress(progress)
+        if last is None or last[0] != done:
+            distributed.save_progress(progress, wrapped, optimizer, done)
+
+    def after_step(step: int, total: int, loss: float) -> bool:
+        nonlocal done
+        done = step
+        if bar is not None:
+            bar(step, total, loss)
+        if chosen["save_every"] and step % chosen["save_every"] == 0 and step < total:
+            save_progress()
+        return stop.number is not None
+
+    autocast = None if chosen["dtype"] == "float32" else torch.bfloat16
+    try:
+        # several processes would not all stop after the same step
+        with Stop(is_on=world == 1) as stop:
+            training.train(
+                wrapped,
+                seeded(batches(first=first), chosen["seed"], first, rank),
+                steps=chosen["steps"],
+                first=first,
+                optimizer=optimizer,
+                lr=chosen["lr"],
+                warmup=chosen["warmup"],
+                clip=chosen["clip"],
+                autocast=autocast,
+                bptt_segments=chosen["bptt_segments"],
+                progress=after_step,
+            )
+            if done < chosen["steps"]:
+                save_progress()
+                raise Interrupted("", stop.number)
+            weights = distributed.full_state_dict(wrapped)
+            if rank == 0:
+                # first of all: it is what all this was for
+                folder.save_model(out, run.config, seen.tokenizer, weights)
+                is_saved = True
+            if chosen["save_every"]:
+                save_progress()
+            if rank == 0:
+                dataclasses.replace(run, is_finished=True).write(out)
+            if rank == 0 and not chosen["save_every"]:
+                folder.remove_progress(out)
+        windows = kept.batches(chosen["batch"], chosen["length"], 0, rank=rank, world=world)
+        loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
+        loss = distributed.mean(loss, device)
+    except _ERRORS as error:
+        kind = next(kind for kind in _ERRORS if isinstance(error, kind))
+        text = str(error) or type(error).__name__
+        raise kind(f"{text}; {_where(out, is_saved, chosen)}") from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(
+            f"interrupted after step {done} of {chosen['steps']}; {_where(out, is_saved, chosen)}",
+            getattr(error, "number", signal.SIGINT),
+        ) from None
+    finally:
+        if bar is not None:
+            bar.close()
+    if rank == 0:
+        # above, float64 overflows
+        perplexity = math.exp(loss) if loss < 700.0 else math.inf
+        print(
+            f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
+            f"{perplexity:.2f}); the model is in {out}"
+        )
+
+
+def _introduce(model: LM2ForCausalLM, run: Run, seen: Corpus, where: str, first: int) -> None:
+    length, last = run.options["length"], run.options["steps"]
+    left_out = len(run.data) - len(seen.files)
+    if left_out:
+        print(f"{left_out} files are too short for windows of {length} tokens: left out")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {where}, "
+        + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
+        flush=True,
+    )
+
+
+def _where(out: Path, is_saved: bool, chosen: dict) -> str:
+    """What is left of a run that ended early."""
+    if is_saved:
+        return f"the model is in {out}"
+    last = distributed.last_progress(out / folder.PROGRESS)
+    if last is not None:
+        return f"the progress of step {last[0]} is saved: go on with --resume"
+    return "nothing was saved" if chosen["save_every"] else "nothing was saved (--save-every)"

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lm2_kernels import machine
 from lm2_kernels.checks import check_int
 from lm2_kernels.functional import initial_memory
 from lm2_kernels.layers.paper import PaperMemory
@@ -547,6 +548,26 @@ class LM2ForCausalLM(nn.Module):
             )
         memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
         memory.check_cache(self._cache_shapes())
+
+
+def check_room(config: LM2Config) -> None:
+    """Refuse a model whose float32 weights this machine has no memory for, before it is made.
+
+    Raises:
+        ValueError: it is too large.
+    """
+    with torch.device("meta"):
+        try:
+            model = LM2ForCausalLM(config)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"the model is too large: {str(error).splitlines()[0]}") from None
+    count, there = sum(p.numel() for p in model.parameters()), machine.memory_bytes()
+    if 4 * count > there:
+        raise ValueError(
+            f"a model of {count:,} parameters takes {4e-9 * count:.1f} GB, and this machine has "
+            f"{1e-9 * there:.1f} GB (vocab_size {config.vocab_size}, hidden_size "
+            f"{config.hidden_size})"
+        )
 
 
 def _is_offloaded(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, and what a run remembers of itself.
+"""A run's folder: who may write there, and what it holds.
 
 ``run.json`` has a run's options, its configuration and the digests of its data; ``progress`` what
 it goes on from. The model is there when it is whole.
@@ -10,13 +10,17 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from lm2_kernels.disk import replace_files
+from lm2_kernels.model.config import LM2Config
 from lm2_kernels.state import files
 from lm2_kernels.terminal import say
-from lm2_kernels.training.data import TOKENIZER
+from lm2_kernels.training.data import TOKENIZER, Tokenizer, tokenizer_text
 from lm2_kernels.training.distributed import is_step, last_progress
 
 PROGRESS = "progress"
@@ -87,6 +91,28 @@ def write_run(folder: Path, content: Mapping[str, object]) -> None:
     replace_files({folder / _RUN: lambda part: part.write_text(text, encoding="utf-8")})
 
 
+def save_model(
+    folder: Path, config: LM2Config, tokenizer: Tokenizer, weights: Mapping[str, Tensor]
+) -> None:
+    """Write the model; if that cannot be in its folder, for whatever reason, elsewhere.
+
+    Raises:
+        OSError: the model is elsewhere, and the text says where; else what was in the way.
+    """
+    content = {**config.to_dict(), "backend": None}
+    texts = {TOKENIZER: tokenizer_text(tokenizer)}
+    try:
+        files.save(folder, content, weights, texts)
+    except Exception as error:
+        other = tempfile.mkdtemp(prefix="lm2_kernels-")
+        try:
+            files.save(other, content, weights, texts)
+        except Exception:
+            shutil.rmtree(other, ignore_errors=True)
+            raise error from None
+        raise OSError(f"{error}; the trained model is in {other} instead") from error
+
+
 def remove_progress(folder: Path, keep: Path | None = None) -> None:
     """Remove the progress of an earlier run, and nothing else."""
     place = folder / PROGRESS
@@ -98,17 +124,29 @@ def remove_progress(folder: Path, keep: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, is_locked: bool) -> Iterator[None]:
+def claimed(folder: Path, is_locked: bool, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace.
 
-    ``is_locked``: by this process (:func:`locked`), as it must be if it was there.
+    Without ``resume`` the progress of an earlier run goes. Yields whether there is progress.
+
+    Args:
+        folder: of the run.
+        is_locked: by this process (:func:`locked`), as it must be if it was there.
+        resume: go on with the run there.
+        overwrite: as of :func:`check_new`.
+
+    Raises:
+        OSError, ValueError: as :func:`locked` and :func:`check_new`.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.nullcontext() if is_locked else locked(folder):
         try:
             _clean(folder)
-            yield
+            if not resume:
+                check_new(folder, overwrite)
+                remove_progress(folder)
+            yield last_progress(folder / PROGRESS) is not None
         finally:
             own = {path.name for path in folder.iterdir()}
             is_worthless = last_progress(folder / PROGRESS) is None and _foreign(folder) is None

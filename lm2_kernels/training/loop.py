@@ -6,8 +6,9 @@ wrapped for several devices trains the same way.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,14 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
+
+
+def seeded(batches: Iterable[Batch], seed: int, first: int, rank: int) -> Iterator[Batch]:
+    """The batches; what is random in a step is, like its batch, a function of its number alone."""
+    for number, batch in enumerate(batches, first):
+        (state,) = np.random.SeedSequence((seed, number, rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(state))
+        yield batch
 
 
 def train(

@@ -147,6 +147,7 @@ def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypa
         (["--weight-decay", "-1"], "--weight-decay must be"),
         (["--validation", "nan"], "validation share"),
         (["--seed", "-1"], "--seed must be"),
+        (["--seed", str(2**63)], "--seed must be"),
         (["--lr", "1e30"], "the loss of step"),
         (["more.npy"], "not both"),
         (["--flow", "time", "--bptt-segments", "0"], "--bptt-segments must be at least 1"),

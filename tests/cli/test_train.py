@@ -266,7 +266,7 @@ def test_a_link_to_another_model_is_no_way_to_it(model, text, tmp_path):
 
 def test_a_run_is_held_before_it_is_read(model, monkeypatch, capsys):
     """Another one that goes on with it in between would be undone."""
-    real, seen = command._claim, []
+    real, seen = folder.claimed, []
 
     def claim(*args):
         resumed = ["train", "--out", str(model), "--resume", "--steps", "8"]
@@ -276,7 +276,7 @@ def test_a_run_is_held_before_it_is_read(model, monkeypatch, capsys):
         return real(*args)
 
     command_line = cli._parser().parse_args
-    monkeypatch.setattr(command, "_claim", claim)
+    monkeypatch.setattr(folder, "claimed", claim)
     assert cli.main(["train", "--out", str(model), "--resume", "--steps", "7"]) == 0
     assert seen
 
@@ -299,15 +299,15 @@ def test_a_trained_model_is_saved_somewhere(error, text, tmp_path, monkeypatch, 
     """Whatever it is that its folder has against it."""
     out, other = tmp_path / "out", tmp_path / "elsewhere"
     other.mkdir()
-    monkeypatch.setattr(command.tempfile, "mkdtemp", lambda **_: str(other))
-    real = command.files.save
+    monkeypatch.setattr(folder.tempfile, "mkdtemp", lambda **_: str(other))
+    real = folder.files.save
 
     def save(place, *args):
         if Path(place) == out:
             raise error
         real(place, *args)
 
-    monkeypatch.setattr(command.files, "save", save)
+    monkeypatch.setattr(folder.files, "save", save)
     assert cli.main(_arguments(text, out)) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert f"the trained model is in {other} instead" in last and str(error) in last
@@ -318,7 +318,7 @@ def test_an_earlier_model_is_not_said_to_be_the_new_one(model, text, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(command.files, "save", full)
+    monkeypatch.setattr(folder.files, "save", full)
     assert cli.main([*_arguments(text, model), "--overwrite"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert "nothing was saved" in last and "the model is in" not in last
@@ -536,7 +536,7 @@ def test_a_full_disk_at_the_last_save_loses_nothing(text, tmp_path, monkeypatch,
     """The progress is there, and the model elsewhere."""
     out, other = tmp_path / "out", tmp_path / "elsewhere"
     other.mkdir()
-    monkeypatch.setattr(command.tempfile, "mkdtemp", lambda **_: str(other))
+    monkeypatch.setattr(folder.tempfile, "mkdtemp", lambda **_: str(other))
     real = disk.os.fsync
 
     def full(descriptor):
