@@ -329,9 +329,8 @@ struct Bindings {
     const auto read = {args.batch, args.tokens, args.heads, args.width};
     args.dout = call.view("dout", dout, read, {type});
     args.out = call.view("out", out, read, {type});
-    args.statistics =
-        call.plain("statistics", statistics, {args.batch, args.heads, 2, args.tokens},
-                   scalar_type(accumulation(args.dtype)));
+    args.statistics = call.plain("statistics", statistics, {args.batch, args.heads, 2, args.tokens},
+                                 scalar_type(accumulation(args.dtype)));
     Tensor dquery = call.result(read, args.dtype, needs_dquery);
     Tensor dkey_value = call.result({args.batch, args.slots, 2, args.heads, args.width}, args.dtype,
                                     needs_dkey_value);

@@ -510,8 +510,8 @@ static void attention_forward(const MemoryAttentionForward& args) {
         for (int64_t i = 0; i < rows; ++i) {
           Scalar* const row = scores + i * stride;
           bool has_factor;
-          inverse[i] = head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots, factor,
-                                    &has_factor);
+          inverse[i] =
+              head.softmax(row, first + i, kTerms<S, T> == 2 ? padded : slots, factor, &has_factor);
           const int64_t count = has_factor ? head.visible(first + i) : 0;
           for (int64_t j = 0; j < count; ++j) row[j] *= factor[j];
         }

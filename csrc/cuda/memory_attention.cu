@@ -13,7 +13,8 @@
 //
 // with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
 // P comes from two numbers a row that the forward pass leaves: the largest visible product q k, and
-// the logarithm of the sum of exp(scale (q k - largest)). A negative scale is the product's sign.
+// the logarithm of the sum of exp(scale (q k - largest)). Every pass adds up the terms of a product
+// in one order, so that the largest one is found again bit for bit.
 // In float32 delta is the row sum of P * dP, so that a one-hot row cancels as in a plain softmax;
 // in 16 bits it is rowsum(dO * O).
 //
@@ -26,6 +27,9 @@
 namespace lm2::cuda {
 namespace {
 
+// Below it a scale is 0: float32's least normal number.
+constexpr double kLeastScale = 0x1p-126;
+
 enum class Pass { forward, delta, dquery, dkey, dvalue };
 
 // What a kernel is given beside the arguments of the op.
@@ -34,9 +38,9 @@ struct Job {
   View dout;
   const float* statistics;  // (B, H, 2, T)
   float* new_statistics;    // where the forward pass writes them
-  float* delta;  // (B, H, T)
-  void* result;  // out, dquery or dkey_value
-  bool vectors;  // rows start at multiples of 16 bytes and are whole ones
+  float* delta;             // (B, H, T)
+  void* result;             // out, dquery or dkey_value
+  bool vectors;             // rows start at multiples of 16 bytes and are whole ones
 };
 
 template <class T, int kWidth>
@@ -221,14 +225,6 @@ struct Token {
   dropout::RowKeys keys;
 };
 
-// The largest product of a row as the backward passes use it. They may add up its terms in another
-// order: where that moves a score by as much as a probability, it is four units in its last place
-// lower, so that no row loses it there.
-__device__ __forceinline__ float lowered(float largest, float scale) {
-  const float size = fabsf(largest);
-  return size * scale > 726817.0f ? largest - size * 0x1p-21f : largest;
-}
-
 template <class T, int kWidth, Pass kPass>
 // one block is enough: registers are worth more than occupancy
 __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
@@ -237,8 +233,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
   constexpr int kThreads = Tile::kWarps * 32, kOwned = Tile::kOwned, kOther = Tile::kOther;
   constexpr int kStride = Tile::kStride;
   constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
-  constexpr bool kNeedsDp =
-      kPass == Pass::delta || kPass == Pass::dquery || kPass == Pass::dkey;
+  constexpr bool kNeedsDp = kPass == Pass::delta || kPass == Pass::dquery || kPass == Pass::dkey;
   const MemoryAttention& args = job.args;
   LM2_DYNAMIC_SHARED(T, shared);
   T* const owned1 = shared;                     // Q, or K
@@ -261,9 +256,9 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
                                            first, kOwnsSlots);
   }
 
-  // of the score, with its sign left to the product; above 0, as 0 * -inf is NaN
-  const float scale = fmaxf(static_cast<float>(fabs(args.scale)), 1.2e-38f);
-  const float sign = args.scale < 0.0 ? -1.0f : 1.0f;
+  // its sign is put on the product; of a scale of 0 too, as 0 times what is hidden, -inf, is NaN
+  const float sign = args.scale >= kLeastScale ? 1.0f : args.scale <= -kLeastScale ? -1.0f : 0.0f;
+  const float scale = sign == 0.0f ? 1.0f : static_cast<float>(fabs(args.scale));
   const int64_t first_row = head_index * args.tokens;
   const auto token_of = [&](int64_t index) {
     Token token = {0.0f, 0.0f, 0.0f, {0, 0}};
@@ -416,7 +411,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
       factor = any ? factor / sum : 0.0f;
       if (t == 0 && own < args.tokens) {
         float* const statistics = job.new_statistics + 2 * first_row + own;
-        statistics[0] = lowered(running[row][0], scale);
+        statistics[0] = running[row][0];
         statistics[args.tokens] = any ? logf(sum) : INFINITY;
       }
     } else if constexpr (kPass == Pass::delta) {

@@ -466,6 +466,9 @@ def _scaled(factor):
 
 
 EXTREMES = {
+    "logits of 1e4": _scaled(1e4),
+    "logits of 1e5": _scaled(1e5),
+    "logits of 1e6": _scaled(1e6),
     "logits of 1e8": _scaled(1e8),
     "logits of -1e8": _scaled(-1e8),
     "logits of 1e15": _scaled(1e15),
@@ -555,6 +558,56 @@ def test_extreme_logits_that_tie(backend, dtype, size, record_property):
             wanted = (oracle[name] / unit, plain[name].to(result.dtype) / unit)
             compared = testing.compare(name, result / unit, *wanted)
             assert compared.passed, (case.id, compared)
+
+
+@_every_dtype(GPU_DTYPES)
+@pytest.mark.parametrize("power", (0, 3, 5))
+def test_extreme_logits_that_nearly_tie(backend, dtype, power, record_property):
+    """Units of the last place apart, and exact: the difference counts as it is."""
+    record_property("backend", backend)
+    case = testing.Case("memory_attention", 2, 20, 6, 2, 16, (("scale", 1.0), ("causal", False)))
+
+    def run(seed):
+        inputs = testing.make_inputs(case, testing.DTYPES[dtype], seed=seed)
+        query, key = inputs.tensors["query"].zero_(), inputs.tensors["key"].zero_()
+        generator = torch.Generator().manual_seed(seed)
+        query[..., 0], key[..., 0] = 1024.0, 1024.0 * 2**power
+        query[..., 1] = torch.randint(-2, 3, query.shape[:3], generator=generator)
+        key[..., 1] = torch.randint(0, 6, key.shape[:3], generator=generator) * max(
+            2 ** (power - 3), 1
+        )
+        plain = testing.run_reference(case, inputs, torch.float32)
+        oracle = testing.run_reference(case, inputs, torch.float64)
+        got = testing.run_case(case, inputs, _name(backend))
+        return [
+            testing.compare(name, got[name], oracle[name], plain[name].to(got[name].dtype))
+            for name in ("output 0", "dvalue")
+        ]
+
+    with _on(backend, "memory_attention"):
+        assert_rule(run)
+
+
+@_every_backend()
+def test_scale_of_zero_reads_the_mean_of_any_slots(backend, record_property):
+    """Products may be as large as they can be."""
+    record_property("backend", backend)
+    query, key = torch.randn(2, 1, 5, 1, 8).clamp(-2.0, 2.0) * 3e18
+    value = torch.randn(1, 5, 1, 8)
+    with _on(backend, "memory_attention"):
+        read = lm2.memory_attention(
+            query, key, value, causal=False, scale=0.0, backend=_name(backend)
+        )
+    assert_rule(
+        lambda _: [
+            testing.compare(
+                "read",
+                read,
+                value.double().mean(1, True).expand_as(read),
+                value.mean(1, True).expand_as(read),
+            )
+        ]
+    )
 
 
 @_every_dtype(("bfloat16", "float16"))

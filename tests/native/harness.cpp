@@ -207,7 +207,8 @@ void attention(const Attention& c, Dtype dtype, Layout layout) {
   forward.statistics = result("statistics", 2 * c.batch * c.heads * c.tokens, wide);
   run("memory_attention_forward", forward, device::memory_attention_forward);
   for (int needs = kFirstSubset; needs < 4; ++needs) {
-    MemoryAttentionBackward backward = {common, {}, {}, forward.statistics, nullptr, nullptr, nullptr};
+    MemoryAttentionBackward backward = {common,  {},      {},     forward.statistics,
+                                        nullptr, nullptr, nullptr};
     backward.dout = input(dtype, layout, c.batch, c.tokens, c.heads, c.width);
     backward.out = {forward.out, dtype, c.tokens * c.heads * c.width, c.heads * c.width, c.width};
     if (needs & 1) backward.dquery = result("dquery", read, dtype);

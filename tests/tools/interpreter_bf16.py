@@ -6,6 +6,9 @@ in float32 and rounds its result to nearest even.
 
 A float32 ``tl.dot`` reads only 10 mantissa bits of its operands on tensor cores, unless the kernel
 asks for ``input_precision="ieee"``; the interpreter multiplies exactly and would hide that.
+
+And ``tl.dot`` adds up its terms in order, as a GPU does whichever operand comes first. NumPy's
+order depends on shapes, on strides and on the processor.
 """
 
 from __future__ import annotations
@@ -102,6 +105,13 @@ def _make_fp_to_fp(original: Any) -> Any:
     return create_fp_to_fp
 
 
+def _dot(a: np.ndarray, b: np.ndarray, d: np.ndarray) -> np.ndarray:
+    total = np.zeros(d.shape, d.dtype)
+    for k in range(a.shape[-1]):
+        total += a[..., :, k, None].astype(d.dtype) * b[..., k, None, :].astype(d.dtype)
+    return d + total
+
+
 def _make_dot(emulate_tf32: bool) -> Any:
     def make(original: Any) -> Any:
         def create_dot(
@@ -110,8 +120,9 @@ def _make_dot(emulate_tf32: bool) -> Any:
             # checked before widening: bfloat16 operands never lose bits to TF32
             if emulate_tf32 and precision == ir.INPUT_PRECISION.TF32:
                 a, b = _drop_tf32_bits(a), _drop_tf32_bits(b)
-            result = original(self, _widen(a), _widen(b), _widen(d), precision, *rest)
-            return _narrow_like(result, _is_bf16(d))
+            d_is_bf16, d = _is_bf16(d), _widen(d)
+            result = TensorHandle(_dot(_widen(a).data, _widen(b).data, d.data), d.dtype)
+            return _narrow_like(result, d_is_bf16)
 
         return create_dot
 

@@ -8,10 +8,11 @@ What the backward kernels know of a row are two numbers: the largest of its visi
 ``q k``, and the logarithm to base 2 of the sum of ``exp(scale (q k - largest))``. In one number, a
 log-sum-exp, the second would be lost beside a large first one, and with it what equal slots share.
 Products are compared before they are scaled: so the largest minus itself is 0 at any size, whatever
-a compiler contracts. A negative scale is the query's sign.
+a compiler contracts, as each kernel has the whole head width in one tile, and the same instruction
+adds up its terms. The scale's sign is put on the query, so that kernels see a scale above 0.
 
-What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), a scale
-above 0, or finite values in slots that are masked off.
+What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), or
+finite values in slots that are masked off.
 """
 
 import torch
@@ -25,8 +26,8 @@ from lm2_kernels.backends.triton import launch, tables
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-# a scale of 0 leaves a hidden slot's -inf alone, in float32
-_LEAST_SCALE = tl.constexpr(1.2e-38)
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 # a group of heads is scheduled together while what its programs share stays within this many bytes:
 # well inside the level 2 cache of the data centre GPUs (40 MB and more)
@@ -146,7 +147,7 @@ def _memory_attention_fwd_kernel(
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
 
     q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
+    scale_log2 = scale * _LOG2_E
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
@@ -192,12 +193,6 @@ def _memory_attention_fwd_kernel(
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
     log_sum = tl.log2(row_sum)
-    # The backward may add up the terms of a product in another order. Where that moves a score by
-    # as much as a probability, the largest is stored four units in its last place lower: so no row
-    # loses it there.
-    size = tl.abs(row_max)
-    lower = row_max - size * 4.76837158203125e-07
-    row_max = tl.where(size * scale_log2 > 1048576.0, lower, row_max)
     if HAS_MASK:
         if CAUSAL:
             sees_any = tl.min(first_visible, 0) <= slot_offset + offs_t
@@ -359,7 +354,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
+    scale_log2 = scale * _LOG2_E
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(first_row, num_tokens, BLOCK_T):
@@ -469,7 +464,7 @@ def _memory_attention_bwd_dquery_kernel(
     dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
-    scale_log2 = tl.maximum(scale * _LOG2_E, _LEAST_SCALE)
+    scale_log2 = scale * _LOG2_E
     statistics_ptr += pid_bh.to(tl.int64) * 2 * num_tokens
     largest, log_sum = _load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
 
@@ -539,6 +534,17 @@ def _mask_arguments(slot_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
     return (slot_mask.view(torch.uint8), *slot_mask.stride())
 
 
+def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """Query and scale of the same scores, the latter above 0; and what the query was multiplied by.
+
+    0 where float32 has no normal number for the scale.
+    """
+    sign = (scale >= _LEAST_SCALE) - (scale <= -_LEAST_SCALE)
+    if sign == 1:
+        return query, scale, sign
+    return query * sign, abs(scale) if sign else 1.0, sign
+
+
 def _heads_per_group(num_pairs: int, rows: int, head_width: int, itemsize: int) -> int:
     """How many of all (batch, head) pairs to schedule together.
 
@@ -584,8 +590,7 @@ def memory_attention_forward(
         )
     batch, num_tokens, num_heads, head_width = query.shape
     num_slots = key.shape[1]
-    if scale < 0.0:
-        query, scale = -query, -scale
+    query, scale, _ = _with_positive_scale(query, scale)
     query, key, value = map(launch.last_contiguous, (query, key, value))
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     statistics = torch.empty(
@@ -684,8 +689,7 @@ def memory_attention_backward(
     if batch == 0 or not (needs_dquery or needs_dkey_value):
         return dquery, dkey_value
     dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
-    if scale < 0.0:
-        query = -query
+    query, scale, sign = _with_positive_scale(query, scale)
     delta = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
     mask, *mask_strides = _mask_arguments(slot_mask)
     block_k = _block_k(head_width)
@@ -707,7 +711,7 @@ def memory_attention_backward(
         num_slots,
         num_heads,
         slot_offset,
-        abs(scale),
+        scale,
         dropout.threshold(dropout_p),
         1.0 / (1.0 - dropout_p),
     )
@@ -761,6 +765,6 @@ def memory_attention_backward(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-    if scale < 0.0:
-        dquery.neg_()
+    if sign != 1:
+        dquery.mul_(sign)
     return dquery, dkey_value
