@@ -27,8 +27,8 @@ _SIZES = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8},
     "medium": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-# what ends a run in one line; their kinds take other arguments than a text
-_ERRORS = (OSError, ArithmeticError, MemoryError, ValueError)
+# what ends a run and is told where it can be gone on with; their kinds take other arguments
+_ERRORS = (OSError, ArithmeticError, MemoryError, ValueError, RuntimeError)
 # which a run that goes on has already
 _OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
 

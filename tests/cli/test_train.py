@@ -601,6 +601,16 @@ def test_a_second_signal_does_not_wait(text, tmp_path, monkeypatch, capsys):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+def test_a_device_without_memory_leaves_the_progress(text, tmp_path, monkeypatch, capsys):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    _during(monkeypatch, 3, full)
+    assert cli.main(_arguments(text, tmp_path / "out", "--save-every", "2")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "Tried to allocate 2 GiB; the progress of step 2 is saved: go on with --resume" in last
+
+
 def test_a_second_signal_while_progress_is_saved(text, tmp_path, monkeypatch, capsys):
     """Torch's checkpoints wrap whatever ends them."""
     real = filesystem.FileSystemWriter.write_data
