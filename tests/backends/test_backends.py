@@ -592,22 +592,20 @@ def test_extreme_logits_that_nearly_tie(backend, dtype, power, record_property):
 def test_scale_of_zero_reads_the_mean_of_any_slots(backend, record_property):
     """Products may be as large as they can be."""
     record_property("backend", backend)
-    query, key = torch.randn(2, 1, 5, 1, 8).clamp(-2.0, 2.0) * 3e18
-    value = torch.randn(1, 5, 1, 8)
+    options = (("scale", 0.0), ("causal", False))
+    case = testing.Case("memory_attention", 1, 5, 24, 2, 8, options)
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        for name in ("query", "key"):
+            inputs.tensors[name].clamp_(-2.0, 2.0).mul_(3e18)
+        results = testing.run_case(case, inputs, _name(backend), seed=seed)
+        assert not results["dquery"].any() and not results["dkey"].any()
+        read = {"output 0": results["output 0"]}
+        return testing.compare_case(case, inputs, read, seed=seed)
+
     with _on(backend, "memory_attention"):
-        read = lm2.memory_attention(
-            query, key, value, causal=False, scale=0.0, backend=_name(backend)
-        )
-    assert_rule(
-        lambda _: [
-            testing.compare(
-                "read",
-                read,
-                value.double().mean(1, True).expand_as(read),
-                value.mean(1, True).expand_as(read),
-            )
-        ]
-    )
+        assert_rule(run)
 
 
 @_every_dtype(("bfloat16", "float16"))
