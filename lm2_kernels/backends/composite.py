@@ -82,10 +82,17 @@ def _softmax(scores: Tensor, sees_any: Tensor | None) -> Tensor:
 def _is_among_largest(scores: Tensor, count: int) -> Tensor:
     """The ``count`` largest of each row; of equal ones the first, which torch.topk leaves open."""
     least = scores.topk(count, dim=-1).values[..., -1:]
+    if scores.device.type != "cpu":
+        # to ask which rows have ties would be a wait
+        return _first_of_ties(scores, least, count)
     largest = scores >= least
-    # on a device that would be a wait
-    if scores.device.type == "cpu" and bool((largest.sum(dim=-1) == count).all()):
-        return largest
+    # with all that is seen among them, it does not matter what else is
+    is_open = (largest.sum(dim=-1, dtype=torch.int32) != count) & (least[..., 0] > -math.inf)
+    largest[is_open] = _first_of_ties(scores[is_open], least[is_open], count)
+    return largest
+
+
+def _first_of_ties(scores: Tensor, least: Tensor, count: int) -> Tensor:
     above, ties = scores > least, scores == least
     left = count - above.sum(dim=-1, keepdim=True)
     return above.logical_or_(ties.logical_and_(ties.cumsum(dim=-1, dtype=torch.int32) <= left))
