@@ -14,10 +14,9 @@ void define_schemas(Library& m) {
       "float dropout_p) -> (Tensor, Tensor)");
   m.def(
       "memory_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, "
-      "Tensor? slot_mask, Tensor? seed, Tensor out, Tensor statistics, bool causal, SymInt "
-      "slot_offset, "
-      "float scale, SymInt? top_k, float dropout_p, bool needs_dquery, bool needs_dkey_value) "
-      "-> (Tensor, Tensor)");
+      "Tensor? slot_mask, Tensor? seed, Tensor out, Tensor statistics, bool causal, "
+      "SymInt slot_offset, float scale, SymInt? top_k, float dropout_p, bool needs_dquery, "
+      "bool needs_dkey_value) -> (Tensor, Tensor)");
   m.def(
       "memory_update_forward(Tensor hidden, Tensor candidate, Tensor memory, Tensor input_gate, "
       "Tensor forget_gate, Tensor? output_gate, Tensor? gate_bias, str output) "

@@ -93,6 +93,7 @@ def _is_among_largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _first_of_ties(scores: Tensor, least: Tensor, count: int) -> Tensor:
+    """What lies above the least, and as many of its equals as are left, the first ones."""
     above, ties = scores > least, scores == least
     left = count - above.sum(dim=-1, keepdim=True)
     return above.logical_or_(ties.logical_and_(ties.cumsum(dim=-1, dtype=torch.int32) <= left))

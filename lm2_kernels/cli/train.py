@@ -27,7 +27,8 @@ _SIZES = {
     "small": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8},
     "medium": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-# what ends a run and is told where it can be gone on with; their kinds take other arguments
+# what ends a run, and is told where it can be gone on with; by these kinds, as their own may take
+# other arguments than a text
 _ERRORS = (OSError, ArithmeticError, MemoryError, ValueError, RuntimeError)
 # which a run that goes on has already
 _OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
@@ -115,7 +116,9 @@ def _planned(
     Everything is looked at, and nothing touched.
     """
     is_locked, stored = distributed.by_first(
-        lambda: held.enter_context(examined(options.out, options.resume, options.overwrite))
+        lambda: held.enter_context(
+            examined(options.out, resume=options.resume, overwrite=options.overwrite)
+        )
     )
     given = {n: getattr(options, n) for n in DEFAULTS if getattr(options, n) is not None}
     chosen = chosen_options(given, options.out, stored)
@@ -194,7 +197,9 @@ def _train(
     # before the progress of an earlier run goes: a batch may be too large for the memory
     next(batches())
     progress, first = out / folder.PROGRESS, 0
-    claim = folder.claimed(out, is_locked, options.resume, options.overwrite)
+    claim = folder.claimed(
+        out, is_locked=is_locked, resume=options.resume, overwrite=options.overwrite
+    )
     if distributed.by_first(lambda: held.enter_context(claim)):
         first = distributed.load_progress(progress, wrapped, optimizer)
     if rank == 0:

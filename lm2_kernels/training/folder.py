@@ -124,7 +124,7 @@ def remove_progress(folder: Path, keep: Path | None = None) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, is_locked: bool, resume: bool, overwrite: bool) -> Iterator[bool]:
+def claimed(folder: Path, *, is_locked: bool, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace.
 
     Without ``resume`` the progress of an earlier run goes. Yields whether there is progress.

@@ -12,7 +12,8 @@ from lm2_kernels.training.data import Bytes, Corpus
 from lm2_kernels.training.distributed import last_progress
 from lm2_kernels.training.folder import PROGRESS, check_new, locked, read_run, write_run
 
-# what a run remembers, and what it is unless given
+# What a run remembers, and what it is unless given. The parser of the command knows no defaults:
+# a run that goes on has to see what was given.
 DEFAULTS = {
     "data_dtype": None,
     "vocab_size": None,
@@ -111,7 +112,7 @@ def _kind(tokenizer: str) -> str:
 
 
 @contextlib.contextmanager
-def examined(folder: Path, resume: bool, overwrite: bool) -> Iterator[tuple[bool, Run | None]]:
+def examined(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[tuple[bool, Run | None]]:
     """Look at a run's folder and hold it alone meanwhile; nothing is touched.
 
     Yields whether it is there, and so held, and with ``resume`` the run to go on with; else None,

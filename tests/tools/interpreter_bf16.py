@@ -7,8 +7,8 @@ in float32 and rounds its result to nearest even.
 A float32 ``tl.dot`` reads only 10 mantissa bits of its operands on tensor cores, unless the kernel
 asks for ``input_precision="ieee"``; the interpreter multiplies exactly and would hide that.
 
-And ``tl.dot`` adds up its terms in order, as a GPU does whichever operand comes first. NumPy's
-order depends on shapes, on strides and on the processor.
+And ``tl.dot`` adds up its terms in one order, whichever operand comes first, as the instructions of
+a GPU do. NumPy's order depends on shapes, on strides and on the processor.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _make_dot(emulate_tf32: bool) -> Any:
             if emulate_tf32 and precision == ir.INPUT_PRECISION.TF32:
                 a, b = _drop_tf32_bits(a), _drop_tf32_bits(b)
             d_is_bf16, d = _is_bf16(d), _widen(d)
-            result = TensorHandle(_dot(_widen(a).data, _widen(b).data, d.data), d.dtype)
+            result = TensorHandle(_dot(_widen(a).data, _widen(b).data, d.data), d.dtype.scalar)
             return _narrow_like(result, d_is_bf16)
 
         return create_dot

@@ -155,6 +155,19 @@ def _second(done, *_):
     return done == 2
 
 
+def test_what_is_random_in_a_step_is_its_own():
+    """By the seed, the step's number in the whole run, and the process."""
+
+    def drawn(seed=0, first=0, rank=0, count=3):
+        return [torch.rand(4).tolist() for _ in loop.seeded([{}] * count, seed, first, rank)]
+
+    whole = drawn()
+    assert len({tuple(numbers) for numbers in whole}) == 3
+    assert drawn(first=1, count=2) == whole[1:]
+    for others in (drawn(seed=1), drawn(rank=1)):
+        assert not any(numbers in whole for numbers in others)
+
+
 def test_no_step_reads_a_number_from_the_device(monkeypatch):
     """A GPU would wait for it: losses and counts are fetched as copies, or once at the end."""
     model, factors = _Line().to(DEVICE), _factors(*[1.0] * 4)

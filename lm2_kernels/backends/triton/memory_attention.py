@@ -537,12 +537,13 @@ def _mask_arguments(slot_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
 def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """Query and scale of the same scores, the latter above 0; and what the query was multiplied by.
 
-    0 where float32 has no normal number for the scale.
+    That is 0 where float32 has no normal number for the scale, which then is as small as can be:
+    products of 0 are 0 at any, and of dQ, which is multiplied by 0 again, nothing overflows.
     """
     sign = (scale >= _LEAST_SCALE) - (scale <= -_LEAST_SCALE)
     if sign == 1:
         return query, scale, sign
-    return query * sign, abs(scale) if sign else 1.0, sign
+    return query * sign, abs(scale) if sign else _LEAST_SCALE, sign
 
 
 def _heads_per_group(num_pairs: int, rows: int, head_width: int, itemsize: int) -> int:
