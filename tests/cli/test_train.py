@@ -268,12 +268,12 @@ def test_a_run_is_held_before_it_is_read(model, monkeypatch, capsys):
     """Another one that goes on with it in between would be undone."""
     real, seen = folder.claimed, []
 
-    def claim(*args):
+    def claim(*args, **options):
         resumed = ["train", "--out", str(model), "--resume", "--steps", "8"]
         with pytest.raises(OSError, match="in use by another run"):
             command.run_train(command_line(resumed))
         seen.append(True)
-        return real(*args)
+        return real(*args, **options)
 
     command_line = cli._parser().parse_args
     monkeypatch.setattr(folder, "claimed", claim)
