@@ -520,6 +520,22 @@ def _whole_numbers(case, dtype, size, seed):
     return inputs
 
 
+def _compare_with_float32(case, inputs, backend, seed, units):
+    """The rule for results in these units, beside the oracle in float32.
+
+    In 16 bits the scores of the oracle's own arithmetic would overflow.
+    """
+    plain = testing.run_reference(case, inputs, torch.float32, seed=seed)
+    oracle = testing.run_reference(case, inputs, torch.float64, seed=seed)
+    got = testing.run_case(case, inputs, _name(backend), seed=seed)
+    return [
+        testing.compare(
+            name, got[name] / unit, oracle[name] / unit, plain[name].to(got[name].dtype) / unit
+        )
+        for name, unit in units.items()
+    ]
+
+
 def _every_dtype(dtypes):
     return pytest.mark.parametrize(
         ("backend", "dtype"),
@@ -547,15 +563,8 @@ def test_extreme_logits_that_tie(backend, dtype, size, record_property):
 
         def run(seed, case=case):
             inputs = _whole_numbers(case, testing.DTYPES[dtype], size, seed)
-            # in 16 bits the scores of the oracle's own arithmetic would overflow
-            plain = testing.run_reference(case, inputs, torch.float32, seed=seed)
-            oracle = testing.run_reference(case, inputs, torch.float64, seed=seed)
-            comparisons = []
-            for name, result in testing.run_case(case, inputs, _name(backend), seed=seed).items():
-                unit = size if name in ("dquery", "dkey") else 1.0
-                wanted = (oracle[name] / unit, plain[name].to(result.dtype) / unit)
-                comparisons.append(testing.compare(name, result / unit, *wanted))
-            return comparisons
+            units = {"dquery": size, "dkey": size, "output 0": 1.0, "dvalue": 1.0}
+            return _compare_with_float32(case, inputs, backend, seed, units)
 
         with _on(backend, "memory_attention"):
             # the mean of seven is not exact: such a row may be in one draw or another
@@ -578,13 +587,8 @@ def test_extreme_logits_that_nearly_tie(backend, dtype, power, record_property):
         key[..., 1] = torch.randint(0, 6, key.shape[:3], generator=generator) * max(
             2 ** (power - 3), 1
         )
-        plain = testing.run_reference(case, inputs, torch.float32)
-        oracle = testing.run_reference(case, inputs, torch.float64)
-        got = testing.run_case(case, inputs, _name(backend))
-        return [
-            testing.compare(name, got[name], oracle[name], plain[name].to(got[name].dtype))
-            for name in ("output 0", "dvalue")
-        ]
+        units = {"output 0": 1.0, "dvalue": 1.0}
+        return _compare_with_float32(case, inputs, backend, seed, units)
 
     with _on(backend, "memory_attention"):
         assert_rule(run)

@@ -27,6 +27,7 @@ from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_key
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
+# below it a scale is 0
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
 
 # a group of heads is scheduled together while what its programs share stays within this many bytes:
