@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lm2_kernels.backends import cpp
+from lm2_kernels.chunks import sum_by_slot
 from lm2_kernels.operators import run
 
 
@@ -166,10 +167,10 @@ class MemoryAttentionFunction(torch.autograd.Function):
 
 
 class MemoryUpdateFunction(torch.autograd.Function):
-    """``(hidden, candidate, memory, gates, gate_bias, ...) -> (output, new_memory)``.
+    """``(hidden, candidate, memory, gates, gate_bias, read, ...) -> (output, new_memory)``.
 
-    Saves candidate, memory, the gates before their sigmoid and gate_bias, all by reference: no
-    bytes of its own. The gradient of hidden is the gradient of output, not a copy.
+    Saves candidate, memory, the gates before their sigmoid, gate_bias and read, all by reference:
+    no bytes of its own. The gradient of hidden is the gradient of output, not a copy.
     """
 
     @staticmethod
@@ -178,49 +179,51 @@ class MemoryUpdateFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, *rest = inputs
-        ctx.output, ctx.backend = rest
+        _, *saved, ctx.output, ctx.tokens_per_slot, ctx.backend = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(candidate, memory, input_gate, forget_gate, output_gate, gate_bias)
+        ctx.save_for_backward(*saved)
 
     @staticmethod
     def backward(ctx, doutput, dnew_memory):
         if doutput is None and dnew_memory is None:
-            return (None,) * 9
+            return (None,) * 11
         # read once: checkpointing unpacks what was saved a single time
         saved = ctx.saved_tensors
-        _, _, input_gate, forget_gate, output_gate, gate_bias = saved
+        _, _, input_gate, forget_gate, output_gate, gate_bias, read = saved
         # no gradient, rather than zeros, for what the outputs that were used do not depend on
         has_output_gate = output_gate is not None
         is_written = dnew_memory is not None or not has_output_gate
         is_shown = doutput is not None and has_output_gate
         reached = (
             doutput is not None,
-            is_written or (is_shown and ctx.output == "read"),
+            is_written or (is_shown and ctx.output == "read" and read is None),
             is_written or (is_shown and ctx.output == "memory"),
             is_written,
             is_written,
             is_shown,
             is_written,
+            is_shown,
         )
         needs = [need and here for need, here in zip(ctx.needs_input_grad, reached, strict=False)]
-        needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates = needs
-        dcandidate, dmemory, dgates = None, None, [None] * 4
-        if needs_dcandidate or needs_dmemory or any(needs_gates):
-            dcandidate, dmemory, packed = _run_backward(
+        needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates, needs_dread = needs
+        dcandidate, dmemory, dgates, dread = None, None, [None] * 4, None
+        if needs_dcandidate or needs_dmemory or needs_dread or any(needs_gates):
+            dcandidate, dmemory, packed, dread = _run_backward(
                 ctx,
                 "memory_update_backward",
                 doutput,
                 dnew_memory,
                 *saved,
                 ctx.output,
+                ctx.tokens_per_slot,
                 needs_dcandidate,
                 needs_dmemory,
                 any(needs_gates),
+                needs_dread,
             )
             if any(needs_gates):
                 dgates = [
-                    _gate_gradient(packed, index, gate) if needed else None
+                    _gate_gradient(packed, index, gate, ctx.tokens_per_slot) if needed else None
                     for index, gate, needed in zip(
                         (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 2)),
                         (input_gate, forget_gate, output_gate, gate_bias),
@@ -233,17 +236,21 @@ class MemoryUpdateFunction(torch.autograd.Function):
             dcandidate if needs_dcandidate else None,
             dmemory if needs_dmemory else None,
             *dgates,
+            dread if needs_dread else None,
+            None,
             None,
             None,
         )
 
 
-def _gate_gradient(packed: Tensor, index: slice, gate: Tensor) -> Tensor:
-    """One gate's part of (B, T, G, D), summed over T where the gate was broadcast."""
+def _gate_gradient(packed: Tensor, index: slice, gate: Tensor, tokens_per_slot: int) -> Tensor:
+    """One gate's part of (B, T, G, D), summed over the tokens that share a row of the gate."""
     grad = packed[:, :, index].flatten(2)
-    if gate.shape[1] != grad.shape[1]:
-        grad = grad.sum(dim=1, keepdim=True)
-    return grad
+    if gate.shape[1] == grad.shape[1]:
+        return grad
+    return (
+        grad.sum(dim=1, keepdim=True) if gate.shape[1] == 1 else sum_by_slot(grad, tokens_per_slot)
+    )
 
 
 class ResidualLayerNormFunction(torch.autograd.Function):

@@ -23,6 +23,7 @@ from lm2_kernels.checks import (
     check_slot_mask,
     check_tensors,
 )
+from lm2_kernels.chunks import num_rows
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -123,43 +124,55 @@ def memory_attention(
 def memory_update(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
-    memory: Tensor,  # (B, T, D)
-    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    memory: Tensor,  # (B, R, D)
+    input_gate: Tensor,  # (B, T, R or 1, D)
+    forget_gate: Tensor,  # (B, T, R or 1, D)
+    output_gate: Tensor | None = None,  # (B, T, R or 1, D)
     *,
-    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    gate_bias: Tensor | None = None,  # (B, T, R or 1, 2 * D)
+    read: Tensor | None = None,  # (B, T, D)
     output: str = "read",
+    tokens_per_slot: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gated write of the rows that a segment is bound to, and what the layer shows.
 
-    ``M' = sigma(input_gate) * tanh(candidate) + sigma(forget_gate) * memory``, and
-    ``output = hidden + M'`` without ``output_gate`` (the released code), or
-    ``output = hidden + sigma(output_gate) * candidate`` with it (the paper's equations 3 to 6;
-    ``output="memory"`` takes ``memory`` in place of ``candidate``, equation 3 read literally).
+    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of the ``R = ceil(T / tokens_per_slot)``
+    rows, and proposes for it ``m_t = sigma(input_gate_t) * tanh(candidate_t) + sigma(forget_gate_t)
+    * memory_r``. The new row ``M'_r`` is the mean of its tokens' proposals: ``m_t`` itself at one
+    token per slot. The last row may have fewer tokens than the others.
+
+    Without ``output_gate``, ``output = hidden + m`` (the released code); with it,
+    ``output = hidden + sigma(output_gate) * read`` (the paper's equations 3 to 6, where ``read`` is
+    ``candidate``; ``output="memory"`` shows ``memory_r`` instead, equation 3 read literally).
+    Several tokens per slot and a ``read`` besides the candidate are our definition.
 
     Accumulates in float32 (float64 for float64). ``hidden`` and ``memory`` may be float32 while the
     others are bfloat16 or float16.
 
     Args:
         hidden: (B, T, D), what the output is added to.
-        candidate: (B, T, D), what is written: the read R (paper), the attended memory (release).
-        memory: (B, T, D), the rows as they were.
-        input_gate: before the sigmoid, (B, T, D) or (B, 1, D).
+        candidate: (B, T, D), what is written: the read R (paper), the attended memory (release),
+            either perhaps with a term of the token.
+        memory: (B, R, D), the rows as they were.
+        input_gate: before the sigmoid, with a row a token (B, T, D), a row a slot (B, R, D), or one
+            for all (B, 1, D).
         forget_gate: likewise.
         output_gate: likewise, or None.
-        gate_bias: added to ``[input_gate | forget_gate]``, (B, T, 2 D) or (B, 1, 2 D): the pooled
-            part of the released gates, added inside the kernel.
+        gate_bias: added to ``[input_gate | forget_gate]``, (B, T, R or 1, 2 D): the pooled part of
+            the released gates, added inside the kernel.
+        read: (B, T, D), what an output gate shows, where that is not the candidate.
         output: "read" or "memory"; ignored without ``output_gate``.
+        tokens_per_slot: how many tokens are bound to a row.
         backend: the name of one, or "auto"; None takes the default (``use_backend``).
 
     Returns:
-        output (B, T, D) in ``hidden``'s dtype, new memory (B, T, D) in ``memory``'s dtype.
+        output (B, T, D) in ``hidden``'s dtype, new memory (B, R, D) in ``memory``'s dtype.
 
     Raises:
         TypeError: not a tensor, an unsupported dtype or layout, dtypes that do not go together.
-        ValueError: a wrong rank or size, several devices, an unknown ``output``.
+        ValueError: a wrong rank or size, several devices, an unknown ``output``, a ``read`` that is
+            not shown.
         RuntimeError: a backend asked for by name cannot run this call; the text says why.
     """
     op = "memory_update"
@@ -171,28 +184,42 @@ def memory_update(
         "forget_gate": forget_gate,
         "output_gate": output_gate,
         "gate_bias": gate_bias,
+        "read": read,
     }
-    check_tensors(op, optional=("output_gate", "gate_bias"), **tensors)
+    check_tensors(op, optional=("output_gate", "gate_bias", "read"), **tensors)
     check_shape(op, "hidden", hidden, "(B, T, D)", (None,) * 3)
     batch, num_tokens, width = hidden.shape
     check_nonempty(op, "hidden", hidden, {"tokens T": 1, "width D": 2})
-    for name in ("candidate", "memory"):
-        check_shape(op, name, tensors[name], "(B, T, D)", (batch, num_tokens, width))
-    for name, columns, legend in (
-        ("input_gate", width, "(B, T or 1, D)"),
-        ("forget_gate", width, "(B, T or 1, D)"),
-        ("output_gate", width, "(B, T or 1, D)"),
-        ("gate_bias", 2 * width, "(B, T or 1, 2 * D)"),
+    check_int(op, "tokens_per_slot", tokens_per_slot, 1)
+    rows, legend = num_rows(num_tokens, tokens_per_slot), "T or 1"
+    if tokens_per_slot > 1:
+        legend = "T, R or 1"
+    check_shape(op, "candidate", candidate, "(B, T, D)", (batch, num_tokens, width))
+    row_legend = "(B, T, D)" if tokens_per_slot == 1 else "(B, R = ceil(T / tokens_per_slot), D)"
+    check_shape(op, "memory", memory, row_legend, (batch, rows, width))
+    for name, columns, last in (
+        ("input_gate", width, "D"),
+        ("forget_gate", width, "D"),
+        ("output_gate", width, "D"),
+        ("gate_bias", 2 * width, "2 * D"),
     ):
         gate = tensors[name]
         if gate is None:
             continue
-        broadcast = gate.dim() == 3 and gate.shape[1] == 1
-        check_shape(op, name, gate, legend, (batch, 1 if broadcast else num_tokens, columns))
+        shared = gate.dim() == 3 and gate.shape[1] in (1, rows)
+        own = gate.shape[1] if shared else num_tokens
+        check_shape(op, name, gate, f"(B, {legend}, {last})", (batch, own, columns))
     if output not in ("read", "memory"):
         raise ValueError(f"{op}: output must be 'read' or 'memory', got {output!r}")
-    candidate, input_gate, forget_gate, output_gate, gate_bias = _autocast(
-        candidate, input_gate, forget_gate, output_gate, gate_bias
+    if read is not None:
+        check_shape(op, "read", read, "(B, T, D)", (batch, num_tokens, width))
+        if output_gate is None or output == "memory":
+            raise ValueError(
+                f"{op}: read is what an output gate shows with output='read'; without an "
+                f"output_gate, or with output='memory', leave it out"
+            )
+    candidate, input_gate, forget_gate, output_gate, gate_bias, read = _autocast(
+        candidate, input_gate, forget_gate, output_gate, gate_bias, read
     )
     check_dtypes(
         op,
@@ -204,6 +231,7 @@ def memory_update(
         forget_gate=forget_gate,
         output_gate=output_gate,
         gate_bias=gate_bias,
+        read=read,
     )
     return unchecked.memory_update(
         hidden,
@@ -213,7 +241,9 @@ def memory_update(
         forget_gate,
         output_gate,
         gate_bias=gate_bias,
+        read=read,
         output=output,
+        tokens_per_slot=tokens_per_slot,
         backend=backend,
     )
 

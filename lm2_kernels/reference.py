@@ -114,36 +114,65 @@ def memory_attention(
 def memory_update(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
-    memory: Tensor,  # (B, T, D)
-    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    memory: Tensor,  # (B, R, D)
+    input_gate: Tensor,  # (B, T, D), (B, R, D) or (B, 1, D)
+    forget_gate: Tensor,  # likewise
+    output_gate: Tensor | None = None,  # likewise
     *,
-    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    gate_bias: Tensor | None = None,  # (B, T, 2 * D), (B, R, 2 * D) or (B, 1, 2 * D)
+    read: Tensor | None = None,  # (B, T, D)
     output: str = "read",
+    tokens_per_slot: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The gated write: gates come before the sigmoid, rows are already selected.
 
-    ``M' = sigma(input_gate) * tanh(candidate) + sigma(forget_gate) * memory``;
-    ``output = hidden + M'`` without an output gate (release), else
-    ``hidden + sigma(output_gate) * candidate`` (paper, ``output="read"``) or
-    ``hidden + sigma(output_gate) * memory`` (paper, ``output="memory"``).
-    ``gate_bias`` is added to ``[input_gate | forget_gate]``.
+    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of the ``R = ceil(T / tokens_per_slot)``
+    rows of memory. It proposes ``m_t = sigma(input_gate_t) * tanh(candidate_t) +
+    sigma(forget_gate_t) * memory_r``, and ``M'_r`` is the mean of its tokens' proposals (the last
+    row may have fewer). ``output = hidden + m`` without an output gate (release), else
+    ``hidden + sigma(output_gate) * read`` (paper, ``output="read"``; ``read`` is ``candidate``
+    unless given) or ``hidden + sigma(output_gate) * memory_r`` (paper, ``output="memory"``).
+    ``gate_bias`` is added to ``[input_gate | forget_gate]``. Gates have a row a token, a row a
+    slot, or one.
 
     Returns:
-        output (B, T, D), new memory (B, T, D)
+        output (B, T, D), new memory (B, R, D)
     """
+    num_tokens = hidden.shape[1]
+
+    def by_token(rows: Tensor) -> Tensor:
+        return _by_token(rows, tokens_per_slot, num_tokens)
+
+    rows = by_token(memory)
+    input_gate, forget_gate = by_token(input_gate), by_token(forget_gate)
     if gate_bias is not None:
-        input_bias, forget_bias = gate_bias.chunk(2, dim=-1)
+        input_bias, forget_bias = by_token(gate_bias).chunk(2, dim=-1)
         input_gate = input_gate + input_bias
         forget_gate = forget_gate + forget_bias
-    new_memory = (
-        torch.sigmoid(input_gate) * torch.tanh(candidate) + torch.sigmoid(forget_gate) * memory
-    ).to(memory.dtype)
+    proposal = torch.sigmoid(input_gate) * torch.tanh(candidate) + torch.sigmoid(forget_gate) * rows
+    new_memory = _means(proposal, tokens_per_slot).to(memory.dtype)
     if output_gate is None:
-        return (hidden + new_memory).to(hidden.dtype), new_memory
-    shown = candidate if output == "read" else memory
-    return (hidden + torch.sigmoid(output_gate) * shown).to(hidden.dtype), new_memory
+        return (hidden + proposal).to(hidden.dtype), new_memory
+    shown = rows if output == "memory" else candidate if read is None else read
+    return (hidden + torch.sigmoid(by_token(output_gate)) * shown).to(hidden.dtype), new_memory
+
+
+def _by_token(rows: Tensor, tokens_per_slot: int, num_tokens: int) -> Tensor:
+    """Rows of slots as rows of their tokens; rows of tokens, and a single row, as they are."""
+    if rows.shape[1] in (1, num_tokens):
+        return rows
+    return rows.repeat_interleave(tokens_per_slot, dim=1)[:, :num_tokens]
+
+
+def _means(x: Tensor, tokens_per_slot: int) -> Tensor:
+    """The mean of every ``tokens_per_slot`` rows, of those that are left at the end."""
+    if tokens_per_slot == 1:
+        return x
+    end = x.shape[1] // tokens_per_slot * tokens_per_slot
+    means = x[:, :end].unflatten(1, (-1, tokens_per_slot)).mean(dim=2)
+    if end == x.shape[1]:
+        return means
+    return torch.cat([means, x[:, end:].mean(dim=1, keepdim=True)], dim=1)
 
 
 def residual_layer_norm(
@@ -201,6 +230,13 @@ def _linear(x: Tensor, parameters: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
 
 
+def _candidate(read: Tensor, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
+    """What is written, before the tanh: what was read, and the token's own term if there is one."""
+    if "candidate_proj.weight" not in parameters:
+        return read
+    return read + _linear(x, parameters, "candidate_proj")
+
+
 def _write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
     end = slot_offset + rows.shape[1]
     return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
@@ -220,10 +256,14 @@ def paper_memory(
     dropout_p: float = 0.0,
     keep_mask: Tensor | None = None,  # (B, H, T, N)
     output: str = "read",
+    tokens_per_slot: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The memory layer of the paper (arXiv 2502.06049, equations 1 to 6).
 
-    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory`.
+    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory`; with a ``candidate_proj`` the
+    candidate is ``R + x Wc`` (``candidate="token"``). With ``tokens_per_slot = c`` (``write=
+    "chunk"``) token ``t`` is bound to slot ``o + t // c``, and a slot's new row is the mean of its
+    tokens' proposals.
 
     Returns:
         output (B, T, D), new memory (B, N, D)
@@ -241,16 +281,18 @@ def paper_memory(
         dropout_p=dropout_p,
         keep_mask=keep_mask,
     ).flatten(-2)
-    rows = memory[:, slot_offset : slot_offset + x.shape[1]]
+    rows = memory[:, slot_offset : slot_offset + math.ceil(x.shape[1] / tokens_per_slot)]
     # equation 3 (output gate), 4 (input gate), 5 (forget gate), 6 (update)
     out, new_rows = memory_update(
         x,
-        read,
+        _candidate(read, x, parameters),
         rows,
         _linear(x, parameters, "input_gate_proj"),
         _linear(read, parameters, "forget_gate_proj"),
         _linear(read, parameters, "output_gate_proj"),
+        read=read,
         output=output,
+        tokens_per_slot=tokens_per_slot,
     )
     return out, _write_rows(memory, new_rows, slot_offset)
 
@@ -273,18 +315,24 @@ def release_memory(
     prefix: bool = False,
     pooled_sum: Tensor | None = None,  # (B, D)
     eps: float = 1e-5,
+    tokens_per_slot: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The memory layer that the released code computes (design: ``ReleaseMemory``).
 
-    ``parameters`` is a state dict under the released module's names. With ``pooled_sum``, the
-    segment began at slot 0 and ``slot_offset`` tokens of it came before.
+    ``parameters`` is a state dict under the released module's names; with a ``candidate_proj`` the
+    candidate is ``C_P + x Wc`` (``candidate="token"``). With ``pooled_sum``, the segment began at
+    slot 0 and the tokens of the slots before ``slot_offset`` came before. ``tokens_per_slot`` as in
+    :func:`paper_memory`; above 1 there is one block, as rows that a token has rewritten are not the
+    slot's.
 
     Returns:
         output (B, T, D), new memory (B, N, D), pooled sum (B, D)
     """
-    end = slot_offset + x.shape[1]
+    end = slot_offset + math.ceil(x.shape[1] / tokens_per_slot)
+    rows = memory[:, slot_offset:end]
     query = _heads(_linear(x, parameters, "query_proj"), num_heads)
     bank = memory
+    candidate = _by_token(rows, tokens_per_slot, x.shape[1])
     for block in range(num_blocks):
         read = memory_attention(
             query,
@@ -300,7 +348,7 @@ def release_memory(
         ).flatten(-2)
         attended = residual_layer_norm(
             read,
-            bank[:, slot_offset:end],
+            candidate,
             parameters["attended_memory_layernorm.weight"],
             parameters["attended_memory_layernorm.bias"],
             eps,
@@ -315,25 +363,27 @@ def release_memory(
             parameters["attended_memory_layernorm2.bias"],
             eps,
         )
-        bank = _write_rows(bank, candidate, slot_offset)
-    rows = memory[:, slot_offset:end]
+        if block + 1 < num_blocks:
+            bank = _write_rows(bank, candidate, slot_offset)
     pooled, new_sum = pooled_gate(
         x,
         parameters["input_gate_projector.w"],
         prefix=prefix,
         pooled_sum=pooled_sum,
-        num_pooled=0 if pooled_sum is None else slot_offset,
+        num_pooled=0 if pooled_sum is None else slot_offset * tokens_per_slot,
     )
-    gates = _linear(pooled, parameters, "input_gate_projector.linear") + _linear(
-        torch.tanh(rows), parameters, "memory_gate_projector.linear"
-    )
+    pooled_gates = _linear(pooled, parameters, "input_gate_projector.linear")
+    # of no dimension, as released, whatever their shape
+    biases = [parameters[name].reshape(()) for name in ("input_bias", "forget_bias")]
+    gates = _linear(torch.tanh(rows), parameters, "memory_gate_projector.linear")
     input_gate, forget_gate = gates.chunk(2, dim=-1)
     out, new_rows = memory_update(
         x,
-        candidate,
+        _candidate(candidate, x, parameters),
         rows,
-        # of no dimension, as released, whatever their shape
-        input_gate + parameters["input_bias"].reshape(()),
-        forget_gate + parameters["forget_bias"].reshape(()),
+        input_gate + biases[0],
+        forget_gate + biases[1],
+        gate_bias=pooled_gates,
+        tokens_per_slot=tokens_per_slot,
     )
     return out, _write_rows(memory, new_rows, slot_offset), new_sum

@@ -67,13 +67,15 @@ def memory_attention(
 def memory_update(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
-    memory: Tensor,  # (B, T, D)
-    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    output_gate: Tensor | None = None,  # (B, T, D) or (B, 1, D)
+    memory: Tensor,  # (B, R, D)
+    input_gate: Tensor,  # (B, T, R or 1, D)
+    forget_gate: Tensor,  # (B, T, R or 1, D)
+    output_gate: Tensor | None = None,  # (B, T, R or 1, D)
     *,
-    gate_bias: Tensor | None = None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    gate_bias: Tensor | None = None,  # (B, T, R or 1, 2 * D)
+    read: Tensor | None = None,  # (B, T, D)
     output: str = "read",
+    tokens_per_slot: int = 1,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lm2_kernels.memory_update`."""
@@ -87,7 +89,9 @@ def memory_update(
         _rows(forget_gate),
         None if output_gate is None else _rows(output_gate),
         None if gate_bias is None else _rows(gate_bias),
+        None if read is None else _rows(read),
         output,
+        tokens_per_slot,
         name,
     )
 

@@ -58,19 +58,29 @@ def memory_attention_backward(query, key, needs_dquery, needs_dkey_value):
 
 
 def memory_update_forward(hidden, memory):
-    """``output``, ``new_memory`` (B, T, D) in the dtypes of ``hidden`` and ``memory``.
+    """``output`` (B, T, D), ``new_memory`` (B, R, D) in the dtypes of ``hidden`` and ``memory``.
 
-    ``candidate``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and ``memory``
-    have it or float32.
+    ``candidate``, ``read``, the gates and ``gate_bias`` share the activation dtype; ``hidden`` and
+    ``memory`` have it or float32. Gates have T rows, R (one for ``tokens_per_slot`` tokens), or 1.
     """
     return hidden.new_empty(hidden.shape), memory.new_empty(memory.shape)
 
 
 def memory_update_backward(
-    candidate, memory, input_gate, output_gate, needs_dcandidate, needs_dmemory, needs_dgates
+    candidate,
+    memory,
+    input_gate,
+    output_gate,
+    needs_dcandidate,
+    needs_dmemory,
+    needs_dgates,
+    needs_dread,
 ):
-    """``dcandidate``, ``dmemory``, ``dgates`` (B, T, G, D): of the input, forget and (G = 3) output
-    gate, not yet summed over a broadcast T. The gradient of ``hidden`` is ``doutput`` itself.
+    """``dcandidate``, ``dmemory`` (B, R, D), ``dgates`` (B, T, G, D), ``dread``.
+
+    ``dgates`` are of the input, forget and (G = 3) output gate, not yet summed over the tokens that
+    share a row. The gradient of ``hidden`` is ``doutput`` itself. ``read`` is there only where it
+    is what is shown; where it is None that is ``candidate``, and ``needs_dread`` is False.
     """
     batch, num_tokens, width = candidate.shape
     gates = (batch, num_tokens, 2 if output_gate is None else 3, width)
@@ -78,6 +88,7 @@ def memory_update_backward(
         _like(candidate, candidate.shape, needs_dcandidate),
         _like(memory, memory.shape, needs_dmemory),
         _like(input_gate, gates, needs_dgates),
+        _like(candidate, candidate.shape, needs_dread),
     )
 
 

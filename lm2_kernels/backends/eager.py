@@ -4,6 +4,8 @@ It runs on every device and dtype PyTorch has, never keeps a (T, N) matrix for b
 step between the oracle's autograd and the kernels: the same formulas, in readable form.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from lm2_kernels.backends.composite import (  # noqa: F401 - this backend's own
     memory_attention_forward,
 )
 from lm2_kernels.backends.contract import accumulation_dtype
+from lm2_kernels.chunks import by_slot, counts, sum_by_slot
 
 DEVICES = None
 
@@ -22,11 +25,11 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
 
 
 def _gates(
-    input_gate: Tensor, forget_gate: Tensor, gate_bias: Tensor | None, dtype: torch.dtype
+    input_gate: Tensor, forget_gate: Tensor, gate_bias: Tensor | None, view: Callable
 ) -> tuple[Tensor, Tensor]:
-    input_gate, forget_gate = input_gate.to(dtype), forget_gate.to(dtype)
+    input_gate, forget_gate = view(input_gate), view(forget_gate)
     if gate_bias is not None:
-        input_bias, forget_bias = gate_bias.to(dtype).chunk(2, dim=-1)
+        input_bias, forget_bias = view(gate_bias).chunk(2, dim=-1)
         input_gate, forget_gate = input_gate + input_bias, forget_gate + forget_bias
     return torch.sigmoid(input_gate), torch.sigmoid(forget_gate)
 
@@ -39,17 +42,30 @@ def memory_update_forward(
     forget_gate: Tensor,
     output_gate: Tensor | None,
     gate_bias: Tensor | None,
+    read: Tensor | None,
     output: str,
+    tokens_per_slot: int,
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`."""
-    dtype = accumulation_dtype(candidate)
-    c, p = candidate.to(dtype), memory.to(dtype)
-    i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
-    new_memory = i * torch.tanh(c) + f * p
+    dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
+
+    def view(x: Tensor) -> Tensor:
+        return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
+
+    def by_token(x: Tensor) -> Tensor:
+        return x.flatten(1, 2)[:, :num_tokens]
+
+    c, p = view(candidate), memory.to(dtype)[:, :, None]
+    i, f = _gates(input_gate, forget_gate, gate_bias, view)
+    proposal = by_token(i * torch.tanh(c) + f * p)
+    new_memory = sum_by_slot(proposal, tokens_per_slot)
+    if tokens_per_slot > 1:
+        new_memory = new_memory / counts(num_tokens, tokens_per_slot, memory.device)
     if output_gate is None:
-        shown = new_memory
+        shown = proposal
     else:
-        shown = torch.sigmoid(output_gate.to(dtype)) * (c if output == "read" else p)
+        s = p if output == "memory" else c if read is None else view(read)
+        shown = by_token(torch.sigmoid(view(output_gate)) * s.expand(c.shape))
     out = (hidden.to(dtype) + shown).to(hidden.dtype)
     # arithmetic keeps the axes' order in memory, the contract is a plain contiguous tensor
     return out.contiguous(), new_memory.to(memory.dtype).contiguous()
@@ -64,52 +80,76 @@ def memory_update_backward(
     forget_gate: Tensor,
     output_gate: Tensor | None,
     gate_bias: Tensor | None,
+    read: Tensor | None,
     output: str,
+    tokens_per_slot: int,
     needs_dcandidate: bool,
     needs_dmemory: bool,
     needs_dgates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_dread: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`.
 
-    With i, f, g the gates after the sigmoid, u = tanh(C), dM the gradient that reaches M' (release:
-    dM' + dout, as the output shows M'):
-    ``dC = dM i (1 - u^2)``, ``dP = dM f``, ``dz_i = dM u i (1 - i)``, ``dz_f = dM P f (1 - f)``;
-    with an output gate, ``dz_g = dout S g (1 - g)`` and ``dS += dout g`` for what it shows, S.
+    With i, f, g the gates after the sigmoid, u = tanh(C), P the token's row, n how many tokens it
+    has, and dm the gradient that reaches the token's proposal, dM' / n (release: + dout, as the
+    output shows the proposal):
+    ``dC = dm i (1 - u^2)``, ``dP = sum of dm f``, ``dz_i = dm u i (1 - i)``,
+    ``dz_f = dm P f (1 - f)``; with an output gate, ``dz_g = dout S g (1 - g)`` and ``dS += dout g``
+    for what it shows, S. Sums are over the row's tokens.
     """
-    dtype = accumulation_dtype(candidate)
-    c, p = candidate.to(dtype), memory.to(dtype)
-    i, f = _gates(input_gate, forget_gate, gate_bias, dtype)
+    dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
+
+    def view(x: Tensor) -> Tensor:
+        return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
+
+    def by_token(x: Tensor) -> Tensor:
+        return x.flatten(1, 2)[:, :num_tokens]
+
+    c, p = view(candidate), memory.to(dtype)[:, :, None]
+    i, f = _gates(input_gate, forget_gate, gate_bias, view)
     u = torch.tanh(c)
-    dout = None if doutput is None else doutput.to(dtype)
+    dout = None if doutput is None else view(doutput)
     dnew = None if dnew_memory is None else dnew_memory.to(dtype)
+    if dnew is not None and tokens_per_slot > 1:
+        dnew = dnew / counts(num_tokens, tokens_per_slot, memory.device)
+    dm = None if dnew is None else dnew[:, :, None]
     if output_gate is None and dout is not None:
-        dnew = dout if dnew is None else dnew + dout
+        dm = dout if dm is None else dm + dout
     # what never arrived is not 0 times something: that would be NaN for an infinity
-    dcandidate = dmemory = dinput_gate = dforget_gate = doutput_gate = torch.zeros_like(c)
-    if dnew is not None:
-        dcandidate, dmemory = dnew * i * (1 - u * u), dnew * f
-        dinput_gate, dforget_gate = dnew * u * i * (1 - i), dnew * p * f * (1 - f)
+    dcandidate = drow = dinput_gate = dforget_gate = doutput_gate = dread = torch.zeros_like(c)
+    if dm is not None:
+        dcandidate, drow = dm * i * (1 - u * u), (dm * f).expand(c.shape)
+        dinput_gate, dforget_gate = dm * u * i * (1 - i), dm * p * f * (1 - f)
+        dforget_gate = dforget_gate.expand(c.shape)
     if output_gate is not None and dout is not None:
-        g = torch.sigmoid(output_gate.to(dtype))
-        if output == "read":
-            doutput_gate = dout * c * g * (1 - g)
+        g = torch.sigmoid(view(output_gate))
+        s = p if output == "memory" else c if read is None else view(read)
+        doutput_gate = dout * s * g * (1 - g)
+        if output == "memory":
+            drow = drow + dout * g
+        elif read is None:
             dcandidate = dcandidate + dout * g
         else:
-            doutput_gate = dout * p * g * (1 - g)
-            dmemory = dmemory + dout * g
+            dread = dout * g
     dgates = [dinput_gate, dforget_gate]
     if output_gate is not None:
         dgates.append(doutput_gate)
     none = candidate.new_empty(0)
     return (
-        dcandidate.to(candidate.dtype).contiguous() if needs_dcandidate else none,
-        dmemory.to(memory.dtype).clone(memory_format=torch.contiguous_format)
+        _owned(by_token(dcandidate), candidate.dtype) if needs_dcandidate else none,
+        _owned(sum_by_slot(by_token(drow), tokens_per_slot), memory.dtype)
         if needs_dmemory
         else none.clone(),
-        torch.stack(dgates, dim=2).to(input_gate.dtype).contiguous()
+        torch.stack([by_token(gate) for gate in dgates], dim=2).to(input_gate.dtype).contiguous()
         if needs_dgates
         else none.clone(),
+        _owned(by_token(dread), candidate.dtype) if needs_dread else none.clone(),
     )
+
+
+def _owned(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in a dtype, contiguous and sharing its memory with no other."""
+    return x.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def residual_layer_norm_forward(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lm2_kernels import backends
+from lm2_kernels.chunks import num_rows
 
 DTYPES = {
     "float32": torch.float32,
@@ -77,6 +78,11 @@ SMALL_CASES = (
     _update(2, 5, 40, output_gate=True, output="memory", hidden="float32"),
     _update(2, 9, 33, gate_bias="segment", memory="float32"),
     _update(1, 6, 16, gate_bias="prefix", broadcast=True),
+    _update(2, 5, 24, output_gate=True, read=True),
+    _update(2, 13, 24, tokens_per_slot=5, output_gate=True, read=True),
+    _update(3, 8, 17, tokens_per_slot=4, output_gate=True, output="memory", memory="float32"),
+    _update(2, 7, 40, tokens_per_slot=3, gate_bias="prefix", gates="slots", hidden="float32"),
+    _update(2, 4, 24, tokens_per_slot=9, gate_bias="segment"),
     _norm(2, 3, 24),
     _norm(1, 17, 65, residual="float32"),
     _norm(2, 33, 7, parameters="float32"),
@@ -105,6 +111,8 @@ LARGE_CASES = (
     _update(3, 127, 160),
     _update(2, 100, 515, output_gate=True),
     _update(2, 64, 256, gate_bias="segment", memory="float32"),
+    _update(2, 250, 160, tokens_per_slot=32, output_gate=True, read=True),
+    _update(1, 300, 257, tokens_per_slot=2, gate_bias="prefix", gates="slots"),
     _norm(2, 100, 515),
     _norm(1, 64, 2048, residual="float32"),
     _pool(2, 300, 260),
@@ -192,25 +200,32 @@ def _attention_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> In
 
 def _update_inputs(case: Case, draw: _Draw, generator: torch.Generator) -> Inputs:
     batch, tokens, width = case.batch, case.tokens, case.width
+    tokens_per_slot = case.option("tokens_per_slot", 1)
     rows = (batch, tokens, width)
+    bank = (batch, num_rows(tokens, tokens_per_slot), width)
     gate = (batch, 1, width) if case.option("broadcast") else rows
+    gate = bank if case.option("gates") == "slots" else gate
     tensors = {
         "hidden": draw(*rows, like=case.option("hidden")),
         "candidate": draw(*rows),
-        "memory": draw(*rows, like=case.option("memory")),
+        "memory": draw(*bank, like=case.option("memory")),
         "input_gate": draw(*gate),
-        "forget_gate": draw(*rows),
+        "forget_gate": draw(*(bank if case.option("gates") == "slots" else rows)),
     }
     constants: dict[str, object] = {}
+    if tokens_per_slot > 1:
+        constants["tokens_per_slot"] = tokens_per_slot
     if case.option("output_gate"):
         tensors["output_gate"] = draw(*gate)
         constants["output"] = case.option("output", "read")
+    if case.option("read"):
+        tensors["read"] = draw(*rows)
     if case.option("gate_bias"):
         biased = tokens if case.option("gate_bias") == "prefix" else 1
         tensors["gate_bias"] = draw(batch, biased, 2 * width)
     cotangents = (
         draw(*rows, like=case.option("hidden")),
-        draw(*rows, like=case.option("memory")),
+        draw(*bank, like=case.option("memory")),
     )
     return Inputs(tensors, constants, cotangents)
 

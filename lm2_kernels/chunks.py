@@ -1,0 +1,39 @@
+"""Tokens and the slots that they are bound to: token ``t`` to row ``t // tokens_per_slot``.
+
+Of ``T`` tokens that are ``R = ceil(T / tokens_per_slot)`` rows, the last one perhaps of fewer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def num_rows(num_tokens: int, tokens_per_slot: int) -> int:
+    """R."""
+    return -(-num_tokens // tokens_per_slot)
+
+
+def counts(num_tokens: int, tokens_per_slot: int, device: torch.device) -> Tensor:
+    """How many tokens each row has, (R, 1) int64."""
+    rows = torch.arange(num_rows(num_tokens, tokens_per_slot), device=device)
+    return (num_tokens - rows * tokens_per_slot).clamp(max=tokens_per_slot)[:, None]
+
+
+def by_slot(x: Tensor, tokens_per_slot: int, num_tokens: int) -> Tensor:
+    """(B, R, tokens_per_slot, ...): rows of tokens slot by slot, with zeros behind the last token.
+
+    Of (B, R, ...) or (B, 1, ...), rows that tokens share, it is (B, R or 1, 1, ...).
+    """
+    if x.shape[1] != num_tokens:
+        return x[:, :, None]
+    missing = -num_tokens % tokens_per_slot
+    if missing:
+        x = F.pad(x, (*(0, 0) * (x.dim() - 2), 0, missing))
+    return x.unflatten(1, (-1, tokens_per_slot))
+
+
+def sum_by_slot(x: Tensor, tokens_per_slot: int) -> Tensor:
+    """The sum over each row's tokens of (B, T, ...), (B, R, ...)."""
+    if tokens_per_slot == 1:
+        return x
+    return by_slot(x, tokens_per_slot, x.shape[1]).sum(dim=2)
