@@ -248,9 +248,9 @@ def _gate_gradient(packed: Tensor, index: slice, gate: Tensor, tokens_per_slot: 
     grad = packed[:, :, index].flatten(2)
     if gate.shape[1] == grad.shape[1]:
         return grad
-    return (
-        grad.sum(dim=1, keepdim=True) if gate.shape[1] == 1 else sum_by_slot(grad, tokens_per_slot)
-    )
+    if gate.shape[1] == 1:
+        return grad.sum(dim=1, keepdim=True)
+    return sum_by_slot(grad, tokens_per_slot)
 
 
 class ResidualLayerNormFunction(torch.autograd.Function):

@@ -137,10 +137,11 @@ def memory_update(
 ) -> tuple[Tensor, Tensor]:
     """The gated write of the rows that a segment is bound to, and what the layer shows.
 
-    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of the ``R = ceil(T / tokens_per_slot)``
-    rows, and proposes for it ``m_t = sigma(input_gate_t) * tanh(candidate_t) + sigma(forget_gate_t)
-    * memory_r``. The new row ``M'_r`` is the mean of its tokens' proposals: ``m_t`` itself at one
-    token per slot. The last row may have fewer tokens than the others.
+    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of the
+    ``R = ceil(T / tokens_per_slot)`` rows, and proposes for it
+    ``m_t = sigma(input_gate_t) * tanh(candidate_t) + sigma(forget_gate_t) * memory_r``. The new row
+    ``M'_r`` is the mean of its tokens' proposals: ``m_t`` itself at one token per slot. The last
+    row may have fewer tokens than the others.
 
     Without ``output_gate``, ``output = hidden + m`` (the released code); with it,
     ``output = hidden + sigma(output_gate) * read`` (the paper's equations 3 to 6, where ``read`` is

@@ -126,12 +126,13 @@ def memory_update(
 ) -> tuple[Tensor, Tensor]:
     """The gated write: gates come before the sigmoid, rows are already selected.
 
-    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of the ``R = ceil(T / tokens_per_slot)``
-    rows of memory. It proposes ``m_t = sigma(input_gate_t) * tanh(candidate_t) +
-    sigma(forget_gate_t) * memory_r``, and ``M'_r`` is the mean of its tokens' proposals (the last
-    row may have fewer). ``output = hidden + m`` without an output gate (release), else
-    ``hidden + sigma(output_gate) * read`` (paper, ``output="read"``; ``read`` is ``candidate``
-    unless given) or ``hidden + sigma(output_gate) * memory_r`` (paper, ``output="memory"``).
+    Token ``t`` is bound to row ``r = t // tokens_per_slot`` of memory, which has
+    ``R = ceil(T / tokens_per_slot)`` rows, and proposes
+    ``m_t = sigma(input_gate_t) * tanh(candidate_t) + sigma(forget_gate_t) * memory_r``. The new row
+    ``M'_r`` is the mean of its tokens' proposals (the last row may have fewer of them). ``output =
+    hidden + m`` without an output gate (release), else ``hidden + sigma(output_gate) * read``
+    (paper, ``output="read"``; ``read`` is ``candidate`` unless given) or
+    ``hidden + sigma(output_gate) * memory_r`` (paper, ``output="memory"``).
     ``gate_bias`` is added to ``[input_gate | forget_gate]``. Gates have a row a token, a row a
     slot, or one.
 
@@ -260,8 +261,8 @@ def paper_memory(
 ) -> tuple[Tensor, Tensor]:
     """The memory layer of the paper (arXiv 2502.06049, equations 1 to 6).
 
-    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory`; with a ``candidate_proj`` the
-    candidate is ``R + x Wc`` (``candidate="token"``). With ``tokens_per_slot = c`` (``write=
+    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory`; with a ``candidate_proj``
+    the candidate is ``R + x Wc`` (``candidate="token"``). With ``tokens_per_slot = c`` (``write=
     "chunk"``) token ``t`` is bound to slot ``o + t // c``, and a slot's new row is the mean of its
     tokens' proposals.
 
