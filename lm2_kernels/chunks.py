@@ -32,8 +32,13 @@ def by_slot(x: Tensor, tokens_per_slot: int, num_tokens: int) -> Tensor:
     return x.unflatten(1, (-1, tokens_per_slot))
 
 
-def sum_by_slot(x: Tensor, tokens_per_slot: int) -> Tensor:
-    """The sum over each row's tokens of (B, T, ...), (B, R, ...)."""
+def sum_by_slot(x: Tensor, tokens_per_slot: int, first: int = 0) -> Tensor:
+    """The sum over each row's tokens of (B, T, ...), (B, R, ...).
+
+    ``first``: the place of the first token among those of its row.
+    """
     if tokens_per_slot == 1:
         return x
+    if first:
+        x = F.pad(x, (*(0, 0) * (x.dim() - 2), first, 0))
     return by_slot(x, tokens_per_slot, x.shape[1]).sum(dim=2)

@@ -1,5 +1,6 @@
 """What both memory layers share: options, checks of inputs, reading and writing."""
 
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
@@ -28,6 +29,7 @@ from lm2_kernels.checks import (
     check_tensors,
     go_together,
 )
+from lm2_kernels.chunks import num_rows
 from lm2_kernels.linear import apply_linear
 from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, write_rows
@@ -43,11 +45,13 @@ class MemoryLayer(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        causal: bool,
+        causal: bool | None,
         scale: float | None,
         top_k: int | None,
         dropout: float,
         write: str,
+        tokens_per_slot: int,
+        candidate: str,
         recompute: bool,
         backend: str | None,
     ):
@@ -58,17 +62,18 @@ class MemoryLayer(nn.Module):
         if dim % num_heads:
             raise ValueError(f"{op}: num_heads ({num_heads}) must divide dim ({dim})")
         check_bool(op, "recompute", recompute)
-        if write != "position":
-            raise ValueError(f"{op}: write must be 'position', got {write!r}")
         if backend is not None:
             check_choice(backend)
         self.dim = dim
         self.num_heads = num_heads
-        self.causal = causal
+        # whether tokens must not see the slots of later ones
+        self.causal = write == "position" if causal is None else causal
         self.scale = scale
         self.top_k = top_k
         self.dropout = dropout
         self.write = write
+        self.tokens_per_slot = tokens_per_slot
+        self.candidate = candidate
         self.recompute = recompute
         self.backend = backend
 
@@ -81,10 +86,14 @@ class MemoryLayer(nn.Module):
             check_scale(op, self.scale)
         check_bool(op, "causal", self.causal)
         check_dropout(op, self.dropout)
+        check_write(op, self.write, self.tokens_per_slot, self.causal, self.candidate)
 
     def extra_repr(self) -> str:
         options = {
-            "causal": (self.causal, True),
+            "causal": (self.causal, self.write == "position"),
+            "write": (self.write, "position"),
+            "tokens_per_slot": (self.tokens_per_slot, 1),
+            "candidate": (self.candidate, "read"),
             "scale": (self.scale, None),
             "top_k": (self.top_k, None),
             "dropout": (self.dropout, 0.0),
@@ -103,11 +112,14 @@ class MemoryLayer(nn.Module):
         check_nonempty(op, "memory", memory, {"slots N": 1})
         num_tokens, num_slots = x.shape[1], memory.shape[1]
         check_int(op, "slot_offset", slot_offset, 0)
-        if slot_offset + num_tokens > num_slots:
+        if slot_offset + num_rows(num_tokens, self.tokens_per_slot) > num_slots:
+            tokens, most = "T", "N"
+            if self.tokens_per_slot > 1:
+                tokens, most = f"T / {self.tokens_per_slot}", f"{self.tokens_per_slot} N"
             raise ValueError(
-                f"{op}: slot_offset + T must be at most N = {num_slots}, got {slot_offset} + "
-                f"{num_tokens}; feed longer inputs in segments of at most N tokens, carrying the "
-                f"memory over"
+                f"{op}: slot_offset + {tokens} must be at most N = {num_slots}, got {slot_offset} "
+                f"and T = {num_tokens}; feed longer inputs in segments of at most {most} tokens, "
+                f"carrying the memory over"
             )
         if self.top_k is not None and self.top_k > num_slots:
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
@@ -117,26 +129,33 @@ class MemoryLayer(nn.Module):
     def _check_piece(
         self,
         x: Tensor,
-        rows: Tensor,
+        memory: Tensor,
         cache: SegmentCache,
         slot_offset: int,
         slot_mask: Tensor | None,
     ) -> None:
         op = type(self).__name__
-        self._check_tensors(x, rows)
-        check_shape(op, "memory (with a cache, the rows)", rows, "(B, T, D)", tuple(x.shape))
+        self._check_tensors(x, memory)
         if x.shape[1] != cache.num_tokens:
             raise ValueError(f"{op}: the cache is for {cache.num_tokens} tokens, got {x.shape[1]}")
-        if self.top_k is not None and self.top_k > cache.segment_length:
+        for name in ("causal", "tokens_per_slot"):
+            if getattr(self, name) != getattr(cache, name):
+                raise ValueError(
+                    f"{op}: the layer has {name}={getattr(self, name)}, the cache "
+                    f"{getattr(cache, name)}; ask MemoryState.piece for the layer's"
+                )
+        num_slots = cache.segment_length if self.causal else memory.shape[1]
+        if self.causal:
+            check_shape(op, "memory (with a cache, the rows)", memory, "(B, T, D)", tuple(x.shape))
+        elif num_rows(cache.size, self.tokens_per_slot) > num_slots:
             raise ValueError(
-                f"{op}: top_k must be between 1 and N = {cache.segment_length}, got {self.top_k}"
+                f"{op}: a segment of {cache.size} tokens wants at least "
+                f"{num_rows(cache.size, self.tokens_per_slot)} slots, memory has {num_slots}"
             )
+        if self.top_k is not None and self.top_k > num_slots:
+            raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
-        if not self.causal:
-            raise ValueError(
-                f"{op}: causal=False cannot stream: its tokens read slots that are not bound yet"
-            )
 
     def any_parameter(self) -> Tensor | None:
         """A parameter whose dtype and device stand for the layer's; None if it has none.
@@ -244,6 +263,30 @@ class MemoryLayer(nn.Module):
             return tensor
         return tensor.to(x.dtype)
 
+    def _reader(self, memory: Tensor, x: Tensor, cache: SegmentCache) -> "Reader":
+        """Where a piece reads."""
+        if self.causal:
+            return PieceReader(self, cache)
+        return ConstantReader(self, self._operand(memory, x), cache)
+
+    def _piece_rows(self, memory: Tensor, cache: SegmentCache) -> tuple[Tensor, int]:
+        """The rows that a piece rewrites, and how many of its tokens each one has."""
+        if self.causal:
+            return memory, 1
+        return cache.rows_of(memory), self.tokens_per_slot if cache.writes_rows else 1
+
+    def _attention_cache(self, num_blocks: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the keys and values that are kept within a segment."""
+        names = [f"{kind}{block}" for block in range(num_blocks) for kind in ("key", "value")]
+        names = names if self.causal else map(SegmentCache.constant_name, names)
+        return dict.fromkeys(names, (self.num_heads, self.dim // self.num_heads))
+
+    def _candidate(self, read: Tensor, x: Tensor) -> Tensor:
+        """What is written, before the tanh. (B, T, D)"""
+        if self.candidate == "read":
+            return read
+        return read + self._project("candidate_proj", x, self.candidate_proj)
+
     def _project(self, name: str, x: Tensor, layer: nn.Module, *, relu: bool = False) -> Tensor:
         """A projection of x to the layer's width; see :func:`project`."""
         return project(f"{type(self).__name__}.{name}", x, layer, self.dim, relu=relu)
@@ -275,6 +318,27 @@ class MemoryLayer(nn.Module):
             backend=self.backend,
         )
         return read.flatten(-2)
+
+
+def check_write(op: str, write: str, tokens_per_slot: int, causal: bool, candidate: str) -> None:
+    """Raise unless the options of what is written, and what is seen, go together."""
+    for name, value, choices in (
+        ("write", write, ("position", "chunk")),
+        ("candidate", candidate, ("read", "token")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{op}: {name} must be one of {choices}, got {value!r}")
+    check_int(op, "tokens_per_slot", tokens_per_slot, 1)
+    if write == "position" and tokens_per_slot != 1:
+        raise ValueError(
+            f"{op}: write='position' binds one token to a slot, got tokens_per_slot="
+            f"{tokens_per_slot}; for several take write='chunk'"
+        )
+    if write == "chunk" and causal:
+        raise ValueError(
+            f"{op}: write='chunk' has causal=False: every token sees every slot, as the segment "
+            f"found them, which says nothing of later tokens"
+        )
 
 
 def shallow_copy(
@@ -425,3 +489,30 @@ class PieceReader:
             visible = cache.visible(query.device)
             return layer._attention(query, key, value, False, 0, visible)
         return layer._attention(query, key, value, True, cache.start, None)
+
+
+class ConstantReader:
+    """Reads a whole bank, the same for all of a segment: its keys and values are projected once."""
+
+    def __init__(self, layer: MemoryLayer, bank: Tensor, cache: SegmentCache):
+        self._layer = layer
+        self._bank = bank  # (B, N, D), a matrix operand
+        self._cache = cache
+
+    def read(self, query: Tensor, rows: Tensor, block: int) -> Tensor:
+        """See :class:`Reader`."""
+        layer = self._layer
+        key, value = (
+            self._cache.constant(
+                f"{kind}{block}", functools.partial(self._projected, f"{kind}_proj", projection)
+            )
+            for kind, projection in (("key", layer.key_proj), ("value", layer.value_proj))
+        )
+        return layer._attention(query, key, value, False, 0, None)
+
+    def _projected(self, name: str, projection: nn.Module, rows: Tensor | None) -> Tensor:
+        """(B, N, H, K), of some batch rows alone if they are given."""
+        bank = self._bank
+        if rows is not None:
+            bank = bank.index_select(0, rows.to(bank.device))
+        return self._layer._heads(self._layer._project(name, bank, projection))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.layers.base import BankReader, MemoryLayer, PieceReader, Reader
+from lm2_kernels.chunks import num_rows
+from lm2_kernels.layers.base import BankReader, MemoryLayer, Reader
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -27,16 +28,29 @@ class PaperMemory(MemoryLayer):
     Parameters are ``query_proj``, ``key_proj``, ``value_proj``, ``output_gate_proj``,
     ``input_gate_proj``, ``forget_gate_proj``: ``nn.Linear(dim, dim)``.
 
+    What is not the paper's: with ``candidate="token"``, tanh is of ``R + x Wc`` in place of R, so
+    that a token contributes more than its gates; and with ``write="chunk"`` there are fewer slots
+    than tokens: token ``t`` is bound to slot ``o + t // c``, ``c`` being ``tokens_per_slot``, reads
+    all slots as the segment found them, and a slot's new row is the mean of what its tokens propose
+    (right-hand sides of M' above, with the slot's row for P).
+
     Args:
         dim: model width D.
         num_heads: memory heads H; must divide ``dim``.
         bias: whether the projections have a bias.
-        causal: whether the slots of later tokens are hidden.
+        causal: whether the slots of later tokens are hidden; None is True for ``write="position"``
+            and False for "chunk", which refuses True. Without it a segment's tokens read the memory
+            of earlier segments whole: causal where a bank is carried from segment to segment
+            (``flow="time"``), but not where it comes from the block below.
         scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
         top_k: keep only the k largest probabilities of each row.
         dropout: on the attention probabilities, while training.
         output: "read", or "memory" for equation 3 read literally: ``x + sigma(R Wout) * P``.
-        write: which token writes which slot; "position" is the only rule so far.
+        write: which token writes which slot: "position", each its own, or "chunk",
+            ``tokens_per_slot`` neighbours the same. A chunk of one token is a position.
+        tokens_per_slot: of "chunk", c.
+        candidate: "read", or "token" for a candidate with a term of the token, by
+            ``candidate_proj``.
         recompute: keep x and memory alone for backward, instead of about 9 tensors of their size
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
             forward pass. Options and ``training`` must then be in backward what they were in
@@ -61,12 +75,14 @@ class PaperMemory(MemoryLayer):
         num_heads: int = 8,
         *,
         bias: bool = False,
-        causal: bool = True,
+        causal: bool | None = None,
         scale: float | None = None,
         top_k: int | None = None,
         dropout: float = 0.0,
         output: str = "read",
         write: str = "position",
+        tokens_per_slot: int = 1,
+        candidate: str = "read",
         recompute: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -80,6 +96,8 @@ class PaperMemory(MemoryLayer):
             top_k=top_k,
             dropout=dropout,
             write=write,
+            tokens_per_slot=tokens_per_slot,
+            candidate=candidate,
             recompute=recompute,
             backend=backend,
         )
@@ -95,6 +113,8 @@ class PaperMemory(MemoryLayer):
         self.output_gate_proj = projection()
         self.input_gate_proj = projection()
         self.forget_gate_proj = projection()
+        if candidate == "token":
+            self.candidate_proj = projection()
         self.reset_parameters()
 
     def _check_options(self) -> None:
@@ -121,20 +141,22 @@ class PaperMemory(MemoryLayer):
         """Read and rewrite the memory.
 
         With ``cache``, which has the keys and values of the segment's earlier tokens, x is the
-        segment's next piece and ``memory`` only the rows (B, T, D) that it is bound to, as the
-        segment found them. Pieces one after the other give what one call gives for the segment from
-        slot 0 on (:meth:`lm2_kernels.MemoryState.piece`).
+        segment's next piece and ``memory`` what :meth:`lm2_kernels.MemoryState.piece` gives for it:
+        with ``causal`` only the rows (B, T, D) that it is bound to, as the segment found them, else
+        the whole bank. What comes back goes to :meth:`lm2_kernels.MemoryState.after`. Pieces one
+        after the other give what one call gives for the segment from slot 0 on.
 
         Args:
             x: (B, T, D).
-            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            memory: (B, N, D) with ``slot_offset + T / tokens_per_slot <= N``; may be float32 beside
+                a 16-bit ``x``.
             slot_offset: the slot that row 0 is bound to; the cache knows its own.
             slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
             cache: the piece's; it is extended.
 
         Returns:
             output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
-            ``cache`` the new rows).
+            ``cache`` the new rows, or the tokens' proposals for them).
 
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
@@ -162,28 +184,36 @@ class PaperMemory(MemoryLayer):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked."""
         reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
-        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
-        output, new_rows = self._rewrite(x, rows, reader)
+        rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], self.tokens_per_slot)]
+        output, new_rows = self._rewrite(x, rows, reader, self.tokens_per_slot)
         return output, write_rows(memory, new_rows, slot_offset)
 
-    def _forward_piece(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
+    def _forward_piece(
+        self, x: Tensor, memory: Tensor, cache: SegmentCache
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
-        return self._rewrite(x, rows, PieceReader(self, cache))
+        rows, tokens_per_slot = self._piece_rows(memory, cache)
+        return self._rewrite(x, rows, self._reader(memory, x, cache), tokens_per_slot)
 
-    def _rewrite(self, x: Tensor, rows: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
+    def _rewrite(
+        self, x: Tensor, rows: Tensor, reader: Reader, tokens_per_slot: int
+    ) -> tuple[Tensor, Tensor]:
         read = reader.read(self._project("query_proj", x, self.query_proj), rows, 0)
+        candidate = self._candidate(read, x)
+        is_own = candidate is not read and self.output == "read"
         return unchecked.memory_update(
             x,
-            read,
+            candidate,
             rows,
             self._project("input_gate_proj", x, self.input_gate_proj),
             self._project("forget_gate_proj", read, self.forget_gate_proj),
             self._project("output_gate_proj", read, self.output_gate_proj),
+            read=read if is_own else None,
             output=self.output,
+            tokens_per_slot=tokens_per_slot,
             backend=self.backend,
         )
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the layer keeps of a token in a cache: name -> shape."""
-        heads = (self.num_heads, self.dim // self.num_heads)
-        return {"key0": heads, "value0": heads}
+        """What the layer keeps in a cache, of a token or of a slot: name -> shape."""
+        return self._attention_cache(1)

@@ -18,10 +18,10 @@ from lm2_kernels.checks import (
     check_shape,
     check_tensors,
 )
+from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers.base import (
     BankReader,
     MemoryLayer,
-    PieceReader,
     Reader,
     check_result,
     ordinary_parameter,
@@ -215,18 +215,33 @@ class ReleaseMemory(MemoryLayer):
     Our defaults differ from the released ones in two places: ``dropout`` is 0 (released: 0.9), and
     a token that sees no slot reads 0 (released: NaN).
 
+    What is not the released code's: with ``candidate="token"``, tanh is of ``C_P + x Wc``, so that
+    a token contributes more than its gates; and with ``write="chunk"`` there are fewer slots than
+    tokens: token ``t`` is bound to slot ``o + t // c``, ``c`` being ``tokens_per_slot``, reads all
+    slots as the segment found them, and a slot's new row is the mean of what its tokens propose
+    (the right-hand side of M' above, with the slot's row for P). The output is ``x`` plus the
+    token's own proposal. ``num_blocks`` is then 1: rows that a token has rewritten are not the
+    slot's.
+
     Args:
         dim: model width D.
         num_heads: memory heads H; must divide ``dim``.
         num_blocks: how often the memory is attended before it is written.
         attention_mlp_layers: applications of the shared MLP Linear in each block.
         pooled_gate: "segment" (released) or "prefix" (causal).
-        causal: whether the slots of later tokens are hidden in the attention.
+        causal: whether the slots of later tokens are hidden in the attention; None is True for
+            ``write="position"`` and False for "chunk", which refuses True. Without it a segment's
+            tokens read the memory of earlier segments whole: causal where a bank is carried from
+            segment to segment (``flow="time"``), but not where it comes from the block below.
         scale: factor on the scores, ``1 / sqrt(dim / num_heads)`` unless given.
         top_k: keep only the k largest probabilities of each row.
         dropout: on the attention probabilities, while training.
         eps: of both LayerNorms.
-        write: which token writes which slot; "position" is the only rule so far.
+        write: which token writes which slot: "position", each its own, or "chunk",
+            ``tokens_per_slot`` neighbours the same. A chunk of one token is a position.
+        tokens_per_slot: of "chunk", c.
+        candidate: "read", or "token" for a candidate with a term of the token, by
+            ``candidate_proj``.
         recompute: keep x and memory alone for backward, instead of about 13 tensors of their size
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
             forward pass. Options and ``training`` must then be in backward what they were in
@@ -253,12 +268,14 @@ class ReleaseMemory(MemoryLayer):
         num_blocks: int = 1,
         attention_mlp_layers: int = 2,
         pooled_gate: str = "segment",
-        causal: bool = True,
+        causal: bool | None = None,
         scale: float | None = None,
         top_k: int | None = None,
         dropout: float = 0.0,
         eps: float = 1e-5,
         write: str = "position",
+        tokens_per_slot: int = 1,
+        candidate: str = "read",
         recompute: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -272,6 +289,8 @@ class ReleaseMemory(MemoryLayer):
             top_k=top_k,
             dropout=dropout,
             write=write,
+            tokens_per_slot=tokens_per_slot,
+            candidate=candidate,
             recompute=recompute,
             backend=backend,
         )
@@ -289,6 +308,8 @@ class ReleaseMemory(MemoryLayer):
         self.attended_memory_layernorm2 = nn.LayerNorm(dim, eps=eps, **like)
         self.input_gate_projector = _InputGateProjector(dim, **like)
         self.memory_gate_projector = _MemoryGateProjector(dim, **like)
+        if candidate == "token":
+            self.candidate_proj = nn.Linear(dim, dim, **like)
         # (): the released shape, which FSDP refuses
         self.input_bias = nn.Parameter(torch.empty(1, **like))
         self.forget_bias = nn.Parameter(torch.empty(1, **like))
@@ -297,6 +318,11 @@ class ReleaseMemory(MemoryLayer):
     def _check_options(self) -> None:
         super()._check_options()
         check_int("ReleaseMemory", "num_blocks", self.num_blocks, 1)
+        if self.write == "chunk" and self.num_blocks > 1:
+            raise ValueError(
+                f"ReleaseMemory: write='chunk' takes num_blocks=1, got {self.num_blocks}: what a "
+                f"second block reads are rows that tokens have rewritten, one each"
+            )
         if self.pooled_gate not in ("segment", "prefix"):
             raise ValueError(
                 f"ReleaseMemory: pooled_gate must be 'segment' or 'prefix', got "
@@ -341,11 +367,13 @@ class ReleaseMemory(MemoryLayer):
         """Read and rewrite the memory.
 
         With ``cache`` as :meth:`PaperMemory.forward`: exact for ``pooled_gate="prefix"``, any
-        ``num_blocks``. The "segment" gate takes a whole segment in one piece, and no second one.
+        ``num_blocks`` with ``causal``, one without. The "segment" gate takes a whole segment in one
+        piece, and no second one.
 
         Args:
             x: (B, T, D).
-            memory: (B, N, D) with ``slot_offset + T <= N``; may be float32 beside a 16-bit ``x``.
+            memory: (B, N, D) with ``slot_offset + T / tokens_per_slot <= N``; may be float32 beside
+                a 16-bit ``x``.
             slot_offset: the slot that row 0 is bound to. With the "prefix" gate and without
                 ``pooled_sum`` the segment begins there: the gate's mean is over these rows alone.
             slot_mask: (B, N) bool, True = takes part in reading; not with ``cache``.
@@ -356,7 +384,8 @@ class ReleaseMemory(MemoryLayer):
 
         Returns:
             output (B, T, D) in ``x``'s dtype, new memory (B, N, D) in ``memory``'s dtype (with
-            ``cache`` the new rows), and with ``return_pooled_sum`` the pooled sum (B, D).
+            ``cache`` the new rows, or the tokens' proposals for them), and with
+            ``return_pooled_sum`` the pooled sum (B, D).
 
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
@@ -364,6 +393,11 @@ class ReleaseMemory(MemoryLayer):
         if cache is not None:
             if pooled_sum is not None or return_pooled_sum:
                 raise ValueError("ReleaseMemory: with a cache, the pooled sum is in the cache")
+            if self.num_blocks > 1 and not self.causal:
+                raise ValueError(
+                    "ReleaseMemory: causal=False cannot stream with num_blocks above 1: a second "
+                    "block reads rows that later tokens have rewritten"
+                )
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
             return self._run(self._forward_piece, (x, memory), cache)
         self._check(x, memory, slot_offset, slot_mask)
@@ -429,23 +463,26 @@ class ReleaseMemory(MemoryLayer):
         slot_offset: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked; with the pooled sum."""
-        pool = functools.partial(self._pool, pooled_sum=pooled_sum, num_pooled=slot_offset)
+        c = self.tokens_per_slot
+        pool = functools.partial(self._pool, pooled_sum=pooled_sum, num_pooled=slot_offset * c)
         gate_bias, new_sum = self._gate_bias(x, pool)
         reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
-        rows = memory[:, slot_offset : slot_offset + x.shape[1]]
-        output, new_rows = self._rewrite(x, rows, gate_bias, reader)
+        rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], c)]
+        output, new_rows = self._rewrite(x, rows, gate_bias, reader, c)
         return output, write_rows(memory, new_rows, slot_offset), new_sum
 
-    def _forward_piece(self, x: Tensor, rows: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
+    def _forward_piece(
+        self, x: Tensor, memory: Tensor, cache: SegmentCache
+    ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
         gate_bias, _ = self._gate_bias(x, functools.partial(self._pool_piece, cache=cache))
-        return self._rewrite(x, rows, gate_bias, PieceReader(self, cache))
+        rows, tokens_per_slot = self._piece_rows(memory, cache)
+        reader = self._reader(memory, x, cache)
+        return self._rewrite(x, rows, gate_bias, reader, tokens_per_slot)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the layer keeps of a token in a cache: name -> shape."""
-        heads = (self.num_heads, self.dim // self.num_heads)
-        names = [f"{kind}{block}" for block in range(self.num_blocks) for kind in ("key", "value")]
-        return {**dict.fromkeys(names, heads), "pooled.sum": (self.dim,)}
+        """What the layer keeps in a cache, of a token or of a slot: name -> shape."""
+        return {**self._attention_cache(self.num_blocks), "pooled.sum": (self.dim,)}
 
     def _pool_piece(self, x: Tensor, w: Tensor, cache: SegmentCache) -> tuple[Tensor, Tensor]:
         """The pooled gate's input (B, 1 or T, D), for rows of any position and length."""
@@ -491,9 +528,9 @@ class ReleaseMemory(MemoryLayer):
         return gates + biases.to(gates.dtype), new_sum
 
     def _rewrite(
-        self, x: Tensor, rows: Tensor, gate_bias: Tensor, reader: Reader
+        self, x: Tensor, rows: Tensor, gate_bias: Tensor, reader: Reader, tokens_per_slot: int
     ) -> tuple[Tensor, Tensor]:
-        candidate = self._attend(x, rows, reader)
+        candidate = self._candidate(self._attend(x, rows, reader, tokens_per_slot), x)
         gates = self.memory_gate_projector(self._operand(rows, x))
         input_gate, forget_gate = gates.chunk(2, dim=-1)
         return unchecked.memory_update(
@@ -503,16 +540,27 @@ class ReleaseMemory(MemoryLayer):
             input_gate,
             forget_gate,
             gate_bias=gate_bias,
+            tokens_per_slot=tokens_per_slot,
             backend=self.backend,
         )
 
-    def _attend(self, x: Tensor, rows: Tensor, reader: Reader) -> Tensor:
+    def _attend(self, x: Tensor, rows: Tensor, reader: Reader, tokens_per_slot: int) -> Tensor:
         """The attended rows C_P after ``num_blocks`` rounds. (B, T, D)"""
         query = self._project("query_proj", x, self.query_proj)
         for block in range(self.num_blocks):
             read = reader.read(query, rows, block)
             name = "attended_memory_layernorm"
-            attended = self._normalise(name, read, rows, self.attended_memory_layernorm)
+            norm = self.attended_memory_layernorm
+            if tokens_per_slot == 1:
+                attended = self._normalise(name, read, rows, norm)
+            elif x.shape[1] == tokens_per_slot * rows.shape[1]:
+                # a batch of slots, whose rows are not copied for each token
+                own = read.reshape(-1, tokens_per_slot, self.dim)
+                shared = rows.flatten(0, 1)[:, None].expand(own.shape)
+                attended = self._normalise(name, own, shared, norm).view(read.shape)
+            else:
+                shared = rows.repeat_interleave(tokens_per_slot, dim=1)[:, : x.shape[1]]
+                attended = self._normalise(name, read, shared, norm)
             op, mixed = f"{type(self).__name__}.attention_mlp", self.attention_mlp(attended)
             mixed = check_result(op, mixed, attended, self.dim, attended.dtype, is_cast=True)
             name = "attended_memory_layernorm2"

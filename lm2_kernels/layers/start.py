@@ -1,4 +1,6 @@
-"""What a memory may start from, and layers that start by computing nothing: for every model."""
+"""What a memory may start from and how long its segments are, and layers that start by computing
+nothing: for every model.
+"""
 
 from torch import nn
 
@@ -27,6 +29,21 @@ def check_start(
         raise ValueError(
             f"{op}: zero_init of the release formulation needs memory_init='zeros': its output is "
             f"x plus the new memory, to which the old one contributes"
+        )
+
+
+def check_segments(op: str, memory_slots: int, segment_length: int, write: str) -> None:
+    """Raise ValueError unless the tokens of a segment can be bound to the slots."""
+    if write == "position" and segment_length > memory_slots:
+        raise ValueError(
+            f"{op}: write='position' binds each token of a segment to a slot of its own: "
+            f"segment_length ({segment_length}) must be at most memory_slots ({memory_slots}); "
+            f"write='chunk' binds several tokens to a slot"
+        )
+    if write == "chunk" and segment_length % memory_slots:
+        raise ValueError(
+            f"{op}: write='chunk' binds segment_length / memory_slots tokens to a slot, which must "
+            f"be a whole number, got {segment_length} / {memory_slots}"
         )
 
 

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from lm2_kernels.backends import check_choice
 from lm2_kernels.checks import check_bool, check_int
-from lm2_kernels.layers.start import check_start
+from lm2_kernels.layers.base import check_write
+from lm2_kernels.layers.start import check_segments, check_start
 
 _SIZES = (
     "vocab_size",
@@ -40,12 +41,20 @@ class LM2Config:
         rms_norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary position embedding.
         tie_word_embeddings: whether the output projection is the token embedding.
-        memory_slots: slots N of a bank, and the most tokens of a segment.
+        memory_slots: slots N of a bank.
+        segment_length: the most tokens S of a segment, which is its own self-attention window and
+            reads the memory as the segment found it; ``memory_slots`` unless given.
         memory_heads: heads of the memory attention.
         memory_layers: which blocks have a memory layer; None is all, () none.
         formulation: "paper" (:class:`PaperMemory`) or "release" (:class:`ReleaseMemory`).
         flow: "depth": one bank runs through the blocks, and the last one's starts the next segment
             (released). "time": every block has a bank of its own, carried from segment to segment.
+        write: "position": each token of a segment rewrites a slot of its own, so that
+            ``segment_length`` is at most ``memory_slots``. "chunk": each slot is rewritten by S / N
+            neighbouring tokens, a whole number; needs ``flow="time"``.
+        memory_causal: whether a token sees the slots up to its own alone; None is True for
+            "position" and False for "chunk", which refuses True. False needs ``flow="time"``.
+        candidate: what is written: "read", or "token" for a candidate with a term of the token.
         pooled_gate: of the release formulation, "prefix" (causal) or "segment" (released).
         memory_init: what a bank starts from: "identity", "zeros" (release formulation alone) or
             "learned" (initially the identity).
@@ -73,10 +82,14 @@ class LM2Config:
     rope_theta: float = 500000.0
     tie_word_embeddings: bool = False
     memory_slots: int = 2048
+    segment_length: int | None = None
     memory_heads: int = 8
     memory_layers: tuple[int, ...] | None = None
     formulation: str = "paper"
     flow: str = "depth"
+    write: str = "position"
+    memory_causal: bool | None = None
+    candidate: str = "read"
     pooled_gate: str = "prefix"
     memory_init: str = "identity"
     memory_dropout: float = 0.0
@@ -96,7 +109,12 @@ class LM2Config:
         if self.num_key_value_heads is None:
             self._normalise("num_key_value_heads", self.num_attention_heads)
         check_int("LM2Config", "num_key_value_heads", self.num_key_value_heads, 1, _LARGEST)
-        for name in ("tie_word_embeddings", "zero_init", "memory_recompute"):
+        if self.segment_length is None:
+            self._normalise("segment_length", self.memory_slots)
+        check_int("LM2Config", "segment_length", self.segment_length, 1, _LARGEST)
+        if self.memory_causal is None:
+            self._normalise("memory_causal", self.write == "position")
+        for name in ("tie_word_embeddings", "zero_init", "memory_recompute", "memory_causal"):
             check_bool("LM2Config", name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "memory_dropout"):
             self._check_number(name)
@@ -147,8 +165,22 @@ class LM2Config:
                 raise ValueError(
                     f"LM2Config: {name} must be one of {choices}, got {getattr(self, name)!r}"
                 )
+        if self.memory_layers:
+            self._check_write()
         inits = ("identity", "zeros", "learned")
         check_start("LM2Config", self.formulation, self.memory_init, self.zero_init, inits)
+
+    def _check_write(self) -> None:
+        """What is written and what is seen go together, and with the flow."""
+        op = "LM2Config"
+        check_segments(op, self.memory_slots, self.segment_length, self.write)
+        check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
+        if self.flow == "depth" and not self.memory_causal:
+            raise ValueError(
+                f"LM2Config: write={self.write!r} with memory_causal=False needs flow='time': in "
+                f"flow 'depth' a bank comes from the block below, where later tokens of the same "
+                f"segment have written to it"
+            )
 
     def __setattr__(self, name: str, value: object) -> None:
         # other names are free, for programs that keep notes on a model's configuration
@@ -222,6 +254,11 @@ class LM2Config:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def tokens_per_slot(self) -> int:
+        """How many tokens of a segment are bound to a slot."""
+        return self.segment_length // self.memory_slots if self.write == "chunk" else 1
 
     @property
     def num_banks(self) -> int:

@@ -1,9 +1,9 @@
 """The reference language model: a Llama-3 style decoder whose blocks read and rewrite a memory.
 
 Each block computes ``h = x + memory(self_attention(norm(x)))`` and ``h + mlp(norm(h))``: the memory
-layer sits on the self-attention output, before the residual add. Input longer than the memory has
-slots is taken in segments. A segment is its own self-attention window, its tokens at positions 0,
-1, ...; what crosses from one segment to the next is the memory, which goes in and comes out as a
+layer sits on the self-attention output, before the residual add. Input is taken in segments of
+``segment_length`` tokens. A segment is its own self-attention window, its tokens at positions 0, 1,
+...; what crosses from one segment to the next is the memory, which goes in and comes out as a
 :class:`MemoryState`.
 """
 
@@ -29,7 +29,7 @@ from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
-from lm2_kernels.state.segments import compress, gather, leave_graph, run_segments, spread
+from lm2_kernels.state.segments import Rule, compress, gather, leave_graph, run_segments, spread
 
 # rows of logits that are in memory at once while the loss is computed
 _LOSS_ROWS = 1024
@@ -127,6 +127,10 @@ class Block(nn.Module):
 def _memory_layer(config: LM2Config) -> nn.Module:
     options = {
         "dropout": config.memory_dropout,
+        "causal": config.memory_causal,
+        "write": config.write,
+        "tokens_per_slot": config.tokens_per_slot,
+        "candidate": config.candidate,
         "recompute": config.memory_recompute,
         "backend": config.backend,
     }
@@ -264,7 +268,7 @@ class LM2ForCausalLM(nn.Module):
         bptt_segments: int | None = None,
         return_logits: bool | None = None,
     ) -> LM2Output:
-        """Run any number of tokens, a segment of at most ``memory_slots`` at a time.
+        """Run any number of tokens, a segment of at most ``segment_length`` at a time.
 
         ``torch.compile`` takes the model whole, as long as there is no ``attention_mask`` and no
         ``use_cache``: these depend on numbers that a graph does not see.
@@ -366,13 +370,14 @@ class LM2ForCausalLM(nn.Module):
         ``lengths``: how many tokens of each row are real, the first ones; None is all. ``keep`` is
         ``forward``'s ``use_cache``.
         """
+        config = self.config
         if memory is None:
             memory = self.initial_state(input_ids.shape[0], input_ids.device)
         return run_segments(
             self.model,
             input_ids,
             memory,
-            self.config.memory_slots,
+            Rule(config.segment_length, config.tokens_per_slot, config.memory_causal),
             lengths,
             keep=keep,
             bptt_segments=bptt_segments,
@@ -546,7 +551,14 @@ class LM2ForCausalLM(nn.Module):
             raise TypeError(
                 f"LM2ForCausalLM: memory must be a MemoryState, got {type(memory).__name__}"
             )
-        memory.check(config.num_banks, input_ids.shape[0], config.memory_slots, config.hidden_size)
+        memory.check(
+            config.num_banks,
+            input_ids.shape[0],
+            config.memory_slots,
+            config.hidden_size,
+            config.segment_length,
+            config.tokens_per_slot,
+        )
         memory.check_cache(self._cache_shapes())
 
 

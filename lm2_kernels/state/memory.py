@@ -8,18 +8,21 @@ what the layers keep of the segment's tokens (keys, values, running sums) in the
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lm2_kernels.backends.contract import accumulation_dtype
+from lm2_kernels.chunks import num_rows, sum_by_slot
 from lm2_kernels.state.files import read_state, write_state
 
 __all__ = ["MemoryState", "SegmentCache", "join_banks", "on_device", "part_banks"]
 
 _FORMAT = "lm2_kernels.MemoryState"
 _SUM = "sum"
+_CONSTANT = "constant"
 # entries of a cache that grows, at least
 _MIN_CAPACITY = 64
 
@@ -52,9 +55,10 @@ class _Stream:
 class SegmentCache:
     """One piece of a segment: where it begins, and what was kept of the segment's earlier tokens.
 
-    Cached tensors are (B, entries, ...) with entry ``j`` for the token of slot ``j``; entries from
-    a row's position on mean nothing. Without gradients new entries are written into the tensors, if
-    the state they came from is the last of its stream; else they are copied.
+    Cached tensors are (B, entries, ...) with entry ``j`` for the segment's token ``j``, or for slot
+    ``j`` where rows of banks are kept; entries behind a row's position mean nothing. Without
+    gradients new entries are written into the tensors, if the state they came from is the last of
+    its stream; else they are copied. What is the same for a whole segment is kept as one tensor.
 
     Args:
         tensors: what was kept.
@@ -63,6 +67,9 @@ class SegmentCache:
         num_tokens: T, the piece's length.
         segment_length: the most tokens of a segment, and so entries that there can be.
         lengths: how many of the T tokens of each row are real (the first ones); None is all.
+        tokens_per_slot: c; token ``t`` of the segment is bound to slot ``t // c``.
+        causal: whether a token sees the slots up to its own alone; else it sees all, as the segment
+            found them.
         keep: whether the segment goes on after the piece.
         in_place: whether ``tensors`` may be written to.
     """
@@ -76,6 +83,8 @@ class SegmentCache:
         "size",
         "segment_length",
         "lengths",
+        "tokens_per_slot",
+        "causal",
         "keep",
         "is_open",
         "in_place",
@@ -90,6 +99,8 @@ class SegmentCache:
         segment_length: int,
         *,
         lengths: Sequence[int] | None = None,
+        tokens_per_slot: int = 1,
+        causal: bool = True,
         keep: bool = True,
         in_place: bool = False,
     ):
@@ -111,6 +122,8 @@ class SegmentCache:
             )
         self.segment_length = segment_length
         self.lengths = lengths
+        self.tokens_per_slot = tokens_per_slot
+        self.causal = causal
         self.keep = keep
         # a whole segment in one piece neither finds nor leaves anything
         self.is_open = keep or self.start != 0
@@ -133,8 +146,17 @@ class SegmentCache:
             self._made[name, device] = make()
         return self._made[name, device]
 
+    @property
+    def writes_rows(self) -> bool:
+        """Whether the piece's layers write rows (B, R, D) of slots, in a single pass.
+
+        Else they give each token's proposal (B, T, D), of which the state makes rows when a slot's
+        last token has come: for several tokens a slot in float32 (float64 for float64).
+        """
+        return self.tokens_per_slot == 1 or (not self.is_open and self.lengths is None)
+
     def positions(self, device: torch.device) -> Tensor:
-        """The slots of the piece's tokens: (T,), or (B, 1) where rows differ."""
+        """The piece's tokens by their places in the segment: (T,), or (B, 1) where rows differ."""
 
         def make() -> Tensor:
             if self.start is not None:
@@ -152,13 +174,40 @@ class SegmentCache:
         return self._once("visible", device, make)
 
     def index(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For rows that differ: the row and the slot of each one's token."""
+        """For rows that differ: the row and the place of each one's token."""
 
         def make() -> tuple[Tensor, Tensor]:
             position = self.positions(device)[:, 0]
             return torch.arange(len(position), device=device), position
 
         return self._once("index", device, make)
+
+    def slots(self, device: torch.device) -> tuple[Tensor, Tensor] | Tensor:
+        """The slots of the piece's tokens, (T,); for rows that differ the row and the slot."""
+
+        def make() -> tuple[Tensor, Tensor] | Tensor:
+            if self.start is not None:
+                return self.positions(device) // self.tokens_per_slot
+            row, position = self.index(device)
+            return row, position // self.tokens_per_slot
+
+        return self._once("slots", device, make)
+
+    def rows_of(self, bank: Tensor) -> Tensor:
+        """The rows of a bank (B, N, D) that the layers rewrite: (B, R, D) or of each token.
+
+        See :attr:`writes_rows`.
+        """
+        if self.start is None:
+            rows = bank[self.slots(bank.device)][:, None]
+        elif self.tokens_per_slot == 1:
+            return read_rows(bank, self.start, self.size)
+        elif self.writes_rows:
+            return read_rows(bank, 0, num_rows(self.size, self.tokens_per_slot))
+        else:
+            rows = bank.index_select(1, self.slots(bank.device))
+        # what is summed up is not rounded before
+        return rows if self.tokens_per_slot == 1 else rows.to(accumulation_dtype(bank))
 
     def real(self, device: torch.device) -> Tensor | None:
         """Which tokens are real, (B, T, 1) bool; None if all are."""
@@ -194,17 +243,97 @@ class SegmentCache:
         """
         if not self.is_open:
             return new
-        old = self._get(name, new)
+        return self._extend(name, new, 1)
+
+    def _extend(self, name: str, new: Tensor, tokens_per_entry: int) -> Tensor:
+        """:meth:`extend` with an entry for so many tokens; the last of them is rewritten."""
+        name = self._prefix + name
+        old, size = self._get(name, new), num_rows(self.size, tokens_per_entry)
+        start = None if self.start is None else self.start // tokens_per_entry
+        index = None
+        if start is None:
+            index = self.index(new.device) if tokens_per_entry == 1 else self.slots(new.device)
         if torch.is_grad_enabled():
-            kept = self._joined(old, new)
+            kept = _joined(old, new, start, size, index)
         else:
-            kept = self._room(old, new)
-            if self.start is None:
-                kept[self.index(new.device)] = new[:, 0]
+            kept = self._room(old, new, size, num_rows(self.segment_length, tokens_per_entry))
+            if start is None:
+                kept[index] = new[:, 0]
             else:
-                kept[:, self.start : self.size] = new
-        self.tensors[self._prefix + name] = kept
-        return kept[:, : self.size]
+                kept[:, start:size] = new
+        self.tensors[name] = kept
+        return kept[:, :size]
+
+    def write(self, name: str, new: Tensor, dtype: torch.dtype) -> None:
+        """Keep what the piece's layers write to a bank: see :attr:`writes_rows`.
+
+        With several tokens a slot, an entry means something when its last token has come. Until
+        then there is the sum of the slot's proposals, which no earlier state has in its hands.
+
+        Args:
+            name: of the bank's rows.
+            new: (B, T, D).
+            dtype: of the bank.
+        """
+        c = self.tokens_per_slot
+        if c == 1:
+            self._extend(name, new, 1)
+            return
+        real, before = self.real(new.device), self.running_sum(name)
+        if real is not None:
+            # what the padding proposes may be NaN
+            new = torch.where(real, new, 0.0)
+        if self.start is None:
+            goes_on = self.positions(new.device) % c > 0
+            left = new[:, 0] if before is None else new[:, 0] + torch.where(goes_on, before, 0.0)
+            sums = left[:, None]
+        else:
+            first = self.start % c
+            sums = sum_by_slot(new, c, first)
+            if first:
+                sums = torch.cat([sums[:, :1] + before[:, None], sums[:, 1:]], dim=1)
+            left = self._unfinished(sums)
+        self._extend(name, (sums / c).to(dtype), c)
+        self.set_running_sum(name, left)
+
+    def _unfinished(self, sums: Tensor) -> Tensor:
+        """Of the sums (B, R, D) of a piece's slots that of the slot that each row goes on with.
+
+        Any sum where the row's next token begins a slot.
+        """
+        if self.lengths is None:
+            return sums[:, -1]
+        first = self.start // self.tokens_per_slot
+        last = [end // self.tokens_per_slot - first for end in self.ends(sums.shape[0])]
+        index = on_device([min(slot, sums.shape[1] - 1) for slot in last], sums.device)
+        return sums[torch.arange(sums.shape[0], device=sums.device), index]
+
+    def constant(self, name: str, new: Callable[[Tensor | None], Tensor]) -> Tensor:
+        """What is the same for all of a segment's pieces: made by its first one.
+
+        Args:
+            name: of the tensor.
+            new: makes it, (B, ...), of these rows; None is all.
+        """
+        name = self._prefix + self.constant_name(name)
+        if not self.is_open:
+            return new(None)
+        if self.start == 0:
+            self.tensors[name] = new(None)
+        elif self.start is None and 0 in self.starts:
+            begun = [row for row, start in enumerate(self.starts) if start == 0]
+            rows = self._once("begun", torch.device("cpu"), lambda: torch.tensor(begun))
+            made = new(rows)
+            # a copy: earlier states have those of the segment before
+            self.tensors[name] = self._get(name, made).index_copy(0, rows.to(made.device), made)
+        if name not in self.tensors:
+            self._refuse_missing(name)
+        return self.tensors[name]
+
+    @staticmethod
+    def constant_name(name: str) -> str:
+        """Under which name :meth:`constant` keeps a tensor."""
+        return f"{name}.{_CONSTANT}"
 
     def running_sum(self, name: str) -> Tensor | None:
         """What :meth:`set_running_sum` kept: (B, ...), 0 for rows at the start of a segment."""
@@ -223,13 +352,10 @@ class SegmentCache:
             self.tensors[f"{self._prefix}{name}.{_SUM}"] = value[:, None]
 
     def _get(self, name: str, new: Tensor) -> Tensor | None:
-        old = self.tensors.get(self._prefix + name)
+        old = self.tensors.get(name)
         if old is None:
             if self.start != 0:
-                raise ValueError(
-                    f"SegmentCache: the segment has tokens but no '{self._prefix}{name}': the "
-                    f"state is of another model"
-                )
+                self._refuse_missing(name)
             return None
         for what, got, wanted in (
             ("dtype", old.dtype, new.dtype),
@@ -238,41 +364,53 @@ class SegmentCache:
         ):
             if got != wanted:
                 raise ValueError(
-                    f"SegmentCache: '{self._prefix}{name}' was kept with {what} {got}, but the "
+                    f"SegmentCache: '{name}' was kept with {what} {got}, but the "
                     f"piece has {wanted}; go on as the segment began, or end it with "
                     f"MemoryState.end_segment()"
                 )
         return old
 
-    def _joined(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """Old and new entries as a tensor of its own, through which gradients flow."""
-        if self.start == 0:
-            return new
-        if self.start is not None:
-            return torch.cat([old[:, : self.start], new], dim=1)
-        missing = self.size - old.shape[1]
-        if missing > 0:
-            padding = old.new_zeros(old.shape[0], missing, *old.shape[2:])
-            old = torch.cat([old, padding], dim=1)
-        return old.index_put(self.index(new.device), new[:, 0])
+    def _refuse_missing(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"SegmentCache: the segment has tokens but no '{name}': the state is of another model"
+        )
 
-    def _room(self, old: Tensor | None, new: Tensor) -> Tensor:
-        """A tensor with the old entries, and with room for the piece's."""
+    def _room(self, old: Tensor | None, new: Tensor, size: int, most: int) -> Tensor:
+        """A tensor with the old entries, and with room for the piece's up to ``size``."""
         usable = (
             old is not None
             and self.in_place
-            and old.shape[1] >= self.size
+            and old.shape[1] >= size
             and old.is_inference() == torch.is_inference_mode_enabled()
         )
         if usable:
             return old
-        capacity = min(self.segment_length, max(2 * self.size, _MIN_CAPACITY))
+        capacity = min(most, max(2 * size, _MIN_CAPACITY))
         # zeros: entries that mean nothing still meet a factor of 0 in some attention
         room = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
         if old is not None:
-            num_old = min(old.shape[1], self.size)
+            num_old = min(old.shape[1], size)
             room[:, :num_old] = old[:, :num_old]
         return room
+
+
+def _joined(
+    old: Tensor | None,
+    new: Tensor,
+    start: int | None,
+    size: int,
+    index: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Old and new entries as a tensor of its own, through which gradients flow."""
+    if start == 0:
+        return new
+    if start is not None:
+        return torch.cat([old[:, :start], new], dim=1)
+    missing = size - old.shape[1]
+    if missing > 0:
+        padding = old.new_zeros(old.shape[0], missing, *old.shape[2:])
+        old = torch.cat([old, padding], dim=1)
+    return old.index_put(index, new[:, 0])
 
 
 class MemoryState:
@@ -299,13 +437,17 @@ class MemoryState:
                 )
         if not banks:
             raise ValueError("MemoryState: no bank")
-        self._set(banks, None, {}, banks[0].shape[0], None)
+        self._set(banks, None, {}, banks[0].shape[0], None, 1)
 
-    def _set(self, incoming, starts, cache, batch, stream) -> None:
+    # how the segment that has begun binds its tokens; older pickles have none
+    _tokens_per_slot: int = 1
+
+    def _set(self, incoming, starts, cache, batch, stream, tokens_per_slot) -> None:
         # the banks as the segment found them; what it wrote is in the cache
         self._incoming: tuple[Tensor, ...] = incoming
         # None: every row is between two segments, and the cache is empty
         self._starts: tuple[int, ...] | None = starts
+        self._tokens_per_slot = tokens_per_slot
         self._cache: dict[str, Tensor] = cache
         self._batch: int = batch
         # None: others may hold the cache's tensors
@@ -320,13 +462,13 @@ class MemoryState:
         cache: Mapping[str, Tensor],
         batch: int,
         stream: _Stream | None = None,
+        tokens_per_slot: int = 1,
     ) -> "MemoryState":
         state = cls.__new__(cls)
         if starts is None or not any(starts):
-            starts, cache, stream = None, {}, None
-        state._set(
-            tuple(incoming), None if starts is None else tuple(starts), dict(cache), batch, stream
-        )
+            starts, cache, stream, tokens_per_slot = None, {}, None, 1
+        starts = None if starts is None else tuple(starts)
+        state._set(tuple(incoming), starts, dict(cache), batch, stream, tokens_per_slot)
         return state
 
     @classmethod
@@ -356,16 +498,21 @@ class MemoryState:
         """The banks (B, N, D), with the rows that the segment has written so far."""
         if self._starts is None:
             return self._incoming
-        return tuple(
-            self._written(bank, self._cache[_rows_name(index)])
-            for index, bank in enumerate(self._incoming)
-        )
+        return tuple(self._written(index, bank) for index, bank in enumerate(self._incoming))
 
-    def _written(self, bank: Tensor, rows: Tensor) -> Tensor:
-        rows = rows[:, : bank.shape[1]]
+    def _written(self, index: int, bank: Tensor) -> Tensor:
+        """A bank with what the segment has written to it so far."""
+        rows, c = self._cache[_rows_name(index)][:, : bank.shape[1]], self._tokens_per_slot
         slots = torch.arange(rows.shape[1], device=bank.device)
-        is_new = slots < on_device(self._starts, bank.device)[:, None]
+        starts = on_device(self._starts, bank.device)[:, None]
         old, rest = bank[:, : rows.shape[1]], bank[:, rows.shape[1] :]
+        if c > 1:
+            # of a slot whose tokens have not all come, the mean of those that have
+            total = self._cache[f"{_rows_name(index)}.{_SUM}"]
+            mean = (total / (starts % c).clamp(min=1)[:, :, None]).to(bank.dtype)
+            is_open = (slots == starts // c) & (starts % c > 0)
+            old = torch.where(is_open[:, :, None], mean, old)
+        is_new = slots < starts // c
         return torch.cat([torch.where(is_new[:, :, None], rows, old), rest], dim=1)
 
     def __repr__(self) -> str:
@@ -376,7 +523,15 @@ class MemoryState:
             text += f", {bank.device}"
         return f"{text}, position {list(self._starts)})" if self._starts else f"{text})"
 
-    def check(self, num_banks: int, batch: int, slots: int, dim: int) -> None:
+    def check(
+        self,
+        num_banks: int,
+        batch: int,
+        slots: int,
+        dim: int,
+        segment_length: int,
+        tokens_per_slot: int = 1,
+    ) -> None:
         """Raise ValueError unless the state is of these sizes; a batch of 1 is not expanded."""
         if len(self._incoming) != num_banks:
             raise ValueError(
@@ -390,10 +545,15 @@ class MemoryState:
                 f"MemoryState: the model's banks are (slots, width) = {wanted}, the state's "
                 f"{got}: it is of another configuration"
             )
-        if max(self._starts or [0]) >= slots:
+        if max(self._starts or [0]) >= segment_length:
             raise ValueError(
                 f"MemoryState: the state stands at {max(self._starts)}, but the model's segments "
-                f"have {slots} tokens: it is of another configuration"
+                f"have {segment_length} tokens: it is of another configuration"
+            )
+        if self._starts is not None and self._incoming and self._tokens_per_slot != tokens_per_slot:
+            raise ValueError(
+                f"MemoryState: the segment binds {self._tokens_per_slot} tokens to a slot, the "
+                f"model {tokens_per_slot}: it is of another configuration"
             )
         if self.batch != batch:
             raise ValueError(
@@ -405,9 +565,10 @@ class MemoryState:
         """Raise ValueError unless a segment that has begun kept tensors (B, entries, *shape)."""
         if self._starts is None:
             return
-        own = {_rows_name(index) for index in range(len(self._incoming))}
         got = {
-            name: tuple(tensor.shape[2:]) for name, tensor in self._cache.items() if name not in own
+            name: tuple(tensor.shape[2:])
+            for name, tensor in self._cache.items()
+            if not self._is_of_banks(name)
         }
         if got != dict(shapes):
             names = sorted(set(got.items()) ^ set(shapes.items()))
@@ -416,9 +577,25 @@ class MemoryState:
                 f"{names}; it is of another configuration"
             )
 
+    def _is_of_banks(self, name: str) -> bool:
+        """Whether a tensor of the cache is what a bank's rows are made of."""
+        rows = name.removesuffix(f".{_SUM}")
+        return any(rows == _rows_name(index) for index in range(len(self._incoming)))
+
+    def _like(
+        self,
+        incoming: Iterable[Tensor],
+        starts: Sequence[int] | None,
+        cache: Mapping[str, Tensor],
+        batch: int,
+        stream: _Stream | None = None,
+    ) -> "MemoryState":
+        """A state of this one's kind."""
+        return self._make(incoming, starts, cache, batch, stream, self._tokens_per_slot)
+
     def _map(self, function: Callable[[Tensor], Tensor], batch: int) -> "MemoryState":
         cache = {name: function(tensor) for name, tensor in self._cache.items()}
-        return self._make(map(function, self._incoming), self._starts, cache, batch)
+        return self._like(map(function, self._incoming), self._starts, cache, batch)
 
     def detach(self) -> "MemoryState":
         """Without its history: gradients stop here."""
@@ -433,10 +610,12 @@ class MemoryState:
         model computed them.
         """
         moved = self._map(lambda tensor: tensor.to(*args, **kwargs), self.batch)
-        own = {_rows_name(index) for index in range(len(self._incoming))}
         for name, tensor in self._cache.items():
-            if name not in own:
-                moved._cache[name] = tensor.to(moved._cache[name].device)
+            now = moved._cache[name]
+            if not self._is_of_banks(name):
+                moved._cache[name] = tensor.to(now.device)
+            elif name.endswith(f".{_SUM}"):
+                moved._cache[name] = tensor.to(now.device, accumulation_dtype(now))
         return moved
 
     def end_segment(self) -> "MemoryState":
@@ -455,7 +634,7 @@ class MemoryState:
         state = self._map(chosen, len(rows))
         starts = None if self._starts is None else [self._starts[row] for row in rows]
         # index_select copies: the buffers are this state's own
-        return self._make(state._incoming, starts, state._cache, len(rows), _Stream())
+        return self._like(state._incoming, starts, state._cache, len(rows), _Stream())
 
     def expand(self, times: int) -> "MemoryState":
         """Each batch row this many times in a row, as beam search wants them."""
@@ -474,7 +653,8 @@ class MemoryState:
         if initial.batch != 1:
             raise ValueError(f"MemoryState.reset: initial must be of batch 1, got {initial.batch}")
         sizes = self._incoming[0].shape[1:] if self._incoming else (1, 0)
-        initial.check(len(self._incoming), 1, *sizes)
+        initial = initial.end_segment()
+        initial.check(len(self._incoming), 1, *sizes, segment_length=1)
         chosen = set(self._index(rows).tolist())
         starts = [
             0 if row in chosen else start
@@ -492,7 +672,7 @@ class MemoryState:
             )
             for name, tensor in self._cache.items()
         }
-        return self._make(banks, starts, cache, self.batch, _Stream())
+        return self._like(banks, starts, cache, self.batch, _Stream())
 
     @classmethod
     def cat(cls, states: Sequence["MemoryState"]) -> "MemoryState":
@@ -502,7 +682,8 @@ class MemoryState:
             raise ValueError("MemoryState.cat: no state")
         kinds = {(tuple(b.shape[1:]), b.dtype, b.device) for s in states for b in s._incoming}
         numbers = {len(state._incoming) for state in states}
-        kept = {frozenset(state._cache) for state in states if state._starts is not None}
+        within = [state for state in states if state._starts is not None]
+        kept = {(frozenset(state._cache), state._tokens_per_slot) for state in within}
         if max(len(kinds), len(numbers), len(kept)) > 1:
             raise ValueError(f"MemoryState.cat: states of several configurations: {states}")
         incoming = [torch.cat(banks) for banks in zip(*(s._incoming for s in states), strict=True)]
@@ -512,7 +693,8 @@ class MemoryState:
             like = next(state._cache[name] for state in states if name in state._cache)
             entries = max(s._cache[name].shape[1] for s in states if name in s._cache)
             cache[name] = torch.cat([state._padded(name, like, entries) for state in states])
-        return cls._make(incoming, starts, cache, len(starts), _Stream())
+        like = within[0] if within else states[0]
+        return like._like(incoming, starts, cache, len(starts), _Stream())
 
     def _padded(self, name: str, like: Tensor, entries: int) -> Tensor:
         """A tensor of the cache with so many entries; zeros where there is none."""
@@ -546,11 +728,14 @@ class MemoryState:
         segment_length: int,
         *,
         lengths: Sequence[int] | None = None,
+        tokens_per_slot: int = 1,
+        causal: bool = True,
         keep: bool,
     ) -> tuple[list[Tensor], SegmentCache]:
-        """For the layers: the next T tokens' rows of each bank (B, T, D), and their cache.
+        """For the layers: what the next T tokens read of each bank, and their cache.
 
-        Arguments as of :class:`SegmentCache`.
+        That is the tokens' rows (B, T, D), or without ``causal`` the whole bank (B, N, D), as the
+        segment found it. Arguments as of :class:`SegmentCache`.
         """
         is_kept = self._stream is not None and not torch.is_grad_enabled()
         in_place = is_kept and self._stream.claim(self._number)
@@ -560,69 +745,79 @@ class MemoryState:
             num_tokens,
             segment_length,
             lengths=lengths,
+            tokens_per_slot=tokens_per_slot,
+            causal=causal,
             keep=keep,
             in_place=in_place,
         )
-        if cache.start is not None:
-            return [read_rows(bank, cache.start, cache.size) for bank in self._incoming], cache
-        return [bank[cache.index(bank.device)][:, None] for bank in self._incoming], cache
+        if not causal:
+            return list(self._incoming), cache
+        return [cache.rows_of(bank) for bank in self._incoming], cache
 
     def after(self, cache: SegmentCache, new_rows: Sequence[Tensor]) -> "MemoryState":
-        """The state after a piece, from its cache and the rows (B, T, D) it writes to each bank."""
-        if not cache.is_open:
+        """The state after a piece, from its cache and what it writes to each bank.
+
+        That is (B, T, D), a row or a proposal of each token, or the slots' rows (B, R, D): see
+        :attr:`SegmentCache.writes_rows`.
+        """
+        if not cache.is_open and cache.writes_rows:
             banks = []
             for bank, new in zip(self._incoming, new_rows, strict=True):
                 real = cache.real(new.device)
                 rows = new if real is None else torch.where(real, new, bank[:, : cache.size])
                 banks.append(write_rows(bank, rows, 0))
             return self._make(banks, None, {}, self.batch)
-        for index, rows in enumerate(new_rows):
-            cache.extend(_rows_name(index), rows)
+        for index, (bank, new) in enumerate(zip(self._incoming, new_rows, strict=True)):
+            cache.write(_rows_name(index), new, bank.dtype)
         stream = None
         if not torch.is_grad_enabled():
             # from here on this state's own cache is another's to write to
             stream = self._stream if cache.in_place else _Stream()
             stream.advance()
-        starts = cache.ends(self.batch)
+        starts, c = cache.ends(self.batch), cache.tokens_per_slot
+        now = self._make(self._incoming, starts, cache.tensors, self.batch, stream, c)
         if not cache.keep:
-            return self._make(self._incoming, starts, cache.tensors, self.batch).end_segment()
+            return now.end_segment()
         if cache.segment_length in starts:
             full = [start == cache.segment_length for start in starts]
-            banks = []
-            for index, bank in enumerate(self._incoming):
-                # a segment's buffer has room for all slots once a row has filled them
-                written = cache.tensors[_rows_name(index)][:, : cache.segment_length]
-                if not all(full):
-                    is_full = on_device(full, bank.device)[:, None, None]
-                    written = torch.where(is_full, written, bank)
-                banks.append(written)
+            banks = now.banks
+            if not all(full):
+                is_full = [on_device(full, bank.device)[:, None, None] for bank in banks]
+                banks = map(torch.where, is_full, banks, self._incoming)
             # the rows that begin anew will write over entries that earlier states still read
             starts = [start % cache.segment_length for start in starts]
-            return self._make(banks, starts, cache.tensors, self.batch)
-        return self._make(self._incoming, starts, cache.tensors, self.batch, stream)
+            return self._make(banks, starts, cache.tensors, self.batch, tokens_per_slot=c)
+        return now
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All that the state is, as tensors with names, for a file."""
-        entries = max(self._starts or [0])
-        return {
-            **{f"bank.{index}": bank for index, bank in enumerate(self._incoming)},
-            **{f"cache.{name}": tensor[:, :entries] for name, tensor in self._cache.items()},
-            "position": self.position,
-        }
+        most = max(self._starts or [0])
+        tensors = {f"bank.{index}": bank for index, bank in enumerate(self._incoming)}
+        for name, tensor in self._cache.items():
+            is_whole = name.endswith(f".{_CONSTANT}")
+            tokens = self._tokens_per_slot if self._is_of_banks(name) else 1
+            tensors[f"cache.{name}"] = tensor if is_whole else tensor[:, : num_rows(most, tokens)]
+        tensors["position"] = self.position
+        if self._tokens_per_slot > 1:
+            tensors["tokens_per_slot"] = torch.tensor(self._tokens_per_slot)
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "MemoryState | None":
         """The state of which :meth:`to_tensors` made these; None if they are none."""
-        groups: dict[str, dict[str, Tensor]] = {"bank": {}, "cache": {}, "position": {}}
+        kinds = ("bank", "cache", "position", "tokens_per_slot")
+        groups: dict[str, dict[str, Tensor]] = {kind: {} for kind in kinds}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             groups.get(kind, {})[rest] = tensor
         banks = [groups["bank"].get(str(index)) for index in range(len(groups["bank"]))]
         position = groups["position"].get("")
-        if not _fits(banks, position, groups["cache"]):
+        # older files have none: they bind a token to a slot
+        tokens_per_slot = groups["tokens_per_slot"].get("", torch.tensor(1))
+        if not _fits(banks, position, groups["cache"], tokens_per_slot):
             return None
-        starts = position.tolist()
-        return cls._make(banks, starts, groups["cache"], len(starts), _Stream())
+        starts, c = position.tolist(), int(tokens_per_slot)
+        return cls._make(banks, starts, groups["cache"], len(starts), _Stream(), c)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file."""
@@ -642,32 +837,47 @@ class MemoryState:
         return state
 
 
-def _fits(banks: list[Tensor | None], position: Tensor | None, cache: dict[str, Tensor]) -> bool:
+def _fits(
+    banks: list[Tensor | None],
+    position: Tensor | None,
+    cache: dict[str, Tensor],
+    tokens_per_slot: Tensor,
+) -> bool:
     """Whether tensors of a file go together as a state."""
-    if position is None or position.dtype != torch.int64 or position.dim() != 1:
-        return False
-    starts = position.tolist()
+    for tensor, rank in ((position, 1), (tokens_per_slot, 0)):
+        if tensor is None or tensor.dtype != torch.int64 or tensor.dim() != rank:
+            return False
+    starts, c = position.tolist(), int(tokens_per_slot)
     most, batch = max(starts, default=0), len(starts)
+    if min(starts, default=0) < 0 or c < 1:
+        return False
+    rows = {_rows_name(index) for index in range(len(banks))}
+
+    def entries(name: str) -> int:
+        if name.endswith(f".{_CONSTANT}"):
+            return banks[0].shape[1] if banks else 1
+        return 1 if name.endswith(f".{_SUM}") else num_rows(most, c if name in rows else 1)
+
+    wanted = rows if c == 1 else rows | {f"{name}.{_SUM}" for name in rows}
     return (
-        min(starts, default=0) >= 0
-        and all(
+        all(
             bank is not None
             and bank.is_floating_point()
             and bank.dim() == 3
             and bank.shape == banks[0].shape
             and bank.dtype == banks[0].dtype
             and bank.shape[0] == batch
-            and most < bank.shape[1]
+            and num_rows(most + 1, c) <= bank.shape[1]
             for bank in banks
         )
         and all(
             tensor.is_floating_point()
             and tensor.dim() >= 3
             and tensor.shape[0] == batch
-            and tensor.shape[1] >= (1 if name.endswith(f".{_SUM}") else most)
+            and tensor.shape[1] >= entries(name)
             for name, tensor in cache.items()
         )
-        and (most == 0 or all(_rows_name(index) in cache for index in range(len(banks))))
+        and (most == 0 or wanted <= set(cache))
     )
 
 
@@ -680,22 +890,23 @@ def join_banks(states: Sequence[MemoryState]) -> MemoryState:
     for index, state in enumerate(states):
         banks += state._incoming
         for name, tensor in state._cache.items():
-            own = name == _rows_name(0)
-            cache[_rows_name(index) if own else f"{index}.{name}"] = tensor
-    return MemoryState._make(banks, states[0]._starts, cache, states[0].batch)
+            own, rows = _rows_name(0), _rows_name(index)
+            new = name.replace(own, rows, 1) if state._is_of_banks(name) else f"{index}.{name}"
+            cache[new] = tensor
+    return states[0]._like(banks, states[0]._starts, cache, states[0].batch)
 
 
 def part_banks(state: MemoryState) -> list[MemoryState]:
     """The states of which :func:`join_banks` made one."""
     states = []
     for index, bank in enumerate(state._incoming):
-        rows, prefix = _rows_name(index), f"{index}."
-        cache = {
-            _rows_name(0) if name == rows else name.removeprefix(prefix): tensor
-            for name, tensor in state._cache.items()
-            if name == rows or name.startswith(prefix)
-        }
-        states.append(MemoryState._make([bank], state._starts, cache, state.batch))
+        rows, prefix, cache = _rows_name(index), f"{index}.", {}
+        for name, tensor in state._cache.items():
+            if name.removesuffix(f".{_SUM}") == rows:
+                cache[name.replace(rows, _rows_name(0), 1)] = tensor
+            elif name.startswith(prefix):
+                cache[name.removeprefix(prefix)] = tensor
+        states.append(state._like([bank], state._starts, cache, state.batch))
     return states
 
 
@@ -705,7 +916,7 @@ def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:
     # no number that a graph may have as a symbol, where a tensor has it
     starts = state._starts if state.start is None else state.start
     batch = None if tensors else state.batch
-    return tensors, (len(state._incoming), starts, names, batch)
+    return tensors, (len(state._incoming), starts, names, batch, state._tokens_per_slot)
 
 
 def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
@@ -716,17 +927,19 @@ def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
 
 
 def _unflatten(tensors: Iterable[Tensor], context: tuple) -> MemoryState:
-    tensors, (banks, starts, names, batch) = list(tensors), context
+    tensors, (banks, starts, names, batch, tokens_per_slot) = list(tensors), context
     batch = tensors[0].shape[0] if batch is None else batch
     cache = dict(zip(names, tensors[banks:], strict=True))
     if isinstance(starts, int):
         starts = [starts] * batch if starts > 0 else None
-    return MemoryState._make(tensors[:banks], starts, cache, batch)
+    return MemoryState._make(tensors[:banks], starts, cache, batch, tokens_per_slot=tokens_per_slot)
 
 
 def _read_context(context: Sequence) -> tuple:
-    banks, starts, names, batch = context
-    return (banks, starts if isinstance(starts, int) else tuple(starts), tuple(names), batch)
+    # a program that was exported before has no last one
+    banks, starts, names, batch, tokens_per_slot = (*context, 1)[:5]
+    starts = starts if isinstance(starts, int) else tuple(starts)
+    return banks, starts, tuple(names), batch, tokens_per_slot
 
 
 pytree.register_pytree_node(

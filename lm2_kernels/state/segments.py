@@ -1,20 +1,30 @@
 """Inputs of any length, in segments: what a model and a layer in somebody else's model share.
 
-A segment is at most as many tokens as the memory has slots. A *piece* is what one step reads of it:
-tokens of rows that stand at the same place in their segments, or one token of each row.
+The tokens of a segment read the memory as the segment found it. A *piece* is what one step reads of
+a segment: tokens of rows that stand at the same place in their segments, or one token of each row.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
 
-__all__ = ["compress", "gather", "leave_graph", "run_segments", "spread"]
+__all__ = ["Rule", "compress", "gather", "leave_graph", "run_segments", "spread"]
 
-# (piece (B, T, ...), rows of each bank (B, T, D), cache) -> (output (B, T, D), new rows)
+# (piece (B, T, ...), what it reads of each bank, cache) -> (output (B, T, D), what it writes);
+# see MemoryState.piece and MemoryState.after
 Step = Callable[[Tensor, list[Tensor], SegmentCache], tuple[Tensor, Sequence[Tensor]]]
+
+
+class Rule(NamedTuple):
+    """How a model takes its input in segments; see :class:`SegmentCache`."""
+
+    segment_length: int
+    tokens_per_slot: int = 1
+    causal: bool = True
 
 
 def leave_graph(text: str) -> None:
@@ -72,7 +82,7 @@ def run_segments(
     step: Step,
     inputs: Tensor,  # (B, L, ...)
     state: MemoryState,
-    segment_length: int,
+    rule: Rule,
     lengths: Sequence[int] | None = None,
     *,
     keep: bool,
@@ -84,7 +94,7 @@ def run_segments(
         step: computes one piece.
         inputs: (B, L, ...), each row's real tokens first.
         state: of batch B.
-        segment_length: tokens of a segment.
+        rule: how.
         lengths: how many tokens of each row are real; None is all.
         keep: whether the returned state stands where the tokens end; else it stands between two
             segments.
@@ -95,9 +105,7 @@ def run_segments(
     """
     length = inputs.shape[1]
     longest = length if lengths is None else max(lengths, default=length)
-    outputs, state = _run(
-        step, inputs[:, :longest], state, segment_length, lengths, keep, bptt_segments, 0
-    )
+    outputs, state = _run(step, inputs[:, :longest], state, rule, lengths, keep, bptt_segments, 0)
     if longest < length:
         padding = outputs.new_zeros(outputs.shape[0], length - longest, *outputs.shape[2:])
         outputs = torch.cat([outputs, padding], dim=1)
@@ -108,20 +116,20 @@ def _run(
     step: Step,
     inputs: Tensor,
     state: MemoryState,
-    segment_length: int,
+    rule: Rule,
     lengths: Sequence[int] | None,
     keep: bool,
     bptt_segments: int | None,
     segments: int,
 ) -> tuple[Tensor, MemoryState]:
     """:func:`run_segments` after so many segments of the call."""
-    outputs = []
+    outputs, segment_length = [], rule.segment_length
     while inputs.shape[1] > 0:
         if bptt_segments is not None and segments > 0 and segments % bptt_segments == 0:
             state = state.detach()
         if state.start is None and inputs.shape[1] > 1:
             output, state = _run_groups(
-                step, inputs, state, segment_length, lengths, keep, bptt_segments, segments
+                step, inputs, state, rule, lengths, keep, bptt_segments, segments
             )
             outputs.append(output)
             break
@@ -134,9 +142,9 @@ def _run(
         stays = keep or (here is not None and num_tokens < inputs.shape[1])
         # a whole segment leaves nothing open
         stays = stays and not (here is None and num_tokens == segment_length)
-        rows, cache = state.piece(num_tokens, segment_length, lengths=here, keep=stays)
-        output, new_rows = step(inputs[:, :num_tokens], rows, cache)
-        state = state.after(cache, new_rows)
+        banks, cache = state.piece(num_tokens, **rule._asdict(), lengths=here, keep=stays)
+        output, written = step(inputs[:, :num_tokens], banks, cache)
+        state = state.after(cache, written)
         outputs.append(output)
         inputs, lengths, segments = inputs[:, num_tokens:], left, segments + 1
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), state
@@ -157,7 +165,7 @@ def _run_groups(
     step: Step,
     inputs: Tensor,
     state: MemoryState,
-    segment_length: int,
+    rule: Rule,
     lengths: Sequence[int] | None,
     keep: bool,
     bptt_segments: int | None,
@@ -179,7 +187,7 @@ def _run_groups(
                 step,
                 inputs[index, : max(own)],
                 part,
-                segment_length,
+                rule,
                 own,
                 keep,
                 bptt_segments,
