@@ -52,6 +52,9 @@ def silence(layer: PaperMemory | ReleaseMemory) -> None:
 
     Of the release formulation that holds for a bank of zeros.
     """
-    is_paper = isinstance(layer, PaperMemory)
-    last = layer.value_proj if is_paper else layer.attended_memory_layernorm2
-    nn.init.zeros_(last.weight)
+    if isinstance(layer, PaperMemory):
+        nn.init.zeros_(layer.value_proj.weight)
+        return
+    nn.init.zeros_(layer.attended_memory_layernorm2.weight)
+    if layer.candidate == "token":
+        nn.init.zeros_(layer.candidate_proj.weight)

@@ -115,13 +115,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: Tensor, rows: Tensor | None, cos: Tensor, sin: Tensor, cache: SegmentCache
+        self, x: Tensor, memory: Tensor | None, cos: Tensor, sin: Tensor, cache: SegmentCache
     ) -> tuple[Tensor, Tensor | None]:
         attended = self.self_attn(self.input_layernorm(x), cos, sin, cache.scope("self_attn"))
         if self.memory is not None:
-            attended, rows = self.memory(attended, rows, cache=cache.scope("memory"))
+            attended, memory = self.memory(attended, memory, cache=cache.scope("memory"))
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), rows
+        return x + self.mlp(self.post_attention_layernorm(x)), memory
 
 
 def _memory_layer(config: LM2Config) -> nn.Module:
@@ -155,21 +155,24 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, ids: Tensor, rows: list[Tensor], cache: SegmentCache
+        self, ids: Tensor, banks: list[Tensor], cache: SegmentCache
     ) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of one piece (B, T, D), and the rows that it writes."""
-        config, rows, number = self.config, list(rows), 0
+        """The hidden states of one piece (B, T, D), and what it writes to each bank.
+
+        See :meth:`MemoryState.piece` and :meth:`MemoryState.after`.
+        """
+        config, banks, number = self.config, list(banks), 0
         x = self.embed_tokens(ids)
         positions = cache.positions(ids.device)
         cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for index, block in enumerate(self.layers):
             bank = 0 if config.flow == "depth" else number
-            own = rows[bank] if block.memory is not None else None
+            own = banks[bank] if block.memory is not None else None
             x, own = block(x, own, cos, sin, cache.scope(f"layers.{index}"))
             if block.memory is not None:
-                rows[bank] = own
+                banks[bank] = own
                 number += 1
-        return self.norm(x), rows
+        return self.norm(x), banks
 
 
 class LM2ForCausalLM(nn.Module):

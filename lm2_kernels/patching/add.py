@@ -14,7 +14,7 @@ from lm2_kernels.checks import check_bool, check_int
 from lm2_kernels.layers.base import ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
-from lm2_kernels.layers.start import check_start, silence
+from lm2_kernels.layers.start import check_segments, check_start, silence
 from lm2_kernels.patching.adapters import is_adapter, refuse_adapters
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
 from lm2_kernels.patching.hosts import Host, find_blocks
@@ -78,9 +78,13 @@ def add_memory(
     model: nn.Module,
     *,
     memory_slots: int = 2048,
+    segment_length: int | None = None,
     num_heads: int = 8,
     layers: Sequence[int] | None = None,
     formulation: str = "paper",
+    write: str = "position",
+    memory_causal: bool | None = None,
+    candidate: str = "read",
     memory_init: str | None = None,
     zero_init: bool = True,
     freeze: bool = True,
@@ -94,7 +98,7 @@ def add_memory(
     stream, and is the block's submodule ``memory``: ``state_dict``, ``to`` and optimisers see it.
     The blocks are found by their structure, whatever the model's class: by that of Llama, which
     most have, of GPT-2, GPT-NeoX, Falcon, Phi or OPT (``lm2_kernels.patching.HOSTS``). Each block
-    has a bank of its own, carried from segment to segment of ``memory_slots`` tokens
+    has a bank of its own, carried from segment to segment of ``segment_length`` tokens
     (``flow="time"``; ``"depth"`` is impossible, as the host runs all tokens through a block before
     the next one). The host's own attention is unchanged. Padding, wherever ``attention_mask`` has
     it, is neither read nor written.
@@ -106,11 +110,18 @@ def add_memory(
 
     Args:
         model: any module that holds one list of decoder blocks.
-        memory_slots: slots N of each bank, and the tokens of a segment.
+        memory_slots: slots N of each bank.
+        segment_length: tokens S of a segment; ``memory_slots`` unless given.
         num_heads: heads of the memory attention; must divide the model's width.
         layers: which blocks; None is all that have a self-attention.
         formulation: "paper" (:class:`PaperMemory`) or "release" (:class:`ReleaseMemory` with
             ``pooled_gate="prefix"``).
+        write: "position": each token of a segment rewrites a slot of its own, so that
+            ``segment_length`` is at most ``memory_slots``. "chunk": each slot is rewritten by S / N
+            neighbouring tokens, a whole number.
+        memory_causal: whether a token sees the slots up to its own alone; None is True for
+            "position" and False for "chunk", which refuses True.
+        candidate: what is written: "read", or "token" for a candidate with a term of the token.
         memory_init: what a bank starts from, "identity" or "zeros" (release formulation alone, and
             there the default with ``zero_init``).
         zero_init: initialise the layers so that the model computes bit for bit what it computed
@@ -133,6 +144,10 @@ def add_memory(
         raise ValueError("add_memory: the model has a memory already; see remove_memory")
     refuse_adapters(model)
     check_int("add_memory", "memory_slots", memory_slots, 1)
+    if segment_length is None:
+        segment_length = memory_slots
+    check_int("add_memory", "segment_length", segment_length, 1)
+    check_segments("add_memory", memory_slots, segment_length, write)
     check_bool("add_memory", "zero_init", zero_init)
     check_bool("add_memory", "freeze", freeze)
     if memory_init is None:
@@ -165,7 +180,11 @@ def add_memory(
         layer = kind(
             host.width(block),
             num_heads,
+            causal=memory_causal,
             dropout=dropout,
+            write=write,
+            tokens_per_slot=segment_length // memory_slots if write == "chunk" else 1,
+            candidate=candidate,
             backend=backend,
             device=_device(block, like),
             dtype=like.dtype,
@@ -176,9 +195,13 @@ def add_memory(
 
     options = {
         "memory_slots": memory_slots,
+        "segment_length": segment_length,
         "num_heads": num_heads,
         "layers": layers,
         "formulation": formulation,
+        "write": write,
+        "memory_causal": memory_causal,
+        "candidate": candidate,
         "memory_init": memory_init,
         "zero_init": zero_init,
         "dropout": dropout,

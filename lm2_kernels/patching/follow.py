@@ -25,7 +25,7 @@ from lm2_kernels.patching.hosts import Host, read_tokens
 from lm2_kernels.patching.prints import fingerprint
 from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state.memory import MemoryState, SegmentCache, part_banks
-from lm2_kernels.state.segments import gather, leave_graph, run_segments, spread
+from lm2_kernels.state.segments import Rule, gather, leave_graph, run_segments, spread
 
 # the attribute of a decoder that holds its AddedMemory
 MEMORY = "_lm2_memory"
@@ -159,8 +159,7 @@ class AddedMemory:
     @state.setter
     def state(self, state: MemoryState | None) -> None:
         if state is not None:
-            layers = self.layers
-            state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
+            self._check_state(state)
             banks = zip(self._blocks, state.banks, strict=True)
             state = {index: MemoryState([bank]) for index, bank in banks}
         self._carried = state
@@ -223,7 +222,7 @@ class AddedMemory:
             device = getattr(layers[0].any_parameter(), "device", "cpu")
         saved = caches.read(path, self.fingerprint(), device)
         state = saved.state
-        state.check(len(layers), state.batch, self.options["memory_slots"], layers[0].dim)
+        self._check_state(state)
         shapes = [layer.cache_shapes().items() for layer in layers]
         state.check_cache(
             {f"{index}.{name}": shape for index, own in enumerate(shapes) for name, shape in own}
@@ -241,6 +240,18 @@ class AddedMemory:
             del block.memory
         for parameter in self.frozen:
             parameter.requires_grad_(True)
+
+    def _check_state(self, state: MemoryState) -> None:
+        """Raise ValueError unless a state of all layers' banks is of these layers' sizes."""
+        layers, slots, rule = self.layers, self.options["memory_slots"], self._rule
+        length, tokens_per_slot, _ = rule
+        state.check(len(layers), state.batch, slots, layers[0].dim, length, tokens_per_slot)
+
+    @property
+    def _rule(self) -> Rule:
+        """How the layers take their input in segments."""
+        layer = self.layers[0]
+        return Rule(self.options["segment_length"], layer.tokens_per_slot, layer.causal)
 
     def _initial(self, index: int, batch: int, device: torch.device) -> MemoryState:
         block = self._blocks[index]
@@ -264,7 +275,11 @@ class AddedMemory:
     def fingerprint(self) -> str:
         """Of the decoder's weights, those of the layers included: another model has another."""
         # which the shapes of weights do not tell
-        return fingerprint(self._decoder, f"{self.options['num_heads']} heads")
+        note, rule = f"{self.options['num_heads']} heads", self._rule
+        if rule != Rule(self.options["memory_slots"]):
+            # as it was before there were other rules: files of caches have it
+            note += f", {tuple(rule)}"
+        return fingerprint(self._decoder, note)
 
     def _running(self) -> _Call | None:
         """The pass that this thread runs, of which a hook calls the model again."""
@@ -411,9 +426,9 @@ class AddedMemory:
         x = self._host.attended(output)
         layer = self._blocks[index].memory
 
-        def step(piece: Tensor, rows: list[Tensor], cache: SegmentCache):
-            read, new_rows = layer(piece, rows[0], cache=cache)
-            return read, [new_rows]
+        def step(piece: Tensor, banks: list[Tensor], cache: SegmentCache):
+            read, written = layer(piece, banks[0], cache=cache)
+            return read, [written]
 
         inputs, lengths = x, None
         if current.tokens is not None:
@@ -426,7 +441,7 @@ class AddedMemory:
             step,
             inputs,
             current.states[index],
-            self.options["memory_slots"],
+            self._rule,
             lengths,
             keep=current.keep,
         )
