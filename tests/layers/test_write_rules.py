@@ -280,6 +280,25 @@ def test_padding_neither_reads_nor_writes(kind, rule, keep):
 
 
 @every_kind
+def test_pieces_of_whole_chunks_need_no_cache(kind):
+    """Each given the bank as the segment found it, and what the pooled gate has seen."""
+    layer, memory, x = chunked(kind, 2), draw(B, 5, D), draw(B, 9, D, seed=3)
+    want, new_memory = layer(x, memory)
+    is_release = kind.startswith("release")
+    outputs, banks, pooled, offset = [], [], {}, 0
+    for piece in x.split((4, 2, 3), dim=1):
+        options = {"return_pooled_sum": True, **pooled} if is_release else {}
+        output, bank, *total = layer(piece, memory, slot_offset=offset, **options)
+        pooled = {"pooled_sum": total[0]} if is_release else {}
+        end = offset + (piece.shape[1] + 1) // 2
+        outputs.append(output)
+        banks.append(bank[:, offset:end])
+        offset = end
+    assert_round_off(torch.cat(outputs, dim=1), want)
+    assert_round_off(torch.cat(banks, dim=1), new_memory)
+
+
+@every_kind
 def test_a_segment_that_is_ended_early(kind):
     """The mean is of the tokens that came; the slots behind them are untouched."""
     layer, memory, x = chunked(kind, 3), draw(B, 2, D), draw(B, 5, D, seed=3)
