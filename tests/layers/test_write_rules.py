@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import lm2_kernels as lm2
 from lm2_kernels import MemoryState, backends, testing
@@ -316,6 +318,70 @@ def test_keys_and_values_of_a_segment_are_projected_once():
     layer.key_proj.register_forward_hook(lambda module, args, output: calls.append(args[0].shape))
     read(layer, draw(B, 2 * S + 3, D), MemoryState([memory]), [1] * (2 * S + 3))
     assert calls == [(B, 2, D)] * 3
+
+
+class _Made(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes; views are none."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves(args) if torch.is_tensor(t)}
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+@needs_cpp
+@every_kind
+@pytest.mark.parametrize("rule", ("position-full", "chunk"))
+def test_a_step_of_decoding_copies_no_bank(kind, rule):
+    """It reads the segment's keys and values, by kernels that copy nothing, and writes a row."""
+    slots, c = 300, 2 if rule == "chunk" else 1
+    layer = chunked(kind, c) if rule == "chunk" else make(kind, causal=False)
+    x, state = draw(B, 7, D), MemoryState([draw(B, slots, D, seed=1)])
+
+    def step(piece, banks, cache):
+        output, written = layer(piece, banks[0], cache=cache)
+        return output, [written]
+
+    with torch.no_grad(), backends.use_backend("cpp"):
+        for token in range(7):
+            with _Made() as made:
+                _, state = run_segments(
+                    step, x[:, token : token + 1], state, Rule(slots * c, c, False), keep=True
+                )
+            # the first token projects the bank; and what is kept grows now and then, not by slots
+            assert token == 0 or made.largest < B * slots * D / 2
+            assert token > 0 or made.largest >= B * slots * D
+
+
+@every_kind
+@pytest.mark.parametrize("tokens_per_slot", (1, 6))
+def test_memory_grows_with_tokens_and_slots(kind, tokens_per_slot):
+    """What is kept for backward: no matrix of tokens by slots, no bank a token."""
+    layer = chunked(kind, tokens_per_slot)
+
+    def kept(slots: int) -> int:
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = tensor, storage.nbytes()
+            return tensor
+
+        x, memory = draw(1, slots * tokens_per_slot, D), draw(1, slots, D, seed=1)
+        leaves = [x.requires_grad_(), memory.requires_grad_()]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = layer(*leaves)
+        assert len(outputs) == 2
+        return sum(size for _, size in storages.values())
+
+    with backends.use_backend("eager"):
+        small, double, fourfold = (kept(slots) for slots in (8, 16, 32))
+    assert fourfold - double == 2 * (double - small) > 0
 
 
 def test_a_state_is_not_changed_by_those_after_it():
