@@ -165,17 +165,17 @@ class LM2Config:
                 raise ValueError(
                     f"LM2Config: {name} must be one of {choices}, got {getattr(self, name)!r}"
                 )
-        if self.memory_layers:
-            self._check_write()
+        self._check_write()
         inits = ("identity", "zeros", "learned")
         check_start("LM2Config", self.formulation, self.memory_init, self.zero_init, inits)
 
     def _check_write(self) -> None:
         """What is written and what is seen go together, and with the flow."""
-        op = "LM2Config"
-        check_segments(op, self.memory_slots, self.segment_length, self.write)
+        op, has_memory = "LM2Config", bool(self.memory_layers)
+        if has_memory:
+            check_segments(op, self.memory_slots, self.segment_length, self.write)
         check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
-        if self.flow == "depth" and not self.memory_causal:
+        if has_memory and self.flow == "depth" and not self.memory_causal:
             raise ValueError(
                 f"LM2Config: write={self.write!r} with memory_causal=False needs flow='time': in "
                 f"flow 'depth' a bank comes from the block below, where later tokens of the same "

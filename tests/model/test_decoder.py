@@ -456,6 +456,9 @@ def test_wrong_input_is_refused(arguments, error, message):
         ({"initializer_range": -1.0}, "initializer_range must be above 0"),
         ({"memory_dropout": 2.0}, "dropout"),
         ({"backend": "nope"}, "nope"),
+        # without memory layers too
+        ({"memory_layers": (), "write": "other"}, "write must be one of"),
+        ({"memory_layers": (), "candidate": "other"}, "candidate must be one of"),
     ),
 )
 def test_wrong_config_is_refused(options, message):
