@@ -923,7 +923,7 @@ def _flatten(state: MemoryState) -> tuple[list[Tensor], tuple]:
 def _flatten_with_keys(state: MemoryState) -> tuple[list[tuple], tuple]:
     tensors, context = _flatten(state)
     names = [f"bank{index}" for index in range(context[0])] + [f"cache.{n}" for n in context[2]]
-    keys = map(pytree.GetAttrKey, names)
+    keys = map(pytree.MappingKey, names)
     return list(zip(keys, tensors, strict=True)), context
 
 

@@ -83,6 +83,25 @@ def test_generation_goes_on(formulation, flow):
     assert torch.equal(torch.cat([start.sequences, then.sequences], 1), _greedy(model, whole, 9))
 
 
+@every_kind
+def test_steps_can_be_taken_again(formulation, flow):
+    """From every state on the way: those after it wrote into its buffers, where a row began a new
+    segment too, and have left alone what it reads."""
+    model, ids = _model(formulation, flow), random_ids(2, 14)
+    mask = torch.ones(2, 5)
+    mask[1, :2] = 0
+    with torch.no_grad():
+        states = [model(ids[:, :5], attention_mask=mask, use_cache=True).memory]
+        for token in ids[:, 5:].split(1, dim=1):
+            states.append(model(token, memory=states[-1], use_cache=True).memory)
+        for row in range(2):
+            text = ids[row : row + 1, 2 * row :]
+            want = model(text).logits
+            for step, state in enumerate(states[:-1]):
+                got = model(ids[:, 5 + step : 6 + step], memory=state, use_cache=True)
+                assert_round_off(got.logits[row, 0], want[0, 5 - 2 * row + step])
+
+
 def test_threads_share_a_model():
     """Nothing of a call is kept on the model."""
     model, prompts = _model(), [random_ids(2, 4 + seed, seed=seed) for seed in range(4)]

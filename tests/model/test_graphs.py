@@ -15,17 +15,13 @@ from tools.rounding import assert_round_off
 # between them they have both formulations, both flows and both write rules
 KINDS = KINDS[::3]
 every_kind = pytest.mark.parametrize(("formulation", "flow"), KINDS)
-# strict export traces Python, which takes its time
-everyday = pytest.mark.parametrize(
-    ("formulation", "flow", "strict"),
-    [
-        (*KINDS[1], False),
-        (*KINDS[2], False),
-        pytest.param(*KINDS[0], False, marks=pytest.mark.slow),
-        pytest.param(*KINDS[0], True, marks=pytest.mark.slow),
-        pytest.param(*KINDS[1], True, marks=pytest.mark.slow),
-    ],
-)
+
+
+def _exports(*everyday):
+    """Strict export traces Python, which takes its time."""
+    others = [(*kind, strict) for kind in KINDS for strict in (False, True)]
+    others = [pytest.param(*way, marks=pytest.mark.slow) for way in others if way not in everyday]
+    return pytest.mark.parametrize(("formulation", "flow", "strict"), [*everyday, *others])
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +46,7 @@ def _check(module, model, ids, **inputs):
         assert_round_off(a, b)
 
 
-@everyday
+@_exports((*KINDS[1], False))
 def test_export(formulation, flow, strict):
     """Several segments, saved and loaded; with a state, with labels, and within a segment."""
     model, ids = _model(formulation, flow), random_ids(2, 9)
@@ -60,7 +56,12 @@ def test_export(formulation, flow, strict):
     file.seek(0)
     _check(torch.export.load(file).module(), model, ids)
     state = model(random_ids(2, 6, seed=3)).memory
-    for inputs in ({"memory": state}, {"labels": ids.clone()}):
+    within = model(random_ids(2, 4, seed=3), use_cache=True).memory.detach()
+    for inputs in (
+        {"memory": state},
+        {"labels": ids.clone()},
+        {"memory": within, "use_cache": True},
+    ):
         program = export(model, (ids,), inputs, strict=strict)
         _check(program.module(), model, ids, **inputs)
     more = random_ids(2, 5)
@@ -71,7 +72,7 @@ def test_export(formulation, flow, strict):
     assert_round_off(model(more, memory=first).logits, want)
 
 
-@everyday
+@_exports((*KINDS[1], False), ("release", "chunk", False))
 def test_export_for_any_batch_and_length_of_a_segment(formulation, flow, strict):
     model = _model(formulation, flow)
     # tokens of two slots at least: a size of 1 is a constant
