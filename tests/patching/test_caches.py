@@ -21,8 +21,7 @@ from tools.hosts import bare_llama, begin, go_on, hosted, llama, new_cache, toke
 from tools.models import KINDS
 
 pytestmark = hosted
-RULED = ("paper-chunk", "release-all")
-every_kind = pytest.mark.parametrize("formulation", ("paper", "release", *RULED))
+every_kind = pytest.mark.parametrize("formulation", ("paper", "release", "paper-chunk"))
 # in a segment, at the end of one, and where rows stand at different places
 PLACES = [(13, False), (16, False), (13, True)]
 every_place = pytest.mark.parametrize(("length", "is_padded"), PLACES)
