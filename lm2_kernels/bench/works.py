@@ -369,6 +369,7 @@ def _model(shape: Shape, device: str, **options: object) -> LM2ForCausalLM:
         hidden_size=shape.dim,
         intermediate_size=4 * shape.dim,
         memory_slots=shape.slots,
+        segment_length=shape.tokens,
         memory_heads=shape.heads,
         **MODEL,
         **options,
@@ -448,7 +449,7 @@ def _model_flops(shape: Shape) -> dict[str, float]:
 
 def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
     """The next token in the middle of a segment: by the caches, or reading the segment again."""
-    past = shape.slots // 2
+    past = shape.tokens // 2
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, past + 1), generator=generator)
     ids = ids.to(device)
@@ -466,7 +467,7 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
                 output = model(ids[:, -1:], memory=states[-1], use_cache=True)
             # the next call goes on: a second one from one state would copy the caches. At the
             # segment's end back to its middle, which is one copy in many steps
-            states[1:] = [output.memory] if output.memory.position[0] < shape.slots - 1 else []
+            states[1:] = [output.memory] if output.memory.position[0] < shape.tokens - 1 else []
             return (output.logits[:, -1],)
 
         def restart() -> None:

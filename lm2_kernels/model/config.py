@@ -176,10 +176,10 @@ class LM2Config:
         check_segments(op, self.memory_slots, self.segment_length, self.write)
         check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
         if self.flow == "depth" and not self.memory_causal:
+            what = "write='chunk'" if self.write == "chunk" else "memory_causal=False"
             raise ValueError(
-                f"LM2Config: write={self.write!r} with memory_causal=False needs flow='time': in "
-                f"flow 'depth' a bank comes from the block below, where later tokens of the same "
-                f"segment have written to it"
+                f"LM2Config: {what} needs flow='time': in flow 'depth' a bank comes from the block "
+                f"below, where later tokens of the same segment have written to it"
             )
 
     def __setattr__(self, name: str, value: object) -> None:
