@@ -439,8 +439,9 @@ def test_a_write_rule_sees_what_it_sees(text, tmp_path):
 def test_a_run_of_an_earlier_version_goes_on(text, tmp_path, monkeypatch):
     """Its configuration knows of one write rule alone, and says nothing of it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(_arguments(text, whole)) == 0
-    _cut(_arguments(text, cut), monkeypatch, 3)
+    rule = ("--segment-length", "8", "--write", "position", "--candidate", "read")
+    assert cli.main(_arguments(text, whole, *rule)) == 0
+    _cut(_arguments(text, cut, *rule), monkeypatch, 3)
     run = json.loads((cut / "run.json").read_text())
     for name in ("segment_length", "write", "memory_causal", "candidate"):
         del run["config"][name]
