@@ -26,7 +26,8 @@ _OPS = ("memory_attention", "memory_update", "residual_layer_norm")
 _ON_CPU = [
     *((op, shape, "float32", False) for op in _OPS for shape in ("256", "odd")),
     *((op, "256", "bfloat16", False) for op in _OPS),
-    ("memory_attention", "few slots", "float32", False),
+    ("memory_attention", "64 of 2048", "float32", False),
+    *((layer, "64 of 512", "float32", True) for layer in _LAYERS),
     ("memory_attention", "decode", "float32", False),
     *((layer, "256", "float32", True) for layer in _LAYERS),
     *((layer, "256", "bfloat16", False) for layer in _LAYERS),

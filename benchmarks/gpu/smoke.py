@@ -8,6 +8,12 @@ import lm2_kernels as lm2
 from lm2_kernels import testing
 from lm2_kernels.backends import triton  # noqa: F401 - once, before entries are forked
 
+# of a memory_update with several tokens a slot
+_CHUNKS = (
+    (("tokens_per_slot", 32), ("output_gate", True), ("read", True)),
+    (("tokens_per_slot", 9), ("gate_bias", "prefix"), ("gates", "slots")),
+)
+
 
 def entries(context: Context, phase: str) -> list[Entry]:
     backend = "cpp" if phase == "smoke_cpp" else "triton"
@@ -32,7 +38,9 @@ def _cases() -> list[testing.Case]:
         attention(6, 77, 130, 4, 96, (("slot_mask", "random"),)),
         attention(2, 1, 2048, 8, 256, (("slot_offset", 2047),)),
         attention(1, 33, 40, 2, 17, (("slot_offset", 7),)),
+        attention(2, 2048, 64, 16, 128, (("causal", False),)),
         *(update, update._replace(options=(("gate_bias", "segment"),))),
+        *(update._replace(options=options) for options in _CHUNKS),
         *(norm, norm._replace(tokens=33, width=16_384)),
         *(pool, pool._replace(options=(("prefix", True),))),
     ]

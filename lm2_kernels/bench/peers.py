@@ -76,9 +76,15 @@ class SdpaPaperMemory(nn.Module):
     :class:`lm2_kernels.PaperMemory`.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, kernel: SDPBackend | None = None):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel: SDPBackend | None = None,
+        tokens_per_slot: int = 1,
+    ):
         super().__init__()
-        self.num_heads, self.kernel = num_heads, kernel
+        self.num_heads, self.kernel, self.tokens_per_slot = num_heads, kernel, tokens_per_slot
         for name in ("query", "key", "value", "output_gate", "input_gate", "forget_gate"):
             self.add_module(f"{name}_proj", nn.Linear(dim, dim, bias=False))
 
@@ -88,13 +94,25 @@ class SdpaPaperMemory(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (self.num_heads, -1))
 
+        is_chunked = self.tokens_per_slot > 1
         read = sdpa(
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
             self.kernel,
-            **sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device),
+            **(
+                {}
+                if is_chunked
+                else sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device)
+            ),
         ).flatten(-2)
+        if is_chunked:
+            chunks = (-1, self.tokens_per_slot)
+            written = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
+            forget_gate = torch.sigmoid(self.forget_gate_proj(read)).unflatten(1, chunks)
+            proposals = written.unflatten(1, chunks) + forget_gate * memory[:, :, None]
+            output = x + torch.sigmoid(self.output_gate_proj(read)) * read
+            return output, proposals.mean(dim=2)
         end = slot_offset + x.shape[1]
         new_rows = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
         forget_gate = torch.sigmoid(self.forget_gate_proj(read))
@@ -103,6 +121,49 @@ class SdpaPaperMemory(nn.Module):
         if new_rows.shape != memory.shape:
             new_rows = torch.cat([memory[:, :slot_offset], new_rows, memory[:, end:]], dim=1)
         return output, new_rows
+
+
+class SdpaReleaseMemory(nn.Module):
+    """The released layer with several tokens a slot in plain PyTorch, as :class:`SdpaPaperMemory`.
+
+    Has the state dict of :class:`lm2_kernels.ReleaseMemory`; its gate pools over the segment.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, tokens_per_slot: int = 1):
+        super().__init__()
+        self.num_heads, self.tokens_per_slot = num_heads, tokens_per_slot
+        self.parts = ReleasedStyleMemory(dim, num_heads)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        return self.parts.load_state_dict(state_dict, *args, **kwargs)
+
+    def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        """X (B, T, D) and memory (B, N, D) -> output and new memory."""
+        parts = self.parts
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.num_heads, -1))
+
+        read = sdpa(
+            heads(parts.query_proj(x)),
+            heads(parts.key_proj(memory)),
+            heads(parts.value_proj(memory)),
+        ).flatten(-2)
+        rows = memory[:, :, None]
+        read = read.unflatten(1, (-1, self.tokens_per_slot))
+        attended = parts.attended_memory_layernorm(rows + read)
+        mixed = attended
+        for layer in parts.attention_mlp:
+            mixed = torch.relu(layer(mixed))
+        candidate = parts.attended_memory_layernorm2(attended + mixed)
+        pooled = torch.relu(parts.input_gate_projector.w * x).mean(dim=1, keepdim=True)
+        gates = parts.input_gate_projector.linear(pooled)
+        gates = gates + parts.memory_gate_projector.linear(torch.tanh(memory))
+        input_gate, forget_gate = gates[:, :, None].chunk(2, dim=-1)
+        input_gate = torch.sigmoid(input_gate + parts.input_bias)
+        forget_gate = torch.sigmoid(forget_gate + parts.forget_bias)
+        proposals = input_gate * torch.tanh(candidate) + forget_gate * rows
+        return x + proposals.flatten(1, 2), proposals.mean(dim=2)
 
 
 def sdpa_options(

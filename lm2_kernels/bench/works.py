@@ -21,6 +21,7 @@ from lm2_kernels.bench.peers import (
     SDPA_KERNELS,
     ReleasedStyleMemory,
     SdpaPaperMemory,
+    SdpaReleaseMemory,
     sdpa,
     sdpa_options,
 )
@@ -185,10 +186,12 @@ def _sdpa_rows(
     row: Callable[..., Row], shape: Shape, device: str, dropout_p: float
 ) -> dict[str, Callable[[], Row]]:
     # the mask is made once, as somebody would who calls it often
-    options = sdpa_options(shape.tokens, shape.slots, shape.slot_offset, torch.device(device))
+    options = {}
+    if shape.tokens_per_slot == 1:
+        options = sdpa_options(shape.tokens, shape.slots, shape.slot_offset, torch.device(device))
 
     def forced(name: str) -> Row:
-        def function(query, key, value, slot_offset=0, dropout_p=0.0):
+        def function(query, key, value, causal=True, slot_offset=0, dropout_p=0.0):
             return sdpa(query, key, value, SDPA_KERNELS[name], dropout_p=dropout_p, **options)
 
         # theirs drop what their own random numbers say
@@ -230,8 +233,10 @@ def _autocast(
 
 def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> Work:
     """A whole memory layer; below float32 as users run it, under autocast from float32 weights."""
-    is_paper = formulation == "paper"
+    is_paper, c = formulation == "paper", shape.tokens_per_slot
     ours = PaperMemory if is_paper else ReleaseMemory
+    if c > 1:
+        ours = functools.partial(ours, write="chunk", tokens_per_slot=c)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(shape.dim)
         state = ours(shape.dim, shape.heads).state_dict()
@@ -266,7 +271,9 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         call = reference.paper_memory if is_paper else reference.release_memory
 
         def function(x: Tensor, memory: Tensor, slot_offset: int = 0) -> Outputs:
-            return call(x, memory, parameters, num_heads=shape.heads, slot_offset=slot_offset)[:2]
+            options = {"causal": False, "tokens_per_slot": c} if c > 1 else {}
+            options |= {"num_heads": shape.heads, "slot_offset": slot_offset}
+            return call(x, memory, parameters, **options)[:2]
 
         made = row(layer, wrap(function), wide=wide)
         # moving a layer may replace its parameters
@@ -292,11 +299,16 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     )
     rows[ORACLE] = oracle_row
     rows |= _compiled(ORACLE, oracle_row, device)
+    chunked = {"tokens_per_slot": c} if c > 1 else {}
     if is_paper:
-        rows |= peer_rows(SdpaPaperMemory, SDPA)
+        rows |= peer_rows(functools.partial(SdpaPaperMemory, **chunked), SDPA)
         if device == "cuda":
-            cudnn = functools.partial(SdpaPaperMemory, kernel=SDPA_KERNELS["SDPA cudnn"])
-            rows |= peer_rows(cudnn, SDPA_CUDNN)
+            kernel = SDPA_KERNELS["SDPA cudnn"]
+            rows |= peer_rows(
+                functools.partial(SdpaPaperMemory, kernel=kernel, **chunked), SDPA_CUDNN
+            )
+    elif chunked:
+        rows |= peer_rows(functools.partial(SdpaReleaseMemory, **chunked), SDPA)
     elif shape.tokens == shape.slots:
         rows |= peer_rows(ReleasedStyleMemory, RELEASED)
     products_of = _paper_products if is_paper else _release_products
@@ -317,16 +329,20 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
 
 def _paper_products(shape: Shape) -> list[tuple[int, int, int]]:
     """(rows, inner, columns) of each matrix product of the forward pass."""
-    tokens, seen = shape.batch * shape.tokens, shape.batch * (shape.slot_offset + shape.tokens)
-    dim = shape.dim
+    tokens, seen, dim = shape.batch * shape.tokens, _seen(shape), shape.dim
     return [(tokens, dim, 2 * dim), (seen, dim, 2 * dim), (tokens, dim, 2 * dim)]
 
 
 def _release_products(shape: Shape) -> list[tuple[int, int, int]]:
-    tokens, seen = shape.batch * shape.tokens, shape.batch * (shape.slot_offset + shape.tokens)
-    dim = shape.dim
-    square, wide = (tokens, dim, dim), (tokens, dim, 2 * dim)
-    return [square, (seen, dim, 2 * dim), square, square, wide]
+    tokens, seen, dim = shape.batch * shape.tokens, _seen(shape), shape.dim
+    rows = tokens // shape.tokens_per_slot
+    square = (tokens, dim, dim)
+    return [square, (seen, dim, 2 * dim), square, square, (rows, dim, 2 * dim)]
+
+
+def _seen(shape: Shape) -> int:
+    """The slots that some token sees, of all batch entries."""
+    return shape.batch * min(shape.slots, shape.slot_offset + shape.tokens)
 
 
 def _limit(sizes: list[tuple[int, int, int]], shape: Shape, dtype: torch.dtype, device: str) -> Row:
@@ -504,13 +520,15 @@ def fits(name: str, shape: Shape) -> bool:
         return True
     if name in ("training step", "prefill", "decode step"):
         return shape.tokens == shape.slots
-    # a layer writes a slot for every token
-    return shape.tokens <= shape.slots
+    # a layer writes a slot for every token, or for so many
+    return shape.tokens <= shape.slots or shape.tokens % shape.slots == 0
 
 
 def _attention_flops(shape: Shape) -> dict[str, float]:
-    """Two products forward, five backward, over the pairs that causality leaves."""
+    """Two products forward, five backward, over the pairs of a token and a slot that it sees."""
     first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
     pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
+    if shape.tokens_per_slot > 1:
+        pairs = shape.tokens * shape.slots
     product = 2.0 * shape.batch * shape.dim * pairs
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}

@@ -165,16 +165,16 @@ class LM2Config:
                 raise ValueError(
                     f"LM2Config: {name} must be one of {choices}, got {getattr(self, name)!r}"
                 )
-        if self.memory_layers:
-            self._check_write()
+        self._check_write()
         inits = ("identity", "zeros", "learned")
         check_start("LM2Config", self.formulation, self.memory_init, self.zero_init, inits)
 
     def _check_write(self) -> None:
         """What is written and what is seen go together, and with the flow."""
-        op = "LM2Config"
-        check_segments(op, self.memory_slots, self.segment_length, self.write)
-        check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
+        if self.memory_layers:
+            check_segments("LM2Config", self.memory_slots, self.segment_length, self.write)
+        c = self.tokens_per_slot
+        check_write("LM2Config", self.write, c, self.memory_causal, self.candidate)
         if self.flow == "depth" and not self.memory_causal:
             what = "write='chunk'" if self.write == "chunk" else "memory_causal=False"
             raise ValueError(
@@ -258,7 +258,9 @@ class LM2Config:
     @property
     def tokens_per_slot(self) -> int:
         """How many tokens of a segment are bound to a slot."""
-        return self.segment_length // self.memory_slots if self.write == "chunk" else 1
+        c = self.segment_length // self.memory_slots if self.write == "chunk" else 1
+        # 0 in a model without memory layers, whose slots are nobody's
+        return max(c, 1)
 
     @property
     def num_banks(self) -> int:

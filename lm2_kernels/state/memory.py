@@ -294,7 +294,7 @@ class SegmentCache:
                 sums = torch.cat([sums[:, :1] + before[:, None], sums[:, 1:]], dim=1)
             left = self._unfinished(sums)
         self._extend(name, (sums / c).to(dtype), c)
-        self.set_running_sum(name, left)
+        self.tensors[f"{self._prefix}{name}.{_SUM}"] = left[:, None]
 
     def _unfinished(self, sums: Tensor) -> Tensor:
         """Of the sums (B, R, D) of a piece's slots that of the slot that each row goes on with.

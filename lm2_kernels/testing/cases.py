@@ -139,15 +139,21 @@ class Shape(NamedTuple):
         """Pieces of a segment are its last tokens."""
         return self.slots - self.tokens if self.tokens < self.slots else 0
 
+    @property
+    def tokens_per_slot(self) -> int:
+        """Above 1 the layers write chunks, whose tokens see all slots."""
+        return max(self.tokens // self.slots, 1)
+
     def cases(self) -> list[Case]:
         """Each op as the layers at this shape call it."""
-        offset = {"slot_offset": self.slot_offset} if self.slot_offset else {}
+        seen: dict[str, object] = {"slot_offset": self.slot_offset} if self.slot_offset else {}
+        bound: dict[str, object] = {}
+        if self.tokens_per_slot > 1:
+            seen, bound = {"causal": False}, {"tokens_per_slot": self.tokens_per_slot}
         rows = (self.batch, self.tokens, self.dim)
         head_width = self.dim // self.heads
-        attention = _attention(
-            self.batch, self.tokens, self.slots, self.heads, head_width, **offset
-        )
-        update = _update(*rows, output_gate=True)
+        attention = _attention(self.batch, self.tokens, self.slots, self.heads, head_width, **seen)
+        update = _update(*rows, output_gate=True, **bound)
         return [attention, update, _norm(*rows), _pool(*rows)]
 
 
@@ -156,7 +162,11 @@ SHAPES = (
     Shape("512", 2, 512, 512, 8, 512, "a small model"),
     Shape("1024", 1, 1024, 1024, 8, 1024, "a middling model"),
     Shape("2048", 1, 2048, 2048, 8, 2048, "the released model: slots and width, default heads"),
-    Shape("few slots", 1, 2048, 256, 8, 1024, "N much smaller than T: a read without a write"),
+    *(
+        Shape(f"{slots} of {tokens}", 2048 // tokens, tokens, slots, 8, 512, "chunks of tokens")
+        for tokens in (512, 2048)
+        for slots in (16, 64, 256)
+    ),
     Shape("decode", 1, 1, 2048, 8, 2048, "one token of the released model's segment"),
     Shape("odd", 2, 300, 333, 3, 195, "no size is a multiple of anything"),
 )

@@ -430,7 +430,7 @@ def test_a_row_that_cannot_be_made_is_said(tiny):
     [
         (["nothing"], "unknown works"),
         (["memory_update", "--budget", "0"], "--budget must be above 0"),
-        (["release layer", "--shape", "few slots"], "no work"),
+        (["training step", "--shape", "16 of 512"], "no work"),
         (["--from", "{missing}"], "No such file"),
         (["--from", "{broken}"], "is no file that `bench --json` wrote"),
         (["--compare", "{other}", "{other}"], "has format 0"),

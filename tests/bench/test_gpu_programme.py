@@ -315,7 +315,7 @@ def test_what_a_gpu_would_be_given(tmp_path):
     without, how, *lines = done.stdout.splitlines()
     assert without.startswith("it needs an NVIDIA GPU") and how == "without a GPU: 2"
     counts = dict(line.split() for line in lines)
-    assert counts["smoke"] == counts["smoke_cpp"] == "39"
+    assert counts["smoke"] == counts["smoke_cpp"] == "48"
     assert counts["headline"] == counts["graphs"] == "6"
     assert int(counts["compile"]) >= int(counts["sweep"]) > 70
 

@@ -32,6 +32,9 @@ PAPER_OPTIONS = [
     {"scale": -0.4},
     {"top_k": 2},
     {"top_k": 6, "bias": True, "causal": False, "output": "memory"},
+    {"candidate": "token", "bias": True},
+    {"write": "chunk", "tokens_per_slot": 3, "candidate": "token"},
+    {"write": "chunk", "tokens_per_slot": 2, "output": "memory", "top_k": 2},
 ]
 RELEASE_OPTIONS = [
     {},
@@ -43,6 +46,9 @@ RELEASE_OPTIONS = [
     {"scale": 0.9, "eps": 1e-3},
     {"top_k": 2},
     {"num_blocks": 2, "top_k": 3, "causal": False, "pooled_gate": "prefix"},
+    {"candidate": "token", "num_blocks": 2},
+    {"write": "chunk", "tokens_per_slot": 2},
+    {"write": "chunk", "tokens_per_slot": 3, "candidate": "token", "pooled_gate": "prefix"},
 ]
 LAYERS = [
     *((lm2.PaperMemory, options) for options in PAPER_OPTIONS),
@@ -89,6 +95,7 @@ def oracle(layer, parameters, x, memory, **arguments):
         "causal": layer.causal,
         "scale": layer.scale,
         "top_k": layer.top_k,
+        "tokens_per_slot": layer.tokens_per_slot,
     }
     if isinstance(layer, lm2.PaperMemory):
         options = shared | {"output": layer.output} | arguments
@@ -659,9 +666,11 @@ OPERATOR_CALLS = (
     "memory_attention_backward bank",
     "memory_update_forward",
     "memory_update_forward release",
+    "memory_update_forward slots",
     "memory_update_backward",
     "memory_update_backward some",
     "memory_update_backward release",
+    "memory_update_backward slots",
     "residual_layer_norm_forward",
     "residual_layer_norm_backward",
     "residual_layer_norm_backward dx",
@@ -691,7 +700,10 @@ def operator_arguments(call: str) -> tuple:
         rows, other, weight, weight, 1e-5, "eager"
     )
     attention = (query, key, value, mask, seed)
-    update = (rows, other, *gates, bias, "read")
+    update = (rows, other, *gates, bias, None, "read", 1)
+    # rows of slots, three tokens each: of the bank, of two gates
+    bank = draw(B, 2, D, seed=2)
+    slots = (rows, bank, bank, other, other, None, rows, "read", 3)
     calls = {
         "memory_attention_forward": (*attention, *options, None, 0.25),
         "memory_attention_forward plain": (query, key, value, None, None, *options, 2, 0.0),
@@ -705,20 +717,14 @@ def operator_arguments(call: str) -> tuple:
             *(read, *attention, read, statistics, *options, None, 0.25, False, True),
         ),
         "memory_update_forward": (rows, *update),
-        "memory_update_forward release": (rows, *update[:4], None, None, "read"),
-        "memory_update_backward": (rows, other, *update, True, True, True),
-        "memory_update_backward some": (None, other, *update, True, False, False),
+        "memory_update_forward release": (rows, *update[:4], None, None, None, "read", 1),
+        "memory_update_forward slots": (rows, *slots),
+        "memory_update_backward": (rows, other, *update, True, True, True, False),
+        "memory_update_backward some": (None, other, *update, True, False, False, False),
         "memory_update_backward release": (
-            rows,
-            None,
-            *update[:4],
-            None,
-            None,
-            "read",
-            False,
-            True,
-            True,
+            *(rows, None, *update[:4], None, None, None, "read", 1, False, True, True, False),
         ),
+        "memory_update_backward slots": (rows, bank, *slots, True, True, True, True),
         "residual_layer_norm_forward": (rows, other, weight, weight, 1e-5),
         "residual_layer_norm_backward": (rows, rows, other, weight, mean, rstd, True, True),
         "residual_layer_norm_backward dx": (rows, rows, other, weight, mean, rstd, True, False),

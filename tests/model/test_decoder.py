@@ -469,15 +469,18 @@ _NO_WORD = (None, True, 0, 1.5, "other", [], ["depth"], {})
 _WRONG_KINDS = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "memory_slots"), _NO_SIZE),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "memory_heads"), _NO_SIZE),
-    "num_key_value_heads": _NO_SIZE[1:],
+    **dict.fromkeys(("num_key_value_heads", "segment_length"), _NO_SIZE[1:]),
     **dict.fromkeys(("tie_word_embeddings", "memory_recompute", "zero_init"), (None, 0, 1, "no")),
+    "memory_causal": (0, 1, "no"),
     **dict.fromkeys(
         ("rms_norm_eps", "rope_theta", "initializer_range"),
         (*_NO_NUMBER, 0, -1.0, math.nan, math.inf, -math.inf, 10**400),
     ),
     "memory_dropout": (*_NO_NUMBER, -0.1, 1.0, 2, math.nan, math.inf),
     "memory_layers": (0, True, "01", 1.5, {"0": 1}, [[0]], ["0"], [True], [0.0], [None], [-1], [9]),
-    **dict.fromkeys(("formulation", "flow", "pooled_gate", "memory_init"), _NO_WORD),
+    **dict.fromkeys(
+        ("formulation", "flow", "pooled_gate", "memory_init", "write", "candidate"), _NO_WORD
+    ),
     "backend": (True, 0, 1.5, "other", [], {}),
 }
 

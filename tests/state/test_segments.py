@@ -398,7 +398,7 @@ def test_what_cannot_stream():
     (rows,), cache = state.piece(2, 4, keep=True)
     with pytest.raises(ValueError, match="pooled_gate='segment' cannot stream"):
         released(x, rows, cache=cache)
-    with pytest.raises(ValueError, match="causal=False cannot stream"):
+    with pytest.raises(ValueError, match="the layer has causal=False, the cache True"):
         lm2.PaperMemory(24, 3, causal=False)(x, rows, cache=cache)
     with pytest.raises(ValueError, match="cache is for 2 tokens"):
         lm2.PaperMemory(24, 3)(x[:, :1], rows[:, :1], cache=cache)
