@@ -55,28 +55,39 @@ struct MemoryAttentionBackward : MemoryAttention {
   void* workspace;  // of the size the backend asked for, 256-byte aligned; null if it asked for 0
 };
 
+// A gate of memory_update, or the bias of two: a row a token, a row a slot, or one for all. Token k
+// of slot r has the row at r * slot_stride + k * row_stride.
+struct GateView : View {
+  int64_t slot_stride = 0;
+};
+
 struct MemoryUpdate {
   int64_t batch, tokens, width;
-  Dtype dtype;  // of candidate, the gates and gate_bias; memory and hidden may be float32 beside it
-  View candidate, memory;
-  View input_gate, forget_gate;
-  View output_gate;   // absent in the release formulation
-  View gate_bias;     // (B, T or 1, 2 D), added to [input gate | forget gate]; may be absent
-  bool shows_memory;  // with an output gate: it shows memory, not candidate
+  int64_t tokens_per_slot;  // c, 1 <= c <= T: token t is bound to slot t / c
+  int64_t slots;            // R = ceil(T / c); the last one may have fewer tokens
+  Dtype dtype;              // of candidate, read, the gates and gate_bias; memory and hidden may be
+                            // float32 beside it
+  View candidate, memory;   // (B, T, D), (B, R, D)
+  GateView input_gate, forget_gate;
+  GateView output_gate;  // absent in the release formulation
+  GateView gate_bias;    // of 2 D columns, added to [input gate | forget gate]; may be absent
+  View read;             // what an output gate shows, where not the candidate; may be absent
+  bool shows_memory;     // with an output gate: it shows memory; then there is no read
 };
 
 struct MemoryUpdateForward : MemoryUpdate {
   View hidden;
   void* output;      // (B, T, D) contiguous, hidden's dtype
-  void* new_memory;  // (B, T, D) contiguous, memory's dtype
+  void* new_memory;  // (B, R, D) contiguous, memory's dtype
 };
 
 struct MemoryUpdateBackward : MemoryUpdate {
-  View doutput, dnew_memory;  // either may be absent, not both
+  View doutput, dnew_memory;  // (B, T, D), (B, R, D); either may be absent, not both
   void* dcandidate;           // (B, T, D) contiguous, dtype; null: not needed
-  void* dmemory;              // (B, T, D) contiguous, memory's dtype; null: not needed
+  void* dmemory;              // (B, R, D) contiguous, memory's dtype; null: not needed
   void* dgates;               // (B, T, G, D) contiguous, dtype; G is 3 with an output gate, else 2;
                               // null: not needed
+  void* dread;                // (B, T, D) contiguous, dtype; null: not needed, or no read
 };
 
 struct ResidualLayerNorm {

@@ -343,79 +343,102 @@ struct Bindings {
   static void fill(Call<Device>& call, MemoryUpdate& args, const Tensor& candidate,
                    const Tensor& memory, const Tensor& input_gate, const Tensor& forget_gate,
                    const OptionalTensor& output_gate, const OptionalTensor& gate_bias,
-                   const std::string& output) {
+                   const OptionalTensor& read, const std::string& output, int64_t tokens_per_slot) {
     call.check(candidate.dim() == 3, "candidate must be (B, T, D)");
     args.batch = candidate.size(0);
     args.tokens = candidate.size(1);
     args.width = candidate.size(2);
     call.check(args.tokens > 0 && args.width > 0, "tokens and width must be at least 1");
+    call.check(tokens_per_slot >= 1, "tokens_per_slot must be at least 1, got ", tokens_per_slot);
+    // of more than there are, one slot has them all
+    args.tokens_per_slot = tokens_per_slot < args.tokens ? tokens_per_slot : args.tokens;
+    args.slots = (args.tokens - 1) / args.tokens_per_slot + 1;
     args.dtype = call.dtype("candidate", candidate);
-    args.candidate = call.view("candidate", candidate, {args.batch, args.tokens, args.width},
-                               {scalar_type(args.dtype)});
-    args.memory = stream_view(call, args, "memory", memory);
+    const auto type = {scalar_type(args.dtype)};
+    const auto rows = {args.batch, args.tokens, args.width};
+    args.candidate = call.view("candidate", candidate, rows, type);
+    args.memory = stream_view(call, args, "memory", memory, args.slots);
     args.input_gate = gate_view(call, args, "input_gate", input_gate, args.width);
     args.forget_gate = gate_view(call, args, "forget_gate", forget_gate, args.width);
     args.output_gate = gate_view(call, args, "output_gate", output_gate, args.width);
     args.gate_bias = gate_view(call, args, "gate_bias", gate_bias, 2 * args.width);
+    args.read = call.view("read", read, rows, type);
     call.check(output == "read" || output == "memory", "output must be 'read' or 'memory', got '",
                output, "'");
     args.shows_memory = output == "memory";
+    call.check(!read || (output_gate && !args.shows_memory),
+               "read needs an output_gate and output='read'");
   }
 
   // hidden, memory and their gradients: the activations' dtype or float32.
   static View stream_view(Call<Device>& call, const MemoryUpdate& args, const char* name,
-                          const OptionalTensor& tensor) {
+                          const OptionalTensor& tensor, int64_t rows) {
     const ScalarType type = scalar_type(args.dtype);
     const ScalarType wide = args.dtype == Dtype::float64 ? type : ScalarType::Float;
-    return call.view(name, tensor, {args.batch, args.tokens, args.width}, {type, wide});
+    return call.view(name, tensor, {args.batch, rows, args.width}, {type, wide});
   }
 
-  static View gate_view(Call<Device>& call, const MemoryUpdate& args, const char* name,
-                        const OptionalTensor& gate, int64_t columns) {
-    if (!gate) return View{};
-    const bool broadcast = gate->dim() == 3 && gate->size(1) == 1;
-    return call.view(name, gate, {args.batch, broadcast ? 1 : args.tokens, columns},
-                     {scalar_type(args.dtype)});
+  static GateView gate_view(Call<Device>& call, const MemoryUpdate& args, const char* name,
+                            const OptionalTensor& gate, int64_t columns) {
+    if (!gate) return GateView{};
+    const int64_t given = gate->dim() == 3 ? gate->size(1) : 0;
+    const bool shared = given == 1 || given == args.slots;
+    const int64_t rows = shared ? given : args.tokens;
+    GateView view{call.view(name, gate, {args.batch, rows, columns}, {scalar_type(args.dtype)})};
+    view.slot_stride = view.row_stride;
+    if (rows == args.tokens) {
+      view.slot_stride *= args.tokens_per_slot;
+    } else {
+      view.row_stride = 0;
+    }
+    return view;
   }
 
   static std::tuple<Tensor, Tensor> memory_update_forward(
       const Tensor& hidden, const Tensor& candidate, const Tensor& memory, const Tensor& input_gate,
       const Tensor& forget_gate, const OptionalTensor& output_gate, const OptionalTensor& gate_bias,
-      std::string output) {
+      const OptionalTensor& read, std::string output, int64_t tokens_per_slot) {
     Call<Device> call("memory_update", candidate);
     MemoryUpdateForward args;
-    fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, output);
-    args.hidden = stream_view(call, args, "hidden", hidden);
-    const std::vector<int64_t> rows = {args.batch, args.tokens, args.width};
-    Tensor result = call.result(rows, args.hidden.dtype);
-    Tensor new_memory = call.result(rows, args.memory.dtype);
+    fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, read,
+         output, tokens_per_slot);
+    args.hidden = stream_view(call, args, "hidden", hidden, args.tokens);
+    Tensor result = call.result({args.batch, args.tokens, args.width}, args.hidden.dtype);
+    Tensor new_memory = call.result({args.batch, args.slots, args.width}, args.memory.dtype);
     args.output = pointer(result);
     args.new_memory = pointer(new_memory);
     if (args.batch > 0) call.run(args);
     return {result, new_memory};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> memory_update_backward(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> memory_update_backward(
       const OptionalTensor& doutput, const OptionalTensor& dnew_memory, const Tensor& candidate,
       const Tensor& memory, const Tensor& input_gate, const Tensor& forget_gate,
-      const OptionalTensor& output_gate, const OptionalTensor& gate_bias, std::string output,
-      bool needs_dcandidate, bool needs_dmemory, bool needs_dgates) {
+      const OptionalTensor& output_gate, const OptionalTensor& gate_bias,
+      const OptionalTensor& read, std::string output, int64_t tokens_per_slot,
+      bool needs_dcandidate, bool needs_dmemory, bool needs_dgates, bool needs_dread) {
     Call<Device> call("memory_update", candidate);
     MemoryUpdateBackward args;
-    fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, output);
+    fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, read,
+         output, tokens_per_slot);
     call.check(doutput || dnew_memory, "one of doutput and dnew_memory must be given");
-    args.doutput = stream_view(call, args, "doutput", doutput);
-    args.dnew_memory = stream_view(call, args, "dnew_memory", dnew_memory);
+    call.check(!needs_dread || read, "needs_dread needs a read");
+    args.doutput = stream_view(call, args, "doutput", doutput, args.tokens);
+    args.dnew_memory = stream_view(call, args, "dnew_memory", dnew_memory, args.slots);
     const std::vector<int64_t> rows = {args.batch, args.tokens, args.width};
     Tensor dcandidate = call.result(rows, args.dtype, needs_dcandidate);
-    Tensor dmemory = call.result(rows, args.memory.dtype, needs_dmemory);
+    Tensor dmemory =
+        call.result({args.batch, args.slots, args.width}, args.memory.dtype, needs_dmemory);
     Tensor dgates = call.result({args.batch, args.tokens, output_gate ? 3 : 2, args.width},
                                 args.dtype, needs_dgates);
+    Tensor dread = call.result(rows, args.dtype, needs_dread);
     args.dcandidate = pointer(dcandidate, needs_dcandidate);
     args.dmemory = pointer(dmemory, needs_dmemory);
     args.dgates = pointer(dgates, needs_dgates);
-    if (args.batch > 0 && (needs_dcandidate || needs_dmemory || needs_dgates)) call.run(args);
-    return {dcandidate, dmemory, dgates};
+    args.dread = pointer(dread, needs_dread);
+    const bool needs_any = needs_dcandidate || needs_dmemory || needs_dgates || needs_dread;
+    if (args.batch > 0 && needs_any) call.run(args);
+    return {dcandidate, dmemory, dgates, dread};
   }
 
   static void fill(Call<Device>& call, ResidualLayerNorm& args, const Tensor& x,

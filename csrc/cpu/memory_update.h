@@ -1,6 +1,7 @@
 // memory_update on the CPU: the gated write and what the layer shows, forward and backward.
 //
-// Elementwise over (B, T, D). A work item is a piece of one row; everything between loading it and
+// A work item is a piece of one slot's row: it reads the row once, goes through the slot's tokens,
+// and writes what they show and the one new row. Everything between loading a token's piece and
 // storing it stays in the first cache.
 #pragma once
 
@@ -9,162 +10,317 @@
 namespace lm2::cpu {
 namespace {
 
-// Calls body(b, t, column, count) for every piece of every row.
-template <class F>
-LM2_INLINE void for_each_piece(int64_t batch, int64_t tokens, int64_t width, const F& body) {
-  const int64_t pieces = (width + kPiece - 1) / kPiece;
-  const int64_t grain = larger<int64_t>(1, kGrain / smaller(width, kPiece));
-  parallel(batch * tokens * pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t row = item / pieces, column = item % pieces * kPiece;
-      body(row / tokens, row % tokens, column, smaller(kPiece, width - column));
-    }
-  });
-}
+// Tokens whose proposals are added up before they are added to the slot's sum: no sum is one long
+// chain.
+constexpr int64_t kRun = 16;
 
-// The inputs of one piece of a row, as Scalars.
-template <class S>
-struct UpdatePiece {
-  using Scalar = typename S::Scalar;
-  using V = typename S::V;
-  const Scalar *candidate, *memory, *input, *forget, *output;
-  const Scalar *input_bias, *forget_bias;
-  alignas(64) Scalar buffers[7][kPiece];
+// The buffers of a work item, in one array. Two pieces that are 4096 bytes apart share the first
+// cache's sets, so those that most calls need come first and evenly.
+enum { kMemory, kCandidate, kInput, kForget, kOutput, kRead, kInputBias, kForgetBias, kInputs };
 
-  UpdatePiece(const MemoryUpdate& args, int64_t b, int64_t t, int64_t column, int64_t count) {
-    candidate = get_row(args.candidate, b, t, column, count, 0);
-    memory = get_row(args.memory, b, t, column, count, 1);
-    input = get_row(args.input_gate, b, t, column, count, 2);
-    forget = get_row(args.forget_gate, b, t, column, count, 3);
-    output = get_row(args.output_gate, b, t, column, count, 4);
-    input_bias = get_row(args.gate_bias, b, t, column, count, 5);
-    forget_bias = get_row(args.gate_bias, b, t, args.width + column, count, 6);
+// A piece of a slot's row.
+struct SlotPiece {
+  int64_t b, slot, column, count;
+  int64_t first_token, tokens;
+
+  // Where it begins in a contiguous (B, R, D), and its token k in a contiguous (B, T, D).
+  int64_t row_offset(const MemoryUpdate& args) const {
+    return (b * args.slots + slot) * args.width + column;
   }
-
-  const Scalar* get_row(const View& view, int64_t b, int64_t t, int64_t column, int64_t count,
-                        int which) {
-    if (!view) return nullptr;
-    return read<S>(row_of(view, b, t, column), view.dtype, count, buffers[which]);
-  }
-
-  // A gate after its sigmoid.
-  template <class P>
-  LM2_INLINE V gate(const Scalar* z, const Scalar* bias, int64_t i, P part) {
-    V x = get<S>(z + i, part);
-    if (bias != nullptr) x = x + get<S>(bias + i, part);
-    return S::sigmoid(x);
+  int64_t token_offset(const MemoryUpdate& args, int64_t k) const {
+    return (b * args.tokens + first_token + k) * args.width + column;
   }
 };
 
+// Calls body(piece) for every piece of every slot's row.
+template <class F>
+LM2_INLINE void for_each_piece(const MemoryUpdate& args, const F& body) {
+  const int64_t pieces = (args.width + kPiece - 1) / kPiece;
+  const int64_t elements = smaller(args.width, kPiece) * args.tokens_per_slot;
+  parallel(args.batch * args.slots * pieces, larger<int64_t>(1, kGrain / elements),
+           [&](int64_t begin, int64_t end) {
+             for (int64_t item = begin; item < end; ++item) {
+               const int64_t row = item / pieces, column = item % pieces * kPiece;
+               const int64_t slot = row % args.slots, first = slot * args.tokens_per_slot;
+               body(SlotPiece{row / args.slots, slot, column, smaller(kPiece, args.width - column),
+                              first, smaller(args.tokens_per_slot, args.tokens - first)});
+             }
+           });
+}
+
+// A piece of a token's gate. kMany, here and below: slots have several tokens.
+template <class S, bool kMany>
+struct GatePiece {
+  const typename S::Scalar *z, *bias;
+  bool is_open;  // z is after the sigmoid
+
+  template <class P>
+  __attribute__((always_inline)) typename S::V operator()(int64_t i, P part) const {
+    auto x = get<S>(z + i, part);
+    if (kMany && is_open) return x;
+    if (bias != nullptr) x = x + get<S>(bias + i, part);
+    return S::sigmoid(x);
+  }
+
+  // Of a gate that never has a bias.
+  template <class P>
+  __attribute__((always_inline)) typename S::V without_bias(int64_t i, P part) const {
+    const auto x = get<S>(z + i, part);
+    return kMany && is_open ? x : S::sigmoid(x);
+  }
+};
+
+// A gate of a slot's tokens.
+template <class S, bool kMany>
+struct Gate {
+  using Scalar = typename S::Scalar;
+  using Piece = GatePiece<S, kMany>;
+  const GateView &view, &bias;
+  const int64_t bias_column;  // where the gate's part of the bias begins
+  Scalar *const buffer, *const bias_buffer;
+
+  // Of the slot's token k; that of token 0 is asked for first.
+  Piece token(const SlotPiece& piece, int64_t k) {
+    if (!view) return {};
+    // by all tokens of the slot: then its sigmoid is taken once
+    const bool is_shared = kMany && view.row_stride == 0 && bias.row_stride == 0;
+    if (is_shared && k > 0) return {buffer, nullptr, true};
+    Piece gate = {row(view, piece, k, piece.column, buffer), nullptr, false};
+    if (bias) gate.bias = row(bias, piece, k, bias_column + piece.column, bias_buffer);
+    if (!is_shared) return gate;
+    vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      put<S>(buffer + i, gate(i, part), part);
+    });
+    return {buffer, nullptr, true};
+  }
+
+  static const Scalar* row(const GateView& from, const SlotPiece& piece, int64_t k, int64_t column,
+                           Scalar* buffer) {
+    const int64_t index =
+        piece.b * from.batch_stride + piece.slot * from.slot_stride + k * from.row_stride + column;
+    return read<S>(at(static_cast<const void*>(from.data), from.dtype, index), from.dtype,
+                   piece.count, buffer);
+  }
+};
+
+// A piece of what a token has, as Scalars.
+template <class S, bool kMany>
+struct TokenPiece {
+  const typename S::Scalar *candidate, *shown;
+  GatePiece<S, kMany> input, forget, output;
+};
+
+// A piece of a slot's row as Scalars, and where those of its tokens come from.
+template <class S, bool kMany>
+struct UpdatePiece {
+  using Scalar = typename S::Scalar;
+  const MemoryUpdate& args;
+  const SlotPiece& piece;
+  Scalar (*const buffers)[kPiece];
+  const GateView no_bias;
+  const Scalar* const memory;
+  Gate<S, kMany> input, forget, output;
+
+  UpdatePiece(const MemoryUpdate& args, const SlotPiece& piece, Scalar (*buffers)[kPiece])
+      : args(args),
+        piece(piece),
+        buffers(buffers),
+        memory(row(args.memory, piece.slot, buffers[kMemory])),
+        input{args.input_gate, args.gate_bias, 0, buffers[kInput], buffers[kInputBias]},
+        forget{args.forget_gate, args.gate_bias, args.width, buffers[kForget],
+               buffers[kForgetBias]},
+        output{args.output_gate, no_bias, 0, buffers[kOutput], nullptr} {}
+
+  // Of the slot's token k; that of token 0 is asked for first.
+  TokenPiece<S, kMany> token(int64_t k) {
+    const Scalar* candidate = row(args.candidate, piece.first_token + k, buffers[kCandidate]);
+    const Scalar* shown = args.shows_memory ? memory : candidate;
+    if (args.read) shown = row(args.read, piece.first_token + k, buffers[kRead]);
+    return {candidate, shown, input.token(piece, k), forget.token(piece, k),
+            output.token(piece, k)};
+  }
+
+  // A piece of a tensor's row, of a slot or a token.
+  const Scalar* row(const View& view, int64_t r, Scalar* buffer) const {
+    return read<S>(row_of(view, piece.b, r, piece.column), view.dtype, piece.count, buffer);
+  }
+};
+
+// The sum over a slot's tokens of what each has for a piece of its row, run by run.
+template <class S, bool kMany>
+struct SlotSum {
+  using Scalar = typename S::Scalar;
+  Scalar *const total, *const run;
+
+  // The row that token k's part goes to with add_to.
+  Scalar* token(int64_t k) { return kMany && k >= kRun ? run : total; }
+
+  template <class P>
+  __attribute__((always_inline)) static void add_to(Scalar* row, bool is_first, int64_t i,
+                                                    typename S::V x, P part) {
+    if (kMany && !is_first) x = get<S>(row + i, part) + x;
+    put<S>(row + i, x, part);
+  }
+
+  // After token k, perhaps the last.
+  void end(int64_t k, const SlotPiece& piece) {
+    const bool ends = (k + 1) % kRun == 0 || k + 1 == piece.tokens;
+    if (kMany && k >= kRun && ends) accumulate<S>(total, run, piece.count);
+  }
+};
+
+// quotient = row / tokens; they may be one.
+template <class S>
+static void divide(const typename S::Scalar* row, int64_t tokens, typename S::Scalar* quotient,
+                   int64_t count) {
+  const auto divisor = S::set(static_cast<typename S::Scalar>(tokens));
+  vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    put<S>(quotient + i, get<S>(row + i, part) / divisor, part);
+  });
+}
+
+// The place of a result's piece; what nobody needs is computed into the buffer.
+template <class S>
+LM2_INLINE Destination<S> place(void* data, Dtype dtype, int64_t index,
+                                typename S::Scalar* buffer) {
+  if (data == nullptr) return {buffer, nullptr, Dtype::float32};
+  return Destination<S>::open(at(data, dtype, index), dtype, buffer);
+}
+
+template <class S, bool kMany>
+static void update_forward(const MemoryUpdateForward& args) {
+  using Scalar = typename S::Scalar;
+  for_each_piece(args, [&](const SlotPiece& piece) {
+    alignas(64) Scalar all_buffers[kInputs + 4][kPiece];
+    Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
+    UpdatePiece<S, kMany> in(args, piece, all_buffers);
+    const Scalar* const memory = in.memory;
+    const auto updated =
+        place<S>(args.new_memory, args.memory.dtype, piece.row_offset(args), buffers[0]);
+    SlotSum<S, kMany> sum{updated.row, buffers[3]};
+    for (int64_t k = 0; k < piece.tokens; ++k) {
+      const auto token = in.token(k);
+      Scalar* const row = sum.token(k);
+      const bool is_first = k % kRun == 0;
+      const Scalar* hidden = in.row(args.hidden, piece.first_token + k, buffers[1]);
+      const auto out =
+          place<S>(args.output, args.hidden.dtype, piece.token_offset(args, k), buffers[2]);
+      vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const auto written = token.input(i, part) * S::tanh(get<S>(token.candidate + i, part));
+        const auto m = S::fma(token.forget(i, part), get<S>(memory + i, part), written);
+        auto y = get<S>(hidden + i, part);
+        if (token.output.z == nullptr) {
+          y = y + m;
+        } else {
+          y = S::fma(token.output.without_bias(i, part), get<S>(token.shown + i, part), y);
+        }
+        sum.add_to(row, is_first, i, m, part);
+        put<S>(out.row + i, y, part);
+      });
+      out.finish(piece.count);
+      sum.end(k, piece);
+    }
+    if (kMany) divide<S>(updated.row, piece.tokens, updated.row, piece.count);
+    updated.finish(piece.count);
+  });
+}
+
+template <class S, bool kMany>
+static void update_backward(const MemoryUpdateBackward& args) {
+  using Scalar = typename S::Scalar;
+  const bool release = !args.output_gate, has_read = static_cast<bool>(args.read);
+  const bool reaches_memory = args.dnew_memory || release;
+  const int64_t gates = release ? 2 : 3;
+  for_each_piece(args, [&](const SlotPiece& piece) {
+    alignas(64) Scalar all_buffers[kInputs + 9][kPiece];
+    Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
+    UpdatePiece<S, kMany> in(args, piece, all_buffers);
+    const Scalar* const memory = in.memory;
+    const Scalar *dout = nullptr, *dnew = nullptr;
+    if (args.dnew_memory) {
+      dnew = in.row(args.dnew_memory, piece.slot, buffers[0]);
+      if (kMany) {
+        divide<S>(dnew, piece.tokens, buffers[0], piece.count);
+        dnew = buffers[0];
+      }
+    }
+    const auto dmemory =
+        place<S>(args.dmemory, args.memory.dtype, piece.row_offset(args), buffers[1]);
+    SlotSum<S, kMany> sum{dmemory.row, buffers[8]};
+    for (int64_t k = 0; k < piece.tokens; ++k) {
+      const auto token = in.token(k);
+      Scalar* const row = sum.token(k);
+      const bool is_first = k % kRun == 0;
+      if (args.doutput) dout = in.row(args.doutput, piece.first_token + k, buffers[2]);
+      const int64_t offset = piece.token_offset(args, k);
+      const auto dcandidate = place<S>(args.dcandidate, args.dtype, offset, buffers[3]);
+      const auto dread = place<S>(args.dread, args.dtype, offset, buffers[7]);
+      const int64_t first_gate = gates * (offset - piece.column) + piece.column;
+      const auto gate = [&](int64_t index, Scalar* buffer) {
+        return place<S>(index < gates ? args.dgates : nullptr, args.dtype,
+                        first_gate + index * args.width, buffer);
+      };
+      const auto dinput = gate(0, buffers[4]);
+      const auto dforget = gate(1, buffers[5]);
+      const auto doutgate = gate(2, buffers[6]);
+      vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+        const auto one = S::set(1);
+        const auto c = get<S>(token.candidate + i, part), p = get<S>(memory + i, part);
+        auto dc = S::zero(), dp = S::zero(), di = S::zero(), df = S::zero();
+        // a gradient that never arrived is not 0 times something: that is NaN for an infinity
+        if (reaches_memory) {
+          auto d = dnew == nullptr ? get<S>(dout + i, part) : get<S>(dnew + i, part);
+          if (release && dnew != nullptr && dout != nullptr) d = d + get<S>(dout + i, part);
+          auto slope = S::zero();
+          const auto u = S::tanh(c, &slope);
+          const auto gi = token.input(i, part);
+          const auto gf = token.forget(i, part);
+          dc = d * gi * slope;
+          dp = d * gf;
+          di = d * u * gi * (one - gi);
+          df = d * p * gf * (one - gf);
+        }
+        if (!release) {
+          auto dg = S::zero(), dr = S::zero();
+          if (dout != nullptr) {
+            const auto d = get<S>(dout + i, part);
+            const auto g = token.output.without_bias(i, part), dshown = d * g;
+            dg = d * get<S>(token.shown + i, part) * g * (one - g);
+            if (args.shows_memory) {
+              dp = dp + dshown;
+            } else if (has_read) {
+              dr = dshown;
+            } else {
+              dc = dc + dshown;
+            }
+          }
+          put<S>(doutgate.row + i, dg, part);
+          if (has_read) put<S>(dread.row + i, dr, part);
+        }
+        put<S>(dcandidate.row + i, dc, part);
+        sum.add_to(row, is_first, i, dp, part);
+        put<S>(dinput.row + i, di, part);
+        put<S>(dforget.row + i, df, part);
+      });
+      dcandidate.finish(piece.count);
+      dread.finish(piece.count);
+      dinput.finish(piece.count);
+      dforget.finish(piece.count);
+      doutgate.finish(piece.count);
+      sum.end(k, piece);
+    }
+    dmemory.finish(piece.count);
+  });
+}
+
 template <class S>
 void memory_update_forward(const MemoryUpdateForward& args) {
-  using Scalar = typename S::Scalar;
-  for_each_piece(
-      args.batch, args.tokens, args.width,
-      [&](int64_t b, int64_t t, int64_t column, int64_t count) {
-        using Piece = UpdatePiece<S>;
-        const Piece in(args, b, t, column, count);
-        alignas(64) Scalar hidden_buffer[kPiece], out_buffer[kPiece], new_buffer[kPiece];
-        const Scalar* hidden =
-            read<S>(row_of(args.hidden, b, t, column), args.hidden.dtype, count, hidden_buffer);
-        const int64_t offset = (b * args.tokens + t) * args.width + column;
-        const auto out = Destination<S>::open(at(args.output, args.hidden.dtype, offset),
-                                              args.hidden.dtype, out_buffer);
-        const auto updated = Destination<S>::open(at(args.new_memory, args.memory.dtype, offset),
-                                                  args.memory.dtype, new_buffer);
-        const Scalar* shown = args.shows_memory ? in.memory : in.candidate;
-        vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-          const auto written = Piece::gate(in.input, in.input_bias, i, part) *
-                               S::tanh(get<S>(in.candidate + i, part));
-          const auto m = S::fma(Piece::gate(in.forget, in.forget_bias, i, part),
-                                get<S>(in.memory + i, part), written);
-          auto y = get<S>(hidden + i, part);
-          if (in.output == nullptr) {
-            y = y + m;
-          } else {
-            y = S::fma(Piece::gate(in.output, nullptr, i, part), get<S>(shown + i, part), y);
-          }
-          put<S>(updated.row + i, m, part);
-          put<S>(out.row + i, y, part);
-        });
-        out.finish(count);
-        updated.finish(count);
-      });
+  args.tokens_per_slot > 1 ? update_forward<S, true>(args) : update_forward<S, false>(args);
 }
 
 template <class S>
 void memory_update_backward(const MemoryUpdateBackward& args) {
-  using Scalar = typename S::Scalar;
-  for_each_piece(
-      args.batch, args.tokens, args.width,
-      [&](int64_t b, int64_t t, int64_t column, int64_t count) {
-        using Piece = UpdatePiece<S>;
-        const Piece in(args, b, t, column, count);
-        alignas(64) Scalar buffers[8][kPiece];
-        const Scalar *dout = nullptr, *dnew = nullptr;
-        if (args.doutput) {
-          dout = read<S>(row_of(args.doutput, b, t, column), args.doutput.dtype, count, buffers[0]);
-        }
-        if (args.dnew_memory) {
-          dnew = read<S>(row_of(args.dnew_memory, b, t, column), args.dnew_memory.dtype, count,
-                         buffers[1]);
-        }
-        const int64_t row = b * args.tokens + t, offset = row * args.width + column;
-        const int64_t gates = args.output_gate ? 3 : 2;
-        // what nobody needs is computed into a buffer
-        const auto place = [&](void* data, Dtype dtype, int64_t index, int which) {
-          if (data == nullptr) return Destination<S>{buffers[which], nullptr, Dtype::float32};
-          return Destination<S>::open(at(data, dtype, index), dtype, buffers[which]);
-        };
-        const auto dcandidate = place(args.dcandidate, args.dtype, offset, 2);
-        const auto dmemory = place(args.dmemory, args.memory.dtype, offset, 3);
-        const int64_t gate_offset = row * gates * args.width + column;
-        const auto dinput = place(args.dgates, args.dtype, gate_offset, 4);
-        const auto dforget = place(args.dgates, args.dtype, gate_offset + args.width, 5);
-        const auto doutgate =
-            place(gates == 3 ? args.dgates : nullptr, args.dtype, gate_offset + 2 * args.width, 6);
-        const bool release = in.output == nullptr;
-        const bool reaches_memory = dnew != nullptr || release;
-        vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-          const auto one = S::set(1);
-          const auto c = get<S>(in.candidate + i, part), p = get<S>(in.memory + i, part);
-          auto dc = S::zero(), dp = S::zero(), di = S::zero(), df = S::zero();
-          // a gradient that never arrived is not 0 times something: that is NaN for an infinity
-          if (reaches_memory) {
-            auto d = dnew == nullptr ? get<S>(dout + i, part) : get<S>(dnew + i, part);
-            if (release && dnew != nullptr && dout != nullptr) d = d + get<S>(dout + i, part);
-            auto slope = S::zero();
-            const auto u = S::tanh(c, &slope);
-            const auto gi = Piece::gate(in.input, in.input_bias, i, part);
-            const auto gf = Piece::gate(in.forget, in.forget_bias, i, part);
-            dc = d * gi * slope;
-            dp = d * gf;
-            di = d * u * gi * (one - gi);
-            df = d * p * gf * (one - gf);
-          }
-          if (!release && dout != nullptr) {
-            const auto d = get<S>(dout + i, part);
-            const auto g = Piece::gate(in.output, nullptr, i, part);
-            put<S>(doutgate.row + i, d * (args.shows_memory ? p : c) * g * (one - g), part);
-            if (args.shows_memory) {
-              dp = dp + d * g;
-            } else {
-              dc = dc + d * g;
-            }
-          } else if (!release) {
-            put<S>(doutgate.row + i, S::zero(), part);
-          }
-          put<S>(dcandidate.row + i, dc, part);
-          put<S>(dmemory.row + i, dp, part);
-          put<S>(dinput.row + i, di, part);
-          put<S>(dforget.row + i, df, part);
-        });
-        dcandidate.finish(count);
-        dmemory.finish(count);
-        dinput.finish(count);
-        dforget.finish(count);
-        doutgate.finish(count);
-      });
+  args.tokens_per_slot > 1 ? update_backward<S, true>(args) : update_backward<S, false>(args);
 }
 
 }  // namespace

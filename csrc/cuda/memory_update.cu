@@ -1,6 +1,9 @@
 // memory_update in CUDA C++: the gated write and what the layer shows, forward and backward.
 //
-// Elementwise over (B, T, D): a block owns kThreads columns of a row, a thread one of them.
+// A block owns some columns of one slot's row, and its threads the slot's tokens: each thread reads
+// its column of the row once and goes through every so many-th token. What the threads of a column
+// have for the one new row they add up in shared memory, in order. With one token a slot a thread
+// owns a column, and nothing is added.
 #include "cuda.h"
 #include "simt.h"
 
@@ -8,106 +11,65 @@ namespace lm2::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// The most threads that share a column. What is left, 32 columns, are whole sectors of memory.
+constexpr int kMostLanes = 8;
+// Tokens whose parts are added up before they are added to a thread's sum: no sum is one long chain.
+constexpr int kRun = 16;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// The place of a thread, and the op's inputs there.
-struct Element {
-  int64_t b, t, column, index;
-  float candidate, memory, input, forget, output;
+// How many threads share a column: a power of 2, by the tokens alone.
+__host__ __device__ __forceinline__ int lanes_of(const MemoryUpdate& args) {
+  int lanes = 1;
+  while (lanes < kMostLanes && lanes < args.tokens_per_slot) lanes *= 2;
+  return lanes;
+}
 
-  // false beyond the row's end
-  __device__ bool find(const MemoryUpdate& args) {
-    const int64_t pieces = (args.width + kThreads - 1) / kThreads;
+// What of the tensors is a thread's: a column of a slot, and which of its tokens.
+struct Share {
+  int64_t b, slot, column;
+  int64_t first_token, tokens;  // of the slot
+  int lane, lanes;
+  bool is_there;  // false beyond the row's end
+
+  __device__ explicit Share(const MemoryUpdate& args) {
+    lanes = lanes_of(args);
+    const int columns = kThreads / lanes;
+    const int64_t pieces = (args.width + columns - 1) / columns;
     const int64_t row = blockIdx.x / pieces;
-    column = blockIdx.x % pieces * kThreads + threadIdx.x;
-    b = row / args.tokens;
-    t = row % args.tokens;
-    index = row * args.width + column;
-    return column < args.width;
+    column = blockIdx.x % pieces * columns + threadIdx.x % columns;
+    lane = threadIdx.x / columns;
+    b = row / args.slots;
+    slot = row % args.slots;
+    first_token = slot * args.tokens_per_slot;
+    tokens = min(args.tokens_per_slot, args.tokens - first_token);
+    is_there = column < args.width;
   }
 
-  __device__ void read(const MemoryUpdate& args) {
-    candidate = load(args.candidate, b, t, column);
-    memory = load(args.memory, b, t, column);
-    float zi = load(args.input_gate, b, t, column), zf = load(args.forget_gate, b, t, column);
-    if (args.gate_bias) {
-      zi += load(args.gate_bias, b, t, column);
-      zf += load(args.gate_bias, b, t, args.width + column);
+  // Of its column in a contiguous (B, R, D), and of its token k's in a contiguous (B, T, D).
+  __device__ int64_t row_index(const MemoryUpdate& args) const {
+    return (b * args.slots + slot) * args.width + column;
+  }
+  __device__ int64_t token_index(const MemoryUpdate& args, int64_t k) const {
+    return (b * args.tokens + first_token + k) * args.width + column;
+  }
+
+  // The sum over a column's threads, in their order; the first of them gets it.
+  __device__ float add_up(float x) const {
+    if (lanes == 1) return x;
+    LM2_SHARED(parts, float[kThreads]);
+    parts[threadIdx.x] = x;
+    __syncthreads();
+    for (int i = threadIdx.x + kThreads / lanes; lane == 0 && i < kThreads; i += kThreads / lanes) {
+      x += parts[i];
     }
-    input = sigmoid(zi);
-    forget = sigmoid(zf);
-    output = args.output_gate ? sigmoid(load(args.output_gate, b, t, column)) : 0.0f;
+    return x;
   }
 };
 
-__global__ void __launch_bounds__(kThreads) forward_kernel(const MemoryUpdateForward args) {
-  Element e;
-  if (!e.find(args)) return;
-  e.read(args);
-  const float written = fmaf(e.forget, e.memory, e.input * tanhf(e.candidate));
-  float y = load(args.hidden, e.b, e.t, e.column);
-  if (args.output_gate) {
-    y = fmaf(e.output, args.shows_memory ? e.memory : e.candidate, y);
-  } else {
-    y += written;
-  }
-  store(args.new_memory, args.memory.dtype, e.index, written);
-  store(args.output, args.hidden.dtype, e.index, y);
-}
-
-__global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBackward args) {
-  Element e;
-  if (!e.find(args)) return;
-  e.read(args);
-  const bool has_gate = static_cast<bool>(args.output_gate);
-  const bool has_dout = static_cast<bool>(args.doutput),
-             has_dnew = static_cast<bool>(args.dnew_memory);
-  const float dout = has_dout ? load(args.doutput, e.b, e.t, e.column) : 0.0f;
-  float dcandidate = 0.0f, dmemory = 0.0f, dinput = 0.0f, dforget = 0.0f, doutgate = 0.0f;
-  // a gradient that never arrived is not 0 times something: that is NaN for an infinity
-  if (has_dnew || !has_gate) {
-    float d = has_dnew ? load(args.dnew_memory, e.b, e.t, e.column) : dout;
-    if (has_dnew && has_dout && !has_gate) d += dout;
-    const float u = tanhf(e.candidate);
-    dcandidate = d * e.input * (1.0f - u * u);
-    dmemory = d * e.forget;
-    dinput = d * u * e.input * (1.0f - e.input);
-    dforget = d * e.memory * e.forget * (1.0f - e.forget);
-  }
-  if (has_gate && has_dout) {
-    const float shown = args.shows_memory ? e.memory : e.candidate;
-    doutgate = dout * shown * e.output * (1.0f - e.output);
-    (args.shows_memory ? dmemory : dcandidate) += dout * e.output;
-  }
-  if (args.dcandidate != nullptr) store(args.dcandidate, args.dtype, e.index, dcandidate);
-  if (args.dmemory != nullptr) store(args.dmemory, args.memory.dtype, e.index, dmemory);
-  if (args.dgates != nullptr) {
-    const int64_t gates = has_gate ? 3 : 2;
-    const int64_t place = (e.b * args.tokens + e.t) * gates * args.width + e.column;
-    store(args.dgates, args.dtype, place, dinput);
-    store(args.dgates, args.dtype, place + args.width, dforget);
-    if (has_gate) store(args.dgates, args.dtype, place + 2 * args.width, doutgate);
-  }
-}
-
-template <class Args>
-cudaError_t launch(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
-  const int64_t blocks = args.batch * args.tokens * ((args.width + kThreads - 1) / kThreads);
-  if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
-  if (args.dtype == Dtype::float64) return cudaErrorInvalidValue;
-  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, args);
-  return cudaGetLastError();
-}
-
-}  // namespace
-
-cudaError_t memory_update_forward(const MemoryUpdateForward& args, cudaStream_t stream) {
-  return launch<MemoryUpdateForward>(forward_kernel, args, stream);
-}
-
-cudaError_t memory_update_backward(const MemoryUpdateBackward& args, cudaStream_t stream) {
-  return launch<MemoryUpdateBackward>(backward_kernel, args, stream);
-}
-
-}  // namespace lm2::cuda
+// A sum over a thread's tokens, run by run.
+struct Sum {
+  float total = 0.0f, run = 0.0f;
+  int added = 0;
+  ...
+};

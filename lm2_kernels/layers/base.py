@@ -515,5 +515,5 @@ class ConstantReader:
         """(B, N, H, K), of some batch rows alone if they are given."""
         bank = self._bank
         if rows is not None:
-            bank = bank.index_select(0, rows.to(bank.device))
+            bank = bank.index_select(0, rows.to(bank.device, non_blocking=True))
         return self._layer._heads(self._layer._project(name, bank, projection))

@@ -171,11 +171,11 @@ class LM2Config:
 
     def _check_write(self) -> None:
         """What is written and what is seen go together, and with the flow."""
-        if self.memory_layers:
-            check_segments("LM2Config", self.memory_slots, self.segment_length, self.write)
-        c = self.tokens_per_slot
-        check_write("LM2Config", self.write, c, self.memory_causal, self.candidate)
-        if self.flow == "depth" and not self.memory_causal:
+        op, has_memory = "LM2Config", bool(self.memory_layers)
+        if has_memory:
+            check_segments(op, self.memory_slots, self.segment_length, self.write)
+        check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
+        if has_memory and self.flow == "depth" and not self.memory_causal:
             what = "write='chunk'" if self.write == "chunk" else "memory_causal=False"
             raise ValueError(
                 f"LM2Config: {what} needs flow='time': in flow 'depth' a bank comes from the block "

@@ -324,8 +324,9 @@ class SegmentCache:
             begun = [row for row, start in enumerate(self.starts) if start == 0]
             rows = self._once("begun", torch.device("cpu"), lambda: torch.tensor(begun))
             made = new(rows)
+            rows = rows.to(made.device, non_blocking=True)
             # a copy: earlier states have those of the segment before
-            self.tensors[name] = self._get(name, made).index_copy(0, rows.to(made.device), made)
+            self.tensors[name] = self._get(name, made).index_copy(0, rows, made)
         if name not in self.tensors:
             self._refuse_missing(name)
         return self.tensors[name]

@@ -279,6 +279,17 @@ ONE_OPERAND = (
         (("output_gate", True), ("gate_bias", "prefix")),
         "hidden candidate memory input_gate forget_gate output_gate gate_bias",
     ),
+    (
+        "memory_update",
+        (
+            ("tokens_per_slot", 2),
+            ("output_gate", True),
+            ("read", True),
+            ("gates", "slots"),
+            ("gate_bias", "prefix"),
+        ),
+        "candidate memory read input_gate forget_gate output_gate gate_bias",
+    ),
     ("residual_layer_norm", (), "x residual weight bias"),
     ("pooled_gate", (("prefix", True), ("num_pooled", 3)), "x weight pooled_sum"),
 )
@@ -294,7 +305,9 @@ def _one_operand_parameters():
             gradients = [f"gradient {index}" for index in range(outputs)]
             masks = ["slot_mask"] if case.option("slot_mask") else []
             for operand in (*names.split(), *gradients, *masks):
-                label = "top_k-" if case.option("top_k") else ""
+                label = "".join(
+                    f"{name}-" for name in ("top_k", "tokens_per_slot") if case.option(name)
+                )
                 yield _param(backend, case, operand, id=f"{op}-{label}{operand}")
 
 

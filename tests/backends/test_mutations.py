@@ -40,6 +40,8 @@ ALL_SLOTS = _read(1, 17, 19, 2, 16, causal=False)
 DROPPED = _read(1, 18, 20, 2, 16, dropout_p=0.5)
 RELEASE = _rows("memory_update", 2, 5, 24, gate_bias="segment")
 PAPER = _rows("memory_update", 2, 5, 24, output_gate=True)
+CHUNKED = _rows("memory_update", 2, 7, 24, tokens_per_slot=3, output_gate=True, read=True)
+SLOT_GATES = _rows("memory_update", 2, 7, 24, tokens_per_slot=3, gates="slots", gate_bias="prefix")
 NORM = _rows("residual_layer_norm", 2, 5, 24)
 SEGMENT = _rows("pooled_gate", 2, 67, 24)
 PREFIX = _rows("pooled_gate", 1, 150, 24, prefix=True, num_pooled=5)
@@ -118,8 +120,8 @@ MUTANTS = (
     Mutant(
         "input and forget gate swapped",
         "memory_update",
-        "new_memory = sigmoid(input_gate) * tanh(candidate) + sigmoid(forget_gate) * memory",
-        "new_memory = sigmoid(forget_gate) * tanh(candidate) + sigmoid(input_gate) * memory",
+        "proposal = sigmoid(input_gate) * tanh(candidate) + sigmoid(forget_gate) * memory",
+        "proposal = sigmoid(forget_gate) * tanh(candidate) + sigmoid(input_gate) * memory",
         RELEASE,
     ),
     Mutant(
@@ -132,9 +134,72 @@ MUTANTS = (
     Mutant(
         "rows past the end written",
         "memory_update",
-        "mask = (offs_t < num_tokens)[:, None] & (offs_d < width)[None, :]",
-        "mask = (offs_t < num_tokens + 1)[:, None] & (offs_d < width)[None, :]",
+        "        last = num_tokens\n",
+        "        last = num_tokens + 1\n",
         PAPER,
+    ),
+    Mutant(
+        "the last slot has tokens past the end",
+        "memory_update",
+        "last = tl.minimum(first + tokens_per_slot, num_tokens)",
+        "last = first + tokens_per_slot",
+        CHUNKED,
+    ),
+    Mutant(
+        "the mean over tokens that are not there",
+        "memory_update",
+        "keep_dims=True) / (last - first).to(tl.float32)",
+        "keep_dims=True) / tokens_per_slot",
+        CHUNKED,
+    ),
+    Mutant(
+        "the mean's gradient over tokens that are not there",
+        "memory_update",
+        "share = share / (last - first).to(tl.float32)",
+        "share = share / tokens_per_slot",
+        CHUNKED,
+    ),
+    Mutant(
+        "padding proposes",
+        "memory_update",
+        "total += tl.where(mask, proposal, 0.0)",
+        "total += proposal",
+        CHUNKED,
+    ),
+    Mutant(
+        "padding in the gradient of memory",
+        "memory_update",
+        "total += tl.where(mask, dmemory, 0.0)",
+        "total += dmemory",
+        CHUNKED,
+    ),
+    Mutant(
+        "the row of a token of that number",
+        "memory_update",
+        "memory = _load(memory_ptr, pid_b, pid_t, offs_d",
+        "memory = _load(memory_ptr, pid_b, first, offs_d",
+        CHUNKED,
+    ),
+    Mutant(
+        "a slot's gate taken for its tokens'",
+        "memory_update",
+        "    return stride_b, stride, 0\n",
+        "    return stride_b, 0, stride\n",
+        SLOT_GATES,
+    ),
+    Mutant(
+        "the candidate shown in place of the read",
+        "memory_update",
+        "shown = _load(read_ptr",
+        "shown = _load(candidate_ptr",
+        CHUNKED,
+    ),
+    Mutant(
+        "the read's gradient given to the candidate",
+        "memory_update",
+        "                    dread = doutput * gate\n",
+        "                    dcandidate += doutput * gate\n",
+        CHUNKED,
     ),
     Mutant(
         "padded lanes in the variance",

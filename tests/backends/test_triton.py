@@ -47,11 +47,31 @@ ROWS = (
         "memory_update", 2, 64, 0, 0, 2048, (("gate_bias", "segment"), ("memory", "float32"))
     ),
     *(
+        testing.Case(
+            "memory_update", 1, 2 * most + 1, 0, 0, width, (("tokens_per_slot", most), *rest)
+        )
+        for most, width, rest in (
+            (8, 512, (("output_gate", True), ("read", True))),
+            (16, 515, (("gate_bias", "prefix"), ("gates", "slots"))),
+            (32, 512, (("output_gate", True), ("output", "memory"), ("gates", "slots"))),
+            (32, 515, (("gate_bias", "segment"), ("memory", "float32"))),
+            (80, 512, (("output_gate", True), ("read", True))),
+            (80, 515, (("gate_bias", "prefix"),)),
+        )
+    ),
+    *(
         testing.Case("residual_layer_norm", 1, 16, 0, 0, width)
         for width in (100, 200, 512, 1000, 2048, 4096, 8192, 16_384)
     ),
     testing.Case("pooled_gate", 2, 600, 0, 0, 48),
     testing.Case("pooled_gate", 2, 600, 0, 0, 512, (("prefix", True), ("num_pooled", 3))),
+)
+FIRST_CASES = tuple(
+    next(case for case in testing.SMALL_CASES if case.op == op) for op in backends.OPS
+)
+CHUNKED = testing.Case(
+    *("memory_update", 2, 4, 0, 0, 16),
+    (("tokens_per_slot", 3), ("output_gate", True), ("read", True), ("gates", "slots")),
 )
 
 
@@ -147,16 +167,19 @@ def _huge_stride(*shape):
     return view
 
 
-@pytest.mark.parametrize("op", backends.OPS)
-def test_offsets_past_2_31(op):
+@pytest.mark.parametrize(
+    "case",
+    (
+        testing.Case("memory_attention", 3, 4, 5, 1, 16),
+        testing.Case("memory_update", 3, 4, 0, 0, 16),
+        CHUNKED._replace(batch=3),
+        testing.Case("residual_layer_norm", 3, 4, 0, 0, 16),
+        testing.Case("pooled_gate", 3, 4, 0, 0, 16),
+    ),
+    ids=lambda case: case.id,
+)
+def test_offsets_past_2_31(case):
     """A 32-bit product of index and stride overflows here, which the interpreter refuses."""
-    sizes = {
-        "memory_attention": ("memory_attention", 3, 4, 5, 1, 16),
-        "memory_update": ("memory_update", 3, 4, 0, 0, 16),
-        "residual_layer_norm": ("residual_layer_norm", 3, 4, 0, 0, 16),
-        "pooled_gate": ("pooled_gate", 3, 4, 0, 0, 16),
-    }
-    case = testing.Case(*sizes[op])
 
     def huge(tensor):
         if tensor.dim() < 3 or tensor.dtype != torch.bfloat16:
@@ -230,9 +253,9 @@ def test_dropout_bits_match(seed):
 
 def test_nothing_launches_for_an_empty_batch():
     with launches.checked("sm_90") as gpu:
-        for op in backends.OPS:
-            case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(batch=0)
-            testing.run_case(case, testing.make_inputs(case, torch.float32), "triton")
+        for case in (*FIRST_CASES, CHUNKED):
+            empty = case._replace(batch=0)
+            testing.run_case(empty, testing.make_inputs(empty, torch.float32), "triton")
     assert not gpu.launches
 
 
@@ -277,22 +300,24 @@ def _num_compiled(op):
     return sum(map(len, caches))
 
 
-@pytest.mark.parametrize("op", backends.OPS)
-def test_new_sizes_compile_nothing(op):
+@pytest.mark.parametrize("case", (*FIRST_CASES, CHUNKED), ids=lambda case: case.id)
+def test_new_sizes_compile_nothing(case):
     """Batch and lengths are no part of a kernel's key, whatever divides them."""
-    case = next(case for case in testing.SMALL_CASES if case.op == op)._replace(width=32)
     counts = []
     with launches.compiled("sm_90"):
-        for batch, tokens, slots in (
-            (2, 35, 51),
-            (2, 36, 52),
-            (3, 48, 64),
-            (1, 37, 64),
-            (5, 16, 16),
+        for batch, tokens, slots, tokens_per_slot in (
+            (2, 35, 51, 6),
+            (2, 36, 52, 5),
+            (3, 48, 64, 8),
+            (1, 37, 64, 7),
+            (5, 16, 16, 2),
         ):
-            sized = case._replace(batch=batch, tokens=tokens, slots=slots)
+            sized = case._replace(batch=batch, tokens=tokens, slots=slots, width=32)
+            if case is CHUNKED:
+                options = dict(case.options) | {"tokens_per_slot": tokens_per_slot}
+                sized = sized._replace(options=tuple(options.items()))
             testing.run_case(sized, testing.make_inputs(sized, torch.bfloat16), "triton")
-            counts.append(_num_compiled(op))
+            counts.append(_num_compiled(case.op))
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
 

@@ -158,9 +158,10 @@ def test_a_long_input_is_its_segments(formulation, flow):
 def test_memory_reaches_later_segments(formulation, flow):
     model = small_model(formulation=formulation, flow=flow)
     changed = _changed(model, 12, 2)
-    # token t of a segment sees the slots up to t: the change was at slot 2
-    assert not changed[6:8].any()
-    assert (changed[8:] > 0).all()
+    # token t of a segment sees the slots up to t, unless it sees all: the change was at slot 2
+    first = 8 if model.config.memory_causal else 6
+    assert not changed[6:first].any()
+    assert (changed[first:] > 0).all()
     without = small_model(memory_layers=())
     changed = _changed(without, 12, 2)
     assert (changed[2:6] > 0).all()
@@ -455,6 +456,9 @@ def test_wrong_input_is_refused(arguments, error, message):
         ({"initializer_range": -1.0}, "initializer_range must be above 0"),
         ({"memory_dropout": 2.0}, "dropout"),
         ({"backend": "nope"}, "nope"),
+        # without memory layers too
+        ({"memory_layers": (), "write": "other"}, "write must be one of"),
+        ({"memory_layers": (), "candidate": "other"}, "candidate must be one of"),
     ),
 )
 def test_wrong_config_is_refused(options, message):
@@ -471,11 +475,11 @@ _WRONG_KINDS = {
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "memory_heads"), _NO_SIZE),
     **dict.fromkeys(("num_key_value_heads", "segment_length"), _NO_SIZE[1:]),
     **dict.fromkeys(("tie_word_embeddings", "memory_recompute", "zero_init"), (None, 0, 1, "no")),
-    "memory_causal": (0, 1, "no"),
     **dict.fromkeys(
         ("rms_norm_eps", "rope_theta", "initializer_range"),
         (*_NO_NUMBER, 0, -1.0, math.nan, math.inf, -math.inf, 10**400),
     ),
+    "memory_causal": (0, 1, "no"),
     "memory_dropout": (*_NO_NUMBER, -0.1, 1.0, 2, math.nan, math.inf),
     "memory_layers": (0, True, "01", 1.5, {"0": 1}, [[0]], ["0"], [True], [0.0], [None], [-1], [9]),
     **dict.fromkeys(

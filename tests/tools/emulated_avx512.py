@@ -73,7 +73,7 @@ def _load() -> None:
     with mock.patch.dict(os.environ):
         # the level is chosen at the first call
         os.environ.pop("LM2_KERNELS_CPU_LEVEL", None)
-        update(row, row, row, row, row, None, None, "read")
+        update(row, row, row, row, row, None, None, None, "read", 1)
 
 
 @contextlib.contextmanager

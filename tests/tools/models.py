@@ -17,13 +17,25 @@ SMALL = {
     "memory_slots": 6,
     "memory_heads": 3,
 }
-# (formulation, flow), all of which stream
+# names for a flow and what is written and seen in it; in all of them a segment has 6 tokens
+FLOWS = {
+    "depth": {"flow": "depth"},
+    "time": {"flow": "time"},
+    # three tokens a slot
+    "chunk": {"write": "chunk", "memory_slots": 2, "segment_length": 6},
+    # more slots than tokens, and every token sees them all
+    "all": {"memory_causal": False, "memory_slots": 8, "segment_length": 6},
+}
+for name in ("chunk", "all"):
+    FLOWS[name] |= {"flow": "time", "candidate": "token"}
+# (formulation, name of a flow), all of which stream
 KINDS = [(a, b) for a in ("paper", "release") for b in ("depth", "time")]
+KINDS += [("release", "chunk"), ("paper", "all"), ("paper", "chunk")]
 
 
-def small_model(dtype=torch.float64, seed=0, **options) -> LM2ForCausalLM:
+def small_model(dtype=torch.float64, seed=0, *, flow="depth", **options) -> LM2ForCausalLM:
     torch.manual_seed(seed)
-    return LM2ForCausalLM(LM2Config(**{**SMALL, **options})).to(dtype)
+    return LM2ForCausalLM(LM2Config(**{**SMALL, **FLOWS[flow], **options})).to(dtype)
 
 
 def random_ids(batch, length, seed=1):
@@ -71,7 +83,8 @@ class OracleLayer(torch.nn.Module):
         assert not cache.is_open
         # shared parameters too, each under all its names
         parameters = dict(self.layer.named_parameters(remove_duplicate=False))
-        options = {"num_heads": self.layer.num_heads}
+        names = ("num_heads", "causal", "tokens_per_slot")
+        options = {name: getattr(self.layer, name) for name in names}
         if isinstance(self.layer, lm2.PaperMemory):
             output, new_rows = reference.paper_memory(x, rows, parameters, **options)
         else:
@@ -79,6 +92,8 @@ class OracleLayer(torch.nn.Module):
             output, new_rows, _ = reference.release_memory(
                 x, rows, parameters, prefix=prefix, **options
             )
+        # of a whole bank, those that the tokens are bound to
+        new_rows = new_rows[:, : cache.rows_of(rows).shape[1]]
         return output.to(x.dtype), new_rows.to(rows.dtype)
 
 

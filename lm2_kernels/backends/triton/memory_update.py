@@ -2,6 +2,10 @@
 
 The equations are those of :func:`lm2_kernels.reference.memory_update`. Every tensor is read and
 written once; the backward recomputes the sigmoids and the tanh from the saved inputs.
+
+Where slots have several tokens (``CHUNKED``), a program owns a slot and walks its tokens, BLOCK_T
+at a time: it reads the slot's rows once, and writes one. Else it owns BLOCK_T tokens, each of which
+has a row of its own.
 """
 
 import triton
@@ -13,8 +17,19 @@ from lm2_kernels.backends.triton.primitives import sigmoid, sigmoid_and_slope, t
 
 
 @triton.jit
-def _tile(num_tokens, num_blocks_t, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What this program owns: BLOCK_T rows of one batch entry, BLOCK_D columns of them."""
+def _owned(
+    num_tokens,
+    tokens_per_slot,
+    num_blocks_t,
+    width,
+    CHUNKED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """What this program owns: tokens [first, last) of one batch entry, BLOCK_D columns of them.
+
+    They are block ``pid_t``: a slot's tokens, or BLOCK_T.
+    """
     # neighbouring programs take neighbouring columns
     num_blocks_d = tl.cdiv(width, BLOCK_D)
     pid = tl.program_id(0)
@@ -22,10 +37,14 @@ def _tile(num_tokens, num_blocks_t, width, BLOCK_T: tl.constexpr, BLOCK_D: tl.co
     pid_t = (pid // num_blocks_d) % num_blocks_t
     # 64 bits: batch and row indices meet strides that may be anything
     pid_b = (pid // num_blocks_d // num_blocks_t).to(tl.int64)
-    offs_t = (pid_t * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
-    offs_d = pid_d * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask = (offs_t < num_tokens)[:, None] & (offs_d < width)[None, :]
-    return pid_b, offs_t[:, None], offs_d[None, :], mask
+    if CHUNKED:
+        first = pid_t * tokens_per_slot
+        last = tl.minimum(first + tokens_per_slot, num_tokens)
+    else:
+        first = pid_t * BLOCK_T
+        last = num_tokens
+    offs_d = (pid_d * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    return pid_b, pid_t.to(tl.int64), first, last, offs_d, offs_d < width
 
 
 @triton.jit
@@ -34,11 +53,15 @@ def _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask):
     return tile.to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks_t"])
+_DYNAMIC = ["num_tokens", "tokens_per_slot", "num_blocks_t"]
+
+
+@triton.jit(do_not_specialize=_DYNAMIC)
 def _memory_update_fwd_kernel(
     hidden_ptr,
     candidate_ptr,
     memory_ptr,
+    read_ptr,
     input_gate_ptr,
     forget_gate_ptr,
     output_gate_ptr,
@@ -51,57 +74,99 @@ def _memory_update_fwd_kernel(
     stride_ct,
     stride_mb,
     stride_mt,
+    stride_rb,
+    stride_rt,
     stride_ib,
+    stride_is,
     stride_it,
     stride_fb,
+    stride_fs,
     stride_ft,
     stride_ob,
+    stride_os,
     stride_ot,
     stride_bb,
+    stride_bs,
     stride_bt,
     num_tokens,
+    tokens_per_slot,
     num_blocks_t,
     width,
     HAS_OUTPUT_GATE: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
+    HAS_READ: tl.constexpr,
     SHOWS_MEMORY: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: one program for each (batch, BLOCK_T rows, BLOCK_D columns)."""
-    pid_b, offs_t, offs_d, mask = _tile(num_tokens, num_blocks_t, width, BLOCK_T, BLOCK_D)
-    hidden = _load(hidden_ptr, pid_b, offs_t, offs_d, stride_hb, stride_ht, mask)
-    candidate = _load(candidate_ptr, pid_b, offs_t, offs_d, stride_cb, stride_ct, mask)
-    memory = _load(memory_ptr, pid_b, offs_t, offs_d, stride_mb, stride_mt, mask)
-    input_gate = _load(input_gate_ptr, pid_b, offs_t, offs_d, stride_ib, stride_it, mask)
-    forget_gate = _load(forget_gate_ptr, pid_b, offs_t, offs_d, stride_fb, stride_ft, mask)
-    if HAS_GATE_BIAS:
-        input_gate += _load(gate_bias_ptr, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask)
-        forget_gate += _load(
-            gate_bias_ptr + width, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
-        )
-
-    new_memory = sigmoid(input_gate) * tanh(candidate) + sigmoid(forget_gate) * memory
-    if HAS_OUTPUT_GATE:
-        output_gate = _load(output_gate_ptr, pid_b, offs_t, offs_d, stride_ob, stride_ot, mask)
-        if SHOWS_MEMORY:
-            output = hidden + sigmoid(output_gate) * memory
-        else:
-            output = hidden + sigmoid(output_gate) * candidate
+    """Grid: one program for each (batch, slot or BLOCK_T tokens, BLOCK_D columns)."""
+    pid_b, pid_t, first, last, offs_d, mask_d = _owned(
+        num_tokens, tokens_per_slot, num_blocks_t, width, CHUNKED, BLOCK_T, BLOCK_D
+    )
+    if CHUNKED:
+        memory = _load(memory_ptr, pid_b, pid_t, offs_d, stride_mb, stride_mt, mask_d)
+        input_gate_ptr += pid_t * stride_is
+        forget_gate_ptr += pid_t * stride_fs
+        if HAS_OUTPUT_GATE:
+            output_gate_ptr += pid_t * stride_os
+        if HAS_GATE_BIAS:
+            gate_bias_ptr += pid_t * stride_bs
+        total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        num_steps = tl.cdiv(last - first, BLOCK_T)
     else:
-        output = hidden + new_memory
+        num_steps: tl.constexpr = 1
 
-    offs = (pid_b * num_tokens + offs_t) * width + offs_d
-    tl.store(output_ptr + offs, output.to(output_ptr.dtype.element_ty), mask=mask)
-    tl.store(new_memory_ptr + offs, new_memory.to(new_memory_ptr.dtype.element_ty), mask=mask)
+    for step in range(num_steps):
+        offs_t = (first + step * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        mask = (offs_t < last) & mask_d
+        hidden = _load(hidden_ptr, pid_b, offs_t, offs_d, stride_hb, stride_ht, mask)
+        candidate = _load(candidate_ptr, pid_b, offs_t, offs_d, stride_cb, stride_ct, mask)
+        if not CHUNKED:
+            memory = _load(memory_ptr, pid_b, offs_t, offs_d, stride_mb, stride_mt, mask)
+        input_gate = _load(input_gate_ptr, pid_b, offs_t, offs_d, stride_ib, stride_it, mask)
+        forget_gate = _load(forget_gate_ptr, pid_b, offs_t, offs_d, stride_fb, stride_ft, mask)
+        if HAS_GATE_BIAS:
+            input_gate += _load(gate_bias_ptr, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask)
+            forget_gate += _load(
+                gate_bias_ptr + width, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
+            )
+
+        proposal = sigmoid(input_gate) * tanh(candidate) + sigmoid(forget_gate) * memory
+        if HAS_OUTPUT_GATE:
+            output_gate = _load(output_gate_ptr, pid_b, offs_t, offs_d, stride_ob, stride_ot, mask)
+            if SHOWS_MEMORY:
+                shown = memory
+            elif HAS_READ:
+                shown = _load(read_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+            else:
+                shown = candidate
+            output = hidden + sigmoid(output_gate) * shown
+        else:
+            output = hidden + proposal
+
+        offs = (pid_b * num_tokens + offs_t) * width + offs_d
+        tl.store(output_ptr + offs, output.to(output_ptr.dtype.element_ty), mask=mask)
+        if CHUNKED:
+            # tokens past the slot's last one would propose half of memory
+            total += tl.where(mask, proposal, 0.0)
+        else:
+            dtype = new_memory_ptr.dtype.element_ty
+            tl.store(new_memory_ptr + offs, proposal.to(dtype), mask=mask)
+
+    if CHUNKED:
+        mean = tl.sum(total, axis=0, keep_dims=True) / (last - first).to(tl.float32)
+        offs = (pid_b * num_blocks_t + pid_t) * width + offs_d
+        tl.store(new_memory_ptr + offs, mean.to(new_memory_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks_t"])
+@triton.jit(do_not_specialize=_DYNAMIC)
 def _memory_update_bwd_kernel(
     doutput_ptr,
     dnew_memory_ptr,
     candidate_ptr,
     memory_ptr,
+    read_ptr,
     input_gate_ptr,
     forget_gate_ptr,
     output_gate_ptr,
@@ -109,6 +174,7 @@ def _memory_update_bwd_kernel(
     dcandidate_ptr,
     dmemory_ptr,
     dgates_ptr,
+    dread_ptr,
     stride_yb,
     stride_yt,
     stride_nb,
@@ -117,143 +183,213 @@ def _memory_update_bwd_kernel(
     stride_ct,
     stride_mb,
     stride_mt,
+    stride_rb,
+    stride_rt,
     stride_ib,
+    stride_is,
     stride_it,
     stride_fb,
+    stride_fs,
     stride_ft,
     stride_ob,
+    stride_os,
     stride_ot,
     stride_bb,
+    stride_bs,
     stride_bt,
     num_tokens,
+    tokens_per_slot,
     num_blocks_t,
     width,
     HAS_DOUTPUT: tl.constexpr,
     HAS_DNEW_MEMORY: tl.constexpr,
     HAS_OUTPUT_GATE: tl.constexpr,
     HAS_GATE_BIAS: tl.constexpr,
+    HAS_READ: tl.constexpr,
     SHOWS_MEMORY: tl.constexpr,
     NEEDS_DCANDIDATE: tl.constexpr,
     NEEDS_DMEMORY: tl.constexpr,
     NEEDS_DGATES: tl.constexpr,
+    NEEDS_DREAD: tl.constexpr,
+    CHUNKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Grid: one program for each (batch, BLOCK_T rows, BLOCK_D columns).
+    """Grid: one program for each (batch, slot or BLOCK_T tokens, BLOCK_D columns).
 
     Loads whose value no needed gradient uses are removed by the compiler.
     """
-    pid_b, offs_t, offs_d, mask = _tile(num_tokens, num_blocks_t, width, BLOCK_T, BLOCK_D)
-    candidate = _load(candidate_ptr, pid_b, offs_t, offs_d, stride_cb, stride_ct, mask)
-    memory = _load(memory_ptr, pid_b, offs_t, offs_d, stride_mb, stride_mt, mask)
-    dcandidate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dmemory = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dinput_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dforget_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    doutput_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-
-    if HAS_DOUTPUT:
-        doutput = _load(doutput_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
-        if HAS_OUTPUT_GATE:
-            gate, slope = sigmoid_and_slope(
-                _load(output_gate_ptr, pid_b, offs_t, offs_d, stride_ob, stride_ot, mask)
-            )
-            if SHOWS_MEMORY:
-                dmemory += doutput * gate
-                doutput_gate = doutput * memory * slope
-            else:
-                dcandidate += doutput * gate
-                doutput_gate = doutput * candidate * slope
-
-    # a gradient that never arrived is not 0 times something, which would be NaN for an infinity
-    if HAS_DNEW_MEMORY or (HAS_DOUTPUT and not HAS_OUTPUT_GATE):
-        dnew_memory = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    pid_b, pid_t, first, last, offs_d, mask_d = _owned(
+        num_tokens, tokens_per_slot, num_blocks_t, width, CHUNKED, BLOCK_T, BLOCK_D
+    )
+    if CHUNKED:
+        memory = _load(memory_ptr, pid_b, pid_t, offs_d, stride_mb, stride_mt, mask_d)
         if HAS_DNEW_MEMORY:
-            dnew_memory += _load(dnew_memory_ptr, pid_b, offs_t, offs_d, stride_nb, stride_nt, mask)
-        if HAS_DOUTPUT and not HAS_OUTPUT_GATE:
-            dnew_memory += doutput
-        input_gate = _load(input_gate_ptr, pid_b, offs_t, offs_d, stride_ib, stride_it, mask)
-        forget_gate = _load(forget_gate_ptr, pid_b, offs_t, offs_d, stride_fb, stride_ft, mask)
-        if HAS_GATE_BIAS:
-            input_gate += _load(gate_bias_ptr, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask)
-            forget_gate += _load(
-                gate_bias_ptr + width, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
-            )
-        input_gate, input_slope = sigmoid_and_slope(input_gate)
-        forget_gate, forget_slope = sigmoid_and_slope(forget_gate)
-        update = tanh(candidate)
-        dcandidate += dnew_memory * input_gate * (1.0 - update * update)
-        dmemory += dnew_memory * forget_gate
-        dinput_gate = dnew_memory * update * input_slope
-        dforget_gate = dnew_memory * memory * forget_slope
-
-    row = pid_b * num_tokens + offs_t
-    offs = row * width + offs_d
-    if NEEDS_DCANDIDATE:
-        dtype = dcandidate_ptr.dtype.element_ty
-        tl.store(dcandidate_ptr + offs, dcandidate.to(dtype), mask=mask)
-    if NEEDS_DMEMORY:
-        dtype = dmemory_ptr.dtype.element_ty
-        tl.store(dmemory_ptr + offs, dmemory.to(dtype), mask=mask)
-    if NEEDS_DGATES:
-        dtype = dgates_ptr.dtype.element_ty
+            # what each token's proposal gets of the mean's gradient
+            share = _load(dnew_memory_ptr, pid_b, pid_t, offs_d, stride_nb, stride_nt, mask_d)
+            share = share / (last - first).to(tl.float32)
+        input_gate_ptr += pid_t * stride_is
+        forget_gate_ptr += pid_t * stride_fs
         if HAS_OUTPUT_GATE:
-            dgates_ptrs = dgates_ptr + row * 3 * width + offs_d
-            tl.store(dgates_ptrs + 2 * width, doutput_gate.to(dtype), mask=mask)
-        else:
-            dgates_ptrs = dgates_ptr + row * 2 * width + offs_d
-        tl.store(dgates_ptrs, dinput_gate.to(dtype), mask=mask)
-        tl.store(dgates_ptrs + width, dforget_gate.to(dtype), mask=mask)
+            output_gate_ptr += pid_t * stride_os
+        if HAS_GATE_BIAS:
+            gate_bias_ptr += pid_t * stride_bs
+        total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        num_steps = tl.cdiv(last - first, BLOCK_T)
+    else:
+        num_steps: tl.constexpr = 1
+
+    for step in range(num_steps):
+        offs_t = (first + step * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        mask = (offs_t < last) & mask_d
+        candidate = _load(candidate_ptr, pid_b, offs_t, offs_d, stride_cb, stride_ct, mask)
+        if not CHUNKED:
+            memory = _load(memory_ptr, pid_b, offs_t, offs_d, stride_mb, stride_mt, mask)
+        dcandidate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        dmemory = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        dinput_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        dforget_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        doutput_gate = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        dread = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+
+        if HAS_DOUTPUT:
+            doutput = _load(doutput_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
+            if HAS_OUTPUT_GATE:
+                gate, slope = sigmoid_and_slope(
+                    _load(output_gate_ptr, pid_b, offs_t, offs_d, stride_ob, stride_ot, mask)
+                )
+                if SHOWS_MEMORY:
+                    dmemory += doutput * gate
+                    doutput_gate = doutput * memory * slope
+                elif HAS_READ:
+                    read = _load(read_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+                    dread = doutput * gate
+                    doutput_gate = doutput * read * slope
+                else:
+                    dcandidate += doutput * gate
+                    doutput_gate = doutput * candidate * slope
+
+        # a gradient that never arrived is not 0 times something, which would be NaN for an infinity
+        if HAS_DNEW_MEMORY or (HAS_DOUTPUT and not HAS_OUTPUT_GATE):
+            dproposal = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+            if HAS_DNEW_MEMORY:
+                if not CHUNKED:
+                    share = _load(
+                        dnew_memory_ptr, pid_b, offs_t, offs_d, stride_nb, stride_nt, mask
+                    )
+                dproposal += share
+            if HAS_DOUTPUT and not HAS_OUTPUT_GATE:
+                dproposal += doutput
+            input_gate = _load(input_gate_ptr, pid_b, offs_t, offs_d, stride_ib, stride_it, mask)
+            forget_gate = _load(forget_gate_ptr, pid_b, offs_t, offs_d, stride_fb, stride_ft, mask)
+            if HAS_GATE_BIAS:
+                input_gate += _load(
+                    gate_bias_ptr, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
+                )
+                forget_gate += _load(
+                    gate_bias_ptr + width, pid_b, offs_t, offs_d, stride_bb, stride_bt, mask
+                )
+            input_gate, input_slope = sigmoid_and_slope(input_gate)
+            forget_gate, forget_slope = sigmoid_and_slope(forget_gate)
+            update = tanh(candidate)
+            dcandidate += dproposal * input_gate * (1.0 - update * update)
+            dmemory += dproposal * forget_gate
+            dinput_gate = dproposal * update * input_slope
+            dforget_gate = dproposal * memory * forget_slope
+
+        row = pid_b * num_tokens + offs_t
+        offs = row * width + offs_d
+        if NEEDS_DCANDIDATE:
+            dtype = dcandidate_ptr.dtype.element_ty
+            tl.store(dcandidate_ptr + offs, dcandidate.to(dtype), mask=mask)
+        if NEEDS_DREAD:
+            tl.store(dread_ptr + offs, dread.to(dread_ptr.dtype.element_ty), mask=mask)
+        if NEEDS_DGATES:
+            dtype = dgates_ptr.dtype.element_ty
+            if HAS_OUTPUT_GATE:
+                dgates_ptrs = dgates_ptr + row * 3 * width + offs_d
+                tl.store(dgates_ptrs + 2 * width, doutput_gate.to(dtype), mask=mask)
+            else:
+                dgates_ptrs = dgates_ptr + row * 2 * width + offs_d
+            tl.store(dgates_ptrs, dinput_gate.to(dtype), mask=mask)
+            tl.store(dgates_ptrs + width, dforget_gate.to(dtype), mask=mask)
+        if NEEDS_DMEMORY:
+            if CHUNKED:
+                # tokens past the slot's last one have a share of dnew_memory, too
+                total += tl.where(mask, dmemory, 0.0)
+            else:
+                dtype = dmemory_ptr.dtype.element_ty
+                tl.store(dmemory_ptr + offs, dmemory.to(dtype), mask=mask)
+
+    if CHUNKED and NEEDS_DMEMORY:
+        dmemory_row = tl.sum(total, axis=0, keep_dims=True).to(dmemory_ptr.dtype.element_ty)
+        offs = (pid_b * num_blocks_t + pid_t) * width + offs_d
+        tl.store(dmemory_ptr + offs, dmemory_row, mask=mask_d)
 
 
-def _config(tensor: Tensor) -> tuple[tables.Config, int, int]:
-    """Tile, number of row blocks of a batch entry, number of programs."""
-    batch, num_tokens, width = tensor.shape
-    config = tables.memory_update(launch.target_of(tensor), num_tokens, width)
-    num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
+def _config(tokens: Tensor, tokens_per_slot: int) -> tuple[tables.Config, int, int]:
+    """Tile, number of slots or row blocks of a batch entry, number of programs."""
+    batch, num_tokens, width = tokens.shape
+    target = launch.target_of(tokens)
+    if tokens_per_slot > 1:
+        num_blocks_t = triton.cdiv(num_tokens, tokens_per_slot)
+        config = tables.memory_update_chunked(target, batch * num_blocks_t, tokens_per_slot, width)
+    else:
+        config = tables.memory_update(target, num_tokens, width)
+        num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
     return config, num_blocks_t, batch * num_blocks_t * triton.cdiv(width, config.block_cols)
+
+
+def _gate_strides(gate: Tensor | None, num_tokens: int) -> tuple[int, int, int]:
+    """Of a batch entry, a slot and a token: a gate has a row a token, a row a slot, or one."""
+    stride_b, stride = launch.row_strides(gate)
+    if gate is None or gate.shape[1] == num_tokens:
+        return stride_b, 0, stride
+    return stride_b, stride, 0
 
 
 def memory_update_forward(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
-    memory: Tensor,  # (B, T, D)
-    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    output_gate: Tensor | None,  # (B, T, D) or (B, 1, D)
-    gate_bias: Tensor | None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    memory: Tensor,  # (B, R, D)
+    input_gate: Tensor,  # (B, T, R or 1, D)
+    forget_gate: Tensor,  # (B, T, R or 1, D)
+    output_gate: Tensor | None,  # (B, T, R or 1, D)
+    gate_bias: Tensor | None,  # (B, T, R or 1, 2 * D)
+    read: Tensor | None,  # (B, T, D)
     output: str,
+    tokens_per_slot: int,
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends`."""
-    inputs = [
+    num_tokens, width = hidden.shape[1:]
+    rows = [launch.last_contiguous(tensor) for tensor in (hidden, candidate, memory, read)]
+    gates = [
         launch.last_contiguous(tensor)
-        for tensor in (
-            hidden,
-            candidate,
-            memory,
-            input_gate,
-            forget_gate,
-            output_gate,
-            gate_bias,
-        )
+        for tensor in (input_gate, forget_gate, output_gate, gate_bias)
     ]
     shown = hidden.new_empty(hidden.shape)
     new_memory = memory.new_empty(memory.shape)
     if shown.numel() == 0:
         return shown, new_memory
-    config, num_blocks_t, num_programs = _config(hidden)
+    tokens_per_slot = min(tokens_per_slot, num_tokens)
+    config, num_blocks_t, num_programs = _config(hidden, tokens_per_slot)
     with launch.device_guard(hidden.device):
         _memory_update_fwd_kernel[(num_programs,)](
-            *inputs,
+            *rows,
+            *gates,
             shown,
             new_memory,
-            *(stride for tensor in inputs for stride in launch.row_strides(tensor)),
-            hidden.shape[1],
+            *(stride for tensor in rows for stride in launch.row_strides(tensor)),
+            *(stride for gate in gates for stride in _gate_strides(gate, num_tokens)),
+            num_tokens,
+            tokens_per_slot,
             num_blocks_t,
-            hidden.shape[2],
+            width,
             HAS_OUTPUT_GATE=output_gate is not None,
             HAS_GATE_BIAS=gate_bias is not None,
+            HAS_READ=read is not None,
             SHOWS_MEMORY=output == "memory",
+            CHUNKED=tokens_per_slot > 1,
             BLOCK_T=config.block_rows,
             BLOCK_D=config.block_cols,
             num_warps=config.num_warps,
@@ -263,60 +399,64 @@ def memory_update_forward(
 
 def memory_update_backward(
     doutput: Tensor | None,  # (B, T, D)
-    dnew_memory: Tensor | None,  # (B, T, D)
+    dnew_memory: Tensor | None,  # (B, R, D)
     candidate: Tensor,  # (B, T, D)
-    memory: Tensor,  # (B, T, D)
-    input_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    forget_gate: Tensor,  # (B, T, D) or (B, 1, D)
-    output_gate: Tensor | None,  # (B, T, D) or (B, 1, D)
-    gate_bias: Tensor | None,  # (B, T, 2 * D) or (B, 1, 2 * D)
+    memory: Tensor,  # (B, R, D)
+    input_gate: Tensor,  # (B, T, R or 1, D)
+    forget_gate: Tensor,  # (B, T, R or 1, D)
+    output_gate: Tensor | None,  # (B, T, R or 1, D)
+    gate_bias: Tensor | None,  # (B, T, R or 1, 2 * D)
+    read: Tensor | None,  # (B, T, D)
     output: str,
+    tokens_per_slot: int,
     needs_dcandidate: bool,
     needs_dmemory: bool,
     needs_dgates: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    needs_dread: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends`."""
-    inputs = [
-        launch.last_contiguous(tensor)
-        for tensor in (
-            doutput,
-            dnew_memory,
-            candidate,
-            memory,
-            input_gate,
-            forget_gate,
-            output_gate,
-            gate_bias,
-        )
-    ]
     batch, num_tokens, width = candidate.shape
+    rows = [
+        launch.last_contiguous(tensor) for tensor in (doutput, dnew_memory, candidate, memory, read)
+    ]
+    gates = [
+        launch.last_contiguous(tensor)
+        for tensor in (input_gate, forget_gate, output_gate, gate_bias)
+    ]
     num_gates = 2 if output_gate is None else 3
     dcandidate = candidate.new_empty(candidate.shape if needs_dcandidate else 0)
     dmemory = memory.new_empty(memory.shape if needs_dmemory else 0)
     dgates = input_gate.new_empty((batch, num_tokens, num_gates, width) if needs_dgates else 0)
-    if dcandidate.numel() + dmemory.numel() + dgates.numel() == 0:
-        return dcandidate, dmemory, dgates
-    config, num_blocks_t, num_programs = _config(candidate)
+    dread = candidate.new_empty(candidate.shape if needs_dread else 0)
+    gradients = (dcandidate, dmemory, dgates, dread)
+    if not any(gradient.numel() for gradient in gradients):
+        return gradients
+    tokens_per_slot = min(tokens_per_slot, num_tokens)
+    config, num_blocks_t, num_programs = _config(candidate, tokens_per_slot)
     with launch.device_guard(candidate.device):
         _memory_update_bwd_kernel[(num_programs,)](
-            *inputs,
-            dcandidate,
-            dmemory,
-            dgates,
-            *(stride for tensor in inputs for stride in launch.row_strides(tensor)),
+            *rows,
+            *gates,
+            *gradients,
+            *(stride for tensor in rows for stride in launch.row_strides(tensor)),
+            *(stride for gate in gates for stride in _gate_strides(gate, num_tokens)),
             num_tokens,
+            tokens_per_slot,
             num_blocks_t,
             width,
             HAS_DOUTPUT=doutput is not None,
             HAS_DNEW_MEMORY=dnew_memory is not None,
             HAS_OUTPUT_GATE=output_gate is not None,
             HAS_GATE_BIAS=gate_bias is not None,
+            HAS_READ=read is not None,
             SHOWS_MEMORY=output == "memory",
             NEEDS_DCANDIDATE=needs_dcandidate,
             NEEDS_DMEMORY=needs_dmemory,
             NEEDS_DGATES=needs_dgates,
+            NEEDS_DREAD=needs_dread,
+            CHUNKED=tokens_per_slot > 1,
             BLOCK_T=config.block_rows,
             BLOCK_D=config.block_cols,
             num_warps=config.num_warps,
         )
-    return dcandidate, dmemory, dgates
+    return gradients
