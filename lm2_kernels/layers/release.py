@@ -29,7 +29,7 @@ from lm2_kernels.layers.base import (
     shallow_copy,
 )
 from lm2_kernels.plain import ORDINARY, plain_parameters
-from lm2_kernels.state.memory import SegmentCache, write_rows
+from lm2_kernels.state.memory import SegmentCache, is_known, read_rows, write_rows
 
 
 class _Shared(nn.Module):
@@ -553,13 +553,13 @@ class ReleaseMemory(MemoryLayer):
             norm = self.attended_memory_layernorm
             if tokens_per_slot == 1:
                 attended = self._normalise(name, read, rows, norm)
-            elif x.shape[1] == tokens_per_slot * rows.shape[1]:
+            elif is_known(x.shape[1] == tokens_per_slot * rows.shape[1]):
                 # a batch of slots, whose rows are not copied for each token
                 own = read.reshape(-1, tokens_per_slot, self.dim)
                 shared = rows.flatten(0, 1)[:, None].expand(own.shape)
                 attended = self._normalise(name, own, shared, norm).view(read.shape)
             else:
-                shared = rows.repeat_interleave(tokens_per_slot, dim=1)[:, : x.shape[1]]
+                shared = read_rows(rows.repeat_interleave(tokens_per_slot, dim=1), 0, x.shape[1])
                 attended = self._normalise(name, read, shared, norm)
             op, mixed = f"{type(self).__name__}.attention_mlp", self.attention_mlp(attended)
             mixed = check_result(op, mixed, attended, self.dim, attended.dtype, is_cast=True)

@@ -189,7 +189,8 @@ def read(path: str | Path, fingerprint: str, device: torch.device | str) -> Save
     if notes["fingerprint"] != fingerprint:
         raise ValueError(
             f"load_cache: {path} was written by a model with other weights, or with another "
-            f"adapter: what it holds is not what this model would have read"
+            f"adapter or another rule of writing: what it holds is not what this model would have "
+            f"read"
         )
     numbers, pairs = json.loads(notes["numbers"]), {}
     for index, length in enumerate(numbers["lengths"]):

@@ -963,7 +963,7 @@ def _rows_name(index: int) -> str:
 
 def read_rows(memory: Tensor, start: int, end: int) -> Tensor:
     """The rows of a bank (B, N, D) from ``start`` to ``end``, (B, T, D)."""
-    if torch.compiler.is_compiling() and not _is_known(end - start == memory.shape[1]):
+    if torch.compiler.is_compiling() and not is_known(end - start == memory.shape[1]):
         # whether a view is contiguous would depend on T, which a graph may have as a symbol
         return memory.index_select(1, torch.arange(start, end, device=memory.device))
     return memory[:, start:end]
@@ -972,7 +972,7 @@ def read_rows(memory: Tensor, start: int, end: int) -> Tensor:
 def write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
     """The bank (B, N, D) with the rows from ``slot_offset`` on replaced by (B, T, D)."""
     end = slot_offset + rows.shape[1]
-    if slot_offset == 0 and _is_known(end == memory.shape[1]):
+    if slot_offset == 0 and is_known(end == memory.shape[1]):
         return rows
     if torch.compiler.is_compiling():
         # as above
@@ -980,7 +980,7 @@ def write_rows(memory: Tensor, rows: Tensor, slot_offset: int) -> Tensor:
     return torch.cat([memory[:, :slot_offset], rows, memory[:, end:]], dim=1)
 
 
-def _is_known(condition: bool) -> bool:
+def is_known(condition: bool) -> bool:
     """Whether a condition is true; in a graph, whether it is for all sizes that the graph takes."""
     if not torch.compiler.is_compiling():
         return condition

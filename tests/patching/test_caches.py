@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from lm2_kernels import get_memory
 from tools.hosts import bare_llama, begin, go_on, hosted, llama, new_cache, tokens, transformers
+from tools.models import KINDS
 
 pytestmark = hosted
-both = pytest.mark.parametrize("formulation", ("paper", "release"))
+RULED = ("paper-chunk", "release-all")
+every_kind = pytest.mark.parametrize("formulation", ("paper", "release", *RULED))
 # in a segment, at the end of one, and where rows stand at different places
 PLACES = [(13, False), (16, False), (13, True)]
 every_place = pytest.mark.parametrize(("length", "is_padded"), PLACES)
@@ -35,7 +37,7 @@ from tools.hosts import go_on, begin, llama, new_cache
 from tools.models import KINDS, random_ids, small_model
 torch.set_num_threads(1)
 what, folder, cases = sys.argv[1], sys.argv[2], eval(sys.argv[3])
-for formulation in ("paper", "release"):
+for formulation in ("paper", "release", "paper-chunk", "release-all"):
     model = llama(formulation)
     for length, is_padded in cases:
         name = f"{folder}/{formulation}-{length}-{is_padded}"
@@ -83,7 +85,7 @@ COPIES = {
 }
 
 
-@both
+@every_kind
 @every_place
 @pytest.mark.parametrize("how", COPIES)
 def test_copies_go_on(how, length, is_padded, formulation):
@@ -157,7 +159,7 @@ def test_a_chat_goes_on_in_another_process(tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     files = sorted(tmp_path.glob("*.begin"))
-    assert len(files) == 2 * len(PLACES) + 4
+    assert len(files) == 4 * len(PLACES) + len(KINDS)
     for file in files:
         want = torch.load(file)
         assert torch.equal(torch.load(file.with_suffix(".go on")), want), file.name

@@ -80,6 +80,15 @@ def test_other_files_do_not_matter(saved, sharded):
     _loads(str(folder), want)
 
 
+def test_options_of_later_versions_have_their_defaults(saved):
+    folder, want = saved
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("segment_length", "write", "memory_causal", "candidate"):
+        del config["lm2_memory"][name]
+    (folder / "config.json").write_text(json.dumps(config))
+    _loads(folder, want)
+
+
 def test_an_index_without_its_files_is_of_an_earlier_save(saved):
     """transformers takes the shards away, and leaves the index."""
     folder, want = saved

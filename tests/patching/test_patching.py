@@ -22,6 +22,7 @@ from lm2_kernels.patching.follow import _Pass
 from lm2_kernels.patching.hosts import HOSTS, Host, find_blocks
 from lm2_kernels.patching.swap import swap_memory
 from tools import golden
+from tools.hosts import RULES, memory_options
 from tools.rounding import assert_round_off
 
 try:
@@ -33,6 +34,9 @@ else:
 
 hosted = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 every_formulation = pytest.mark.parametrize("formulation", ("paper", "release"))
+# a formulation, or one and a rule
+RULED = ("paper-chunk", "release-chunk", "paper-all")
+every_rule = pytest.mark.parametrize("formulation", ("paper", "release", *RULED))
 
 VOCABULARY, SLOTS, HEADS = 50, 8, 4
 SIZES = {
@@ -104,6 +108,13 @@ OTHERS = ("GPT2", "GPTNeoX", "Falcon", "Phi", "OPT")
 FLOAT32 = ("Gemma2", "Mixtral", "Qwen3Moe", "Qwen3Next")
 
 
+def _kinds(families, ruled=RULED):
+    """Families in both formulations, and two of them by other rules too."""
+    kinds = [*itertools.product(families, ("paper", "release"))]
+    kinds += itertools.product(("Llama", "GPT2"), ruled)
+    return pytest.mark.parametrize(("family", "formulation"), kinds)
+
+
 def _host(family="Llama", dtype=torch.float64, seed=0, **changes):
     name = family.split("-")[0]
     config = "Gemma3Text" if name == "Gemma3" else name
@@ -132,9 +143,8 @@ def _perturb(report):
 
 
 def _with_memory(family="Llama", dtype=torch.float64, formulation="paper", **options):
-    model = _host(family, dtype)
-    options = {"memory_slots": SLOTS, "num_heads": HEADS, **options}
-    return model, _perturb(add_memory(model, formulation=formulation, **options))
+    model, options = _host(family, dtype), {**memory_options(formulation), **options}
+    return model, _perturb(add_memory(model, **options))
 
 
 def _ids(batch=2, length=21, seed=1):
@@ -203,6 +213,15 @@ def _everyday(families, others):
     return [*families, *(pytest.param(family, marks=pytest.mark.slow) for family in others)]
 
 
+some_kinds = pytest.mark.parametrize(
+    ("family", "formulation"),
+    (
+        *(("Llama", kind) for kind in ("release", *RULED)),
+        ("GPT2", "release-chunk"),
+        *((family, "paper") for family in ("Llama", *OTHERS)),
+    ),
+)
+
 MASK = torch.ones(4, 21, dtype=torch.int64)
 MASK[0, :7] = 0  # left
 MASK[1, 17:] = 0  # right
@@ -218,14 +237,13 @@ def _alone(ids, row):
 
 
 @hosted
-@every_formulation
-@pytest.mark.parametrize("family", FAMILIES)
+@_kinds(FAMILIES, [f"{a}-{rule}" for a in ("paper", "release") for rule in RULES if rule])
 def test_step_0_is_bit_equal_and_removal_restores(family, formulation):
     model, ids = _host(family, torch.float32), _ids(4)
     names, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
     before = model(ids, attention_mask=MASK).logits
     text = model.config.to_json_string()
-    report = add_memory(model, memory_slots=SLOTS, num_heads=HEADS, formulation=formulation)
+    report = add_memory(model, **memory_options(formulation))
     after = model(ids, attention_mask=MASK).logits
     assert torch.equal(before[MASK.bool()], after[MASK.bool()])
     assert torch.equal(model(ids).logits, _host(family, torch.float32)(ids).logits)
@@ -246,8 +264,7 @@ def test_step_0_is_bit_equal_and_removal_restores(family, formulation):
 
 
 @hosted
-@every_formulation
-@pytest.mark.parametrize("family", FAMILIES)
+@_kinds(FAMILIES)
 def test_cached_pieces_are_one_pass(family, formulation):
     """Token by token and in pieces, across two borders of segments."""
     dtype = _dtype(family)
@@ -264,8 +281,7 @@ def test_cached_pieces_are_one_pass(family, formulation):
 
 
 @hosted
-@every_formulation
-@pytest.mark.parametrize("family", FAMILIES)
+@_kinds(FAMILIES)
 def test_padded_rows_are_the_rows_alone(family, formulation):
     """Left, right and in the middle; and with the cache, where rows stand at different places."""
     if family == "Qwen3Next":
@@ -296,8 +312,7 @@ def test_padded_rows_are_the_rows_alone(family, formulation):
 
 
 @hosted
-@every_formulation
-@pytest.mark.parametrize("family", ("Llama", *OTHERS))
+@_kinds(("Llama", *OTHERS))
 def test_a_block_adds_what_the_layer_computes(family, formulation):
     """Against the layer's own call, a segment at a time."""
     model, report = _with_memory(family, formulation=formulation)
@@ -314,8 +329,8 @@ def test_a_block_adds_what_the_layer_computes(family, formulation):
         )
     with torch.no_grad():
         _hidden(model, _ids())
-        kind = "zeros" if formulation == "release" else "identity"
-        bank, outputs = lm2.initial_memory(2, SLOTS, 32, kind, dtype=torch.float64), []
+        slots, kind = (report.memory.options[name] for name in ("memory_slots", "memory_init"))
+        bank, outputs = lm2.initial_memory(2, slots, 32, kind, dtype=torch.float64), []
         for segment in seen["x"].split(SLOTS, dim=1):
             output, bank = report.memory.layers[0](segment, bank)
             outputs.append(output)
@@ -365,10 +380,13 @@ def _generations():
     families = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3", *OTHERS)
     beams, sample = {"num_beams": 3}, {"do_sample": True, "top_k": 5}
     ways = ({}, beams, sample, {"do_sample": True, "num_beams": 2})
-    everyday = {"paper": beams, "release": sample}
-    for kind in itertools.product(families, ("paper", "release"), ways):
+    everyday = {"paper": beams, "release": sample, "paper-all": sample}
+    everyday |= {"paper-chunk": beams, "release-chunk": {}}
+    kinds = itertools.product(families, ("paper", "release"), ways)
+    for kind in (*kinds, *itertools.product(("Llama", "GPT2"), RULED, ways)):
         family, formulation, options = kind
-        is_everyday = family == "Llama" or options == everyday[formulation]
+        is_everyday = options == everyday[formulation]
+        is_everyday |= family == "Llama" and formulation not in RULED
         marks = () if is_everyday else pytest.mark.slow
         yield pytest.param(*kind, id=f"{family}-{formulation}-{options}", marks=marks)
 
@@ -517,7 +535,7 @@ def test_masks_and_positions_are_checked():
 
 
 @hosted
-@every_formulation
+@every_rule
 def test_carried_memory(formulation):
     model, report = _with_memory(formulation=formulation)
     memory, parts = report.memory, _ids(2, 2 * SLOTS).split(SLOTS, dim=1)
@@ -528,7 +546,8 @@ def test_carried_memory(formulation):
         assert_round_off(_hidden(model, parts[0]), fresh[0])
         state, second = memory.state, _hidden(model, parts[1])
         assert not torch.allclose(second, fresh[1])
-        assert len(state.banks) == 2 and state.banks[0].shape == (2, SLOTS, 32)
+        assert len(state.banks) == 2
+        assert state.banks[0].shape == (2, memory.options["memory_slots"], 32)
         assert "carry=True" in repr(memory)
 
         memory.state = state
@@ -570,12 +589,10 @@ def test_carried_memory_passes_gradients_until_detached():
 
 
 @hosted
-@pytest.mark.parametrize(
-    ("family", "formulation"), (("Llama", "release"), *((f, "paper") for f in ("Llama", *OTHERS)))
-)
+@some_kinds
 def test_training_the_memory_alone(family, formulation):
     model = _host(family, torch.float32).train()
-    report = add_memory(model, memory_slots=SLOTS, num_heads=HEADS, formulation=formulation)
+    report = add_memory(model, **memory_options(formulation))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     groups = report.parameter_groups(1e-2, weight_decay=0.1)
     assert {group["weight_decay"] for group in groups} <= {0.1, 0.0}
@@ -621,7 +638,8 @@ def _gradients(model, ids, passes=1, **options):
 def _checkpointings():
     """Of families unlike Llama, every day the recommended way, in one formulation."""
     families = ("Llama", "Mistral", "Qwen2", "Gemma3", *OTHERS)
-    for kind in itertools.product(families, ("paper", "release"), (False, True)):
+    kinds = itertools.product(families, ("paper", "release"), (False, True))
+    for kind in (*kinds, *itertools.product(("Llama", "GPT2"), RULED, (False,))):
         is_everyday = kind[0] not in OTHERS or kind[1:] == ("paper", False)
         yield pytest.param(*kind, marks=() if is_everyday else pytest.mark.slow)
 
@@ -686,9 +704,7 @@ def test_a_recomputed_block_of_an_unknown_pass_is_refused():
 
 
 @hosted
-@pytest.mark.parametrize(
-    ("family", "formulation"), (("Llama", "release"), *((f, "paper") for f in ("Llama", *OTHERS)))
-)
+@some_kinds
 def test_save_and_reload(family, formulation, tmp_path):
     model, report = _with_memory(family, formulation=formulation, layers=(1,), dropout=0.1)
     want = _hidden(model, _ids())
@@ -705,8 +721,7 @@ def test_save_and_reload(family, formulation, tmp_path):
     }
     # by state dict
     other = _host(family, seed=5)
-    options = {"memory_slots": SLOTS, "num_heads": HEADS, "layers": (1,)}
-    add_memory(other, formulation=formulation, **options)
+    add_memory(other, **memory_options(formulation), layers=(1,))
     other.load_state_dict(model.state_dict())
     assert torch.equal(_hidden(other, _ids()), want)
 
@@ -872,6 +887,13 @@ def test_a_host_of_the_callers_own():
         ({"layers": (-1,)}, ValueError, "layers"),
         ({"freeze": 1}, TypeError, "freeze"),
         ({"dropout": 1.5}, ValueError, "dropout"),
+        ({"segment_length": 0}, ValueError, "segment_length"),
+        ({"segment_length": SLOTS + 1}, ValueError, "write='chunk' binds several"),
+        ({"segment_length": SLOTS + 1, "write": "chunk"}, ValueError, "a whole number"),
+        ({"write": "chunk", "memory_causal": True}, ValueError, "has causal=False"),
+        ({"write": "slots"}, ValueError, "write must be one of"),
+        ({"memory_causal": 1}, TypeError, "causal"),
+        ({"candidate": "memory"}, ValueError, "candidate must be one of"),
         ({"backend": "other"}, ValueError, "other"),
     ),
     ids=str,

@@ -1,6 +1,7 @@
 """PEFT's adapters beside an added memory: trained, saved, loaded and merged, or told what to do."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -14,7 +15,6 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 transformers.logging.set_verbosity_error()
 
-every_formulation = pytest.mark.parametrize("formulation", ("paper", "release"))
 # PEFT calls what transformers deprecates
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
@@ -51,10 +51,15 @@ def _host():
     return transformers.LlamaForCausalLM(config).double().eval()
 
 
-def _with_memory(formulation="paper", seed=0, **options):
+CHUNK = {"write": "chunk", "memory_slots": 2, "segment_length": 6, "candidate": "token"}
+
+
+def _with_memory(formulation="paper", seed=0, **changes):
     model = _host()
     torch.manual_seed(seed)
-    lm2.add_memory(model, memory_slots=6, num_heads=3, formulation=formulation, **options)
+    formulation, _, rule = formulation.partition("-")
+    options = {"memory_slots": 6, "num_heads": 3, **(CHUNK if rule == "chunk" else {})}
+    lm2.add_memory(model, formulation=formulation, **options, **changes)
     return model
 
 
@@ -75,8 +80,10 @@ def _logits(model):
     return model(input_ids=random_ids(2, 14, 9)).logits
 
 
-@every_formulation
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("name", "formulation"),
+    [*itertools.product(ADAPTERS, ("paper", "release")), ("lora-all", "paper-chunk")],
+)
 def test_memory_and_adapters_train_and_are_saved(name, formulation, tmp_path):
     model = peft.get_peft_model(_with_memory(formulation), _adapters(name))
     before = _logits(model)
@@ -100,8 +107,10 @@ def test_memory_and_adapters_train_and_are_saved(name, formulation, tmp_path):
     assert torch.equal(_logits(copy.deepcopy(model)), after)
 
 
-@every_formulation
-@pytest.mark.parametrize("name", MERGEABLE)
+@pytest.mark.parametrize(
+    ("name", "formulation"),
+    [*itertools.product(MERGEABLE, ("paper", "release")), ("lora-all", "release-chunk")],
+)
 def test_merged_adapters_leave_the_memory(name, formulation, tmp_path):
     model = _train(peft.get_peft_model(_with_memory(formulation), _adapters(name)))
     after = _logits(model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lm2_kernels import add_memory, get_memory
+from lm2_kernels.patching.prints import fingerprint
 from tools.hosts import SLOTS, bare_llama, begin, go_on, hosted, llama, new_cache
 
 try:
@@ -66,6 +67,22 @@ def test_other_weights_are_refused(part, tmp_path):
     add_memory(other, memory_slots=SLOTS, num_heads=2)
     other.load_state_dict(model.state_dict())
     assert _print(other) != _print(model)
+
+
+def test_another_rule_is_refused(tmp_path):
+    """Of memories with equal weights; where there is no other rule, the print is what it was."""
+    models = {kind: llama(kind) for kind in ("paper", "paper-all-read", "paper-chunk-read")}
+    assert len({_print(model) for model in models.values()}) == 3
+    memory = get_memory(models["paper"])
+    assert memory.fingerprint() == fingerprint(memory._decoder, "4 heads")
+    for kind, model in models.items():
+        _, cache, rest, _ = begin(model)
+        get_memory(model).save_cache(tmp_path / "chat", cache)
+        for other in (other for name, other in models.items() if name != kind):
+            with pytest.raises(ValueError, match="or another rule"):
+                get_memory(other).load_cache(tmp_path / "chat", new_cache())
+            with pytest.raises(ValueError, match="another model"):
+                go_on(other, pickle.loads(pickle.dumps(cache)), rest)
 
 
 def test_what_is_no_weight_does_not_count():

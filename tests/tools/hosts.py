@@ -14,7 +14,26 @@ else:
 
 hosted = pytest.mark.skipif(transformers is None, reason="transformers is not installed")
 
+# slots, and tokens of a segment, where a rule does not say otherwise
 VOCABULARY, SLOTS = 50, 8
+
+# how a memory is written and seen; a segment has as many tokens in all of them
+RULES = {
+    "": {},
+    "token": {"candidate": "token"},
+    # more slots than tokens, and every token sees them all
+    "all-read": {"memory_causal": False, "memory_slots": SLOTS + 3},
+    "all": {"memory_causal": False, "memory_slots": SLOTS + 3, "candidate": "token"},
+    "chunk-read": {"write": "chunk", "memory_slots": SLOTS // 4},
+    "chunk": {"write": "chunk", "memory_slots": SLOTS // 4, "candidate": "token"},
+}
+
+
+def memory_options(kind):
+    """Those of add_memory for a formulation, or a formulation and a rule as "paper-chunk"."""
+    formulation, _, rule = kind.partition("-")
+    options = {"formulation": formulation, "memory_slots": SLOTS, "num_heads": 4}
+    return {**options, "segment_length": SLOTS, **RULES[rule]}
 
 
 def bare_llama(dtype=torch.float32):
@@ -35,10 +54,10 @@ def bare_llama(dtype=torch.float32):
     return transformers.LlamaForCausalLM(config).to(dtype).eval()
 
 
-def llama(formulation="paper", dtype=torch.float32):
+def llama(kind="paper", dtype=torch.float32):
     """With memory layers that matter. Each call gives the same weights."""
     model = bare_llama(dtype)
-    add_memory(model, memory_slots=SLOTS, num_heads=4, formulation=formulation)
+    add_memory(model, **memory_options(kind))
     with torch.no_grad():
         for layer in get_memory(model).layers:
             for parameter in layer.parameters():
