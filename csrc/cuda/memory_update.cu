@@ -25,22 +25,30 @@ __host__ __device__ __forceinline__ int lanes_of(const MemoryUpdate& args) {
 }
 
 // A thread's column of a slot's row, and which of the slot's tokens are its: lane, lane + lanes, ..
+// kMany, here and below, is how many tokens are loaded at a time; 1 where slots have one token.
+template <int kMany>
 struct Share {
   int64_t b, slot, column;
-  int64_t first_token, tokens;
-  int lane, lanes;
+  bool is_there;  // false past the row's end
+  int64_t first_token, tokens = 1;
+  int lane = 0, lanes = 1;
 
-  __device__ explicit Share(const MemoryUpdate& args) : lanes(lanes_of(args)) {
+  __device__ explicit Share(const MemoryUpdate& args) {
+    if constexpr (kMany > 1) lanes = lanes_of(args);
     const int columns = kThreads / lanes;
     const int64_t pieces = (args.width + columns - 1) / columns;
     const int64_t row = blockIdx.x / pieces;
     column = blockIdx.x % pieces * columns + threadIdx.x % columns;
-    lane = threadIdx.x / columns;
+    is_there = column < args.width;
     b = row / args.slots;
     slot = row % args.slots;
-    first_token = slot * args.tokens_per_slot;
-    tokens = args.tokens - first_token;
-    if (tokens > args.tokens_per_slot) tokens = args.tokens_per_slot;
+    first_token = slot;
+    if constexpr (kMany > 1) {
+      lane = threadIdx.x / columns;
+      first_token = slot * args.tokens_per_slot;
+      tokens = args.tokens - first_token;
+      if (tokens > args.tokens_per_slot) tokens = args.tokens_per_slot;
+    }
   }
 
   // Its place in a contiguous (B, R, D), and that of the slot's token k in a contiguous (B, T, D).
@@ -75,13 +83,13 @@ __device__ __forceinline__ void put(void* data, int64_t index, float x) {
 }
 
 // What a slot's token has in a column.
-template <class T>
+template <class T, int kMany>
 struct Token {
   float candidate, shown, input, forget, output;
   float flow;  // hidden, or its gradient
 
-  __device__ __forceinline__ void read(const MemoryUpdate& args, const Share& share, int64_t k,
-                                       float memory, const View& stream) {
+  __device__ __forceinline__ void read(const MemoryUpdate& args, const Share<kMany>& share,
+                                       int64_t k, float memory, const View& stream) {
     const int64_t t = share.first_token + k;
     const auto activation = [&](const View& view) {
       return get<T>(view, share.b * view.batch_stride + t * view.row_stride + share.column);
@@ -109,14 +117,14 @@ struct Token {
   }
 };
 
-// Calls body(token, k) for each of a thread's tokens, kMany of which are loaded at a time, and
-// returns the sum of what it returns.
+// Calls body(token, k) for each of a thread's tokens, and returns the sum of what it returns.
 template <class T, int kMany, class F>
-__device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args, const Share& share,
-                                                 float memory, const View& stream, const F& body) {
+__device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args,
+                                                 const Share<kMany>& share, float memory,
+                                                 const View& stream, const F& body) {
   float sum = 0.0f;
   for (int64_t first = share.lane; first < share.tokens; first += kMany * share.lanes) {
-    Token<T> tokens[kMany];
+    Token<T, kMany> tokens[kMany];
 #pragma unroll
     for (int j = 0; j < kMany; ++j) {
       const int64_t k = first + j * share.lanes;
@@ -138,14 +146,13 @@ __device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args, const
 
 template <class T, int kMany>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const MemoryUpdateForward args) {
-  const Share share(args);
-  const bool is_there = share.column < args.width;
+  const Share<kMany> share(args);
   float row = 0.0f;
-  if (is_there) {
+  if (share.is_there) {
     const float memory = load(args.memory, share.b, share.slot, share.column);
     const bool has_gate = static_cast<bool>(args.output_gate);
     row = sum_over_tokens<T, kMany>(
-        args, share, memory, args.hidden, [&](Token<T>& token, int64_t k) {
+        args, share, memory, args.hidden, [&](Token<T, kMany>& token, int64_t k) {
           token.open_gates(has_gate);
           const float written = fmaf(token.forget, memory, token.input * tanhf(token.candidate));
           const float y =
@@ -155,17 +162,16 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const MemoryUpdateFor
         });
   }
   if constexpr (kMany > 1) row = share.add_up(row) / static_cast<float>(share.tokens);
-  if (is_there && share.lane == 0) {
+  if (share.is_there && share.lane == 0) {
     store(args.new_memory, args.memory.dtype, share.row_index(args), row);
   }
 }
 
 template <class T, int kMany>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBackward args) {
-  const Share share(args);
-  const bool is_there = share.column < args.width;
+  const Share<kMany> share(args);
   float row = 0.0f;
-  if (is_there) {
+  if (share.is_there) {
     const float memory = load(args.memory, share.b, share.slot, share.column);
     const bool has_gate = static_cast<bool>(args.output_gate);
     const bool has_dout = static_cast<bool>(args.doutput),
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
     float dnew = has_dnew ? load(args.dnew_memory, share.b, share.slot, share.column) : 0.0f;
     if constexpr (kMany > 1) dnew /= static_cast<float>(share.tokens);
     row = sum_over_tokens<T, kMany>(
-        args, share, memory, args.doutput, [&](Token<T>& token, int64_t k) {
+        args, share, memory, args.doutput, [&](Token<T, kMany>& token, int64_t k) {
           token.open_gates(has_gate);
           const float dout = token.flow;
           float dcandidate = 0.0f, dmemory = 0.0f, dread = 0.0f;
@@ -206,7 +212,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
         });
   }
   if constexpr (kMany > 1) row = share.add_up(row);
-  if (is_there && share.lane == 0 && args.dmemory != nullptr) {
+  if (share.is_there && share.lane == 0 && args.dmemory != nullptr) {
     store(args.dmemory, args.memory.dtype, share.row_index(args), row);
   }
 }
