@@ -41,6 +41,7 @@ READ = _read(2, 17, 33, 2, 17, slot_offset=3)
 MASKED = _read(1, 17, 19, 1, 16, slot_mask="prefix")
 ALL_SLOTS = _read(1, 17, 19, 2, 16, causal=False)
 DROPPED = _read(1, 18, 20, 2, 16, dropout_p=0.5)
+IN_PARTS = _read(1, 300, 12, 1, 16, causal=False)
 RELEASE = _rows("memory_update", 2, 5, 24, gate_bias="segment")
 PAPER = _rows("memory_update", 2, 5, 24, output_gate=True)
 CHUNKED = _rows("memory_update", 2, 7, 24, tokens_per_slot=3, output_gate=True, read=True)
@@ -119,6 +120,27 @@ MUTANTS = (
         "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows)\n",
         "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows + 1)\n",
         DROPPED,
+    ),
+    Mutant(
+        "parts begin at the first token",
+        "memory_attention",
+        "        first_row = tl.maximum(first_row, part * tokens_per_part)\n",
+        "",
+        IN_PARTS,
+    ),
+    Mutant(
+        "parts end at the last token",
+        "memory_attention",
+        "end = tl.minimum((part + 1) * tokens_per_part, num_tokens)",
+        "end = num_tokens",
+        IN_PARTS,
+    ),
+    Mutant(
+        "parts written to the same place",
+        "memory_attention",
+        "bank = b * num_parts + part",
+        "bank = b * num_parts",
+        IN_PARTS,
     ),
     Mutant(
         "input and forget gate swapped",
