@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils import _pytree as pytree
 
 import lm2_kernels as lm2
@@ -399,6 +399,85 @@ def test_state_file(tmp_path):
     save_file({"bank.0": torch.zeros(1, 2, 3)}, path)
     with pytest.raises(ValueError, match="holds no memory state"):
         MemoryState.load(path)
+
+
+def test_a_state_file_says_how_tokens_are_bound(tmp_path):
+    """Where it is not as in files that do not say it."""
+    path = tmp_path / "state.safetensors"
+    small_model(flow="time")(random_ids(2, 4), use_cache=True).memory.save(path)
+    assert "tokens_per_slot" not in load_file(path)
+    model, ids = small_model(flow="chunk"), random_ids(2, 6)
+    state = model(ids[:, :4], use_cache=True).memory
+    state.save(path)
+    whole = load_file(path)
+    got = model(ids[:, 4:], memory=MemoryState.load(path)).logits
+    assert torch.equal(got, model(ids[:, 4:], memory=state).logits)
+    for change in (
+        {"tokens_per_slot": None},
+        {"tokens_per_slot": torch.tensor(0)},
+        {"tokens_per_slot": torch.tensor(2)},
+        {"tokens_per_slot": torch.tensor([3])},
+        {"tokens_per_slot": torch.tensor(3.0)},
+        {"cache.bank1": None},
+        {"cache.bank1.sum": None},
+        {"cache.bank1": whole["cache.bank1"][:, :1].clone()},
+        {"cache.layers.0.memory.key0.constant": whole["bank.0"][:, :1, None].clone()},
+    ):
+        tensors = {k: v for k, v in {**whole, **change}.items() if v is not None}
+        save_file(tensors, path, metadata={"format": "lm2_kernels.MemoryState"})
+        with pytest.raises(ValueError, match="holds no memory state"):
+            MemoryState.load(path)
+
+
+@pytest.mark.parametrize("formulation", ("paper", "release"))
+@pytest.mark.parametrize("length", range(1, 6))
+def test_a_segment_of_chunks_is_ended_early(formulation, length):
+    """Before a slot's last token, it holds the mean of those that came; later slots are as ever."""
+    model, ids = small_model(formulation=formulation, flow="chunk"), random_ids(2, length)
+    ended = model(ids, use_cache=True).memory.end_segment()
+    for got, want, old in zip(
+        ended.banks, model(ids).memory.banks, model.initial_state(2).banks, strict=True
+    ):
+        assert_round_off(got, want)
+        touched = 1 if length <= 3 else 2
+        assert torch.equal(got[:, touched:], old[:, touched:])
+        assert (got[:, :touched] != old[:, :touched]).any(-1).all()
+
+
+def test_rows_are_reset_to_the_end_of_another_segment():
+    """In mid-chunk both the rows and what they are reset to."""
+    model, ids = small_model(flow="chunk"), random_ids(3, 10)
+    state = model(ids[:, :4], use_cache=True).memory
+    other = model(ids[:1, 3:8], use_cache=True).memory
+    got = state.reset([1], other)
+    assert got.position.tolist() == [4, 0, 4]
+    logits = model(ids[:, 8:], memory=got, use_cache=True).logits
+    assert_round_off(logits[[0, 2]], model(ids[:, 8:], memory=state).logits[[0, 2]])
+    alone = model(ids[1:2, 8:], memory=model(ids[:1, 3:8]).memory).logits
+    assert_round_off(logits[1:2], alone)
+
+
+def test_a_state_of_another_rule_is_refused():
+    """Between two segments there is none."""
+    model, ids = small_model(flow="chunk"), random_ids(2, 2)
+    for options in (
+        {"segment_length": 8},
+        {"write": "position", "segment_length": 2, "memory_causal": False},
+    ):
+        other = small_model(**{"flow": "chunk", **options})
+        state = other(ids[:, :1], use_cache=True).memory
+        with pytest.raises(ValueError, match=r"binds \d tokens to a slot, the model 3"):
+            model(ids, memory=state)
+        with pytest.raises(ValueError, match="several configurations"):
+            MemoryState.cat([state, model(ids, use_cache=True).memory])
+        joined = MemoryState.cat([state.end_segment(), model(ids, use_cache=True).memory])
+        assert joined.position.tolist() == [0, 0, 2, 2]
+        model(random_ids(4, 2), memory=joined)
+    causal = small_model(memory_slots=2, flow="time", candidate="token")
+    with pytest.raises(ValueError, match="keeps other tensors than the model"):
+        small_model(memory_slots=2, flow="time", memory_causal=False, candidate="token")(
+            ids, memory=causal(ids[:, :1], use_cache=True).memory
+        )
 
 
 @pytest.mark.parametrize(

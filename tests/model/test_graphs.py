@@ -171,8 +171,8 @@ def test_states_are_copied_in_mid_segment(formulation, flow, how, sizes, tmp_pat
         for size in sizes:
             state = model(ids[:, done : done + size], memory=state, use_cache=True).memory
             done += size
-        # rows at different places
-        state = MemoryState.cat([state.select([0]), model(ids[1:, :3], use_cache=True).memory])
+        # rows at different places, in mid-chunk too
+        state = MemoryState.cat([state.select([0]), model(ids[1:, :4], use_cache=True).memory])
         other, steps = copied(state), []
         assert other.position.tolist() == state.position.tolist()
         for each in (other, state):
@@ -183,6 +183,16 @@ def test_states_are_copied_in_mid_segment(formulation, flow, how, sizes, tmp_pat
                 memory = output.memory
             steps.append(torch.cat(logits, dim=1))
     assert torch.equal(*steps)
+
+
+def test_a_pickle_of_an_earlier_version_goes_on():
+    """It does not say how tokens are bound to slots: by their positions."""
+    model, ids = _model(), random_ids(2, 9)
+    state = model(ids[:, :4], use_cache=True).memory.detach()
+    state.__dict__.pop("_tokens_per_slot")
+    for again in (pickle.loads(pickle.dumps(state)), _by_torch(state)):
+        assert torch.equal(model(ids, memory=again).logits, model(ids, memory=state).logits)
+        assert_round_off(again.end_segment().banks[0], state.banks[0])
 
 
 def test_outputs_are_copied():

@@ -50,8 +50,8 @@ STEPS = 2
 
 
 def _model(host: str, formulation: str, seed: int = 0) -> nn.Module:
-    if host in ("lm2", "recomputed"):
-        options = {"flow": "time", "num_hidden_layers": 2}
+    if host in ("lm2", "recomputed", "chunk"):
+        options = {"flow": "chunk" if host == "chunk" else "time", "num_hidden_layers": 2}
         options["memory_recompute"] = host == "recomputed"
         return small_model(seed=seed, formulation=formulation, **options)
     torch.manual_seed(seed)
@@ -61,7 +61,10 @@ def _model(host: str, formulation: str, seed: int = 0) -> nn.Module:
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).double()
     options = {"formulation": formulation, "freeze": host == "frozen", "zero_init": False}
-    lm2.add_memory(model, memory_slots=6, num_heads=3, memory_init="identity", **options)
+    options |= {"memory_slots": 6, "num_heads": 3, "memory_init": "identity"}
+    if host == "llama chunk":
+        options |= {"memory_slots": 2, "segment_length": 6, "write": "chunk", "candidate": "token"}
+    lm2.add_memory(model, **options)
     return model
 
 
@@ -162,12 +165,16 @@ CASES = [
     *[("llama", kind, "release") for kind in ("fsdp", "fsdp1")],
     *[("recomputed", kind, "release") for kind in ("fsdp", "fsdp1")],
     *[("frozen", kind, "paper") for kind in ("ddp", "fsdp", "fsdp1", "checkpointed")],
+    ("chunk", "ddp", "release"),
+    *[("chunk", kind, "paper") for kind in ("fsdp", "fsdp1")],
+    pytest.param("llama chunk", "every layer", "release", marks=pytest.mark.slow),
+    pytest.param("llama chunk", "checkpointed", "paper", marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("host", "kind", "formulation"), CASES)
 def test_two_processes_are_one(host, kind, formulation, tmp_path):
-    if host in ("llama", "frozen") and transformers is None:
+    if host in ("llama", "llama chunk", "frozen") and transformers is None:
         pytest.skip("transformers is not installed")
     run = tmp_path / "run"
     state, _ = run_processes(_train_and_save, kind, host, formulation, run, folder=tmp_path)
