@@ -526,9 +526,10 @@ def fits(name: str, shape: Shape) -> bool:
 
 def _attention_flops(shape: Shape) -> dict[str, float]:
     """Two products forward, five backward, over the pairs of a token and a slot that it sees."""
-    first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
-    pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
     if shape.tokens_per_slot > 1:
         pairs = shape.tokens * shape.slots
+    else:
+        first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
+        pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
     product = 2.0 * shape.batch * shape.dim * pairs
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
