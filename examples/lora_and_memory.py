@@ -82,17 +82,18 @@ def main() -> None:
     """Add, adapt, train, save, load and merge."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or name for from_pretrained")
-    parser.add_argument("--slots", type=int, default=16, help="and tokens of a segment")
+    parser.add_argument("--segment-length", type=int, default=16, help="tokens, and slots")
     parser.add_argument("--host-steps", type=int, default=150, help="of the Llama, without --model")
     parser.add_argument("--steps", type=int, default=150, help="of LoRA and the memory")
     parser.add_argument("--out", type=Path, help="a folder; a temporary one unless given")
     options = parser.parse_args()
+    length = options.segment_length
     torch.manual_seed(0)
-    fresh = host(options.model, options.host_steps, options.slots)
+    fresh = host(options.model, options.host_steps, length)
 
     model = copy.deepcopy(fresh)
     # the memory first: an adapter's files hold what is there when it comes
-    lm2.add_memory(model, memory_slots=options.slots, num_heads=4)
+    lm2.add_memory(model, memory_slots=length, num_heads=4)
     lora = peft.LoraConfig(
         target_modules=["q_proj", "v_proj"], modules_to_save=["memory"], task_type="CAUSAL_LM"
     )
@@ -100,9 +101,9 @@ def main() -> None:
     model.print_trainable_parameters()
     print("LoRA and the memory learn, one segment after the other")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    train(model, read_in_turn, trained, options.steps, options.slots)
+    train(model, read_in_turn, trained, options.steps, length)
 
-    ids, letters = texts(200, options.slots)
+    ids, letters = texts(200, length)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         wanted = read_in_turn(model, ids)
         print(f"right: {(wanted.argmax(-1) == letters).float().mean().item():.0%}")
@@ -111,7 +112,7 @@ def main() -> None:
             print(f"without both: {(logits.argmax(-1) == letters).float().mean().item():.0%}")
         folder = options.out or Path(temporary)
         model.save_pretrained(folder)
-        lm2.add_memory(fresh, memory_slots=options.slots, num_heads=4)
+        lm2.add_memory(fresh, memory_slots=length, num_heads=4)
         again = peft.PeftModel.from_pretrained(fresh, folder).eval()
         difference = (read_in_turn(again, ids) - wanted).abs().max().item()
         print("changed by saving and loading:", difference)

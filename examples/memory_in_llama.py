@@ -136,30 +136,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="a folder or name for from_pretrained")
     parser.add_argument("--text", type=Path, metavar="FILE", help="to learn from, byte by byte")
-    parser.add_argument("--slots", type=int, default=16, help="and bytes of a segment")
+    parser.add_argument("--segment-length", type=int, default=16, help="bytes, and slots")
     parser.add_argument("--host-steps", type=int, default=200, help="of the Llama, without --model")
     parser.add_argument("--steps", type=int, default=150, help="of the memory")
     parser.add_argument("--out", help="a folder for the model; a temporary one unless given")
     options = parser.parse_args()
-    if options.slots < 2:
-        parser.error("--slots must be at least 2: a question and its answer")
+    length = options.segment_length
+    if length < 2:
+        parser.error("--segment-length must be at least 2: a question and its answer")
     if options.text is not None and not options.text.is_file():
         parser.error(f"there is no file {options.text}")
     torch.manual_seed(0)
-    texts = kept = told_and_asked(options.slots)
+    texts = kept = told_and_asked(length)
     if options.text is not None:
         data = torch.tensor(list(options.text.read_bytes()))
-        if len(data) < 20 * options.slots:
-            parser.error(f"--text needs {20 * options.slots} bytes at least, got {len(data)}")
+        if len(data) < 20 * length:
+            parser.error(f"--text needs {20 * length} bytes at least, got {len(data)}")
         seen = len(data) * 9 // 10
-        texts, kept = (windows(part, options.slots) for part in (data[:seen], data[seen:]))
+        texts, kept = (windows(part, length) for part in (data[:seen], data[seen:]))
     model = host(options.model, texts, options.host_steps)
     print(f"both in one window: {score(model, kept, read_at_once)}")
     ids, _ = kept(2, torch.Generator().manual_seed(2))
     with torch.no_grad():
         before = model(ids.flatten(1)).logits
 
-    report = lm2.add_memory(model, memory_slots=options.slots, num_heads=4)
+    report = lm2.add_memory(model, memory_slots=length, num_heads=4)
     print(report)
     with torch.no_grad():
         after = model(ids.flatten(1)).logits

@@ -19,13 +19,13 @@ LETTERS = 8
 ASK, NOISE = LETTERS, LETTERS + 1
 
 
-def batches(batch: int, slots: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def batches(batch: int, length: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Batches without end; only the last token of a row is predicted."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        ids = torch.full((batch, 2 * slots), NOISE)
+        ids = torch.full((batch, 2 * length), NOISE)
         letter = torch.randint(LETTERS, (batch, 1), generator=generator)
-        ids[:, slots // 2 : slots // 2 + 1] = letter
+        ids[:, length // 2 : length // 2 + 1] = letter
         ids[:, -2] = ASK
         ids[:, -1:] = letter
         labels = torch.full_like(ids, -100)
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=16)
+    parser.add_argument("--segment-length", type=int, default=16, help="tokens, and slots")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -57,11 +57,11 @@ def main() -> None:
         config = lm2.LM2Config(
             vocab_size=LETTERS + 2, hidden_size=options.hidden,
             intermediate_size=2 * options.hidden, num_hidden_layers=options.layers,
-            num_attention_heads=4, memory_slots=options.slots, memory_heads=4,
+            num_attention_heads=4, memory_slots=options.segment_length, memory_heads=4,
             memory_layers=layers, initializer_range=0.125,
         )  # fmt: skip
         model = lm2.LM2ForCausalLM(config)
-        source = batches(options.batch, options.slots, seed=0)
+        source = batches(options.batch, options.segment_length, seed=0)
         print(f"{name}:", flush=True)
         losses = train(model, source, steps=options.steps, lr=options.lr, warmup=10, progress=show)
         last = losses[-10:]

@@ -32,6 +32,11 @@ def by_slot(x: Tensor, tokens_per_slot: int, num_tokens: int) -> Tensor:
     return x.unflatten(1, (-1, tokens_per_slot))
 
 
+def by_token(x: Tensor, num_tokens: int) -> Tensor:
+    """(B, T, ...): what :func:`by_slot` made of rows of tokens, without the zeros."""
+    return x.flatten(1, 2)[:, :num_tokens]
+
+
 def sum_by_slot(x: Tensor, tokens_per_slot: int, first: int = 0) -> Tensor:
     """The sum over each row's tokens of (B, T, ...), (B, R, ...).
 

@@ -36,7 +36,7 @@ def pool(**options) -> Case:
 # one case an op, with as many inputs as it takes
 FULL = [
     attention(slot_mask="random", slot_offset=1),
-    update(output_gate=True, gate_bias="segment"),
+    update(output_gate=True, gate_bias="segment", read=True, tokens_per_slot=2),
     norm(),
     pool(prefix=True, num_pooled=3),
 ]
@@ -58,6 +58,12 @@ EVERY_OPTION = [
     update(output_gate=True, broadcast=True),
     update(gate_bias="segment"),
     update(gate_bias="prefix", output_gate=True),
+    update(output_gate=True, read=True),
+    update(tokens_per_slot=2),
+    update(tokens_per_slot=2, output_gate=True),
+    update(tokens_per_slot=2, output_gate=True, read=True),
+    update(tokens_per_slot=2, gate_bias="prefix", gates="slots"),
+    update(tokens_per_slot=9, output_gate=True, output="memory", gate_bias="segment"),
     norm(),
     pool(),
     pool(prefix=True),
@@ -269,7 +275,10 @@ def test_nothing_is_written_to(case, backend):
 def test_changing_a_saved_tensor_is_noticed(case, backend):
     saved = {
         "memory_attention": ("query", "key", "value"),
-        "memory_update": ("candidate", "memory", "input_gate", "forget_gate", "output_gate"),
+        "memory_update": (
+            *("candidate", "memory", "read"),
+            *("input_gate", "forget_gate", "output_gate", "gate_bias"),
+        ),
         "residual_layer_norm": ("x", "residual", "weight"),
         "pooled_gate": ("x", "weight"),
     }
@@ -649,6 +658,10 @@ def test_memory_attention_saves_no_scores(options, dtype, backend):
     "case",
     [
         Case("memory_update", B, T, 0, 0, D, (("output_gate", True), ("gate_bias", "prefix"))),
+        Case(
+            *("memory_update", B, T, 0, 0, D),
+            (("output_gate", True), ("read", True), ("tokens_per_slot", 8)),
+        ),
         Case("pooled_gate", B, T, 0, 0, D),
         Case("pooled_gate", B, T, 0, 0, D, (("prefix", True), ("num_pooled", 2))),
     ],

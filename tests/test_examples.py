@@ -38,7 +38,7 @@ def test_layer_in_your_block(run):
 
 
 def test_train_from_scratch(run, tmp_path):
-    arguments = ("--hidden", 32, "--layers", 1, "--slots", 6, "--steps", 120, "--lr", 1e-2)
+    arguments = ("--hidden", 32, "--layers", 1, "--segment-length", 6, "--steps", 120, "--lr", 1e-2)
     text = run("train_from_scratch", *arguments, "--out", tmp_path)
     (guess,) = numbers("a loss of", text)
     remembers, forgets = numbers("at last", text)
@@ -50,7 +50,7 @@ def test_train_from_scratch(run, tmp_path):
 
 def test_memory_in_llama(run, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
-    arguments = ("--slots", 8, "--host-steps", 60, "--steps", 100, "--out", tmp_path)
+    arguments = ("--segment-length", 8, "--host-steps", 60, "--steps", 100, "--out", tmp_path)
     text = run("memory_in_llama", *arguments)
     assert "2 memory layers added" in text
     assert numbers("changed at first:", text) == [0.0]
@@ -69,7 +69,7 @@ def test_memory_in_llama_of_a_text(run, tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     document = tmp_path / "document.txt"
     document.write_text("What was read is remembered. " * 12)
-    arguments = ("--text", document, "--slots", 8, "--host-steps", 3, "--steps", 3)
+    arguments = ("--text", document, "--segment-length", 8, "--host-steps", 3, "--steps", 3)
     text = run("memory_in_llama", *arguments)
     assert len(numbers(r"carried: loss", text)) == 4
     assert numbers("changed at last:", text) == [0.0]
@@ -78,7 +78,7 @@ def test_memory_in_llama_of_a_text(run, tmp_path):
 def test_lora_and_memory(run, tmp_path):
     for name in ("transformers", "peft"):
         pytest.importorskip(name, reason=f"{name} is not installed")
-    arguments = ("--slots", 8, "--host-steps", 40, "--steps", 80, "--out", tmp_path)
+    arguments = ("--segment-length", 8, "--host-steps", 40, "--steps", 80, "--out", tmp_path)
     text = run("lora_and_memory", *arguments)
     # who guesses has one of eight right
     assert numbers("right:", text)[0] > 80

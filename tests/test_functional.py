@@ -113,6 +113,10 @@ def longer(tensor):
     return torch.cat((tensor, tensor), dim=1)
 
 
+def first_row(tensor):
+    return tensor[:, :1]
+
+
 def more_batches(tensor):
     return torch.cat((tensor, tensor[:1]))
 
@@ -287,6 +291,52 @@ UPDATE_REFUSALS = [
     ),
     Refusal(
         UPDATE, {"output": "both"}, ValueError, "output must be 'read' or 'memory', got 'both'"
+    ),
+    Refusal(
+        UPDATE, {"tokens_per_slot": 0}, ValueError, "tokens_per_slot must be at least 1, got 0"
+    ),
+    Refusal(
+        UPDATE, {"tokens_per_slot": 2.0}, TypeError, "tokens_per_slot must be an int, got float"
+    ),
+    Refusal(
+        UPDATE,
+        {"tokens_per_slot": 2},
+        ValueError,
+        r"memory must be \(B, R = ceil\(T / tokens_per_slot\), D\) = \(2, 2, 8\), got \(2, 3, 8\)",
+    ),
+    Refusal(
+        UPDATE,
+        {"tokens_per_slot": 3, "memory": first_row, "forget_gate": longer},
+        ValueError,
+        r"forget_gate must be \(B, T, R or 1, D\) = \(2, 3, 8\), got \(2, 6, 8\)",
+    ),
+    Refusal(
+        UPDATE,
+        {"tokens_per_slot": 2, "memory": longer},
+        ValueError,
+        r"memory must be .* = \(2, 2, 8\), got \(2, 6, 8\)",
+    ),
+    Refusal(
+        UPDATE,
+        {"read": torch.zeros(B, 1, D)},
+        ValueError,
+        r"read must be \(B, T, D\) = \(2, 3, 8\), got \(2, 1, 8\)",
+    ),
+    Refusal(
+        UPDATE,
+        {"read": torch.zeros(B, T, D, dtype=torch.float16)},
+        TypeError,
+        "read is torch.float16 but torch.float32 was expected",
+    ),
+    *(
+        Refusal(
+            UPDATE,
+            {"read": torch.zeros(B, T, D)} | changes,
+            ValueError,
+            "read is what an output gate shows with output='read'; without an output_gate, or "
+            "with output='memory', leave it out",
+        )
+        for changes in ({"output": "memory"}, {"output_gate": None})
     ),
 ]
 

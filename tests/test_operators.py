@@ -52,28 +52,35 @@ def _attention_backward(**changes):
     return arguments | changes
 
 
+# of memory_update: no number of rows that a tensor may have is one more than another
+TOKENS, TOKENS_PER_SLOT, ROWS = 7, 3, 3
+
+
 def _update(**changes):
-    rows = torch.randn(B, T, D)
+    rows = torch.randn(B, TOKENS, D)
     arguments = {
         "hidden": rows,
         "candidate": rows,
-        "memory": rows,
+        "memory": torch.randn(B, ROWS, D),
         "input_gate": rows,
         "forget_gate": torch.randn(B, 1, D),
-        "output_gate": rows,
+        "output_gate": torch.randn(B, ROWS, D),
         "gate_bias": torch.randn(B, 1, 2 * D),
+        "read": rows,
         "output": "read",
+        "tokens_per_slot": TOKENS_PER_SLOT,
     }
     return arguments | changes
 
 
 def _update_backward(**changes):
     arguments = _update() | {
-        "doutput": torch.randn(B, T, D),
-        "dnew_memory": torch.randn(B, T, D),
+        "doutput": torch.randn(B, TOKENS, D),
+        "dnew_memory": torch.randn(B, ROWS, D),
         "needs_dcandidate": True,
         "needs_dmemory": True,
         "needs_dgates": True,
+        "needs_dread": True,
     }
     arguments.pop("hidden")
     return arguments | changes
@@ -203,7 +210,13 @@ def test_the_arguments_are_right(function):
         ("memory_attention_forward", {"seed": torch.zeros(2, dtype=torch.int64)}, "seed"),
         ("memory_attention_forward", {"seed": torch.zeros(())}, "seed"),
         ("memory_update_forward", {"output": "both"}, "output"),
+        ("memory_update_forward", {"output": "memory"}, "read needs"),
+        ("memory_update_forward", {"output_gate": None}, "read needs"),
+        ("memory_update_forward", {"tokens_per_slot": 0}, "tokens_per_slot"),
+        ("memory_update_forward", {"tokens_per_slot": -(2**63)}, "tokens_per_slot"),
+        ("memory_update_forward", {"tokens_per_slot": 1}, "memory"),
         ("memory_update_backward", {"doutput": None, "dnew_memory": None}, "doutput"),
+        ("memory_update_backward", {"read": None}, "needs_dread"),
         ("pooled_gate_forward", {"num_pooled": -1}, "num_pooled"),
         ("pooled_gate_forward", {"num_pooled": 2**63 - 2}, "num_pooled"),
         ("pooled_gate_forward", {"prefix": False}, "pooled_sum"),
@@ -250,6 +263,19 @@ def test_any_strides_are_taken(function):
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
         assert a.is_contiguous()
+
+
+@pytest.mark.parametrize("function", ["memory_update_forward", "memory_update_backward"])
+def test_any_number_of_tokens_per_slot_is_taken(function):
+    """More than there are is all of them."""
+    arguments = ARGUMENTS[function](
+        memory=torch.randn(B, 1, D), output_gate=torch.randn(B, 1, D), tokens_per_slot=TOKENS
+    )
+    if "dnew_memory" in arguments:
+        arguments["dnew_memory"] = torch.randn(B, 1, D)
+    want = _run(function, **arguments)
+    got = _run(function, **arguments | {"tokens_per_slot": 2**63 - 1})
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_out_of_memory_is_an_error_and_no_more():

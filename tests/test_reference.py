@@ -109,6 +109,58 @@ def test_memory_update_gate_bias_by_hand():
     assert_same(output, rows(2.75, 4.0))
 
 
+def test_memory_update_read_by_hand():
+    # what is shown is not what is written: 1 + 3/4 * 8, and 1/2 * 1/2 + 3/4 * 2
+    hidden, candidate, memory = rows(1.0), rows(math.atanh(0.5)), rows(2.0)
+    gates = rows(0.0), rows(LN3), rows(LN3)
+    output, new_memory = reference.memory_update(hidden, candidate, memory, *gates, read=rows(8.0))
+    assert_same(output, rows(7.0))
+    assert_same(new_memory, rows(1.75))
+
+
+def test_memory_update_of_several_tokens_by_hand():
+    """Tokens 0 and 1 are bound to the first row, token 2 alone to the second."""
+    tokens = rows(1.0, 1.0, 1.0), rows(math.atanh(0.5), 0.0, math.atanh(0.5))
+    # proposals 1/4 + 6/4, 0 + 6/4 and 1/4 + 12/4
+    output, new_memory = reference.memory_update(
+        *tokens, rows(2.0, 4.0), rows(0.0), rows(LN3), tokens_per_slot=2
+    )
+    assert_same(new_memory, rows(1.625, 3.25))
+    assert_same(output, rows(2.75, 2.5, 4.25))
+    # gates and bias of slots: the second has (ln 3, 0), so 3/4 * 1/2 + 1/2 * 4
+    bias = torch.tensor([[[1.0, 2.0], [0.0, 0.0]]], dtype=torch.float64)
+    output, new_memory = reference.memory_update(
+        *tokens,
+        rows(2.0, 4.0),
+        rows(-1.0, LN3),
+        rows(LN3 - 2.0, 0.0),
+        gate_bias=bias,
+        tokens_per_slot=2,
+    )
+    assert_same(new_memory, rows(1.625, 2.375))
+    assert_same(output, rows(2.75, 2.5, 3.375))
+    # an output gate of 1/2, 3/4 and 1/2 shows each token the row that it is bound to
+    output, _ = reference.memory_update(
+        *tokens,
+        rows(2.0, 4.0),
+        rows(0.0),
+        rows(LN3),
+        rows(0.0, LN3, 0.0),
+        output="memory",
+        tokens_per_slot=2,
+    )
+    assert_same(output, rows(2.0, 2.5, 3.0))
+
+
+def test_memory_update_of_fewer_tokens_than_a_slot_takes_by_hand():
+    # (7/4 + 6/4) / 2: what did not come does not count
+    tokens = rows(0.0, 0.0), rows(math.atanh(0.5), 0.0)
+    _, new_memory = reference.memory_update(
+        *tokens, rows(2.0), rows(0.0), rows(LN3), tokens_per_slot=5
+    )
+    assert_same(new_memory, rows(1.625))
+
+
 def test_residual_layer_norm_by_hand():
     # the sum is (1, 5): mean 3, variance 4, and sqrt(4 + 5) = 3
     x = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64)

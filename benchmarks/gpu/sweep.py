@@ -39,7 +39,7 @@ def entries(context: Context, phase: str) -> list[Entry]:
 
 def own_config(kernel: str, target: str, width: int, batch: int) -> tables.AttentionConfig:
     """What the tables say in 16 bits."""
-    sizes = (batch * _WIDTH // width, _TOKENS) if kernel == "forward" else ()
+    sizes = (batch * _WIDTH // width, _TOKENS, _TOKENS) if kernel == "forward" else (_TOKENS,)
     return getattr(tables, f"attention_{kernel}")(target, torch.bfloat16, width, False, *sizes)
 
 

@@ -14,7 +14,7 @@ from lm2_kernels.backends.composite import (  # noqa: F401 - this backend's own
     memory_attention_forward,
 )
 from lm2_kernels.backends.contract import accumulation_dtype
-from lm2_kernels.chunks import by_slot, counts, sum_by_slot
+from lm2_kernels.chunks import by_slot, by_token, counts, sum_by_slot
 
 DEVICES = None
 
@@ -52,12 +52,9 @@ def memory_update_forward(
     def view(x: Tensor) -> Tensor:
         return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
 
-    def by_token(x: Tensor) -> Tensor:
-        return x.flatten(1, 2)[:, :num_tokens]
-
     c, p = view(candidate), memory.to(dtype)[:, :, None]
     i, f = _gates(input_gate, forget_gate, gate_bias, view)
-    proposal = by_token(i * torch.tanh(c) + f * p)
+    proposal = by_token(i * torch.tanh(c) + f * p, num_tokens)
     new_memory = sum_by_slot(proposal, tokens_per_slot)
     if tokens_per_slot > 1:
         new_memory = new_memory / counts(num_tokens, tokens_per_slot, memory.device)
@@ -65,7 +62,7 @@ def memory_update_forward(
         shown = proposal
     else:
         s = p if output == "memory" else c if read is None else view(read)
-        shown = by_token(torch.sigmoid(view(output_gate)) * s.expand(c.shape))
+        shown = by_token(torch.sigmoid(view(output_gate)) * s.expand(c.shape), num_tokens)
     out = (hidden.to(dtype) + shown).to(hidden.dtype)
     # arithmetic keeps the axes' order in memory, the contract is a plain contiguous tensor
     return out.contiguous(), new_memory.to(memory.dtype).contiguous()
@@ -102,9 +99,6 @@ def memory_update_backward(
     def view(x: Tensor) -> Tensor:
         return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
 
-    def by_token(x: Tensor) -> Tensor:
-        return x.flatten(1, 2)[:, :num_tokens]
-
     c, p = view(candidate), memory.to(dtype)[:, :, None]
     i, f = _gates(input_gate, forget_gate, gate_bias, view)
     u = torch.tanh(c)
@@ -136,14 +130,16 @@ def memory_update_backward(
         dgates.append(doutput_gate)
     none = candidate.new_empty(0)
     return (
-        _owned(by_token(dcandidate), candidate.dtype) if needs_dcandidate else none,
-        _owned(sum_by_slot(by_token(drow), tokens_per_slot), memory.dtype)
+        _owned(by_token(dcandidate, num_tokens), candidate.dtype) if needs_dcandidate else none,
+        _owned(sum_by_slot(by_token(drow, num_tokens), tokens_per_slot), memory.dtype)
         if needs_dmemory
         else none.clone(),
-        torch.stack([by_token(gate) for gate in dgates], dim=2).to(input_gate.dtype).contiguous()
+        torch.stack([by_token(gate, num_tokens) for gate in dgates], dim=2)
+        .to(input_gate.dtype)
+        .contiguous()
         if needs_dgates
         else none.clone(),
-        _owned(by_token(dread), candidate.dtype) if needs_dread else none.clone(),
+        _owned(by_token(dread, num_tokens), candidate.dtype) if needs_dread else none.clone(),
     )
 
 

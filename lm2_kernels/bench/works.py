@@ -385,6 +385,7 @@ def _model(shape: Shape, device: str, **options: object) -> LM2ForCausalLM:
         hidden_size=shape.dim,
         intermediate_size=4 * shape.dim,
         memory_slots=shape.slots,
+        segment_length=shape.tokens,
         memory_heads=shape.heads,
         **MODEL,
         **options,
@@ -464,7 +465,7 @@ def _model_flops(shape: Shape) -> dict[str, float]:
 
 def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
     """The next token in the middle of a segment: by the caches, or reading the segment again."""
-    past = shape.slots // 2
+    past = shape.tokens // 2
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(MODEL["vocab_size"], (shape.batch, past + 1), generator=generator)
     ids = ids.to(device)
@@ -482,7 +483,7 @@ def _decode_step(shape: Shape, dtype: torch.dtype, device: str) -> Work:
                 output = model(ids[:, -1:], memory=states[-1], use_cache=True)
             # the next call goes on: a second one from one state would copy the caches. At the
             # segment's end back to its middle, which is one copy in many steps
-            states[1:] = [output.memory] if output.memory.position[0] < shape.slots - 1 else []
+            states[1:] = [output.memory] if output.memory.position[0] < shape.tokens - 1 else []
             return (output.logits[:, -1],)
 
         def restart() -> None:
@@ -525,9 +526,10 @@ def fits(name: str, shape: Shape) -> bool:
 
 def _attention_flops(shape: Shape) -> dict[str, float]:
     """Two products forward, five backward, over the pairs of a token and a slot that it sees."""
-    first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
-    pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
     if shape.tokens_per_slot > 1:
         pairs = shape.tokens * shape.slots
+    else:
+        first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
+        pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
     product = 2.0 * shape.batch * shape.dim * pairs
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 import signal
 from pathlib import Path
 
@@ -30,8 +31,18 @@ _SIZES = {
 # what ends a run, and is told where it can be gone on with; by these kinds, as their own may take
 # other arguments than a text
 _ERRORS = (OSError, ArithmeticError, MemoryError, ValueError, RuntimeError)
+# options of the memory by the names that LM2Config has for them
+_OF_THE_MEMORY = {
+    "formulation": "formulation",
+    "flow": "flow",
+    "slots": "memory_slots",
+    "segment_length": "segment_length",
+    "write": "write",
+    "memory_causal": "memory_causal",
+    "candidate": "candidate",
+}
 # which a run that goes on has already
-_OF_THE_MODEL = ("config", "size", "formulation", "flow", "slots", "no_memory")
+_OF_THE_MODEL = ("config", "size", *_OF_THE_MEMORY, "no_memory")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
@@ -52,8 +63,26 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--size", choices=tuple(_SIZES), help="if no --config (small)")
     parser.add_argument("--formulation", choices=("paper", "release"), help="of the memory")
     parser.add_argument("--flow", choices=("depth", "time"), help="of the memory")
-    parser.add_argument("--slots", type=int, help="memory slots, the length of a segment")
-    parser.add_argument("--no-memory", action="store_true", help="the same model without memory")
+    parser.add_argument("--slots", type=int, help="memory slots")
+    parser.add_argument("--segment-length", type=int, help="tokens; as many as slots unless given")
+    parser.add_argument(
+        "--write",
+        choices=("position", "chunk"),
+        help="a token or several neighbours to a slot; chunk needs --flow time (position)",
+    )
+    parser.add_argument(
+        "--memory-causal",
+        action=argparse.BooleanOptionalAction,
+        help="whether a token sees the slots up to its own alone; yes for position, no for chunk",
+    )
+    parser.add_argument(
+        "--candidate",
+        choices=("read", "token"),
+        help="what is written; token unless --config says otherwise",
+    )
+    parser.add_argument(
+        "--no-memory", action="store_true", default=None, help="the same model without memory"
+    )
     parser.add_argument(
         "--data-dtype",
         choices=RAW_DTYPES,
@@ -100,8 +129,10 @@ def run_train(options: argparse.Namespace) -> int:
     if options.resume and options.overwrite:
         raise ValueError("--overwrite begins anew, --resume does not: give one of them")
     for name in _OF_THE_MODEL if options.resume else ():
-        if getattr(options, name) not in (None, False):
-            raise ValueError(f"--resume goes on with the model as it is: {flag(name)} does not fit")
+        value = getattr(options, name)
+        if value is not None:
+            given = flag(f"no_{name}" if value is False else name)
+            raise ValueError(f"--resume goes on with the model as it is: {given} does not fit")
     with distributed.process_group() as place, contextlib.ExitStack() as held:
         # a function of its own: nothing of a wrapped model may outlive the group
         _train(options, held, *place)
@@ -128,7 +159,7 @@ def _planned(
     data = Corpus.open(paths, chosen["vocab_size"], chosen["data_dtype"])
     config = _configuration(options, data) if stored is None else stored.config
     if chosen["length"] is None:
-        chosen["length"] = 4 * config.memory_slots
+        chosen["length"] = 4 * config.segment_length
     if chosen["warmup"] is None:
         chosen["warmup"] = max(chosen["steps"] // 20, 1)
     seen, kept = data.split(chosen["validation"], chosen["length"])
@@ -158,21 +189,43 @@ def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
         values = {**_SIZES[options.size or "small"], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
         values["tie_word_embeddings"] = True
+        values["candidate"] = "token"
     values.setdefault("vocab_size", vocab_size)
-    for name, value in (
-        ("formulation", options.formulation),
-        ("flow", options.flow),
-        ("memory_slots", options.slots),
-        ("memory_layers", () if options.no_memory else None),
-    ):
+    if options.write is not None:
+        # a saved model has what its own rule takes
+        values.pop("memory_causal", None)
+    for name, field in _OF_THE_MEMORY.items():
+        value = getattr(options, name)
         if value is not None:
-            values[name] = value
-    config = LM2Config.from_dict(values)
+            values[field] = value
+    if options.no_memory:
+        values["memory_layers"] = ()
+    try:
+        config = LM2Config.from_dict(values)
+    except ValueError as error:
+        raise ValueError(_in_flags(str(error))) from None
     if config.vocab_size < vocab_size:
         raise ValueError(f"the data has {vocab_size} tokens, the configuration {config.vocab_size}")
     if is_text and config.vocab_size != vocab_size:
         raise ValueError(f"text has {vocab_size} tokens, the configuration {config.vocab_size}")
     return config
+
+
+def _in_flags(text: str) -> str:
+    """What LM2Config says of the memory's options, by their names on the command line."""
+    names = {field: name for name, field in _OF_THE_MEMORY.items()}
+
+    def named(found: re.Match) -> str:
+        field, value = found.groups()
+        name = names[field]
+        if value in ("True", "False"):
+            return flag(name if value == "True" else f"no_{name}")
+        return f"{flag(name)} {value}" if value else flag(name)
+
+    # the others are words as well
+    alone = "|".join(field for field in names if "_" in field)
+    text = re.sub(rf"\b({'|'.join(names)})='?(\w+)'?", named, text)
+    return re.sub(rf"\b({alone})\b()", named, text)
 
 
 def _train(

@@ -72,7 +72,7 @@ class QATask:
     which of the two a story is for.
 
     Args:
-        segment_length: tokens of a segment, which are the model's ``memory_slots``.
+        segment_length: tokens of a segment, the model's ``segment_length``.
         fact_segments: segments of facts before that of the questions.
         sentences: sentences of a segment of facts.
         people: how many people there are, at most 8.

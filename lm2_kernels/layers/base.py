@@ -16,6 +16,7 @@ from lm2_kernels.backends import (
     select,
     use_backend,
 )
+from lm2_kernels.backends.contract import accumulation_dtype
 from lm2_kernels.checks import (
     DTYPES,
     check_bool,
@@ -39,6 +40,10 @@ class MemoryLayer(nn.Module):
     """What both layers share: their options, the checks of their inputs, reading and writing."""
 
     OPS: tuple[str, ...] = ()
+
+    # layers that were pickled when there was nothing else have none of their own
+    tokens_per_slot: int = 1
+    candidate: str = "read"
 
     def __init__(
         self,
@@ -144,7 +149,7 @@ class MemoryLayer(nn.Module):
                     f"{op}: the layer has {name}={getattr(self, name)}, the cache "
                     f"{getattr(cache, name)}; ask MemoryState.piece for the layer's"
                 )
-        num_slots = cache.segment_length if self.causal else memory.shape[1]
+        num_slots = memory.shape[1]
         if self.causal:
             check_shape(op, "memory (with a cache, the rows)", memory, "(B, T, D)", tuple(x.shape))
         elif num_rows(cache.size, self.tokens_per_slot) > num_slots:
@@ -152,7 +157,7 @@ class MemoryLayer(nn.Module):
                 f"{op}: a segment of {cache.size} tokens wants at least "
                 f"{num_rows(cache.size, self.tokens_per_slot)} slots, memory has {num_slots}"
             )
-        if self.top_k is not None and self.top_k > num_slots:
+        if not self.causal and self.top_k is not None and self.top_k > num_slots:
             raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
@@ -267,13 +272,11 @@ class MemoryLayer(nn.Module):
         """Where a piece reads."""
         if self.causal:
             return PieceReader(self, cache)
-        return ConstantReader(self, self._operand(memory, x), cache)
+        return ConstantReader(self, memory, cache)
 
-    def _piece_rows(self, memory: Tensor, cache: SegmentCache) -> tuple[Tensor, int]:
-        """The rows that a piece rewrites, and how many of its tokens each one has."""
-        if self.causal:
-            return memory, 1
-        return cache.rows_of(memory), self.tokens_per_slot if cache.writes_rows else 1
+    def _piece_rows(self, memory: Tensor, cache: SegmentCache) -> Tensor:
+        """The rows that a piece's tokens are bound to, (B, R, D)."""
+        return memory if self.causal else cache.rows_of(memory)
 
     def _attention_cache(self, num_blocks: int) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the keys and values that are kept within a segment."""
@@ -285,6 +288,11 @@ class MemoryLayer(nn.Module):
         """What is written, before the tanh. (B, T, D)"""
         if self.candidate == "read":
             return read
+        if "candidate_proj" not in self._modules:
+            raise ValueError(
+                f"{type(self).__name__}: candidate='token' needs a candidate_proj, which a layer "
+                f"has that was made with it"
+            )
         return read + self._project("candidate_proj", x, self.candidate_proj)
 
     def _project(self, name: str, x: Tensor, layer: nn.Module, *, relu: bool = False) -> Tensor:
@@ -336,9 +344,15 @@ def check_write(op: str, write: str, tokens_per_slot: int, causal: bool, candida
         )
     if write == "chunk" and causal:
         raise ValueError(
-            f"{op}: write='chunk' has causal=False: every token sees every slot, as the segment "
-            f"found them, which says nothing of later tokens"
+            f"{op}: write='chunk' has causal=False (of a model: memory_causal=False), which may be "
+            f"left out: every token sees every slot, as the segment found them, which says nothing "
+            f"of later tokens"
         )
+
+
+def unrounded(rows: Tensor) -> Tensor:
+    """Rows in the dtype that proposals are summed up in."""
+    return rows.to(accumulation_dtype(rows))
 
 
 def shallow_copy(
@@ -496,23 +510,30 @@ class ConstantReader:
 
     def __init__(self, layer: MemoryLayer, bank: Tensor, cache: SegmentCache):
         self._layer = layer
-        self._bank = bank  # (B, N, D), a matrix operand
+        self._bank = bank  # (B, N, D)
         self._cache = cache
 
     def read(self, query: Tensor, rows: Tensor, block: int) -> Tensor:
         """See :class:`Reader`."""
-        layer = self._layer
+        layer, (batch, num_slots, dim) = self._layer, self._bank.shape
+        shape = (batch, num_slots, layer.num_heads, dim // layer.num_heads)
+        projections = {"key": layer.key_proj, "value": layer.value_proj}
         key, value = (
             self._cache.constant(
-                f"{kind}{block}", functools.partial(self._projected, f"{kind}_proj", projection)
+                f"{kind}{block}",
+                functools.partial(self._projected, f"{kind}_proj", projection, query),
+                query,
+                shape,
             )
-            for kind, projection in (("key", layer.key_proj), ("value", layer.value_proj))
+            for kind, projection in projections.items()
         )
         return layer._attention(query, key, value, False, 0, None)
 
-    def _projected(self, name: str, projection: nn.Module, rows: Tensor | None) -> Tensor:
+    def _projected(
+        self, name: str, projection: nn.Module, x: Tensor, rows: Tensor | None
+    ) -> Tensor:
         """(B, N, H, K), of some batch rows alone if they are given."""
-        bank = self._bank
+        layer, bank = self._layer, self._bank
         if rows is not None:
-            bank = bank.index_select(0, rows.to(bank.device, non_blocking=True))
-        return self._layer._heads(self._layer._project(name, bank, projection))
+            bank = bank.index_select(0, rows)
+        return layer._heads(layer._project(name, layer._operand(bank, x), projection))

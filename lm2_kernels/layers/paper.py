@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lm2_kernels import unchecked
 from lm2_kernels.chunks import num_rows
-from lm2_kernels.layers.base import BankReader, MemoryLayer, Reader
+from lm2_kernels.layers.base import BankReader, MemoryLayer, Reader, unrounded
 from lm2_kernels.state.memory import SegmentCache, write_rows
 
 
@@ -192,8 +192,10 @@ class PaperMemory(MemoryLayer):
         self, x: Tensor, memory: Tensor, cache: SegmentCache
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
-        rows, tokens_per_slot = self._piece_rows(memory, cache)
-        return self._rewrite(x, rows, self._reader(memory, x, cache), tokens_per_slot)
+        rows, c = self._piece_rows(memory, cache), self.tokens_per_slot
+        if not cache.writes_rows:
+            rows, c = unrounded(cache.by_token(rows)), 1
+        return self._rewrite(x, rows, self._reader(memory, x, cache), c)
 
     def _rewrite(
         self, x: Tensor, rows: Tensor, reader: Reader, tokens_per_slot: int

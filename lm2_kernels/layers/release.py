@@ -27,6 +27,7 @@ from lm2_kernels.layers.base import (
     ordinary_parameter,
     project,
     shallow_copy,
+    unrounded,
 )
 from lm2_kernels.plain import ORDINARY, plain_parameters
 from lm2_kernels.state.memory import SegmentCache, is_known, read_rows, write_rows
@@ -468,7 +469,8 @@ class ReleaseMemory(MemoryLayer):
         gate_bias, new_sum = self._gate_bias(x, pool)
         reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], c)]
-        output, new_rows = self._rewrite(x, rows, gate_bias, reader, c)
+        gates = self.memory_gate_projector(self._operand(rows, x))
+        output, new_rows = self._rewrite(x, rows, gates, gate_bias, reader, c)
         return output, write_rows(memory, new_rows, slot_offset), new_sum
 
     def _forward_piece(
@@ -476,9 +478,11 @@ class ReleaseMemory(MemoryLayer):
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` with a cache, its inputs checked."""
         gate_bias, _ = self._gate_bias(x, functools.partial(self._pool_piece, cache=cache))
-        rows, tokens_per_slot = self._piece_rows(memory, cache)
-        reader = self._reader(memory, x, cache)
-        return self._rewrite(x, rows, gate_bias, reader, tokens_per_slot)
+        rows, c = self._piece_rows(memory, cache), self.tokens_per_slot
+        gates = self.memory_gate_projector(self._operand(rows, x))
+        if not cache.writes_rows:
+            rows, gates, c = unrounded(cache.by_token(rows)), cache.by_token(gates), 1
+        return self._rewrite(x, rows, gates, gate_bias, self._reader(memory, x, cache), c)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps in a cache, of a token or of a slot: name -> shape."""
@@ -501,7 +505,7 @@ class ReleaseMemory(MemoryLayer):
         cache.set_running_sum("pooled", new_sum)
         if cache.start is None or (real is not None and self.pooled_gate == "segment"):
             # rows have pooled different numbers of tokens
-            counts = cache.counts(x.shape[0], x.device)
+            counts = cache.tokens_read(x.shape[0], x.device)
             pooled = (new_sum / counts[:, None])[:, None].to(x.dtype)
         return pooled, new_sum
 
@@ -528,10 +532,15 @@ class ReleaseMemory(MemoryLayer):
         return gates + biases.to(gates.dtype), new_sum
 
     def _rewrite(
-        self, x: Tensor, rows: Tensor, gate_bias: Tensor, reader: Reader, tokens_per_slot: int
+        self,
+        x: Tensor,
+        rows: Tensor,
+        gates: Tensor,
+        gate_bias: Tensor,
+        reader: Reader,
+        tokens_per_slot: int,
     ) -> tuple[Tensor, Tensor]:
         candidate = self._candidate(self._attend(x, rows, reader, tokens_per_slot), x)
-        gates = self.memory_gate_projector(self._operand(rows, x))
         input_gate, forget_gate = gates.chunk(2, dim=-1)
         return unchecked.memory_update(
             x,

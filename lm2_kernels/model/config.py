@@ -43,7 +43,9 @@ class LM2Config:
         tie_word_embeddings: whether the output projection is the token embedding.
         memory_slots: slots N of a bank.
         segment_length: the most tokens S of a segment, which is its own self-attention window and
-            reads the memory as the segment found it; ``memory_slots`` unless given.
+            reads the memory as the segment found it; ``memory_slots`` unless given, which for
+            ``write="chunk"`` is a chunk of one token. As ``memory_causal`` it is filled in:
+            ``dataclasses.replace`` keeps what it was.
         memory_heads: heads of the memory attention.
         memory_layers: which blocks have a memory layer; None is all, () none.
         formulation: "paper" (:class:`PaperMemory`) or "release" (:class:`ReleaseMemory`).
@@ -176,11 +178,16 @@ class LM2Config:
             check_segments(op, self.memory_slots, self.segment_length, self.write)
         check_write(op, self.write, self.tokens_per_slot, self.memory_causal, self.candidate)
         if has_memory and self.flow == "depth" and not self.memory_causal:
+            what = "write='chunk'" if self.write == "chunk" else "memory_causal=False"
             raise ValueError(
-                f"LM2Config: write={self.write!r} with memory_causal=False needs flow='time': in "
-                f"flow 'depth' a bank comes from the block below, where later tokens of the same "
-                f"segment have written to it"
+                f"LM2Config: {what} needs flow='time': in flow 'depth' a bank comes from the block "
+                f"below, where later tokens of the same segment have written to it"
             )
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        # of pickles from before there were such options
+        state = {"segment_length": state["memory_slots"], "memory_causal": True, **state}
+        self.__dict__.update(state)
 
     def __setattr__(self, name: str, value: object) -> None:
         # other names are free, for programs that keep notes on a model's configuration

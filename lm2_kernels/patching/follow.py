@@ -251,7 +251,10 @@ class AddedMemory:
     def _rule(self) -> Rule:
         """How the layers take their input in segments."""
         layer = self.layers[0]
-        return Rule(self.options["segment_length"], layer.tokens_per_slot, layer.causal)
+        options = self.options
+        # a pickle from before there was such an option has none
+        length = options.get("segment_length", options["memory_slots"])
+        return Rule(length, layer.tokens_per_slot, layer.causal)
 
     def _initial(self, index: int, batch: int, device: torch.device) -> MemoryState:
         block = self._blocks[index]

@@ -194,20 +194,18 @@ class SegmentCache:
         return self._once("slots", device, make)
 
     def rows_of(self, bank: Tensor) -> Tensor:
-        """The rows of a bank (B, N, D) that the layers rewrite: (B, R, D) or of each token.
-
-        See :attr:`writes_rows`.
-        """
+        """The rows of a bank (B, N, D) that the piece's tokens are bound to, (B, R, D)."""
         if self.start is None:
-            rows = bank[self.slots(bank.device)][:, None]
-        elif self.tokens_per_slot == 1:
-            return read_rows(bank, self.start, self.size)
-        elif self.writes_rows:
-            return read_rows(bank, 0, num_rows(self.size, self.tokens_per_slot))
-        else:
-            rows = bank.index_select(1, self.slots(bank.device))
-        # what is summed up is not rounded before
-        return rows if self.tokens_per_slot == 1 else rows.to(accumulation_dtype(bank))
+            return bank[self.slots(bank.device)][:, None]
+        c = self.tokens_per_slot
+        return read_rows(bank, self.start // c, num_rows(self.size, c))
+
+    def by_token(self, rows: Tensor) -> Tensor:
+        """Rows (B, R, ...) of :meth:`rows_of`'s slots as rows of the piece's tokens (B, T, ...)."""
+        if self.start is None or self.tokens_per_slot == 1:
+            return rows
+        first = self.start // self.tokens_per_slot
+        return rows.index_select(1, self.slots(rows.device) - first)
 
     def real(self, device: torch.device) -> Tensor | None:
         """Which tokens are real, (B, T, 1) bool; None if all are."""
@@ -220,10 +218,10 @@ class SegmentCache:
 
         return self._once("real", device, make)
 
-    def counts(self, batch: int, device: torch.device) -> Tensor:
+    def tokens_read(self, batch: int, device: torch.device) -> Tensor:
         """How many tokens of its segment each row has read with the piece, at least 1. (B,)"""
         return self._once(
-            "counts", device, lambda: on_device(self.ends(batch), device).clamp(min=1)
+            "tokens read", device, lambda: on_device(self.ends(batch), device).clamp(min=1)
         )
 
     def ends(self, batch: int) -> list[int]:
@@ -308,28 +306,43 @@ class SegmentCache:
         index = on_device([min(slot, sums.shape[1] - 1) for slot in last], sums.device)
         return sums[torch.arange(sums.shape[0], device=sums.device), index]
 
-    def constant(self, name: str, new: Callable[[Tensor | None], Tensor]) -> Tensor:
+    def constant(
+        self,
+        name: str,
+        new: Callable[[Tensor | None], Tensor],
+        like: Tensor,
+        shape: tuple[int, ...],
+    ) -> Tensor:
         """What is the same for all of a segment's pieces: made by its first one.
+
+        Where rows differ and one begins a segment, all are copied: earlier states have those of the
+        segment before.
 
         Args:
             name: of the tensor.
-            new: makes it, (B, ...), of these rows; None is all.
+            new: makes it, of these rows; None is all.
+            like: what its dtype and device are.
+            shape: its own, (B, ...).
         """
         name = self._prefix + self.constant_name(name)
         if not self.is_open:
             return new(None)
         if self.start == 0:
             self.tensors[name] = new(None)
-        elif self.start is None and 0 in self.starts:
-            begun = [row for row, start in enumerate(self.starts) if start == 0]
-            rows = self._once("begun", torch.device("cpu"), lambda: torch.tensor(begun))
-            made = new(rows)
-            rows = rows.to(made.device, non_blocking=True)
-            # a copy: earlier states have those of the segment before
-            self.tensors[name] = self._get(name, made).index_copy(0, rows, made)
-        if name not in self.tensors:
+            return self.tensors[name]
+        kept = self.tensors.get(name)
+        if kept is None:
             self._refuse_missing(name)
-        return self.tensors[name]
+        _check_kept(name, kept, like, tuple(kept.shape), shape)
+        if self.start is None and 0 in self.starts:
+            begun = [row for row, start in enumerate(self.starts) if start == 0]
+            rows = self._once("begun", kept.device, lambda: on_device(begun, kept.device))
+            kept = kept.index_copy(0, rows, new(rows))
+        elif kept.is_inference() and not torch.is_inference_mode_enabled():
+            # autograd keeps none of those
+            kept = kept.clone()
+        self.tensors[name] = kept
+        return kept
 
     @staticmethod
     def constant_name(name: str) -> str:
@@ -358,17 +371,7 @@ class SegmentCache:
             if self.start != 0:
                 self._refuse_missing(name)
             return None
-        for what, got, wanted in (
-            ("dtype", old.dtype, new.dtype),
-            ("device", old.device, new.device),
-            ("shape", tuple(old.shape[2:]), tuple(new.shape[2:])),
-        ):
-            if got != wanted:
-                raise ValueError(
-                    f"SegmentCache: '{name}' was kept with {what} {got}, but the "
-                    f"piece has {wanted}; go on as the segment began, or end it with "
-                    f"MemoryState.end_segment()"
-                )
+        _check_kept(name, old, new, tuple(old.shape[2:]), tuple(new.shape[2:]))
         return old
 
     def _refuse_missing(self, name: str) -> NoReturn:
@@ -393,6 +396,22 @@ class SegmentCache:
             num_old = min(old.shape[1], size)
             room[:, :num_old] = old[:, :num_old]
         return room
+
+
+def _check_kept(
+    name: str, old: Tensor, new: Tensor, shape: tuple[int, ...], wanted: tuple[int, ...]
+) -> None:
+    """Raise ValueError unless what was kept goes with what a piece computes."""
+    for what, got, want in (
+        ("dtype", old.dtype, new.dtype),
+        ("device", old.device, new.device),
+        ("shape", shape, wanted),
+    ):
+        if got != want:
+            raise ValueError(
+                f"SegmentCache: '{name}' was kept with {what} {got}, but the piece has {want}; go "
+                f"on as the segment began, or end it with MemoryState.end_segment()"
+            )
 
 
 def _joined(
@@ -738,6 +757,11 @@ class MemoryState:
         That is the tokens' rows (B, T, D), or without ``causal`` the whole bank (B, N, D), as the
         segment found it. Arguments as of :class:`SegmentCache`.
         """
+        if self._starts is not None and self._incoming and tokens_per_slot != self._tokens_per_slot:
+            raise ValueError(
+                f"MemoryState: the segment binds {self._tokens_per_slot} tokens to a slot, the "
+                f"piece {tokens_per_slot}; go on as it began, or end it with end_segment()"
+            )
         is_kept = self._stream is not None and not torch.is_grad_enabled()
         in_place = is_kept and self._stream.claim(self._number)
         cache = SegmentCache(
@@ -854,10 +878,20 @@ def _fits(
         return False
     rows = {_rows_name(index) for index in range(len(banks))}
 
-    def entries(name: str) -> int:
+    like = banks[0] if banks else None
+
+    def has_entries(name: str, tensor: Tensor) -> bool:
         if name.endswith(f".{_CONSTANT}"):
-            return banks[0].shape[1] if banks else 1
-        return 1 if name.endswith(f".{_SUM}") else num_rows(most, c if name in rows else 1)
+            return like is not None and tensor.shape[1] == like.shape[1]
+        if name.endswith(f".{_SUM}"):
+            return tensor.shape[1] == 1
+        return tensor.shape[1] >= num_rows(most, c if name in rows else 1)
+
+    def is_of_bank(name: str, tensor: Tensor) -> bool:
+        if name.removesuffix(f".{_SUM}") not in rows:
+            return True
+        dtype = accumulation_dtype(like) if name.endswith(f".{_SUM}") else like.dtype
+        return tensor.dtype == dtype and tensor.shape[2:] == like.shape[2:]
 
     wanted = rows if c == 1 else rows | {f"{name}.{_SUM}" for name in rows}
     return (
@@ -875,7 +909,8 @@ def _fits(
             tensor.is_floating_point()
             and tensor.dim() >= 3
             and tensor.shape[0] == batch
-            and tensor.shape[1] >= entries(name)
+            and has_entries(name, tensor)
+            and is_of_bank(name, tensor)
             for name, tensor in cache.items()
         )
         and (most == 0 or wanted <= set(cache))

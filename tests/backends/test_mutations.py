@@ -1,7 +1,7 @@
 """Negative controls: kernels broken on purpose, each of which the common suite must catch.
 
-A mutant is one line of a kernel's source changed. It is caught when the rule refuses a result, or
-the interpreter's checks refuse a memory access.
+A mutant is one line of a Triton kernel's source changed, or one expression of a C++ or CUDA kernel.
+It is caught when the rule refuses a result, or the interpreter's checks refuse a memory access.
 """
 
 import contextlib
@@ -14,7 +14,10 @@ import torch
 
 from lm2_kernels import backends, testing
 from tools import launches
+from tools.emulated_cuda import emulation_reason
 from tools.interpreter_sanitizer import SanitizerError
+from tools.native import needs_cpp
+from tools.native_mutants import NativeMutant, mutated
 
 
 class Mutant(NamedTuple):
@@ -38,6 +41,7 @@ READ = _read(2, 17, 33, 2, 17, slot_offset=3)
 MASKED = _read(1, 17, 19, 1, 16, slot_mask="prefix")
 ALL_SLOTS = _read(1, 17, 19, 2, 16, causal=False)
 DROPPED = _read(1, 18, 20, 2, 16, dropout_p=0.5)
+IN_PARTS = _read(1, 300, 12, 1, 16, causal=False)
 RELEASE = _rows("memory_update", 2, 5, 24, gate_bias="segment")
 PAPER = _rows("memory_update", 2, 5, 24, output_gate=True)
 CHUNKED = _rows("memory_update", 2, 7, 24, tokens_per_slot=3, output_gate=True, read=True)
@@ -116,6 +120,27 @@ MUTANTS = (
         "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows)\n",
         "            key_a, key_b = dropout_row_keys(seed, first_score_row + rows + 1)\n",
         DROPPED,
+    ),
+    Mutant(
+        "parts begin at the first token",
+        "memory_attention",
+        "        first_row = tl.maximum(first_row, part * tokens_per_part)\n",
+        "",
+        IN_PARTS,
+    ),
+    Mutant(
+        "parts end at the last token",
+        "memory_attention",
+        "end = tl.minimum((part + 1) * tokens_per_part, num_tokens)",
+        "end = num_tokens",
+        IN_PARTS,
+    ),
+    Mutant(
+        "parts written to the same place",
+        "memory_attention",
+        "bank = b * num_parts + part",
+        "bank = b * num_parts",
+        IN_PARTS,
     ),
     Mutant(
         "input and forget gate swapped",
@@ -276,3 +301,179 @@ def test_mutant_is_caught(mutant, tmp_path, monkeypatch):
             monkeypatch.setattr(triton, name, getattr(module, name))
         with contextlib.suppress(SanitizerError):
             assert _worst_share(mutant.case) > 1.0
+
+
+# several tokens a slot: more than are added up in one go, and fewer in the last
+CHUNK = _rows("memory_update", 2, 43, 24, tokens_per_slot=40, output_gate=True, read=True)
+SLOT_GATES = _rows("memory_update", 2, 13, 24, tokens_per_slot=5, gate_bias="prefix", gates="slots")
+
+CPU = "cpu/memory_update.h"
+CUDA = "cuda/memory_update.cu"
+NATIVE_MUTANTS = (
+    NativeMutant(
+        "mean over tokens that did not come",
+        CPU,
+        "divide<S>(updated.row, piece.tokens, updated.row, piece.count)",
+        "divide<S>(updated.row, args.tokens_per_slot, updated.row, piece.count)",
+        CHUNK,
+    ),
+    NativeMutant(
+        "tokens of the slots before",
+        CPU,
+        "slot * args.tokens_per_slot",
+        "slot",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "another slot's row",
+        CPU,
+        "row(args.memory, piece.slot, buffers[kMemory])",
+        "row(args.memory, piece.slot / 2, buffers[kMemory])",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "the last proposal instead of the sum",
+        CPU,
+        "get<S>(row + i, part) + x",
+        "x",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "a run that is not added",
+        CPU,
+        "k >= kRun && ends",
+        "k >= kRun && ends && k + 1 < piece.tokens",
+        CHUNK,
+    ),
+    NativeMutant(
+        "one run's first token added to the run before",
+        CPU,
+        "kMany && k >= kRun ? run : total",
+        "kMany && k > kRun ? run : total",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the gradient of memory not summed",
+        CPU,
+        "sum.add_to(row, is_first, i, dp, part)",
+        "sum.add_to(row, true, i, dp, part)",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "the gradient of the mean not divided",
+        CPU,
+        "divide<S>(dnew, piece.tokens, buffers[0], piece.count)",
+        "divide<S>(dnew, 1, buffers[0], piece.count)",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the gradient of read goes to the candidate",
+        CPU,
+        "dr = dshown",
+        "dc = dc + dshown",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the candidate shown instead of read",
+        CPU,
+        "row(args.read, piece.first_token + k, buffers[kRead])",
+        "candidate",
+        CHUNK,
+    ),
+    NativeMutant(
+        "a sigmoid taken once although the bias is the token's",
+        CPU,
+        "view.row_stride == 0 && bias.row_stride == 0",
+        "view.row_stride == 0",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "the gates of a slot's first token for all",
+        CPU,
+        "k * from.row_stride",
+        "0 * from.row_stride",
+        CHUNK,
+    ),
+    NativeMutant(
+        "mean over tokens that did not come",
+        CUDA,
+        "share.add_up(row) / static_cast<float>(share.tokens)",
+        "share.add_up(row) / static_cast<float>(args.tokens_per_slot)",
+        CHUNK,
+    ),
+    NativeMutant(
+        "tokens of the slots before",
+        CUDA,
+        "slot * args.tokens_per_slot",
+        "slot",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "the other threads of a column left out",
+        CUDA,
+        "x += parts[i * columns + threadIdx.x]",
+        "x += 0.0f",
+        SLOT_GATES,
+    ),
+    NativeMutant(
+        "the last of the tokens loaded together instead of their sum",
+        CUDA,
+        "part = j == 0 ? own : part + own",
+        "part = own",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the last tokens instead of the sum",
+        CUDA,
+        "sum = first == share.lane ? part : sum + part",
+        "sum = part",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the gradient of the mean not divided",
+        CUDA,
+        "dnew /= static_cast<float>(share.tokens)",
+        "dnew /= 1.0f",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the gradient of read goes to the candidate",
+        CUDA,
+        "args.read ? dread : dcandidate",
+        "dcandidate",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the candidate shown instead of read",
+        CUDA,
+        "activation(args.read)",
+        "candidate",
+        CHUNK,
+    ),
+    NativeMutant(
+        "the gates of a slot's first token for all",
+        CUDA,
+        "k * view.row_stride + column",
+        "0 * view.row_stride + column",
+        CHUNK,
+    ),
+)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@needs_cpp
+def test_native_mutants_are_caught(target):
+    if target == "cuda" and emulation_reason() is not None:
+        pytest.skip(emulation_reason())
+    for case in (CHUNK, SLOT_GATES):
+        with mutated(target, NATIVE_MUTANTS, 0):
+            assert max(c.share for c in testing.check_case(case, torch.float16, "cpp")) <= 1.0
+    survivors = []
+    for number, mutant in enumerate(NATIVE_MUTANTS, 1):
+        if mutant.target != target:
+            continue
+        with mutated(target, NATIVE_MUTANTS, number):
+            worst = max(c.share for c in testing.check_case(mutant.case, torch.float16, "cpp"))
+        if worst <= 1.0:
+            survivors.append(mutant.name)
+    assert not survivors

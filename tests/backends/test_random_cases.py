@@ -53,6 +53,11 @@ def _row_cases(draw):
         options["output"] = draw(st.sampled_from(("read", "memory")))
         options["broadcast"] = draw(st.booleans())
         options["gate_bias"] = draw(st.sampled_from((None, "segment", "prefix")))
+        options["gates"] = draw(st.sampled_from((None, "slots")))
+        # often one, and often more than there are tokens, or than are added up in one run
+        options["tokens_per_slot"] = draw(st.just(1) | st.integers(1, 5) | st.integers(1, 45))
+        shows_read = options["output_gate"] and options["output"] == "read"
+        options["read"] = shows_read and draw(st.booleans())
     if op == "pooled_gate":
         options["prefix"] = draw(st.booleans())
         options["num_pooled"] = draw(st.integers(0, 5)) if options["prefix"] else 0

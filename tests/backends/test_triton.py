@@ -38,6 +38,11 @@ FULL_ATTENTION = tuple(
     case._replace(options=(("slot_mask", "random"), ("dropout_p", 0.1)))
     for case in (*PLAIN_ATTENTION, testing.Case("memory_attention", 1, 512, 512, 2, 80))
 )
+FEW_SLOTS = tuple(
+    testing.Case("memory_attention", 1, 512, slots, 2, width, (("causal", False), *options))
+    for slots, width in ((12, 64), (24, 64), (48, 64), (12, 128), (24, 128), (12, 256), (12, 80))
+    for options in ((), FULL_ATTENTION[0].options)
+)
 LARGE_ATTENTION = tuple(case._replace(batch=64) for case in PLAIN_ATTENTION)
 ROWS = (
     testing.Case("memory_update", 2, 1, 0, 0, 512),
@@ -87,6 +92,7 @@ def _everyday():
     of their tables for one of NVIDIA's and for AMD's. The exhaustive sweep has the others."""
     wide = [*((case, "bfloat16", target) for case in PLAIN_ATTENTION[2:] for target in TARGETS)]
     wide += [(case, "float32", target) for case in PLAIN_ATTENTION[2:] for target in ("sm_90",)]
+    wide += [(FEW_SLOTS[6], "bfloat16", target) for target in TARGETS]
     wide += [(case, "bfloat16", "sm_90") for case in ROWS]
     wide += [(case, "float32", "gfx942") for case in (*PLAIN_ATTENTION[2:], *ROWS)]
     return [pytest.param(*entry, id="-".join([entry[0].id, *entry[1:]])) for entry in wide]
@@ -101,7 +107,9 @@ def test_kernel_resources(case, dtype, target):
 @pytest.mark.parametrize("target", (*TARGETS, "sm_89", "sm_120"))
 @pytest.mark.parametrize("dtype", (*DTYPES, "float16"))
 @pytest.mark.parametrize(
-    "case", (*PLAIN_ATTENTION, *FULL_ATTENTION, *LARGE_ATTENTION, *ROWS), ids=lambda case: case.id
+    "case",
+    (*PLAIN_ATTENTION, *FULL_ATTENTION, *FEW_SLOTS, *LARGE_ATTENTION, *ROWS),
+    ids=lambda case: case.id,
 )
 def test_kernel_resources_exhaustive(case, dtype, target):
     _compile(case, dtype, target)
@@ -219,6 +227,50 @@ def test_launch_under_device_guard(case):
         assert {str(device) for device in launch.devices} == {"cuda:1"}
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    (
+        testing.Case("memory_attention", 2, 300, 12, 1, 16, (("causal", False),)),
+        testing.Case("memory_attention", 1, 290, 40, 1, 17, (("slot_offset", 3),)),
+        testing.Case("memory_attention", 1, 270, 20, 1, 16, FULL_ATTENTION[0].options),
+        # the last slots are seen by tokens of the last part alone
+        testing.Case("memory_attention", 1, 260, 300, 1, 16),
+    ),
+    ids=lambda case: case.id,
+)
+def test_gradients_of_few_slots_are_summed_in_parts(case, dtype, target="sm_90"):
+    with launches.grids(target) as grids:
+        testing.run_case(case, testing.make_inputs(case, testing.DTYPES[dtype]), "triton")
+    # the backward's kernel of dK and dV is the last
+    config = tables.attention_dkey_value(
+        target, testing.DTYPES[dtype], max(16, case.width), case.width % 16 != 0, case.slots
+    )
+    alone = case.batch * case.heads * triton.cdiv(case.slots, config.block_slots)
+    assert grids[-1][0] == 2 * alone
+    with launches.interpreted(target):
+        for comparison in testing.check_case(case, testing.DTYPES[dtype], "triton"):
+            assert comparison.passed, comparison
+
+
+@pytest.mark.parametrize(
+    ("num_programs", "num_tokens", "num_parts"),
+    (
+        (8, 2048, 16),
+        (8, 512, 4),
+        (8, 600, 4),
+        (1, 300, 2),
+        (1, 255, 1),
+        (60, 4097, 2),
+        (67, 4096, 1),
+    ),
+)
+def test_parts_fill_a_gpu_and_have_enough_to_do(num_programs, num_tokens, num_parts):
+    size = tables.attention_part(num_programs, num_tokens, 64)
+    assert size % 64 == 0
+    assert triton.cdiv(num_tokens, size) == num_parts
+
+
 def test_dropout_mask_is_the_shared_one():
     """Forward and backward of the kernels use the mask that backends.dropout defines."""
     batch, tokens, slots, heads, width = 2, 19, 35, 2, 35
@@ -302,7 +354,10 @@ def _num_compiled(op):
 
 @pytest.mark.parametrize("case", (*FIRST_CASES, CHUNKED), ids=lambda case: case.id)
 def test_new_sizes_compile_nothing(case):
-    """Batch and lengths are no part of a kernel's key, whatever divides them."""
+    """Batch and lengths are no part of a kernel's key, whatever divides them.
+
+    Of the number of slots, the next power of two is, up to the table's tile.
+    """
     counts = []
     with launches.compiled("sm_90"):
         for batch, tokens, slots, tokens_per_slot in (
@@ -310,7 +365,7 @@ def test_new_sizes_compile_nothing(case):
             (2, 36, 52, 5),
             (3, 48, 64, 8),
             (1, 37, 64, 7),
-            (5, 16, 16, 2),
+            (5, 16, 40, 2),
         ):
             sized = case._replace(batch=batch, tokens=tokens, slots=slots, width=32)
             if case is CHUNKED:

@@ -12,6 +12,7 @@ from lm2_kernels import LM2ForCausalLM, cli, training
 
 TEXT = "the memory reads what it wrote, and writes what it read. " * 40
 _LR = 0.01
+_CHUNK = ["--write", "chunk", "--flow", "time"]
 SIZES = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -157,8 +158,18 @@ def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypa
         (["--warmup", "-1"], "--warmup must be"),
         (["--batch", "-4"], "--batch must be"),
         (["--vocab-size", "0"], "--vocab-size must be"),
-        (["--slots", "0"], "memory_slots must be"),
-        (["--slots", "5000000000"], "memory_slots must be"),
+        (["--slots", "0"], "--slots must be"),
+        (["--slots", "5000000000"], "--slots must be"),
+        (["--segment-length", "0"], "--segment-length must be"),
+        (
+            ["--segment-length", "16"],
+            "--segment-length (16) must be at most --slots (8); --write chunk binds several",
+        ),
+        (["--segment-length", "16", "--write", "chunk"], "--write chunk needs --flow time"),
+        (["--no-memory-causal"], "--no-memory-causal needs --flow time"),
+        ([*_CHUNK, "--segment-length", "12"], "--segment-length / --slots tokens to a slot"),
+        ([*_CHUNK, "--segment-length", "4"], "must be a whole number, got 4 / 8"),
+        ([*_CHUNK, "--memory-causal"], "of a model: --no-memory-causal"),
     ),
 )
 def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import filesystem
 from lm2_kernels import LM2ForCausalLM, cli, disk, training
 from lm2_kernels.cli import train as command
 from lm2_kernels.training import folder
+from tools.rounding import assert_round_off
 
 TEXT = "the memory reads what it wrote, and writes what it read. " * 20
 SIZES = {
@@ -44,6 +45,13 @@ OPTIONS = {
     "--validation": "0.1",
     "--seed": "7",
 }
+
+
+# of the model: three slots over segments of nine tokens, where the configuration has eight slots
+FEW_SLOTS = (
+    "--slots", "3", "--segment-length", "9", "--write", "chunk", "--flow", "time",
+    "--candidate", "token",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -350,6 +358,111 @@ def test_a_run_goes_on_bit_for_bit(text, tmp_path, monkeypatch, capsys, number, 
     # --save-every is remembered, and what was saved otherwise is not gone on with later
     saved = [path.name for path in (cut / "progress").glob("*")]
     assert saved == (["step-6"] if save_every else [])
+
+
+def test_few_slots_go_on_bit_for_bit(text, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert cli.main(_arguments(text, whole, *FEW_SLOTS)) == 0
+    _cut(_arguments(text, cut, *FEW_SLOTS), monkeypatch, 3)
+    assert cli.main(["train", "--out", str(cut), "--resume"]) == 0
+    _equal(cut, whole)
+    config = LM2ForCausalLM.load(cut).config
+    assert (config.memory_slots, config.segment_length, config.tokens_per_slot) == (3, 9, 3)
+    assert (config.flow, config.memory_causal, config.candidate) == ("time", False, "token")
+
+
+def test_a_row_is_four_segments(text, tmp_path):
+    """Of tokens, however many slots there are."""
+    arguments = ["train", str(text), "--config", str(text.with_name("config.json"))]
+    arguments += ["--steps", "1", "--batch", "2", "--out"]
+    for out, more, length in (("slots", (), 32), ("segments", FEW_SLOTS, 36)):
+        assert cli.main([*arguments, str(tmp_path / out), *more]) == 0
+        run = json.loads((tmp_path / out / "run.json").read_text())
+        assert run["options"]["length"] == length
+
+
+def test_few_slots_generate(text, tmp_path, capsys):
+    """What a trained model goes on with, is what forward over the whole text gives."""
+    out = tmp_path / "out"
+    assert cli.main(_arguments(text, out, *FEW_SLOTS)) == 0
+    capsys.readouterr()
+    generate = ["generate", str(out), "--prompt", "the memory", "--tokens", "20"]
+    assert cli.main([*generate, "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("the memory")
+    model = LM2ForCausalLM.load(out).double().eval()
+    ids = model.generate(torch.tensor([list(b"the memory")]), max_new_tokens=20).sequences
+    state, steps = None, []
+    with torch.no_grad():
+        want = model(ids).logits
+        for token in ids.split(1, dim=1):
+            step = model(token, memory=state, use_cache=True)
+            state = step.memory
+            steps.append(step.logits)
+    assert torch.equal(ids[:, 10:], want[:, 9:-1].argmax(-1))
+    assert_round_off(torch.cat(steps, dim=1), want)
+
+
+def test_who_has_a_token_in_its_candidate(text, tmp_path):
+    """Whom nothing else is said of, and who has no configuration."""
+    config = ["--config", str(text.with_name("config.json"))]
+    size = ["--size", "tiny", "--slots", "8"]
+    arguments = ["train", str(text), "--steps", "1", "--batch", "2", "--length", "8", "--out"]
+    for number, (more, wanted) in enumerate(
+        (
+            (config, "read"),
+            ([*config, "--candidate", "token"], "token"),
+            (size, "token"),
+            ([*size, "--candidate", "read"], "read"),
+        )
+    ):
+        out = tmp_path / str(number)
+        assert cli.main([*arguments, str(out), *more]) == 0
+        assert LM2ForCausalLM.load(out).config.candidate == wanted
+        assert any("candidate" in name for name in _weights(out)) == (wanted == "token")
+
+
+def test_a_write_rule_sees_what_it_sees(text, tmp_path):
+    """A saved model's configuration says so of its own rule, and another may be asked for."""
+    few, many = tmp_path / "few", tmp_path / "many"
+    assert cli.main(_arguments(text, few, *FEW_SLOTS)) == 0
+    arguments = ["train", str(text), "--config", str(few / "config.json"), "--steps", "1"]
+    arguments += ["--batch", "2", "--slots", "9", "--write", "position", "--out"]
+    for more, is_causal in (([], True), (["--no-memory-causal"], False)):
+        assert cli.main([*arguments, str(many), *more, "--overwrite"]) == 0
+        config = LM2ForCausalLM.load(many).config
+        assert (config.write, config.memory_causal, config.flow) == ("position", is_causal, "time")
+    arguments[arguments.index("position")] = "chunk"
+    assert cli.main([*arguments, str(many), "--overwrite"]) == 0
+    assert not LM2ForCausalLM.load(many).config.memory_causal
+
+
+def test_a_run_of_an_earlier_version_goes_on(text, tmp_path, monkeypatch):
+    """Its configuration knows of one write rule alone, and says nothing of it."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    rule = ("--segment-length", "8", "--write", "position", "--candidate", "read")
+    assert cli.main(_arguments(text, whole, *rule)) == 0
+    _cut(_arguments(text, cut, *rule), monkeypatch, 3)
+    run = json.loads((cut / "run.json").read_text())
+    for name in ("segment_length", "write", "memory_causal", "candidate"):
+        del run["config"][name]
+    (cut / "run.json").write_text(json.dumps(run))
+    assert cli.main(["train", "--out", str(cut), "--resume"]) == 0
+    _equal(cut, whole)
+
+
+@pytest.mark.parametrize(
+    "option",
+    (
+        "--size tiny", "--formulation release", "--flow time", "--slots 8", "--segment-length 8",
+        "--write position", "--memory-causal", "--no-memory-causal", "--candidate read",
+        "--no-memory",
+    ),
+)  # fmt: skip
+def test_a_run_keeps_its_model(option, model, capsys):
+    before = _tree(model)
+    line = _refused(["train", "--out", str(model), "--resume", *option.split()], capsys)
+    assert f"the model as it is: {option.split()[0]} does not fit" in line
+    assert _tree(model) == before
 
 
 def test_more_steps(model, text, capsys):

@@ -1,6 +1,7 @@
 """What the write rules promise: invariances of chunks, of the candidate, of feeding in pieces."""
 
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_padding_neither_reads_nor_writes(kind, rule, keep):
     memory = draw(4, S // layer.tokens_per_slot, D)
     x = draw(4, 11, D, seed=3)
     real = torch.arange(11) < torch.tensor(lengths)[:, None]
-    spoilt = torch.where(real[:, :, None], x, torch.nan if kind.startswith("paper") else 0.0)
+    spoilt = torch.where(real[:, :, None], x, torch.nan)
     output, state = read(layer, spoilt, MemoryState([memory]), lengths=lengths, keep=keep)
     more = draw(4, 5, D, seed=6)
     rest, after = read(layer, more, state)
@@ -337,11 +338,14 @@ class _Made(TorchDispatchMode):
 @needs_cpp
 @every_kind
 @pytest.mark.parametrize("rule", ("position-full", "chunk"))
-def test_a_step_of_decoding_copies_no_bank(kind, rule):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_step_of_decoding_copies_no_bank(kind, rule, dtype):
     """It reads the segment's keys and values, by kernels that copy nothing, and writes a row."""
     slots, c = 300, 2 if rule == "chunk" else 1
-    layer = chunked(kind, c) if rule == "chunk" else make(kind, causal=False)
-    x, state = draw(B, 7, D), MemoryState([draw(B, slots, D, seed=1)])
+    layer = (chunked(kind, c) if rule == "chunk" else make(kind, causal=False)).to(dtype)
+    # float32, which a 16-bit layer reads too
+    bank = draw(B, slots, D, seed=1, dtype=torch.float32)
+    x, state = draw(B, 7, D, dtype=dtype), MemoryState([bank])
 
     def step(piece, banks, cache):
         output, written = layer(piece, banks[0], cache=cache)
@@ -400,6 +404,47 @@ def test_a_state_is_not_changed_by_those_after_it():
         for first in range(6):
             again = read(layer, x[:, first:6], states[first], [1] * (6 - first))[1]
             assert_round_off(again.banks[0], states[6].banks[0])
+
+
+def test_a_segment_goes_on_as_it_began():
+    """What is kept of it is looked at before a kernel is given it."""
+    x, state = draw(B, S, D).float(), MemoryState([draw(B, 2, D, seed=1).float()])
+    layer = chunked("paper", 3).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, begun = read(layer, x[:, :2], state)
+    with pytest.raises(ValueError, match=r"'key0\.constant' was kept with dtype torch\.bfloat16"):
+        read(layer, x[:, 2:], begun)
+    _, begun = read(layer, x[:, :2], state)
+    heads = lm2.PaperMemory(D, 4, write="chunk", tokens_per_slot=3)
+    with pytest.raises(ValueError, match="was kept with shape"):
+        read(heads, x[:, 2:], begun)
+    with pytest.raises(ValueError, match="binds 3 tokens to a slot, the piece 2"):
+        read(chunked("paper", 2).float(), x[:, 2:], begun)
+    with pytest.raises(ValueError, match=r"no 'key0\.constant': the state is of another model"):
+        begun._cache.pop("key0.constant")
+        read(layer, x[:, 2:], begun)
+
+
+@every_kind
+def test_a_segment_begun_in_inference_mode_goes_on_with_gradients(kind):
+    layer, x, memory = chunked(kind, 3), draw(B, S, D), draw(B, 2, D, seed=1)
+    with torch.inference_mode():
+        _, begun = read(layer, x[:, :2], MemoryState([memory]))
+    output, state = read(layer, x[:, 2:], begun)
+    (output.sum() + state.banks[0].sum()).backward()
+    assert layer.query_proj.weight.grad.any()
+    assert_round_off(state.banks[0], layer(x, memory)[1])
+
+
+def test_a_layer_of_an_old_pickle_is_a_position():
+    layer, x, memory = make("paper"), draw(B, S, D), draw(B, S, D, seed=1)
+    want = layer(x, memory)
+    for name in ("tokens_per_slot", "candidate"):
+        del layer.__dict__[name]
+    again = pickle.loads(pickle.dumps(layer))
+    for got, wanted in zip(again(x, memory), want, strict=True):
+        assert torch.equal(got, wanted)
+    assert "write" not in repr(again)
 
 
 # --- gradients, and a long run ----------------------------------------------------------------
@@ -480,6 +525,12 @@ def test_what_cannot_be_read_is_named():
     (bank,), cache = MemoryState([draw(1, 4, D)]).piece(4, 8, tokens_per_slot=4, **options)
     with pytest.raises(ValueError, match="the layer has tokens_per_slot=2, the cache 4"):
         layer(draw(1, 4, D), bank, cache=cache)
+    with pytest.raises(ValueError, match="top_k must be between 1 and N = 4, got 5"):
+        chunked("paper", 4, top_k=5)(draw(1, 4, D), bank, cache=cache)
+    layer.candidate = "token"
+    with pytest.raises(ValueError, match="candidate='token' needs a candidate_proj"):
+        layer(draw(1, 4, D), draw(1, 4, D))
+    layer.candidate = "read"
     (bank,), cache = MemoryState([draw(1, 4, D)]).piece(9, 12, tokens_per_slot=2, **options)
     with pytest.raises(
         ValueError, match="a segment of 9 tokens wants at least 5 slots, memory has 4"

@@ -410,6 +410,7 @@ def test_a_state_file_says_how_tokens_are_bound(tmp_path):
     state = model(ids[:, :4], use_cache=True).memory
     state.save(path)
     whole = load_file(path)
+    kept = whole["cache.layers.0.memory.key0.constant"]
     got = model(ids[:, 4:], memory=MemoryState.load(path)).logits
     assert torch.equal(got, model(ids[:, 4:], memory=state).logits)
     for change in (
@@ -422,11 +423,29 @@ def test_a_state_file_says_how_tokens_are_bound(tmp_path):
         {"cache.bank1.sum": None},
         {"cache.bank1": whole["cache.bank1"][:, :1].clone()},
         {"cache.layers.0.memory.key0.constant": whole["bank.0"][:, :1, None].clone()},
+        # slots that the bank has not, sums of other rows
+        {"cache.layers.0.memory.key0.constant": torch.cat([kept, kept], dim=1)},
+        {"cache.bank0.sum": whole["cache.bank0.sum"][..., :-1].clone()},
+        {"cache.bank0.sum": whole["cache.bank0.sum"].bfloat16()},
+        {"cache.bank0.sum": whole["cache.bank0.sum"].repeat(1, 2, 1)},
     ):
         tensors = {k: v for k, v in {**whole, **change}.items() if v is not None}
         save_file(tensors, path, metadata={"format": "lm2_kernels.MemoryState"})
         with pytest.raises(ValueError, match="holds no memory state"):
             MemoryState.load(path)
+
+
+def test_a_pickled_model_from_before_there_were_rules():
+    model, ids = small_model(flow="time"), random_ids(2, 14)
+    config = LM2Config.from_dict(model.config.to_dict())
+    want = model(ids).logits
+    for name in ("segment_length", "memory_causal", "write", "candidate"):
+        del model.config.__dict__[name]
+    for layer in model.memory_layers():
+        del layer.__dict__["tokens_per_slot"], layer.__dict__["candidate"]
+    again = pickle.loads(pickle.dumps(model))
+    assert again.config == config
+    assert torch.equal(again(ids).logits, want)
 
 
 @pytest.mark.parametrize("formulation", ("paper", "release"))

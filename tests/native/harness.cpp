@@ -220,34 +220,52 @@ void attention(const Attention& c, Dtype dtype, Layout layout) {
   buffers.clear();
 }
 
-void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype stream, bool paper,
-            bool bias, Layout layout) {
-  const int64_t size = batch * tokens * width;
+// What of memory_update is there, and which rows its gates have.
+struct Update {
+  bool paper, bias, read;
+  int64_t tokens_per_slot;
+  bool gates_of_slots;
+};
+
+void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype stream,
+            const Update& c, Layout layout) {
+  const int64_t slots = (tokens + c.tokens_per_slot - 1) / c.tokens_per_slot;
+  const int64_t size = batch * tokens * width, row_size = batch * slots * width;
+  const auto gate = [&](int64_t columns) {
+    GateView view{input(dtype, layout, batch, c.gates_of_slots ? slots : tokens, 1, columns)};
+    view.slot_stride = view.row_stride * (c.gates_of_slots ? 1 : c.tokens_per_slot);
+    if (c.gates_of_slots) view.row_stride = 0;
+    return view;
+  };
   MemoryUpdate common = {};
   common.batch = batch;
   common.tokens = tokens;
   common.width = width;
+  common.tokens_per_slot = c.tokens_per_slot;
+  common.slots = slots;
   common.dtype = dtype;
   common.candidate = input(dtype, layout, batch, tokens, 1, width);
-  common.memory = input(stream, layout, batch, tokens, 1, width);
-  common.input_gate = input(dtype, layout, batch, 1, 1, width);
+  common.memory = input(stream, layout, batch, slots, 1, width);
+  common.input_gate = GateView{input(dtype, layout, batch, 1, 1, width)};
   common.input_gate.row_stride = 0;
-  common.forget_gate = input(dtype, layout, batch, tokens, 1, width);
-  if (paper) common.output_gate = input(dtype, layout, batch, tokens, 1, width);
-  if (bias) common.gate_bias = input(dtype, layout, batch, tokens, 1, 2 * width);
-  common.shows_memory = bias;
+  common.forget_gate = gate(width);
+  if (c.paper) common.output_gate = gate(width);
+  if (c.bias) common.gate_bias = gate(2 * width);
+  if (c.read) common.read = input(dtype, layout, batch, tokens, 1, width);
+  common.shows_memory = c.bias && !c.read;
   MemoryUpdateForward forward = {common, input(stream, layout, batch, tokens, 1, width), nullptr,
                                  nullptr};
   forward.output = result("output", size, stream);
-  forward.new_memory = result("new_memory", size, stream);
+  forward.new_memory = result("new_memory", row_size, stream);
   run("memory_update_forward", forward, device::memory_update_forward);
   for (int given = kFirstSubset; given < 4; ++given) {
-    MemoryUpdateBackward backward = {common, {}, {}, nullptr, nullptr, nullptr};
+    MemoryUpdateBackward backward = {common, {}, {}, nullptr, nullptr, nullptr, nullptr};
     if (given & 1) backward.doutput = input(stream, layout, batch, tokens, 1, width);
-    if (given & 2) backward.dnew_memory = input(stream, layout, batch, tokens, 1, width);
+    if (given & 2) backward.dnew_memory = input(stream, layout, batch, slots, 1, width);
     backward.dcandidate = result("dcandidate", size, dtype);
-    if (given != 1) backward.dmemory = result("dmemory", size, stream);
-    if (given != 2) backward.dgates = result("dgates", (paper ? 3 : 2) * size, dtype);
+    if (given != 1) backward.dmemory = result("dmemory", row_size, stream);
+    if (given != 2) backward.dgates = result("dgates", (c.paper ? 3 : 2) * size, dtype);
+    if (c.read && given != 2) backward.dread = result("dread", size, dtype);
     run("memory_update_backward", backward, device::memory_update_backward);
   }
   buffers.clear();
@@ -354,16 +372,20 @@ int main() {
     if (!kAll && dtype != Dtype::float32) continue;
     for (const Layout layout : layouts) {
       for (const bool flag : {false, true}) {
-        update(2, 3, 21, dtype, stream, flag, ++count % 2, layout);
+        update(2, 3, 21, dtype, stream, {flag, ++count % 2 == 1, false, 1, false}, layout);
+        update(1, 5, 21, dtype, stream, {flag, count % 2 == 1, flag, 2, count % 2 == 1}, layout);
         pool(2, 19, 21, dtype, stream, flag, layout);
       }
       norm(2, 3, 21, dtype, layout == Layout::dense ? dtype : stream, layout);
     }
 #ifdef HARNESS_CUDA
+    update(1, 19, 35, dtype, stream, {true, true, true, 11, false}, Layout::strided);
     norm(1, 18, 130, dtype, stream, Layout::strided);
     pool(1, 33, 130, dtype, dtype, true, Layout::strided);
 #else
-    update(1, 2, 1030, dtype, stream, true, true, Layout::strided);
+    update(1, 2, 1030, dtype, stream, {true, true, false, 1, false}, Layout::strided);
+    update(1, 40, 520, dtype, stream, {true, true, true, 19, false}, Layout::strided);
+    update(2, 40, 70, dtype, stream, {false, false, false, 40, true}, Layout::strided);
     norm(1, 70, 1030, dtype, stream, Layout::strided);
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
 #endif

@@ -477,11 +477,6 @@ def test_wrong_state_within_a_segment_is_refused():
         longer = _model(memory_layers=())(random_ids(2, length), use_cache=True).memory
         with pytest.raises(ValueError, match=f"stands at {length}"):
             plain(ids, memory=longer)
-    with pytest.raises(ValueError, match="top_k must be between 1 and N = 6"):
-        piece, cache = _model().initial_state(2).piece(3, SLOTS, keep=True)
-        lm2.PaperMemory(24, 3, top_k=7).double()(
-            torch.randn(2, 3, 24).double(), *piece, cache=cache
-        )
     with pytest.raises(ValueError, match="no state"):
         MemoryState.cat([])
 

@@ -44,6 +44,8 @@ _NOT_SPECIALIZED = [
     "threshold",
     "keep_scale",
     "heads_per_group",
+    "num_parts",
+    "tokens_per_part",
 ]
 
 
@@ -288,7 +290,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     seed_ptr,  # int64 scalar, or None
     statistics_ptr,  # (B, H, 2, T) contiguous
     delta_ptr,  # (B, H, T) contiguous
-    dkey_value_ptr,  # (B, N, 2, H, K) contiguous
+    dkey_value_ptr,  # (B, N, 2, H, K) contiguous, or (B, num_parts, N, 2, H, K) IN_PARTS
     stride_dob,
     stride_dot,
     stride_doh,
@@ -311,7 +313,10 @@ def _memory_attention_bwd_dkey_value_kernel(
     threshold: tl.int64,
     keep_scale: tl.float32,
     heads_per_group: tl.int32,
+    num_parts: tl.int32,
+    tokens_per_part: tl.int32,
     HEAD_WIDTH: tl.constexpr,
+    IN_PARTS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -321,11 +326,20 @@ def _memory_attention_bwd_dkey_value_kernel(
 ):
     """One program owns BLOCK_N slots of one head and runs over the rows that see them.
 
+    IN_PARTS, over those of one part of the tokens: few slots would leave most of a GPU idle. The
+    caller adds up the parts.
+
     Scores are held transposed, (BLOCK_N, BLOCK_T), so that they enter the second products as they
     are.
     """
     # the first slots are seen by the most rows
-    pid_bh, pid_n = _head_and_block(tl.cdiv(num_slots, BLOCK_N), heads_per_group)
+    num_blocks = tl.cdiv(num_slots, BLOCK_N)
+    if IN_PARTS:
+        pid_bh, pid_n = _head_and_block(num_blocks * num_parts, heads_per_group)
+        part = pid_n % num_parts
+        pid_n = pid_n // num_parts
+    else:
+        pid_bh, pid_n = _head_and_block(num_blocks, heads_per_group)
     b = (pid_bh // num_heads).to(tl.int64)
     h = (pid_bh % num_heads).to(tl.int64)
 
@@ -333,6 +347,13 @@ def _memory_attention_bwd_dkey_value_kernel(
     if CAUSAL:
         # slot n is seen from row n - o on
         first_row = tl.maximum(pid_n * BLOCK_N - slot_offset, 0) // BLOCK_T * BLOCK_T
+    end = num_tokens
+    bank = b
+    if IN_PARTS:
+        # whole blocks of rows
+        first_row = tl.maximum(first_row, part * tokens_per_part)
+        end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
+        bank = b * num_parts + part
 
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
@@ -358,7 +379,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     scale_log2 = scale * _LOG2_E
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(first_row, num_tokens, BLOCK_T):
+    for start in range(first_row, end, BLOCK_T):
         rows = start + offs_t
         rows_64 = rows.to(tl.int64)
         mask_t = rows < num_tokens
@@ -394,7 +415,7 @@ def _memory_attention_bwd_dkey_value_kernel(
         slot_mask = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
         dk = tl.where(slot_mask[:, None], dk, 0.0)
         dv = tl.where(slot_mask[:, None], dv, 0.0)
-    dk_rows = (b * num_slots + offs_n64) * 2 * num_heads + h
+    dk_rows = (bank * num_slots + offs_n64) * 2 * num_heads + h
     dk_ptrs = dkey_value_ptr + dk_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
     _store_rows(dk_ptrs, dk, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
     dv_ptrs = dk_ptrs + num_heads * HEAD_WIDTH
@@ -608,6 +629,7 @@ def memory_attention_forward(
         _is_ragged(query, key, value, out),
         batch * num_heads,
         num_tokens,
+        num_slots,
     )
     mask, *mask_strides = _mask_arguments(slot_mask)
     grid = (batch * num_heads * triton.cdiv(num_tokens, config.block_tokens),)
@@ -700,6 +722,7 @@ def memory_attention_backward(
         query.dtype,
         block_k,
         _is_ragged(dout, query, key, value, out),
+        num_slots,
     )
     num_pairs = batch * num_heads
     inputs = (dout, query, key, value, mask, seed, statistics, delta)
@@ -755,18 +778,29 @@ def memory_attention_backward(
             )
         if needs_dkey_value:
             config = tables.attention_dkey_value(*choice, has_dropout=seed is not None)
-            grid = (num_pairs * triton.cdiv(num_slots, config.block_slots),)
-            _memory_attention_bwd_dkey_value_kernel[grid](
+            num_programs = num_pairs * triton.cdiv(num_slots, config.block_slots)
+            tokens_per_part = tables.attention_part(num_programs, num_tokens, config.block_tokens)
+            num_parts = triton.cdiv(num_tokens, tokens_per_part)
+            parts = dkey_value
+            if num_parts > 1:
+                shape = (batch, num_parts, *dkey_value.shape[1:])
+                parts = query.new_empty(shape, dtype=torch.float32)
+            _memory_attention_bwd_dkey_value_kernel[(num_programs * num_parts,)](
                 *inputs,
-                dkey_value,
+                parts,
                 *scalars,
                 _heads_per_group(num_pairs, num_tokens, head_width, query.element_size()),
+                num_parts,
+                tokens_per_part,
                 **flags,
+                IN_PARTS=num_parts > 1,
                 BLOCK_T=config.block_tokens,
                 BLOCK_N=config.block_slots,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
+            if num_parts > 1:
+                dkey_value = parts.sum(1).to(dkey_value.dtype)
     if sign != 1:
         dquery.mul_(sign)
     return dquery, dkey_value

@@ -186,6 +186,8 @@ RAGGED_DQUERY_FLOAT32: dict[int, AttentionConfig] = {
 
 # programs in flight on the GPUs of the table, one a multiprocessor (108 to 148)
 _ONE_WAVE = 132
+# of a part of them, which dK and dV are summed over: fewer would not be worth adding up the sums
+_LEAST_TOKENS = 128
 
 
 def _attention(
@@ -210,6 +212,15 @@ def _attention(
     return ragged[width]._replace(num_warps=4) if target == "gfx942" else ragged[width]
 
 
+def _for_slots(config: AttentionConfig, num_slots: int) -> AttentionConfig:
+    """The tile no wider than few slots need, and not below 16, the least that a product takes."""
+    block_slots = max(16, 1 << (num_slots - 1).bit_length())
+    if block_slots >= config.block_slots:
+        return config
+    # 16 warps would have next to nothing to do, and spill 6 words
+    return config._replace(block_slots=block_slots, num_warps=min(8, config.num_warps))
+
+
 def attention_forward(
     target: str,
     dtype: torch.dtype,
@@ -217,31 +228,50 @@ def attention_forward(
     is_ragged: bool,
     num_pairs: int,
     num_tokens: int,
+    num_slots: int,
 ) -> AttentionConfig:
     """``num_pairs``: batch times heads."""
     tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
     config = _attention(*tables, target, dtype, block_k, is_ragged)
     num_programs = num_pairs * -(-num_tokens // config.block_tokens)
     if config.block_tokens == 128 and num_programs < _ONE_WAVE and target.startswith("sm_"):
-        return FORWARD_16BIT_FEW[max(64, block_k)]
-    return config
+        config = FORWARD_16BIT_FEW[max(64, block_k)]
+    return _for_slots(config, num_slots)
 
 
 def attention_dkey_value(
-    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool, has_dropout: bool = False
+    target: str,
+    dtype: torch.dtype,
+    block_k: int,
+    is_ragged: bool,
+    num_slots: int,
+    has_dropout: bool = False,
 ) -> AttentionConfig:
     tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
     config = _attention(*tables, target, dtype, block_k, is_ragged)
-    # triton 3.6 at width 256 on sm_90: 10 words are spilled by dropout with three stages, none with
-    # two, which without dropout spill 2
-    return config._replace(num_stages=min(2, config.num_stages)) if has_dropout else config
+    if has_dropout:
+        # triton 3.6 at width 256 on sm_90: 10 words are spilled by dropout with three stages, none
+        # with two, which without dropout spill 2
+        config = config._replace(num_stages=min(2, config.num_stages))
+    few = _for_slots(config, num_slots)
+    # 64 rows of tcgen05 take as long as 128 do, and spill 12 words
+    return config if target == "sm_100" and few.block_slots == 64 else few
+
+
+def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int:
+    """How many tokens a program of dK and dV runs over, of all that its slots are seen by.
+
+    ``num_programs``: how many there are without parts. Together they make about one wave.
+    """
+    parts = max(1, min(_ONE_WAVE // num_programs, num_tokens // _LEAST_TOKENS))
+    return -(-num_tokens // (parts * block_tokens)) * block_tokens
 
 
 def attention_dquery(
-    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool
+    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool, num_slots: int
 ) -> AttentionConfig:
     tables = (DQUERY_16BIT, DQUERY_FLOAT32, RAGGED_DQUERY, RAGGED_DQUERY_FLOAT32)
-    return _attention(*tables, target, dtype, block_k, is_ragged)
+    return _for_slots(_attention(*tables, target, dtype, block_k, is_ragged), num_slots)
 
 
 def attention_delta_rows(dtype: torch.dtype, block_k: int) -> int:
