@@ -75,8 +75,11 @@ def assert_resources(gpu: FakeDriver) -> None:
 
 
 def _allowed_spills(release: str, launch: Launch) -> int:
-    kind = (release, launch.target, launch.kernel)
-    if kind == ("3.6", "cuda:80", "_memory_attention_bwd_dkey_value_kernel"):
-        # the launch table says why, of the one entry that takes so much shared memory
-        return 8 if launch.shared > 96 * 1024 else _SPILL_ALLOWANCE
+    # the launch table says why, of the one entry that takes so much shared memory, and of the one
+    # that has so many warps
+    if launch.kernel == "_memory_attention_bwd_dkey_value_kernel":
+        if (release, launch.target) == ("3.6", "cuda:80") and launch.shared > 96 * 1024:
+            return 8
+        if launch.target == "cuda:100" and launch.num_warps == 16:
+            return 6
     return _SPILL_ALLOWANCE

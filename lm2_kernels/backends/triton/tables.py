@@ -140,7 +140,8 @@ FORWARD_FLOAT32: dict[int, AttentionConfig] = {
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 32, 8, 2),  # (92, 96, 36) at most
-    128: AttentionConfig(32, 32, 16, 2),  # (70, 90, 68) at most
+    # up to 6 words on sm_100, in parts or where all tokens see a slot, at 64 registers of 128
+    128: AttentionConfig(32, 32, 16, 2),  # (76, 94, 68) at most
     256: AttentionConfig(16, 32, 8, 2),  # (170, 194, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
@@ -186,8 +187,10 @@ RAGGED_DQUERY_FLOAT32: dict[int, AttentionConfig] = {
 
 # programs in flight on the GPUs of the table, one a multiprocessor (108 to 148)
 _ONE_WAVE = 132
-# of a part of them, which dK and dV are summed over: fewer would not be worth adding up the sums
+# dK and dV are summed in parts of so many tokens or more, and in so many parts or none: fewer would
+# not be worth adding up the sums, which takes two short launches
 _LEAST_TOKENS = 128
+_LEAST_PARTS = 4
 
 
 def _attention(
@@ -263,7 +266,9 @@ def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int
 
     ``num_programs``: how many there are without parts. Together they make about one wave.
     """
-    parts = max(1, min(_ONE_WAVE // num_programs, num_tokens // _LEAST_TOKENS))
+    parts = min(_ONE_WAVE // num_programs, num_tokens // _LEAST_TOKENS)
+    if parts < _LEAST_PARTS:
+        parts = 1
     return -(-num_tokens // (parts * block_tokens)) * block_tokens
 
 
