@@ -280,22 +280,20 @@ static void update_backward(const MemoryUpdateBackward& args) {
           di = d * u * gi * (one - gi);
           df = d * p * gf * (one - gf);
         }
-        if (!release) {
-          auto dg = S::zero(), dr = S::zero();
-          if (dout != nullptr) {
-            const auto d = get<S>(dout + i, part);
-            const auto g = token.output.without_bias(i, part), dshown = d * g;
-            dg = d * get<S>(token.shown + i, part) * g * (one - g);
-            if (args.shows_memory) {
-              dp = dp + dshown;
-            } else if (has_read) {
-              dr = dshown;
-            } else {
-              dc = dc + dshown;
-            }
+        if (!release && dout != nullptr) {
+          const auto d = get<S>(dout + i, part), g = token.output.without_bias(i, part),
+                     dshown = d * g;
+          put<S>(doutgate.row + i, d * get<S>(token.shown + i, part) * g * (one - g), part);
+          if (has_read) {
+            put<S>(dread.row + i, dshown, part);
+          } else if (args.shows_memory) {
+            dp = dp + dshown;
+          } else {
+            dc = dc + dshown;
           }
-          put<S>(doutgate.row + i, dg, part);
-          if (has_read) put<S>(dread.row + i, dr, part);
+        } else if (!release) {
+          put<S>(doutgate.row + i, S::zero(), part);
+          if (has_read) put<S>(dread.row + i, S::zero(), part);
         }
         put<S>(dcandidate.row + i, dc, part);
         sum.add_to(row, is_first, i, dp, part);

@@ -70,8 +70,9 @@ LM2_INLINE const void* at(const void* data, Dtype dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size_of(dtype);
 }
 
+// Inlined: a processor that foresees what an instruction loads next shall see one stream of each.
 template <class S, class T>
-static void widen(const T* from, typename S::Scalar* to, int64_t count) {
+LM2_INLINE void widen(const T* from, typename S::Scalar* to, int64_t count) {
   vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
     put<S>(to + i, get<S>(from + i, part), part);
   });

@@ -369,8 +369,8 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "the gradient of read goes to the candidate",
         CPU,
-        "dr = dshown",
-        "dc = dc + dshown",
+        "put<S>(dread.row + i, dshown, part)",
+        "dc = dc + dshown, put<S>(dread.row + i, S::zero(), part)",
         CHUNK,
     ),
     NativeMutant(
