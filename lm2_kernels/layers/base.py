@@ -33,7 +33,7 @@ from lm2_kernels.checks import (
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.linear import apply_linear
 from lm2_kernels.plain import ORDINARY, plain_parameters
-from lm2_kernels.state.memory import SegmentCache, write_rows
+from lm2_kernels.state.cache import SegmentCache, write_rows
 
 
 class MemoryLayer(nn.Module):

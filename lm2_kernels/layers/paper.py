@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lm2_kernels import unchecked
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers.base import BankReader, MemoryLayer, Reader, unrounded
-from lm2_kernels.state.memory import SegmentCache, write_rows
+from lm2_kernels.state.cache import SegmentCache, write_rows
 
 
 class PaperMemory(MemoryLayer):

@@ -30,7 +30,7 @@ from lm2_kernels.layers.base import (
     unrounded,
 )
 from lm2_kernels.plain import ORDINARY, plain_parameters
-from lm2_kernels.state.memory import SegmentCache, is_known, read_rows, write_rows
+from lm2_kernels.state.cache import SegmentCache, is_known, read_rows, write_rows
 
 
 class _Shared(nn.Module):

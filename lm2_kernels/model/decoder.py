@@ -27,8 +27,9 @@ from lm2_kernels.model.generation import generate
 from lm2_kernels.model.output import LM2Output
 from lm2_kernels.plain import ORDINARY
 from lm2_kernels.state import files
+from lm2_kernels.state.cache import SegmentCache, on_device
 from lm2_kernels.state.hub import Place
-from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
+from lm2_kernels.state.memory import MemoryState
 from lm2_kernels.state.segments import Rule, compress, gather, leave_graph, run_segments, spread
 
 # rows of logits that are in memory at once while the loss is computed

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.state.memory import MemoryState, on_device
+from lm2_kernels.state.cache import on_device
+from lm2_kernels.state.memory import MemoryState
 from lm2_kernels.state.segments import compress, gather
 
 __all__ = ["Generated", "generate"]

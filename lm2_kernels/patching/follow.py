@@ -24,7 +24,8 @@ from lm2_kernels.patching.caches import KEPT, Kept, memories
 from lm2_kernels.patching.hosts import Host, read_tokens
 from lm2_kernels.patching.prints import fingerprint
 from lm2_kernels.plain import ORDINARY
-from lm2_kernels.state.memory import MemoryState, SegmentCache, part_banks
+from lm2_kernels.state.cache import SegmentCache
+from lm2_kernels.state.memory import MemoryState, part_banks
 from lm2_kernels.state.segments import Rule, gather, leave_graph, run_segments, spread
 
 # the attribute of a decoder that holds its AddedMemory

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lm2_kernels.state.memory import MemoryState, SegmentCache, on_device
+from lm2_kernels.state.cache import SegmentCache, on_device
+from lm2_kernels.state.memory import MemoryState
 
 __all__ = ["Rule", "compress", "gather", "leave_graph", "run_segments", "spread"]
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import lm2_kernels as lm2
 from lm2_kernels import MemoryState
 from lm2_kernels.state import segments
-from lm2_kernels.state.memory import SegmentCache
+from lm2_kernels.state.cache import SegmentCache
 from tools.emulated_avx512 import every_level
 from tools.models import KINDS, SMALL, compare_logits, random_ids, small_model
 from tools.rounding import assert_round_off, assert_rule
