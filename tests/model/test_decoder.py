@@ -408,6 +408,10 @@ def test_a_state_file_says_how_tokens_are_bound(tmp_path):
     assert "tokens_per_slot" not in load_file(path)
     model, ids = small_model(flow="chunk"), random_ids(2, 6)
     state = model(ids[:, :4], use_cache=True).memory
+    # in another dtype, of which the sums are not
+    moved = state.to(torch.bfloat16)
+    moved.save(path)
+    assert torch.equal(MemoryState.load(path).banks[0], moved.banks[0])
     state.save(path)
     whole = load_file(path)
     kept = whole["cache.layers.0.memory.key0.constant"]
