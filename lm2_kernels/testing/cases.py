@@ -103,6 +103,8 @@ LARGE_CASES = (
     _attention(2, 33, 48, 3, 48, dropout_p=0.5),
     _attention(2, 64, 64, 4, 40, top_k=8, dropout_p=0.25),
     _attention(1, 300, 300, 2, 32),
+    # few slots, whose gradients kernels may sum in parts of the tokens
+    _attention(1, 600, 12, 2, 32, causal=False),
     _attention(1, 24, 40, 2, 384, top_k=5),
     # a few rows, which kernels may walk the slots for
     _attention(4, 1, 130, 8, 20),

@@ -10,8 +10,8 @@ from tools import interpreter_bf16
 from tools.fake_gpu import TARGETS, FakeDriver, Launch, fake_gpu
 from tools.interpreter_sanitizer import sanitize
 
-# words: ptxas leaves a stack frame of 8 bytes in some kernels far below the register limit
-_SPILL_ALLOWANCE = 4
+# words: ptxas leaves a stack frame of 8 to 24 bytes in some kernels far below the register limit
+_SPILL_ALLOWANCE = 6
 # Each release of Triton gives out registers anew. The tables are kept free of spills for these; on
 # others what is spilled is reported, and refused where it is gross.
 _RELEASES = ("3.6", "3.8")
@@ -75,11 +75,8 @@ def assert_resources(gpu: FakeDriver) -> None:
 
 
 def _allowed_spills(release: str, launch: Launch) -> int:
-    # the launch table says why, of the one entry that takes so much shared memory, and of the one
-    # that has so many warps
-    if launch.kernel == "_memory_attention_bwd_dkey_value_kernel":
-        if (release, launch.target) == ("3.6", "cuda:80") and launch.shared > 96 * 1024:
-            return 8
-        if launch.target == "cuda:100" and launch.num_warps == 16:
-            return 6
+    kind = (release, launch.target, launch.kernel)
+    if kind == ("3.6", "cuda:80", "_memory_attention_bwd_dkey_value_kernel"):
+        # the launch table says why, of the one entry that takes so much shared memory
+        return 8 if launch.shared > 96 * 1024 else _SPILL_ALLOWANCE
     return _SPILL_ALLOWANCE

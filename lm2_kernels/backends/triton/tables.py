@@ -140,8 +140,7 @@ FORWARD_FLOAT32: dict[int, AttentionConfig] = {
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 32, 8, 2),  # (92, 96, 36) at most
-    # up to 6 words on sm_100, in parts or where all tokens see a slot, at 64 registers of 128
-    128: AttentionConfig(32, 32, 16, 2),  # (76, 94, 68) at most
+    128: AttentionConfig(32, 32, 16, 2),  # (78, 94, 68) at most
     256: AttentionConfig(16, 32, 8, 2),  # (170, 194, 98) at most
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
