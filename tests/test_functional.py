@@ -420,7 +420,7 @@ def constructor_refusals(op: str) -> list[Refusal]:
         Refusal(op, {"dropout": math.nan}, ValueError, r"dropout_p must be in \[0, 1\), got nan"),
         Refusal(op, {"scale": math.nan}, ValueError, "scale must be finite, got nan"),
         Refusal(op, {"scale": "auto"}, TypeError, "scale must be a float, got str"),
-        Refusal(op, {"write": "nearest"}, ValueError, "write must be 'position', got 'nearest'"),
+        Refusal(op, {"write": "nearest"}, ValueError, r"write must be one of .*, got 'nearest'"),
     ]
 
 

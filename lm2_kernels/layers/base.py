@@ -118,12 +118,11 @@ class MemoryLayer(nn.Module):
         num_tokens, num_slots = x.shape[1], memory.shape[1]
         check_int(op, "slot_offset", slot_offset, 0)
         if slot_offset + num_rows(num_tokens, self.tokens_per_slot) > num_slots:
-            tokens, most = "T", "N"
-            if self.tokens_per_slot > 1:
-                tokens, most = f"T / {self.tokens_per_slot}", f"{self.tokens_per_slot} N"
+            c = "" if self.tokens_per_slot == 1 else f" / {self.tokens_per_slot}"
+            most = "N" if self.tokens_per_slot == 1 else f"{self.tokens_per_slot} N"
             raise ValueError(
-                f"{op}: slot_offset + {tokens} must be at most N = {num_slots}, got {slot_offset} "
-                f"and T = {num_tokens}; feed longer inputs in segments of at most {most} tokens, "
+                f"{op}: slot_offset + T{c} must be at most N = {num_slots}, got {slot_offset} + "
+                f"{num_tokens}{c}; feed longer inputs in segments of at most {most} tokens, "
                 f"carrying the memory over"
             )
         if self.top_k is not None and self.top_k > num_slots:

@@ -512,7 +512,9 @@ def test_what_cannot_go_together_is_named(kind, options, text):
 
 def test_what_cannot_be_read_is_named():
     layer = chunked("paper", 2)
-    with pytest.raises(ValueError, match=r"slot_offset \+ T / 2 must be at most N = 4, got 2 and"):
+    with pytest.raises(
+        ValueError, match=r"slot_offset \+ T / 2 must be at most N = 4, got 2 \+ 5 / 2"
+    ):
         layer(draw(1, 5, D), draw(1, 4, D), slot_offset=2)
     with pytest.raises(ValueError, match="at most 2 N tokens"):
         layer(draw(1, 9, D), draw(1, 4, D))
