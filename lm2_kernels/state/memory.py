@@ -583,8 +583,7 @@ def _unflatten(tensors: Iterable[Tensor], context: tuple) -> MemoryState:
 
 
 def _read_context(context: Sequence) -> tuple:
-    # a program that was exported before has no last one
-    banks, starts, names, batch, tokens_per_slot = (*context, 1)[:5]
+    banks, starts, names, batch, tokens_per_slot = context
     starts = starts if isinstance(starts, int) else tuple(starts)
     return banks, starts, tuple(names), batch, tokens_per_slot
 
