@@ -151,7 +151,7 @@ struct Head {
     padded_slots = round_up(args.slots, kPanel);
     row_words = words<S, T>(width);
     if (args.slot_mask == nullptr) return;
-    Scalar* const row = scratch_of<S>(kMask, args.slots);
+    Scalar* const row = scratch_of<S>(kMask, padded_slots);
     first_visible = args.slots;
     for (int64_t j = args.slots - 1; j >= 0; --j) {
       const bool seen = args.slot_mask[b * args.mask_batch_stride + j * args.mask_slot_stride] != 0;
@@ -295,7 +295,7 @@ struct Head {
 
   // Turns a row of products into exp(score - maximum), in place, and 0 from `visible` up to `end`:
   // times the result, that is the probabilities. What top-k and dropout put on each slot goes to
-  // `factor`, and whether they do to `has_factor`.
+  // `factor`, and whether they do to `has_factor`. Rows here have room for whole vectors.
   Scalar softmax(Scalar* row, int64_t t, int64_t end, Scalar* factor, bool* has_factor) const {
     const int64_t count = visible(t);
     *has_factor = false;
@@ -306,20 +306,21 @@ struct Head {
     const auto low = S::set(-std::numeric_limits<Scalar>::infinity());
     const auto scale = S::set(static_cast<Scalar>(args.scale));
     auto most = low;
-    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+    vectors<S, RoomyPart>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       auto x = get<S>(row + j, part) * scale;
       if (mask != nullptr) x = S::if_nonzero(get<S>(mask + j, part), x, low);
+      x = keep<S>(x, low, part);
       put<S>(row + j, x, part);
-      most = S::max(most, keep<S>(x, low, part));
+      most = S::max(most, x);
     });
     const bool has_top_k = args.top_k != 0 && args.top_k < count;
     if (has_top_k) keep_top_k(row, factor, count, args.top_k);
     const auto shift = S::set(S::maximum(most));
     auto sum = S::zero();
-    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+    vectors<S, RoomyPart>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       const auto p = S::exp_down(get<S>(row + j, part) - shift);
       put<S>(row + j, p, part);
-      sum = sum + keep<S>(p, S::zero(), part);
+      sum = sum + p;
     });
     const Scalar total = S::sum(sum);
     for (int64_t j = count; j < end; ++j) row[j] = 0;
@@ -346,7 +347,7 @@ struct Head {
     bool has_factor;
     const auto inverse = S::set(softmax(p, t, end, factor, &has_factor));
     auto sum = S::zero();
-    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+    vectors<S, RoomyPart>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       const auto x = get<S>(p + j, part) * inverse;
       put<S>(p + j, x, part);
       auto d = get<S>(ds + j, part);
@@ -355,10 +356,12 @@ struct Head {
       sum = sum + keep<S>(d * x, S::zero(), part);
     });
     const auto delta = S::set(S::sum(sum)), scale = S::set(static_cast<Scalar>(args.scale));
-    vectors<S>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
+    vectors<S, RoomyPart>(count, [&](int64_t j, auto part) __attribute__((always_inline)) {
       const auto x = get<S>(p + j, part);
       put<S>(ds + j, (get<S>(ds + j, part) - delta) * x * scale, part);
-      if (has_factor) put<S>(p + j, x * get<S>(factor + j, part), part);
+      if (has_factor) {
+        put<S>(p + j, keep<S>(x * get<S>(factor + j, part), S::zero(), part), part);
+      }
     });
     for (int64_t j = count; j < end; ++j) ds[j] = 0;
   }
@@ -461,8 +464,8 @@ static void forward_few(const MemoryAttentionForward& args) {
   parallel(args.batch * args.heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const Head<S, T> head(args, item);
-      Scalar* const row = scratch_of<S>(kScores, args.slots);
-      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const row = scratch_of<S>(kScores, head.padded_slots);
+      Scalar* const factor = scratch_of<S>(kFactor, head.padded_slots);
       Scalar* const query = scratch_of<S>(kQueries, head.width);
       for (int64_t t = 0; t < args.tokens; ++t) {
         const int64_t count = head.visible(t);
@@ -497,7 +500,7 @@ static void attention_forward(const MemoryAttentionForward& args) {
       // not a power of two: rows that far apart would share one set of the first cache
       const int64_t stride = head.padded_slots + S::kLanes;
       Scalar* const scores = scratch_of<S>(kScores, split.block_rows * stride);
-      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const factor = scratch_of<S>(kFactor, head.padded_slots);
       Scalar* const result = scratch_of<S>(kResult, kBlockRows * head.padded_width);
       for (int64_t block = item % split.ranges; block < split.blocks; block += split.ranges) {
         const int64_t first = block * split.block_rows;
@@ -547,7 +550,7 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
   if (needs_dquery) head.pack(args.key, 0, seen, true, key_rows);
   Scalar* const scores = scratch_of<S>(kScores, split.block_rows * stride);
   Scalar* const dscores = scratch_of<S>(kDscores, split.block_rows * stride);
-  Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+  Scalar* const factor = scratch_of<S>(kFactor, head.padded_slots);
   Scalar* const result = scratch_of<S>(kResult, kBlockRows * width);
   Scalar* const query_panels = scratch_of<S>(kQueryPanels, kBlockRows * width);
   Scalar* const dout_panels = scratch_of<S>(kDoutPanels, kBlockRows * width);
@@ -608,14 +611,14 @@ static void backward_few(const MemoryAttentionBackward& args) {
     for (int64_t item = begin; item < end; ++item) {
       const Head<S, T> head(args, item);
       const int64_t width = head.width;
-      Scalar* const scores = scratch_of<S>(kScores, args.tokens * args.slots);
-      Scalar* const dscores = scratch_of<S>(kDscores, args.tokens * args.slots);
-      Scalar* const factor = scratch_of<S>(kFactor, args.slots);
+      Scalar* const scores = scratch_of<S>(kScores, args.tokens * head.padded_slots);
+      Scalar* const dscores = scratch_of<S>(kDscores, args.tokens * head.padded_slots);
+      Scalar* const factor = scratch_of<S>(kFactor, head.padded_slots);
       Scalar* const queries = scratch_of<S>(kQueries, args.tokens * width);
       Scalar* const douts = scratch_of<S>(kDout, args.tokens * width);
       for (int64_t t = 0; t < args.tokens; ++t) {
-        Scalar* const p = scores + t * args.slots;
-        Scalar* const ds = dscores + t * args.slots;
+        Scalar* const p = scores + t * head.padded_slots;
+        Scalar* const ds = dscores + t * head.padded_slots;
         widen<S>(head.rows(args.query) + t * args.query.row_stride, queries + t * width, width);
         widen<S>(head.rows(args.dout) + t * args.dout.row_stride, douts + t * width, width);
         const int64_t count = head.visible(t);
@@ -634,7 +637,7 @@ static void backward_few(const MemoryAttentionBackward& args) {
         vectors<S>(width, [&](int64_t k, auto part) __attribute__((always_inline)) {
           auto dk = S::zero(), dv = S::zero();
           for (int64_t t = first; t < args.tokens; ++t) {
-            const int64_t at = t * args.slots + j;
+            const int64_t at = t * head.padded_slots + j;
             dk = S::fma(S::set(dscores[at]), get<S>(queries + t * width + k, part), dk);
             dv = S::fma(S::set(scores[at]), get<S>(douts + t * width + k, part), dv);
           }

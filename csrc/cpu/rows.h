@@ -17,6 +17,11 @@ struct Whole {};
 struct Part {
   int count;
 };
+// A part in a row that has room for whole vectors: lanes that are not there may be touched. (A load
+// waits for a masked store.)
+struct RoomyPart {
+  int count;
+};
 
 template <class S, class T>
 LM2_INLINE typename S::V get(const T* p, Whole) {
@@ -27,12 +32,21 @@ LM2_INLINE typename S::V get(const T* p, Part part) {
   return S::load(p, part.count);
 }
 template <class S, class T>
+LM2_INLINE typename S::V get(const T* p, RoomyPart) {
+  return S::load(p);
+}
+template <class S, class T>
 LM2_INLINE void put(T* p, typename S::V x, Whole) {
   S::store(p, x);
 }
 template <class S, class T>
 LM2_INLINE void put(T* p, typename S::V x, Part part) {
   S::store(p, x, part.count);
+}
+
+template <class S, class T>
+LM2_INLINE void put(T* p, typename S::V x, RoomyPart) {
+  S::store(p, x);
 }
 
 // x, with `rest` in the lanes that are not there.
@@ -45,6 +59,11 @@ LM2_INLINE typename S::V keep(typename S::V x, typename S::V rest, Part part) {
   return S::first_lanes(part.count, x, rest);
 }
 
+template <class S>
+LM2_INLINE typename S::V keep(typename S::V x, typename S::V rest, RoomyPart part) {
+  return S::first_lanes(part.count, x, rest);
+}
+
 // An int as a type.
 template <int kValue>
 struct Count {
@@ -52,11 +71,11 @@ struct Count {
 };
 
 // Calls body(i, Whole) for each full vector of [0, count), then body(i, Part) for what is left.
-template <class S, class F>
+template <class S, class Rest = Part, class F>
 LM2_INLINE void vectors(int64_t count, const F& body) {
   int64_t i = 0;
   for (; i + S::kLanes <= count; i += S::kLanes) body(i, Whole{});
-  if (i < count) body(i, Part{static_cast<int>(count - i)});
+  if (i < count) body(i, Rest{static_cast<int>(count - i)});
 }
 
 LM2_INLINE int64_t size_of(Dtype dtype) {
@@ -70,33 +89,37 @@ LM2_INLINE const void* at(const void* data, Dtype dtype, int64_t index) {
   return static_cast<const char*>(data) + index * size_of(dtype);
 }
 
-// Inlined: a processor that foresees what an instruction loads next shall see one stream of each.
-template <class S, class T>
-LM2_INLINE void widen(const T* from, typename S::Scalar* to, int64_t count) {
+template <class S, class From, class To>
+LM2_INLINE void convert(const From* from, To* to, int64_t count) {
   vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
     put<S>(to + i, get<S>(from + i, part), part);
   });
+}
+
+template <class S, class T>
+static void widen(const T* from, typename S::Scalar* to, int64_t count) {
+  convert<S>(from, to, count);
 }
 
 template <class S, class T>
 static void narrow(const typename S::Scalar* from, T* to, int64_t count) {
-  vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-    put<S>(to + i, get<S>(from + i, part), part);
-  });
+  convert<S>(from, to, count);
 }
 
-// Elements as Scalars: where they lie if that is what they are, else converted into `buffer`.
+// Elements as Scalars: where they lie if that is what they are, else converted into `buffer`. (By
+// no function of its own: a processor that foresees what an instruction loads next shall see one
+// stream of each.)
 template <class S>
 LM2_INLINE const typename S::Scalar* read(const void* data, Dtype dtype, int64_t count,
                                           typename S::Scalar* buffer) {
   using Scalar = typename S::Scalar;
   if constexpr (sizeof(Scalar) == 4) {
     if (dtype == Dtype::bfloat16) {
-      widen<S>(static_cast<const bfloat16*>(data), buffer, count);
+      convert<S>(static_cast<const bfloat16*>(data), buffer, count);
       return buffer;
     }
     if (dtype == Dtype::float16) {
-      widen<S>(static_cast<const float16*>(data), buffer, count);
+      convert<S>(static_cast<const float16*>(data), buffer, count);
       return buffer;
     }
   }
