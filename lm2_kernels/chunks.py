@@ -32,7 +32,7 @@ def by_slot(x: Tensor, tokens_per_slot: int, num_tokens: int) -> Tensor:
     return x.unflatten(1, (-1, tokens_per_slot))
 
 
-def by_token(x: Tensor, num_tokens: int) -> Tensor:
+def tokens_of(x: Tensor, num_tokens: int) -> Tensor:
     """(B, T, ...): what :func:`by_slot` made of rows of tokens, without the zeros."""
     return x.flatten(1, 2)[:, :num_tokens]
 
@@ -44,6 +44,14 @@ def sum_by_slot(x: Tensor, tokens_per_slot: int, first: int = 0) -> Tensor:
     """
     if tokens_per_slot == 1:
         return x
-    if first:
-        x = F.pad(x, (*(0, 0) * (x.dim() - 2), first, 0))
-    return by_slot(x, tokens_per_slot, x.shape[1]).sum(dim=2)
+    # no zeros are added to what is not a whole row: that may have far fewer tokens
+    head = min(tokens_per_slot - first, x.shape[1]) if first else 0
+    end = x.shape[1] - (x.shape[1] - head) % tokens_per_slot
+    sums = []
+    if head:
+        sums.append(x[:, :head].sum(dim=1, keepdim=True))
+    if head < end:
+        sums.append(x[:, head:end].unflatten(1, (-1, tokens_per_slot)).sum(dim=2))
+    if end < x.shape[1]:
+        sums.append(x[:, end:].sum(dim=1, keepdim=True))
+    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)

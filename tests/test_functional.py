@@ -758,6 +758,22 @@ def test_what_a_masked_slot_holds_does_not_matter(case, poison, backend):
 
 
 @every_backend
+def test_any_number_of_tokens_per_slot_is_taken(backend):
+    """More than there are is all of them, and takes no more memory or time."""
+    case = testing.Case("memory_update", 2, 5, 0, 0, 8, (("output_gate", True),))
+    results = []
+    for tokens_per_slot in (5, 2**62):
+        options = (*case.options, ("tokens_per_slot", tokens_per_slot))
+        inputs = testing.make_inputs(case._replace(options=options), torch.float32)
+        leaves = {name: tensor.requires_grad_() for name, tensor in inputs.tensors.items()}
+        outputs = lm2.memory_update(**leaves, **inputs.constants, backend=backend)
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), inputs.cotangents)
+        results.append([*outputs, *gradients])
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_row_that_sees_no_slot_reads_and_passes_zero(dtype, backend):
     # slots 0 and 1 are hidden: tokens 0 and 1 see nothing

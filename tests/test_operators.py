@@ -266,7 +266,7 @@ def test_any_strides_are_taken(function):
 
 
 @pytest.mark.parametrize("function", ["memory_update_forward", "memory_update_backward"])
-def test_any_number_of_tokens_per_slot_is_taken(function):
+def test_any_number_of_tokens_per_slot_is_taken_by_an_operator(function):
     """More than there are is all of them."""
     arguments = ARGUMENTS[function](
         memory=torch.randn(B, 1, D), output_gate=torch.randn(B, 1, D), tokens_per_slot=TOKENS

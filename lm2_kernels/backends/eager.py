@@ -14,7 +14,7 @@ from lm2_kernels.backends.composite import (  # noqa: F401 - this backend's own
     memory_attention_forward,
 )
 from lm2_kernels.backends.contract import accumulation_dtype
-from lm2_kernels.chunks import by_slot, by_token, counts, sum_by_slot
+from lm2_kernels.chunks import by_slot, counts, sum_by_slot, tokens_of
 
 DEVICES = None
 
@@ -48,13 +48,14 @@ def memory_update_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`."""
     dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
+    tokens_per_slot = min(tokens_per_slot, num_tokens)
 
     def view(x: Tensor) -> Tensor:
         return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
 
     c, p = view(candidate), memory.to(dtype)[:, :, None]
     i, f = _gates(input_gate, forget_gate, gate_bias, view)
-    proposal = by_token(i * torch.tanh(c) + f * p, num_tokens)
+    proposal = tokens_of(i * torch.tanh(c) + f * p, num_tokens)
     new_memory = sum_by_slot(proposal, tokens_per_slot)
     if tokens_per_slot > 1:
         new_memory = new_memory / counts(num_tokens, tokens_per_slot, memory.device)
@@ -62,7 +63,7 @@ def memory_update_forward(
         shown = proposal
     else:
         s = p if output == "memory" else c if read is None else view(read)
-        shown = by_token(torch.sigmoid(view(output_gate)) * s.expand(c.shape), num_tokens)
+        shown = tokens_of(torch.sigmoid(view(output_gate)) * s.expand(c.shape), num_tokens)
     out = (hidden.to(dtype) + shown).to(hidden.dtype)
     # arithmetic keeps the axes' order in memory, the contract is a plain contiguous tensor
     return out.contiguous(), new_memory.to(memory.dtype).contiguous()
@@ -95,6 +96,7 @@ def memory_update_backward(
     for what it shows, S. Sums are over the row's tokens.
     """
     dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
+    tokens_per_slot = min(tokens_per_slot, num_tokens)
 
     def view(x: Tensor) -> Tensor:
         return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
@@ -130,22 +132,22 @@ def memory_update_backward(
         dgates.append(doutput_gate)
     none = candidate.new_empty(0)
     return (
-        _owned(by_token(dcandidate, num_tokens), candidate.dtype) if needs_dcandidate else none,
-        _owned(sum_by_slot(by_token(drow, num_tokens), tokens_per_slot), memory.dtype)
+        _owned(tokens_of(dcandidate, num_tokens), candidate.dtype) if needs_dcandidate else none,
+        _owned(sum_by_slot(tokens_of(drow, num_tokens), tokens_per_slot), memory.dtype)
         if needs_dmemory
         else none.clone(),
-        torch.stack([by_token(gate, num_tokens) for gate in dgates], dim=2)
+        torch.stack([tokens_of(gate, num_tokens) for gate in dgates], dim=2)
         .to(input_gate.dtype)
         .contiguous()
         if needs_dgates
         else none.clone(),
-        _owned(by_token(dread, num_tokens), candidate.dtype) if needs_dread else none.clone(),
+        _owned(tokens_of(dread, num_tokens), candidate.dtype) if needs_dread else none.clone(),
     )
 
 
 def _owned(x: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in a dtype, contiguous and sharing its memory with no other."""
-    return x.to(dtype).clone(memory_format=torch.contiguous_format)
+    return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def residual_layer_norm_forward(

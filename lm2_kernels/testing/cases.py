@@ -83,6 +83,7 @@ SMALL_CASES = (
     _update(3, 8, 17, tokens_per_slot=4, output_gate=True, output="memory", memory="float32"),
     _update(2, 7, 40, tokens_per_slot=3, gate_bias="prefix", gates="slots", hidden="float32"),
     _update(2, 4, 24, tokens_per_slot=9, gate_bias="segment"),
+    _update(2, 8, 40, tokens_per_slot=3, gate_bias="segment", gates="slots"),
     _norm(2, 3, 24),
     _norm(1, 17, 65, residual="float32"),
     _norm(2, 33, 7, parameters="float32"),

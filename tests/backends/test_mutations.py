@@ -305,7 +305,12 @@ def test_mutant_is_caught(mutant, tmp_path, monkeypatch):
 
 # several tokens a slot: more than are added up in one go, and fewer in the last
 CHUNK = _rows("memory_update", 2, 43, 24, tokens_per_slot=40, output_gate=True, read=True)
-SLOT_GATES = _rows("memory_update", 2, 13, 24, tokens_per_slot=5, gate_bias="prefix", gates="slots")
+GATES_OF_SLOTS = _rows(
+    "memory_update", 2, 13, 24, tokens_per_slot=5, gate_bias="prefix", gates="slots"
+)
+SHARED_GATES = _rows(
+    "memory_update", 2, 8, 40, tokens_per_slot=3, gate_bias="segment", gates="slots"
+)
 
 CPU = "cpu/memory_update.h"
 CUDA = "cuda/memory_update.cu"
@@ -322,21 +327,28 @@ NATIVE_MUTANTS = (
         CPU,
         "slot * args.tokens_per_slot",
         "slot",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "shared gates doubled",
+        CPU,
+        "put<S>(buffer + i, gate(i, part), part)",
+        "put<S>(buffer + i, gate(i, part) + gate(i, part), part)",
+        SHARED_GATES,
     ),
     NativeMutant(
         "another slot's row",
         CPU,
         "row(args.memory, piece.slot, buffers[kMemory])",
         "row(args.memory, piece.slot / 2, buffers[kMemory])",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "the last proposal instead of the sum",
         CPU,
         "get<S>(row + i, part) + x",
         "x",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "a run that is not added",
@@ -357,7 +369,7 @@ NATIVE_MUTANTS = (
         CPU,
         "sum.add_to(row, is_first, i, dp, part)",
         "sum.add_to(row, true, i, dp, part)",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "the gradient of the mean not divided",
@@ -385,7 +397,7 @@ NATIVE_MUTANTS = (
         CPU,
         "view.row_stride == 0 && bias.row_stride == 0",
         "view.row_stride == 0",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "the gates of a slot's first token for all",
@@ -406,14 +418,14 @@ NATIVE_MUTANTS = (
         CUDA,
         "slot * args.tokens_per_slot",
         "slot",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "the other threads of a column left out",
         CUDA,
         "x += parts[i * columns + threadIdx.x]",
         "x += 0.0f",
-        SLOT_GATES,
+        GATES_OF_SLOTS,
     ),
     NativeMutant(
         "the last of the tokens loaded together instead of their sum",
@@ -465,7 +477,7 @@ NATIVE_MUTANTS = (
 def test_native_mutants_are_caught(target):
     if target == "cuda" and emulation_reason() is not None:
         pytest.skip(emulation_reason())
-    for case in (CHUNK, SLOT_GATES):
+    for case in (CHUNK, GATES_OF_SLOTS, SHARED_GATES):
         with mutated(target, NATIVE_MUTANTS, 0):
             assert max(c.share for c in testing.check_case(case, torch.float16, "cpp")) <= 1.0
     survivors = []
