@@ -17,10 +17,10 @@ constexpr int kTogether = 4;
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-// How many threads share a column, a power of 2.
+// How many threads share a column, a power of 2: no more than have tokens to load together.
 __host__ __device__ __forceinline__ int lanes_of(const MemoryUpdate& args) {
   int lanes = 1;
-  while (lanes < kMostLanes && lanes < args.tokens_per_slot) lanes *= 2;
+  while (lanes < kMostLanes && lanes * kTogether < args.tokens_per_slot) lanes *= 2;
   return lanes;
 }
 
