@@ -348,7 +348,8 @@ def _num_compiled(op):
 def test_new_sizes_compile_nothing(case):
     """Batch and lengths are no part of a kernel's key, whatever divides them.
 
-    Of the number of slots, the next power of two is, up to the table's tile.
+    But for the classes of the tables: the next power of two of few slots, whether dK and dV are
+    summed in parts, the tile for so many tokens per slot.
     """
     counts = []
     with launches.compiled("sm_90"):
