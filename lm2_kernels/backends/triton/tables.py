@@ -143,6 +143,11 @@ DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     128: AttentionConfig(32, 32, 16, 2),  # (78, 94, 68) at most
     256: AttentionConfig(16, 32, 8, 2),  # (170, 194, 98) at most
 }
+# by target and padded head width: where those spill 6 words, at 64 registers and at 80
+DKEY_VALUE_FLOAT32_FITTED: dict[tuple[str, int], AttentionConfig] = {
+    ("sm_100", 128): AttentionConfig(16, 32, 8, 2),  # (120, 106, 50)
+    ("small", 16): AttentionConfig(16, 32, 8, 2),  # sm_120: (78, 80, 8)
+}
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 64, 16, 2),  # (54, 54, 56) at most
     128: AttentionConfig(32, 32, 8, 2),  # (97, 80, 68) at most; of 16 warps 6 words spill
@@ -251,6 +256,8 @@ def attention_dkey_value(
 ) -> AttentionConfig:
     tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
     config = _attention(*tables, target, dtype, block_k, is_ragged)
+    if dtype == torch.float32 and not is_ragged:
+        config = DKEY_VALUE_FLOAT32_FITTED.get((target, block_k), config)
     if has_dropout:
         # triton 3.6 at width 256 on sm_90: 10 words are spilled by dropout with three stages, none
         # with two, which without dropout spill 2
