@@ -338,8 +338,8 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "the last tokens instead of the sum",
         CUDA,
-        "sum = first == share.lane ? part : sum + part",
-        "sum = part",
+        "sum + part",
+        "part",
         CHUNK,
     ),
     NativeMutant(
