@@ -338,8 +338,8 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "the last tokens instead of the sum",
         CUDA,
-        "sum + part",
-        "part",
+        "sum = total",
+        "sum = part",
         CHUNK,
     ),
     NativeMutant(
