@@ -686,12 +686,18 @@ def test_strides_do_not_change_the_values(case, layout, backend):
 POISONED = {
     "memory_attention": ("query", "key", "value"),
     "memory_update": ("hidden", "candidate", "memory", "input_gate", "forget_gate", "output_gate"),
+    "memory_update of several tokens": ("hidden", "candidate", "memory", "forget_gate", "read"),
     "residual_layer_norm": ("x", "residual", "weight", "bias"),
     "pooled_gate": ("x", "weight"),
 }
 POISON_CASES = {
     "memory_attention": testing.Case("memory_attention", 2, 4, 5, 2, 3, (("causal", False),)),
     "memory_update": testing.Case("memory_update", 2, 4, 0, 0, 6, (("output_gate", True),)),
+    # more than are added up in one go
+    "memory_update of several tokens": testing.Case(
+        *("memory_update", 2, 40, 0, 0, 6),
+        (("output_gate", True), ("read", True), ("tokens_per_slot", 37)),
+    ),
     "residual_layer_norm": testing.Case("residual_layer_norm", 2, 4, 0, 0, 6),
     "pooled_gate": testing.Case("pooled_gate", 2, 4, 0, 0, 6, (("prefix", True),)),
 }

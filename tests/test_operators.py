@@ -321,9 +321,19 @@ def test_no_long_chain_of_roundings():
         # all scores are 0
         mean = bank.double().mean(1, keepdim=True).expand(1, 2, 1, 4)
         plain = reference.memory_attention(read["query"], bank, bank, causal=False, scale=0.0)
+        # a slot of many tokens whose gates are open
+        opened = torch.full((1, 1, 4), 100.0)
+        tokens = torch.rand(1, 2**17, 4)
+        shut = {"output_gate": None, "gate_bias": None, "read": None}
+        write = {"hidden": tokens, "candidate": tokens, "memory": torch.zeros(1, 1, 4)} | shut
+        write |= {"input_gate": opened, "forget_gate": opened, "tokens_per_slot": 2**17}
+        _, row = _run("memory_update_forward", **_update(**write))
+        proposals = tokens.tanh()
+        exact_row = tokens.double().tanh().mean(1, keepdim=True)
         return [
             testing.compare("dweight", dweight, exact, (x * gradient).sum((0, 1))),
             testing.compare("output", out, mean, plain),
+            testing.compare("output", row, exact_row, proposals.mean(1, keepdim=True)),
         ]
 
     assert_rule(run)

@@ -10,8 +10,7 @@
 namespace lm2::cpu {
 namespace {
 
-// Tokens whose proposals are added up before they are added to the slot's sum: no sum is one long
-// chain.
+// Tokens that are added up one after the other, before they are added to the slot's sum.
 constexpr int64_t kRun = 16;
 
 // The buffers of a work item, in one array. Two pieces that are 4096 bytes apart share the first
@@ -146,11 +145,12 @@ struct UpdatePiece {
   }
 };
 
-// The sum over a slot's tokens of what each has for a piece of its row, run by run.
+// The sum over a slot's tokens of what each has for a piece of its row, run by run. What is rounded
+// off where a run is added is kept, and added at the end: no sum is one long chain.
 template <class S, bool kMany>
 struct SlotSum {
   using Scalar = typename S::Scalar;
-  Scalar *const total, *const run;
+  Scalar *const total, *const run, *const lost;
 
   // The row that token k's part goes to with add_to.
   Scalar* token(int64_t k) { return kMany && k >= kRun ? run : total; }
@@ -164,8 +164,28 @@ struct SlotSum {
 
   // After token k, perhaps the last.
   void end(int64_t k, const SlotPiece& piece) {
-    const bool ends = (k + 1) % kRun == 0 || k + 1 == piece.tokens;
-    if (kMany && k >= kRun && ends) accumulate<S>(total, run, piece.count);
+    const bool is_last = k + 1 == piece.tokens, ends = (k + 1) % kRun == 0 || is_last;
+    if (kMany && k >= kRun && ends) add_run(k < 2 * kRun, piece.count);
+    if (kMany && k >= kRun && is_last) add_lost(piece.count);
+  }
+
+  void add_run(bool is_first, int64_t count) {
+    vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const auto a = get<S>(total + i, part), b = get<S>(run + i, part);
+      // the sum, and exactly what it lacks
+      const auto sum = a + b, of_b = sum - a;
+      const auto rest = (a - (sum - of_b)) + (b - of_b);
+      put<S>(total + i, sum, part);
+      put<S>(lost + i, is_first ? rest : get<S>(lost + i, part) + rest, part);
+    });
+  }
+
+  void add_lost(int64_t count) {
+    vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      const auto sum = get<S>(total + i, part);
+      // of an infinity it is NaN
+      put<S>(total + i, S::if_nonzero(sum - sum, sum, sum + get<S>(lost + i, part)), part);
+    });
   }
 };
 
@@ -191,13 +211,13 @@ template <class S, bool kMany>
 static void update_forward(const MemoryUpdateForward& args) {
   using Scalar = typename S::Scalar;
   for_each_piece(args, [&](const SlotPiece& piece) {
-    alignas(64) Scalar all_buffers[kInputs + 4][kPiece];
+    alignas(64) Scalar all_buffers[kInputs + 5][kPiece];
     Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
     UpdatePiece<S, kMany> in(args, piece, all_buffers);
     const Scalar* const memory = in.memory;
     const auto updated =
         place<S>(args.new_memory, args.memory.dtype, piece.row_offset(args), buffers[0]);
-    SlotSum<S, kMany> sum{updated.row, buffers[3]};
+    SlotSum<S, kMany> sum{updated.row, buffers[3], buffers[4]};
     for (int64_t k = 0; k < piece.tokens; ++k) {
       const auto token = in.token(k);
       Scalar* const row = sum.token(k);
@@ -232,7 +252,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
   const bool reaches_memory = args.dnew_memory || release;
   const int64_t gates = release ? 2 : 3;
   for_each_piece(args, [&](const SlotPiece& piece) {
-    alignas(64) Scalar all_buffers[kInputs + 9][kPiece];
+    alignas(64) Scalar all_buffers[kInputs + 10][kPiece];
     Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
     UpdatePiece<S, kMany> in(args, piece, all_buffers);
     const Scalar* const memory = in.memory;
@@ -246,7 +266,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
     }
     const auto dmemory =
         place<S>(args.dmemory, args.memory.dtype, piece.row_offset(args), buffers[1]);
-    SlotSum<S, kMany> sum{dmemory.row, buffers[8]};
+    SlotSum<S, kMany> sum{dmemory.row, buffers[8], buffers[9]};
     for (int64_t k = 0; k < piece.tokens; ++k) {
       const auto token = in.token(k);
       Scalar* const row = sum.token(k);

@@ -117,12 +117,13 @@ struct Token {
   }
 };
 
-// Calls body(token, k) for each of a thread's tokens, and returns the sum of what it returns.
+// Calls body(token, k) for each of a thread's tokens, and returns the sum of what it returns. What
+// is rounded off on the way is kept, and added at the end: no sum is one long chain.
 template <class T, int kMany, class F>
 __device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args,
                                                  const Share<kMany>& share, float memory,
                                                  const View& stream, const F& body) {
-  float sum = 0.0f;
+  float sum = 0.0f, lost = 0.0f;
   for (int64_t first = share.lane; first < share.tokens; first += kMany * share.lanes) {
     Token<T, kMany> tokens[kMany];
 #pragma unroll
@@ -139,9 +140,17 @@ __device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args,
       const float own = body(tokens[j], k);
       part = j == 0 ? own : part + own;
     }
-    sum = first == share.lane ? part : sum + part;
+    if (first == share.lane) {
+      sum = part;
+    } else {
+      const float total = sum + part;
+      const float of_part = total - sum;
+      lost += (sum - (total - of_part)) + (part - of_part);
+      sum = total;
+    }
   }
-  return sum;
+  // of an infinity it is NaN; of a single part it is 0, which would turn -0 into 0
+  return lost != 0.0f && sum - sum == 0.0f ? sum + lost : sum;
 }
 
 template <class T, int kMany>

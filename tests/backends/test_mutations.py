@@ -437,7 +437,7 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "the last tokens instead of the sum",
         CUDA,
-        "sum = first == share.lane ? part : sum + part",
+        "sum = total",
         "sum = part",
         CHUNK,
     ),
