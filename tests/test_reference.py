@@ -204,14 +204,35 @@ def test_paper_memory_by_hand():
     assert_same(new_memory, rows(3.0, sigmoid(0.5) * math.tanh(read) + sigmoid(-read) * -1.0))
 
 
-def test_release_memory_by_hand():
+def test_paper_memory_of_a_chunk_by_hand():
+    """Both tokens write slot 1, and each with a term of its own in what it writes."""
+    weights = {"query": 0.0, "key": 1.0, "value": 2.0, "candidate": -1.0}
+    weights |= {"output_gate": 1.0, "input_gate": 1.0, "forget_gate": -1.0}
+    parameters = {
+        f"{name}_proj.weight": torch.tensor([[value]]).double() for name, value in weights.items()
+    }
+    x, memory = rows(0.5, -0.5), rows(3.0, -1.0)
+    output, new_memory = reference.paper_memory(
+        x, memory, parameters, num_heads=1, slot_offset=1, causal=False, tokens_per_slot=2
+    )
+
+    def sigmoid(value):
+        return 1.0 / (1.0 + math.exp(-value))
+
+    # both read the mean of the values, 2: the candidates are 2 - 1/2 and 2 + 1/2
+    proposals = [
+        sigmoid(0.5) * math.tanh(1.5) - sigmoid(-2.0),
+        sigmoid(-0.5) * math.tanh(2.5) - sigmoid(-2.0),
+    ]
+    assert_same(output, rows(0.5 + sigmoid(2.0) * 2.0, -0.5 + sigmoid(2.0) * 2.0))
+    assert_same(new_memory, rows(3.0, sum(proposals) / 2))
+
+
+def _release_parameters() -> dict[str, torch.Tensor]:
     """D = 1: a LayerNorm of one element gives its bias, so the candidate is 1/2."""
     one, zero = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
-    parameters = {
-        f"{name}.weight": one
-        for name in ("query_proj", "key_proj", "value_proj", "attention_mlp.0")
-    }
-    parameters |= {
+    squares = ("query_proj", "key_proj", "value_proj", "attention_mlp.0")
+    return {f"{name}.weight": one for name in squares} | {
         "attended_memory_layernorm.weight": vector(1.0),
         "attended_memory_layernorm.bias": vector(3.0),
         "attended_memory_layernorm2.weight": vector(1.0),
@@ -224,6 +245,10 @@ def test_release_memory_by_hand():
         "input_bias": torch.tensor(-1.0).double(),
         "forget_bias": torch.tensor(LN3, dtype=torch.float64),
     }
+
+
+def test_release_memory_by_hand():
+    parameters = _release_parameters()
     # the mean of relu(x) is 2, so the input gate is 2/2 - 1 = 0 and the forget gate ln 3
     x, memory = rows(4.0, -1.0), rows(4.0, 8.0)
     output, new_memory, total = reference.release_memory(x, memory, parameters, num_heads=1)
@@ -235,6 +260,23 @@ def test_release_memory_by_hand():
     _, prefixed, _ = reference.release_memory(x, memory, parameters, num_heads=1, prefix=True)
     first = math.tanh(0.5) / (1.0 + math.exp(-1.0)) + 3.0
     assert_same(prefixed, rows(first, written + 6.0))
+
+
+def test_release_memory_of_a_chunk_by_hand():
+    """Three tokens, two to a slot: each shows its own proposal, and the second slot has one."""
+    parameters = _release_parameters() | {
+        "candidate_proj.weight": torch.tensor([[0.25]]).double(),
+        "candidate_proj.bias": vector(0.0),
+    }
+    # the mean of relu(x) is 2 again; the candidates are 1/2 + x / 4
+    x, memory = rows(4.0, -1.0, 2.0), rows(4.0, 8.0)
+    output, new_memory, total = reference.release_memory(
+        x, memory, parameters, num_heads=1, causal=False, tokens_per_slot=2
+    )
+    first, second, third = (0.5 * math.tanh(value) for value in (1.5, 0.25, 1.0))
+    assert_same(new_memory, rows((first + second) / 2 + 3.0, third + 6.0))
+    assert_same(output, rows(4.0 + first + 3.0, -1.0 + second + 3.0, 2.0 + third + 6.0))
+    assert_same(total, torch.tensor([[6.0]]).double())
 
 
 # --- golden tensors ---------------------------------------------------------------------------
