@@ -148,16 +148,17 @@ class MemoryLayer(nn.Module):
                     f"{op}: the layer has {name}={getattr(self, name)}, the cache "
                     f"{getattr(cache, name)}; ask MemoryState.piece for the layer's"
                 )
-        num_slots = memory.shape[1]
         if self.causal:
             check_shape(op, "memory (with a cache, the rows)", memory, "(B, T, D)", tuple(x.shape))
-        elif num_rows(cache.size, self.tokens_per_slot) > num_slots:
-            raise ValueError(
-                f"{op}: a segment of {cache.size} tokens wants at least "
-                f"{num_rows(cache.size, self.tokens_per_slot)} slots, memory has {num_slots}"
-            )
-        if not self.causal and self.top_k is not None and self.top_k > num_slots:
-            raise ValueError(f"{op}: top_k must be between 1 and N = {num_slots}, got {self.top_k}")
+        else:
+            needed, there = num_rows(cache.size, self.tokens_per_slot), memory.shape[1]
+            if needed > there:
+                raise ValueError(
+                    f"{op}: a segment of {cache.size} tokens wants at least {needed} slots, memory "
+                    f"has {there}"
+                )
+            if self.top_k is not None and self.top_k > there:
+                raise ValueError(f"{op}: top_k must be between 1 and N = {there}, got {self.top_k}")
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
 
