@@ -27,7 +27,7 @@ from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 _INK, _GREY = "#777777", "#a6a6a6"
 _BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY)
-_MARKERS = "osD^vPX*<>"
+_MARKERS = "osD^vPX*<>phd8"
 _STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,

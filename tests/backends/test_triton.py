@@ -208,7 +208,11 @@ def test_offsets_past_2_31(case):
             assert_rule(functools.partial(run, name=name))
 
 
-@pytest.mark.parametrize("case", testing.SMALL_CASES[1::5], ids=lambda case: case.id)
+# those whose results are the kernels' alone: torch without CUDA divides no fake tensor of a GPU
+_BY_KERNELS = [c for c in testing.SMALL_CASES if c.op != "pooled_gate" or c.option("prefix")]
+
+
+@pytest.mark.parametrize("case", _BY_KERNELS[1::4], ids=lambda case: case.id)
 def test_launch_under_device_guard(case):
     """Tensors on cuda:1 while cuda:0 is current: the fake driver refuses a launch elsewhere."""
     with FakeTensorMode(allow_non_fake_inputs=True), launches.compiled("sm_90") as gpu:
