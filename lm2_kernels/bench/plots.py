@@ -415,7 +415,7 @@ def _point_legend(figure, colours: dict[str, str], markers: dict[str, str]) -> N
         Line2D([], [], color=_INK, linestyle="", marker=marker, label=shape)
         for shape, marker in markers.items()
     ]
-    _legend(figure, handles, min(len(handles), 7))
+    _legend(figure, handles, len(handles) if len(handles) <= 7 else 5)
 
 
 # --- growth ------------------------------------------------------------------------------------

@@ -208,11 +208,12 @@ def test_offsets_past_2_31(case):
             assert_rule(functools.partial(run, name=name))
 
 
-# those whose results are the kernels' alone: torch without CUDA divides no fake tensor of a GPU
+# those whose results are the kernels' alone: torch without CUDA computes with no fake GPU's tensor
 _BY_KERNELS = [
     case
     for case in testing.SMALL_CASES
-    if not case.option("top_k") and (case.op != "pooled_gate" or case.option("prefix"))
+    if case.width <= 256 and not case.option("top_k")
+    if case.op != "pooled_gate" or case.option("prefix")
 ]
 
 

@@ -127,7 +127,8 @@ def test_the_foot_says_what_it_was_measured_on(drawn):
         foot = " ".join(text.get_text() for text in figure.texts)
         assert report.machine_line(measured) in foot, name
         assert report.ceiling_line(measured) in foot, name
-        if name != "lengths":
+        shapes = {result["shape"] for result in measured["results"]}
+        if name != "lengths" and not all(" of " in shape for shape in shapes):
             assert "tokens = slots = width" in foot, name
 
 
