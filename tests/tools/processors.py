@@ -24,6 +24,7 @@ FILES = (
     "tests/cli/test_demo.py",
     "tests/layers/test_layers.py",
     "tests/layers/test_recompute.py",
+    "tests/layers/test_write_rules.py",
     "tests/model/test_decoder.py",
     "tests/model/test_generation.py",
     "tests/patching/test_patching.py",
