@@ -24,14 +24,31 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
     return None
 
 
-def _gates(
-    input_gate: Tensor, forget_gate: Tensor, gate_bias: Tensor | None, view: Callable
-) -> tuple[Tensor, Tensor]:
+def _by_slot(
+    candidate: Tensor,
+    memory: Tensor,
+    input_gate: Tensor,
+    forget_gate: Tensor,
+    gate_bias: Tensor | None,
+    tokens_per_slot: int,
+) -> tuple[Callable[[Tensor], Tensor], int, tuple[Tensor, ...]]:
+    """What lays tensors out slot by slot, how many tokens a slot has; and so laid out C, P, i, f.
+
+    Of more tokens per slot than there are, it is those that there are.
+    """
+    dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
+    tokens_per_slot = min(tokens_per_slot, num_tokens)
+
+    def view(x: Tensor) -> Tensor:
+        return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
+
     input_gate, forget_gate = view(input_gate), view(forget_gate)
     if gate_bias is not None:
         input_bias, forget_bias = view(gate_bias).chunk(2, dim=-1)
         input_gate, forget_gate = input_gate + input_bias, forget_gate + forget_bias
-    return torch.sigmoid(input_gate), torch.sigmoid(forget_gate)
+    rows = memory.to(dtype)[:, :, None]
+    opened = view(candidate), rows, torch.sigmoid(input_gate), torch.sigmoid(forget_gate)
+    return view, tokens_per_slot, opened
 
 
 def memory_update_forward(
@@ -48,13 +65,9 @@ def memory_update_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`."""
     dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
-    tokens_per_slot = min(tokens_per_slot, num_tokens)
-
-    def view(x: Tensor) -> Tensor:
-        return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
-
-    c, p = view(candidate), memory.to(dtype)[:, :, None]
-    i, f = _gates(input_gate, forget_gate, gate_bias, view)
+    view, tokens_per_slot, (c, p, i, f) = _by_slot(
+        candidate, memory, input_gate, forget_gate, gate_bias, tokens_per_slot
+    )
     proposal = tokens_of(i * torch.tanh(c) + f * p, num_tokens)
     new_memory = sum_by_slot(proposal, tokens_per_slot)
     if tokens_per_slot > 1:
@@ -96,13 +109,9 @@ def memory_update_backward(
     for what it shows, S. Sums are over the row's tokens.
     """
     dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
-    tokens_per_slot = min(tokens_per_slot, num_tokens)
-
-    def view(x: Tensor) -> Tensor:
-        return by_slot(x.to(dtype), tokens_per_slot, num_tokens)
-
-    c, p = view(candidate), memory.to(dtype)[:, :, None]
-    i, f = _gates(input_gate, forget_gate, gate_bias, view)
+    view, tokens_per_slot, (c, p, i, f) = _by_slot(
+        candidate, memory, input_gate, forget_gate, gate_bias, tokens_per_slot
+    )
     u = torch.tanh(c)
     dout = None if doutput is None else view(doutput)
     dnew = None if dnew_memory is None else dnew_memory.to(dtype)

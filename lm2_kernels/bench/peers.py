@@ -42,7 +42,15 @@ class ReleasedStyleMemory(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         """X and memory (B, T, D) -> output and new memory (B, T, D)."""
-        attended = self.attended_memory_layernorm(memory + self._read(x, memory))
+        new_memory = self._proposals(x, memory, memory, self._read(x, memory))
+        return x + new_memory, new_memory
+
+    def _proposals(self, x: Tensor, memory: Tensor, rows: Tensor, read: Tensor) -> Tensor:
+        """What the tokens propose for ``rows``: the memory's (B, T, D), or (B, N, 1, D) of slots.
+
+        ``read`` and the result have the tokens' shape, (B, T, D) or (B, N, tokens per slot, D).
+        """
+        attended = self.attended_memory_layernorm(rows + read)
         mixed = attended
         for layer in self.attention_mlp:
             mixed = torch.relu(layer(mixed))
@@ -50,11 +58,10 @@ class ReleasedStyleMemory(nn.Module):
         pooled = torch.relu(self.input_gate_projector.w * x).mean(dim=1, keepdim=True)
         gates = self.input_gate_projector.linear(pooled)
         gates = gates + self.memory_gate_projector.linear(torch.tanh(memory))
-        input_gate, forget_gate = gates.chunk(2, dim=-1)
+        input_gate, forget_gate = gates.view(*rows.shape[:-1], -1).chunk(2, dim=-1)
         input_gate = torch.sigmoid(input_gate + self.input_bias)
         forget_gate = torch.sigmoid(forget_gate + self.forget_bias)
-        new_memory = input_gate * torch.tanh(candidate) + forget_gate * memory
-        return x + new_memory, new_memory
+        return input_gate * torch.tanh(candidate) + forget_gate * rows
 
     def _read(self, x: Tensor, memory: Tensor) -> Tensor:
         def heads(projected: Tensor) -> Tensor:
@@ -94,75 +101,54 @@ class SdpaPaperMemory(nn.Module):
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (self.num_heads, -1))
 
+        chunks = (-1, self.tokens_per_slot)
         is_chunked = self.tokens_per_slot > 1
+        sees = {}
+        if not is_chunked:
+            sees = sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device)
         read = sdpa(
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
             self.kernel,
-            **(
-                {}
-                if is_chunked
-                else sdpa_options(x.shape[1], memory.shape[1], slot_offset, x.device)
-            ),
+            **sees,
         ).flatten(-2)
-        if is_chunked:
-            chunks = (-1, self.tokens_per_slot)
-            written = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
-            forget_gate = torch.sigmoid(self.forget_gate_proj(read)).unflatten(1, chunks)
-            proposals = written.unflatten(1, chunks) + forget_gate * memory[:, :, None]
-            output = x + torch.sigmoid(self.output_gate_proj(read)) * read
-            return output, proposals.mean(dim=2)
-        end = slot_offset + x.shape[1]
-        new_rows = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
+        written = torch.sigmoid(self.input_gate_proj(x)) * torch.tanh(read)
         forget_gate = torch.sigmoid(self.forget_gate_proj(read))
-        new_rows = new_rows + forget_gate * memory[:, slot_offset:end]
         output = x + torch.sigmoid(self.output_gate_proj(read)) * read
+        if is_chunked:
+            kept = forget_gate.unflatten(1, chunks) * memory[:, :, None]
+            return output, (written.unflatten(1, chunks) + kept).mean(dim=2)
+        end = slot_offset + x.shape[1]
+        new_rows = written + forget_gate * memory[:, slot_offset:end]
         if new_rows.shape != memory.shape:
             new_rows = torch.cat([memory[:, :slot_offset], new_rows, memory[:, end:]], dim=1)
         return output, new_rows
 
 
-class SdpaReleaseMemory(nn.Module):
+class SdpaReleaseMemory(ReleasedStyleMemory):
     """The released layer with several tokens a slot in plain PyTorch, as :class:`SdpaPaperMemory`.
 
-    Has the state dict of :class:`lm2_kernels.ReleaseMemory`; its gate pools over the segment.
+    Its gate pools over the segment.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, tokens_per_slot: int = 1):
-        super().__init__()
-        self.num_heads, self.tokens_per_slot = num_heads, tokens_per_slot
-        self.parts = ReleasedStyleMemory(dim, num_heads)
-
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        return self.parts.load_state_dict(state_dict, *args, **kwargs)
+        super().__init__(dim, num_heads)
+        self.tokens_per_slot = tokens_per_slot
 
     def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         """X (B, T, D) and memory (B, N, D) -> output and new memory."""
-        parts = self.parts
 
         def heads(projected: Tensor) -> Tensor:
-            return projected.unflatten(-1, (self.num_heads, -1))
+            return projected.unflatten(-1, (self.n_heads, -1))
 
         read = sdpa(
-            heads(parts.query_proj(x)),
-            heads(parts.key_proj(memory)),
-            heads(parts.value_proj(memory)),
+            heads(self.query_proj(x)),
+            heads(self.key_proj(memory)),
+            heads(self.value_proj(memory)),
         ).flatten(-2)
-        rows = memory[:, :, None]
         read = read.unflatten(1, (-1, self.tokens_per_slot))
-        attended = parts.attended_memory_layernorm(rows + read)
-        mixed = attended
-        for layer in parts.attention_mlp:
-            mixed = torch.relu(layer(mixed))
-        candidate = parts.attended_memory_layernorm2(attended + mixed)
-        pooled = torch.relu(parts.input_gate_projector.w * x).mean(dim=1, keepdim=True)
-        gates = parts.input_gate_projector.linear(pooled)
-        gates = gates + parts.memory_gate_projector.linear(torch.tanh(memory))
-        input_gate, forget_gate = gates[:, :, None].chunk(2, dim=-1)
-        input_gate = torch.sigmoid(input_gate + parts.input_bias)
-        forget_gate = torch.sigmoid(forget_gate + parts.forget_bias)
-        proposals = input_gate * torch.tanh(candidate) + forget_gate * rows
+        proposals = self._proposals(x, memory, memory[:, :, None], read)
         return x + proposals.flatten(1, 2), proposals.mean(dim=2)
 
 
