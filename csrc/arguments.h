@@ -87,6 +87,8 @@ struct MemoryUpdateBackward : MemoryUpdate {
   void* dmemory;              // (B, R, D) contiguous, memory's dtype; null: not needed
   void* dgates;               // (B, T, G, D) contiguous, dtype; G is 3 with an output gate, else 2;
                               // null: not needed
+  void* dslot_gates;          // (B, R, G, D) contiguous, float32 or float64: sums over the slots'
+                              // tokens; null: not needed, or a slot has one token
   void* dread;                // (B, T, D) contiguous, dtype; null: not needed, or no read
 };
 

@@ -411,34 +411,42 @@ struct Bindings {
     return {result, new_memory};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> memory_update_backward(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> memory_update_backward(
       const OptionalTensor& doutput, const OptionalTensor& dnew_memory, const Tensor& candidate,
       const Tensor& memory, const Tensor& input_gate, const Tensor& forget_gate,
       const OptionalTensor& output_gate, const OptionalTensor& gate_bias,
       const OptionalTensor& read, std::string output, int64_t tokens_per_slot,
-      bool needs_dcandidate, bool needs_dmemory, bool needs_dgates, bool needs_dread) {
+      bool needs_dcandidate, bool needs_dmemory, bool needs_dgates, bool needs_dslot_gates,
+      bool needs_dread) {
     Call<Device> call("memory_update", candidate);
     MemoryUpdateBackward args;
     fill(call, args, candidate, memory, input_gate, forget_gate, output_gate, gate_bias, read,
          output, tokens_per_slot);
     call.check(doutput || dnew_memory, "one of doutput and dnew_memory must be given");
     call.check(!needs_dread || read, "needs_dread needs a read");
+    call.check(!needs_dslot_gates || args.tokens_per_slot > 1,
+               "needs_dslot_gates needs slots of several tokens");
     args.doutput = stream_view(call, args, "doutput", doutput, args.tokens);
     args.dnew_memory = stream_view(call, args, "dnew_memory", dnew_memory, args.slots);
     const std::vector<int64_t> rows = {args.batch, args.tokens, args.width};
     Tensor dcandidate = call.result(rows, args.dtype, needs_dcandidate);
     Tensor dmemory =
         call.result({args.batch, args.slots, args.width}, args.memory.dtype, needs_dmemory);
-    Tensor dgates = call.result({args.batch, args.tokens, output_gate ? 3 : 2, args.width},
-                                args.dtype, needs_dgates);
+    const int64_t gates = output_gate ? 3 : 2;
+    Tensor dgates =
+        call.result({args.batch, args.tokens, gates, args.width}, args.dtype, needs_dgates);
+    Tensor dslot_gates = call.result({args.batch, args.slots, gates, args.width},
+                                     accumulation(args.dtype), needs_dslot_gates);
     Tensor dread = call.result(rows, args.dtype, needs_dread);
     args.dcandidate = pointer(dcandidate, needs_dcandidate);
     args.dmemory = pointer(dmemory, needs_dmemory);
     args.dgates = pointer(dgates, needs_dgates);
+    args.dslot_gates = pointer(dslot_gates, needs_dslot_gates);
     args.dread = pointer(dread, needs_dread);
-    const bool needs_any = needs_dcandidate || needs_dmemory || needs_dgates || needs_dread;
+    const bool needs_any =
+        needs_dcandidate || needs_dmemory || needs_dgates || needs_dslot_gates || needs_dread;
     if (args.batch > 0 && needs_any) call.run(args);
-    return {dcandidate, dmemory, dgates, dread};
+    return {dcandidate, dmemory, dgates, dslot_gates, dread};
   }
 
   static void fill(Call<Device>& call, ResidualLayerNorm& args, const Tensor& x,

@@ -25,8 +25,8 @@ void define_schemas(Library& m) {
       "memory_update_backward(Tensor? doutput, Tensor? dnew_memory, Tensor candidate, "
       "Tensor memory, Tensor input_gate, Tensor forget_gate, Tensor? output_gate, "
       "Tensor? gate_bias, Tensor? read, str output, SymInt tokens_per_slot, "
-      "bool needs_dcandidate, bool needs_dmemory, bool needs_dgates, bool needs_dread) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_dcandidate, bool needs_dmemory, bool needs_dgates, bool needs_dslot_gates, "
+      "bool needs_dread) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "residual_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, "
       "float eps) -> (Tensor, Tensor, Tensor)");

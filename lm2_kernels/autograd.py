@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lm2_kernels.backends import cpp
-from lm2_kernels.chunks import sum_by_slot
 from lm2_kernels.operators import run
 
 
@@ -189,7 +188,7 @@ class MemoryUpdateFunction(torch.autograd.Function):
             return (None,) * 11
         # read once: checkpointing unpacks what was saved a single time
         saved = ctx.saved_tensors
-        _, _, input_gate, forget_gate, output_gate, gate_bias, read = saved
+        candidate, memory, input_gate, forget_gate, output_gate, gate_bias, read = saved
         # no gradient, rather than zeros, for what the outputs that were used do not depend on
         has_output_gate = output_gate is not None
         is_written = dnew_memory is not None or not has_output_gate
@@ -206,9 +205,14 @@ class MemoryUpdateFunction(torch.autograd.Function):
         )
         needs = [need and here for need, here in zip(ctx.needs_input_grad, reached, strict=False)]
         needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates, needs_dread = needs
+        gates = (input_gate, forget_gate, output_gate, gate_bias)
+        shared = [
+            needed and _is_shared(gate, candidate, memory)
+            for gate, needed in zip(gates, needs_gates, strict=True)
+        ]
         dcandidate, dmemory, dgates, dread = None, None, [None] * 4, None
         if needs_dcandidate or needs_dmemory or needs_dread or any(needs_gates):
-            dcandidate, dmemory, packed, dread = _run_backward(
+            dcandidate, dmemory, of_tokens, of_slots, dread = _run_backward(
                 ctx,
                 "memory_update_backward",
                 doutput,
@@ -218,19 +222,22 @@ class MemoryUpdateFunction(torch.autograd.Function):
                 ctx.tokens_per_slot,
                 needs_dcandidate,
                 needs_dmemory,
-                any(needs_gates),
+                needs_gates != shared,
+                any(shared),
                 needs_dread,
             )
-            if any(needs_gates):
-                dgates = [
-                    _gate_gradient(packed, index, gate, ctx.tokens_per_slot) if needed else None
-                    for index, gate, needed in zip(
-                        (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 2)),
-                        (input_gate, forget_gate, output_gate, gate_bias),
-                        needs_gates,
-                        strict=True,
-                    )
-                ]
+            dgates = [
+                _gate_gradient(of_slots if is_shared else of_tokens, index, gate)
+                if needed
+                else None
+                for index, gate, needed, is_shared in zip(
+                    (slice(0, 1), slice(1, 2), slice(2, 3), slice(0, 2)),
+                    gates,
+                    needs_gates,
+                    shared,
+                    strict=True,
+                )
+            ]
         return (
             doutput if needs_dhidden else None,
             dcandidate if needs_dcandidate else None,
@@ -243,14 +250,18 @@ class MemoryUpdateFunction(torch.autograd.Function):
         )
 
 
-def _gate_gradient(packed: Tensor, index: slice, gate: Tensor, tokens_per_slot: int) -> Tensor:
-    """One gate's part of (B, T, G, D), summed over the tokens that share a row of the gate."""
+def _is_shared(gate: Tensor, candidate: Tensor, memory: Tensor) -> bool:
+    """Whether the several tokens of a slot have one row of the gate."""
+    num_tokens = candidate.shape[1]
+    return memory.shape[1] != num_tokens and gate.shape[1] != num_tokens
+
+
+def _gate_gradient(packed: Tensor, index: slice, gate: Tensor) -> Tensor:
+    """One gate's part of (B, T or R, G, D), summed where the gate has one row."""
     grad = packed[:, :, index].flatten(2)
-    if gate.shape[1] == grad.shape[1]:
-        return grad
-    if gate.shape[1] == 1:
-        return grad.sum(dim=1, keepdim=True)
-    return sum_by_slot(grad, tokens_per_slot)
+    if gate.shape[1] != grad.shape[1]:
+        grad = grad.sum(dim=1, keepdim=True)
+    return grad.to(gate.dtype)
 
 
 class ResidualLayerNormFunction(torch.autograd.Function):

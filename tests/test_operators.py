@@ -80,6 +80,7 @@ def _update_backward(**changes):
         "needs_dcandidate": True,
         "needs_dmemory": True,
         "needs_dgates": True,
+        "needs_dslot_gates": True,
         "needs_dread": True,
     }
     arguments.pop("hidden")

@@ -150,7 +150,7 @@ struct UpdatePiece {
 template <class S, bool kMany>
 struct SlotSum {
   using Scalar = typename S::Scalar;
-  Scalar *const total, *const run, *const lost;
+  Scalar *total, *run, *lost;
 
   // The row that token k's part goes to with add_to.
   Scalar* token(int64_t k) { return kMany && k >= kRun ? run : total; }
@@ -186,6 +186,45 @@ struct SlotSum {
       // of an infinity it is NaN
       put<S>(total + i, S::if_nonzero(sum - sum, sum, sum + get<S>(lost + i, part)), part);
     });
+  }
+};
+
+// The sums of the gradients of gates that a slot's tokens share, where anybody wants them.
+template <class S, bool kMany>
+struct GateSums {
+  using Scalar = typename S::Scalar;
+  int64_t gates;
+  SlotSum<S, kMany> sums[3];
+  Scalar* rows[3];
+
+  // Uses six buffers.
+  GateSums(const MemoryUpdateBackward& args, const SlotPiece& piece, int64_t gates,
+           Scalar (*buffers)[kPiece])
+      : gates(kMany && args.dslot_gates != nullptr ? gates : 0) {
+    const int64_t first = gates * (piece.row_offset(args) - piece.column) + piece.column;
+    for (int64_t gate = 0; gate < this->gates; ++gate) {
+      sums[gate] = {static_cast<Scalar*>(args.dslot_gates) + first + gate * args.width,
+                    buffers[2 * gate], buffers[2 * gate + 1]};
+    }
+  }
+
+  void token(int64_t k) {
+    for (int64_t gate = 0; gate < gates; ++gate) rows[gate] = sums[gate].token(k);
+  }
+
+  template <class P>
+  __attribute__((always_inline)) void add(bool is_first, int64_t i, typename S::V dinput,
+                                          typename S::V dforget, typename S::V doutput,
+                                          P part) const {
+    using Sum = SlotSum<S, kMany>;
+    if (!kMany || gates == 0) return;
+    Sum::add_to(rows[0], is_first, i, dinput, part);
+    Sum::add_to(rows[1], is_first, i, dforget, part);
+    if (gates == 3) Sum::add_to(rows[2], is_first, i, doutput, part);
+  }
+
+  void end(int64_t k, const SlotPiece& piece) {
+    for (int64_t gate = 0; gate < gates; ++gate) sums[gate].end(k, piece);
   }
 };
 
@@ -252,7 +291,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
   const bool reaches_memory = args.dnew_memory || release;
   const int64_t gates = release ? 2 : 3;
   for_each_piece(args, [&](const SlotPiece& piece) {
-    alignas(64) Scalar all_buffers[kInputs + 10][kPiece];
+    alignas(64) Scalar all_buffers[kInputs + (kMany ? 16 : 10)][kPiece];
     Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
     UpdatePiece<S, kMany> in(args, piece, all_buffers);
     const Scalar* const memory = in.memory;
@@ -267,10 +306,12 @@ static void update_backward(const MemoryUpdateBackward& args) {
     const auto dmemory =
         place<S>(args.dmemory, args.memory.dtype, piece.row_offset(args), buffers[1]);
     SlotSum<S, kMany> sum{dmemory.row, buffers[8], buffers[9]};
+    GateSums<S, kMany> gate_sums(args, piece, gates, buffers + 10);
     for (int64_t k = 0; k < piece.tokens; ++k) {
       const auto token = in.token(k);
       Scalar* const row = sum.token(k);
       const bool is_first = k % kRun == 0;
+      gate_sums.token(k);
       if (args.doutput) dout = in.row(args.doutput, piece.first_token + k, buffers[2]);
       const int64_t offset = piece.token_offset(args, k);
       const auto dcandidate = place<S>(args.dcandidate, args.dtype, offset, buffers[3]);
@@ -286,7 +327,8 @@ static void update_backward(const MemoryUpdateBackward& args) {
       vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
         const auto one = S::set(1);
         const auto c = get<S>(token.candidate + i, part), p = get<S>(memory + i, part);
-        auto dc = S::zero(), dp = S::zero(), di = S::zero(), df = S::zero();
+        auto dc = S::zero(), dp = S::zero();
+        auto di = S::zero(), df = S::zero(), dg = S::zero();
         // a gradient that never arrived is not 0 times something: that is NaN for an infinity
         if (reaches_memory) {
           auto d = dnew == nullptr ? get<S>(dout + i, part) : get<S>(dnew + i, part);
@@ -303,7 +345,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
         if (!release && dout != nullptr) {
           const auto d = get<S>(dout + i, part), g = token.output.without_bias(i, part),
                      dshown = d * g;
-          put<S>(doutgate.row + i, d * get<S>(token.shown + i, part) * g * (one - g), part);
+          dg = d * get<S>(token.shown + i, part) * g * (one - g);
           if (has_read) {
             put<S>(dread.row + i, dshown, part);
           } else if (args.shows_memory) {
@@ -311,14 +353,15 @@ static void update_backward(const MemoryUpdateBackward& args) {
           } else {
             dc = dc + dshown;
           }
-        } else if (!release) {
-          put<S>(doutgate.row + i, S::zero(), part);
-          if (has_read) put<S>(dread.row + i, S::zero(), part);
+        } else if (has_read) {
+          put<S>(dread.row + i, S::zero(), part);
         }
         put<S>(dcandidate.row + i, dc, part);
         sum.add_to(row, is_first, i, dp, part);
         put<S>(dinput.row + i, di, part);
         put<S>(dforget.row + i, df, part);
+        if (!release) put<S>(doutgate.row + i, dg, part);
+        gate_sums.add(is_first, i, di, df, dg, part);
       });
       dcandidate.finish(piece.count);
       dread.finish(piece.count);
@@ -326,6 +369,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
       dforget.finish(piece.count);
       doutgate.finish(piece.count);
       sum.end(k, piece);
+      gate_sums.end(k, piece);
     }
     dmemory.finish(piece.count);
   });

@@ -59,16 +59,20 @@ struct Share {
     return (b * args.tokens + first_token + k) * args.width + column;
   }
 
-  // The sum over the threads of a column; the first of them gets it. All threads of a block call.
-  __device__ float add_up(float x) const {
-    LM2_SHARED(parts, float[kThreads]);
-    parts[threadIdx.x] = x;
+  // The sums over the threads of a column; the first of them gets them. All threads of a block
+  // call.
+  template <int kSums>
+  __device__ void add_up(float (&x)[kSums]) const {
+    LM2_SHARED(parts, float[kSums][kThreads]);
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) parts[s][threadIdx.x] = x[s];
     __syncthreads();
     const int columns = kThreads / lanes;
-    if (lane == 0) {
-      for (int i = 1; i < lanes; ++i) x += parts[i * columns + threadIdx.x];
+    if (lane != 0) return;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      for (int i = 1; i < lanes; ++i) x[s] += parts[s][i * columns + threadIdx.x];
     }
-    return x;
   }
 };
 
@@ -117,13 +121,13 @@ struct Token {
   }
 };
 
-// Calls body(token, k) for each of a thread's tokens, and returns the sum of what it returns. What
-// is rounded off on the way is kept, and added at the end: no sum is one long chain.
-template <class T, int kMany, class F>
-__device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args,
-                                                 const Share<kMany>& share, float memory,
-                                                 const View& stream, const F& body) {
-  float sum = 0.0f, lost = 0.0f;
+// Calls body(token, k, own) for each of a thread's tokens, and gives the sums of what is put in
+// own. What is rounded off on the way is kept, and added at the end: no sum is one long chain.
+template <class T, int kMany, int kSums, class F>
+__device__ __forceinline__ void sum_over_tokens(float (&sum)[kSums], const MemoryUpdate& args,
+                                                const Share<kMany>& share, float memory,
+                                                const View& stream, const F& body) {
+  float lost[kSums] = {};
   for (int64_t first = share.lane; first < share.tokens; first += kMany * share.lanes) {
     Token<T, kMany> tokens[kMany];
 #pragma unroll
@@ -132,63 +136,77 @@ __device__ __forceinline__ float sum_over_tokens(const MemoryUpdate& args,
       // past the end the last one, unused: no branch stands between the loads
       tokens[j].read(args, share, k < share.tokens ? k : share.tokens - 1, memory, stream);
     }
-    float part = 0.0f;
+    float part[kSums] = {};
 #pragma unroll
     for (int j = 0; j < kMany; ++j) {
       const int64_t k = first + j * share.lanes;
       if (k >= share.tokens) break;
-      const float own = body(tokens[j], k);
-      part = j == 0 ? own : part + own;
+      float own[kSums];
+      body(tokens[j], k, own);
+#pragma unroll
+      for (int s = 0; s < kSums; ++s) part[s] = j == 0 ? own[s] : part[s] + own[s];
     }
-    if (first == share.lane) {
-      sum = part;
-    } else {
-      const float total = sum + part;
-      const float of_part = total - sum;
-      lost += (sum - (total - of_part)) + (part - of_part);
-      sum = total;
+#pragma unroll
+    for (int s = 0; s < kSums; ++s) {
+      if (first == share.lane) {
+        sum[s] = part[s];
+      } else {
+        const float total = sum[s] + part[s];
+        const float of_part = total - sum[s];
+        lost[s] += (sum[s] - (total - of_part)) + (part[s] - of_part);
+        sum[s] = total;
+      }
     }
   }
-  // of an infinity it is NaN; of a single part it is 0, which would turn -0 into 0
-  return lost != 0.0f && sum - sum == 0.0f ? sum + lost : sum;
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    // of an infinity it is NaN; of a single part it is 0, which would turn -0 into 0
+    if (lost[s] != 0.0f && sum[s] - sum[s] == 0.0f) sum[s] += lost[s];
+  }
 }
 
 template <class T, int kMany>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const MemoryUpdateForward args) {
   const Share<kMany> share(args);
-  float row = 0.0f;
+  float row[1] = {};
   if (share.is_there) {
     const float memory = load(args.memory, share.b, share.slot, share.column);
     const bool has_gate = static_cast<bool>(args.output_gate);
-    row = sum_over_tokens<T, kMany>(
-        args, share, memory, args.hidden, [&](Token<T, kMany>& token, int64_t k) {
+    sum_over_tokens<T>(
+        row, args, share, memory, args.hidden, [&](Token<T, kMany>& token, int64_t k, float* own) {
           token.open_gates(has_gate);
           const float written = fmaf(token.forget, memory, token.input * tanhf(token.candidate));
           const float y =
               has_gate ? fmaf(token.output, token.shown, token.flow) : token.flow + written;
           store(args.output, args.hidden.dtype, share.token_index(args, k), y);
-          return written;
+          own[0] = written;
         });
   }
-  if constexpr (kMany > 1) row = share.add_up(row) / static_cast<float>(share.tokens);
+  if constexpr (kMany > 1) {
+    share.add_up(row);
+    row[0] /= static_cast<float>(share.tokens);
+  }
   if (share.is_there && share.lane == 0) {
-    store(args.new_memory, args.memory.dtype, share.row_index(args), row);
+    store(args.new_memory, args.memory.dtype, share.row_index(args), row[0]);
   }
 }
 
 template <class T, int kMany>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBackward args) {
   const Share<kMany> share(args);
-  float row = 0.0f;
+  const bool has_gate = static_cast<bool>(args.output_gate);
+  const int64_t gates = has_gate ? 3 : 2;
+  // of the row of memory, and of the gates that tokens may share
+  float sums[kMany > 1 ? 4 : 1] = {};
   if (share.is_there) {
     const float memory = load(args.memory, share.b, share.slot, share.column);
-    const bool has_gate = static_cast<bool>(args.output_gate);
     const bool has_dout = static_cast<bool>(args.doutput),
                has_dnew = static_cast<bool>(args.dnew_memory);
     float dnew = has_dnew ? load(args.dnew_memory, share.b, share.slot, share.column) : 0.0f;
     if constexpr (kMany > 1) dnew /= static_cast<float>(share.tokens);
-    row = sum_over_tokens<T, kMany>(
-        args, share, memory, args.doutput, [&](Token<T, kMany>& token, int64_t k) {
+    sum_over_tokens<T>(
+        sums, args, share, memory, args.doutput,
+        [&](Token<T, kMany>& token, int64_t k, float* own) {
           token.open_gates(has_gate);
           const float dout = token.flow;
           float dcandidate = 0.0f, dmemory = 0.0f, dread = 0.0f;
@@ -211,18 +229,31 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
           if (args.dcandidate != nullptr) put<T>(args.dcandidate, index, dcandidate);
           if (args.dread != nullptr) put<T>(args.dread, index, dread);
           if (args.dgates != nullptr) {
-            const int64_t gates = has_gate ? 3 : 2;
             const int64_t place = (index - share.column) * gates + share.column;
             put<T>(args.dgates, place, dinput);
             put<T>(args.dgates, place + args.width, dforget);
             if (has_gate) put<T>(args.dgates, place + 2 * args.width, doutgate);
           }
-          return dmemory;
+          own[0] = dmemory;
+          if constexpr (kMany > 1) {
+            own[1] = dinput;
+            own[2] = dforget;
+            own[3] = doutgate;
+          }
         });
   }
-  if constexpr (kMany > 1) row = share.add_up(row);
-  if (share.is_there && share.lane == 0 && args.dmemory != nullptr) {
-    store(args.dmemory, args.memory.dtype, share.row_index(args), row);
+  if constexpr (kMany > 1) share.add_up(sums);
+  if (!share.is_there || share.lane != 0) return;
+  const int64_t index = share.row_index(args);
+  if (args.dmemory != nullptr) store(args.dmemory, args.memory.dtype, index, sums[0]);
+  if constexpr (kMany > 1) {
+    if (args.dslot_gates == nullptr) return;
+    float* const row =
+        static_cast<float*>(args.dslot_gates) + (index - share.column) * gates + share.column;
+#pragma unroll
+    for (int gate = 0; gate < 3; ++gate) {
+      if (gate < gates) row[gate * args.width] = sums[1 + gate];
+    }
   }
 }
 

@@ -74,20 +74,25 @@ def memory_update_backward(
     needs_dcandidate,
     needs_dmemory,
     needs_dgates,
+    needs_dslot_gates,
     needs_dread,
 ):
-    """``dcandidate``, ``dmemory`` (B, R, D), ``dgates`` (B, T, G, D), ``dread``.
+    """``dcandidate``, ``dmemory`` (B, R, D), ``dgates`` (B, T, G, D), ``dslot_gates``, ``dread``.
 
-    ``dgates`` are of the input, forget and (G = 3) output gate, not yet summed over the tokens that
-    share a row. The gradient of ``hidden`` is ``doutput`` itself. ``read`` is there only where it
-    is what is shown; where it is None that is ``candidate``, and ``needs_dread`` is False.
+    ``dgates`` are of the input, forget and (G = 3) output gate, token by token. ``dslot_gates``
+    (B, R, G, D), float32 (float64 for float64), are their sums over the tokens of a slot, for gates
+    that tokens share; they are asked for only where a slot has several (R < T). The gradient of
+    ``hidden`` is ``doutput`` itself. ``read`` is there only where it is what is shown; where it is
+    None that is ``candidate``, and ``needs_dread`` is False.
     """
     batch, num_tokens, width = candidate.shape
-    gates = (batch, num_tokens, 2 if output_gate is None else 3, width)
+    gates = (2 if output_gate is None else 3, width)
+    of_slots = (*memory.shape[:2], *gates)
     return (
         _like(candidate, candidate.shape, needs_dcandidate),
         _like(memory, memory.shape, needs_dmemory),
-        _like(input_gate, gates, needs_dgates),
+        _like(input_gate, (batch, num_tokens, *gates), needs_dgates),
+        _like(input_gate, of_slots, needs_dslot_gates, accumulation_dtype(input_gate)),
         _like(candidate, candidate.shape, needs_dread),
     )
 

@@ -97,8 +97,9 @@ def memory_update_backward(
     needs_dcandidate: bool,
     needs_dmemory: bool,
     needs_dgates: bool,
+    needs_dslot_gates: bool,
     needs_dread: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`.
 
     With i, f, g the gates after the sigmoid, u = tanh(C), P the token's row, n how many tokens it
@@ -106,7 +107,7 @@ def memory_update_backward(
     output shows the proposal):
     ``dC = dm i (1 - u^2)``, ``dP = sum of dm f``, ``dz_i = dm u i (1 - i)``,
     ``dz_f = dm P f (1 - f)``; with an output gate, ``dz_g = dout S g (1 - g)`` and ``dS += dout g``
-    for what it shows, S. Sums are over the row's tokens.
+    for what it shows, S. Sums are over the row's tokens; so are those of a gate they share.
     """
     dtype, num_tokens = accumulation_dtype(candidate), candidate.shape[1]
     view, tokens_per_slot, (c, p, i, f) = _by_slot(
@@ -139,18 +140,21 @@ def memory_update_backward(
     dgates = [dinput_gate, dforget_gate]
     if output_gate is not None:
         dgates.append(doutput_gate)
-    none = candidate.new_empty(0)
+
+    def of_tokens(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
+        return _owned(tokens_of(x, num_tokens) if needed else x.new_empty(0), dtype)
+
+    def of_slots(x: Tensor, dtype: torch.dtype, needed: bool) -> Tensor:
+        sums = sum_by_slot(tokens_of(x, num_tokens), tokens_per_slot) if needed else x.new_empty(0)
+        return _owned(sums, dtype)
+
+    packed = torch.stack(dgates, dim=3) if needs_dgates or needs_dslot_gates else dread
     return (
-        _owned(tokens_of(dcandidate, num_tokens), candidate.dtype) if needs_dcandidate else none,
-        _owned(sum_by_slot(tokens_of(drow, num_tokens), tokens_per_slot), memory.dtype)
-        if needs_dmemory
-        else none.clone(),
-        torch.stack([tokens_of(gate, num_tokens) for gate in dgates], dim=2)
-        .to(input_gate.dtype)
-        .contiguous()
-        if needs_dgates
-        else none.clone(),
-        _owned(tokens_of(dread, num_tokens), candidate.dtype) if needs_dread else none.clone(),
+        of_tokens(dcandidate, candidate.dtype, needs_dcandidate),
+        of_slots(drow, memory.dtype, needs_dmemory),
+        of_tokens(packed, input_gate.dtype, needs_dgates),
+        of_slots(packed, dtype, needs_dslot_gates),
+        of_tokens(dread, candidate.dtype, needs_dread),
     )
 
 

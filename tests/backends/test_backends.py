@@ -348,6 +348,23 @@ def test_op_with_one_strided_operand(backend, case, operand, record_property):
 
 
 @_every_backend()
+@pytest.mark.parametrize("gate_bias", (None, "prefix"))
+def test_gradient_of_a_shared_gate_is_rounded_once(backend, gate_bias, record_property):
+    # not token by token before it is summed, which half of the elements would show
+    record_property("backend", backend)
+    options = {"tokens_per_slot": 8, "gates": "slots", "gate_bias": gate_bias}
+    case = testing.Case("memory_update", 2, 40, 0, 0, 64, tuple(options.items()))
+    same = []
+    for seed in range(4):
+        inputs = testing.make_inputs(case, torch.bfloat16, seed=seed)
+        with _on(backend, case.op):
+            grad = testing.run_case(case, inputs, _name(backend))["dinput_gate"]
+        exact = testing.run_reference(case, inputs, torch.float64)["dinput_gate"]
+        same.append(grad == exact.to(torch.bfloat16))
+    assert torch.cat(same).double().mean() > 0.95
+
+
+@_every_backend()
 @pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
 def test_op_deterministic(backend, case, record_property):
     record_property("backend", backend)

@@ -199,6 +199,20 @@ MUTANTS = (
         CHUNKED,
     ),
     Mutant(
+        "padding in the gradient of a shared gate",
+        "memory_update",
+        "total_forget += tl.where(mask, dforget_gate, 0.0)",
+        "total_forget += dforget_gate",
+        SLOT_GATES,
+    ),
+    Mutant(
+        "the gradients of shared gates in the next slot's place",
+        "memory_update",
+        "dslot_gates_ptr + row * 2 * width",
+        "dslot_gates_ptr + row * 3 * width",
+        SLOT_GATES,
+    ),
+    Mutant(
         "the row of a token of that number",
         "memory_update",
         "memory = _load(memory_ptr, pid_b, pid_t, offs_d",
@@ -311,6 +325,9 @@ GATES_OF_SLOTS = _rows(
 SHARED_GATES = _rows(
     "memory_update", 2, 8, 40, tokens_per_slot=3, gate_bias="segment", gates="slots"
 )
+OUTPUT_GATE_OF_SLOTS = _rows(
+    "memory_update", 2, 43, 24, tokens_per_slot=40, output_gate=True, gates="slots"
+)
 
 CPU = "cpu/memory_update.h"
 CUDA = "cuda/memory_update.cu"
@@ -372,6 +389,34 @@ NATIVE_MUTANTS = (
         GATES_OF_SLOTS,
     ),
     NativeMutant(
+        "the gradient of a shared gate not summed",
+        CPU,
+        "Sum::add_to(rows[0], is_first, i, dinput, part)",
+        "Sum::add_to(rows[0], true, i, dinput, part)",
+        GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "the input gate's gradient for the forget gate",
+        CPU,
+        "Sum::add_to(rows[1], is_first, i, dforget, part)",
+        "Sum::add_to(rows[1], is_first, i, dinput, part)",
+        GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "a run of a shared gate's gradients that is not added",
+        CPU,
+        "sums[gate].end(k, piece)",
+        "gate == 2 ? void() : sums[gate].end(k, piece)",
+        OUTPUT_GATE_OF_SLOTS,
+    ),
+    NativeMutant(
+        "the gradients of shared gates in the next slot's place",
+        CPU,
+        "gates * (piece.row_offset(args) - piece.column) + piece.column",
+        "2 * (piece.row_offset(args) - piece.column) + piece.column",
+        OUTPUT_GATE_OF_SLOTS,
+    ),
+    NativeMutant(
         "the gradient of the mean not divided",
         CPU,
         "divide<S>(dnew, piece.tokens, buffers[0], piece.count)",
@@ -409,8 +454,8 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "mean over tokens that did not come",
         CUDA,
-        "share.add_up(row) / static_cast<float>(share.tokens)",
-        "share.add_up(row) / static_cast<float>(args.tokens_per_slot)",
+        "row[0] /= static_cast<float>(share.tokens)",
+        "row[0] /= static_cast<float>(args.tokens_per_slot)",
         CHUNK,
     ),
     NativeMutant(
@@ -423,22 +468,43 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "the other threads of a column left out",
         CUDA,
-        "x += parts[i * columns + threadIdx.x]",
-        "x += 0.0f",
+        "x[s] += parts[s][i * columns + threadIdx.x]",
+        "x[s] += 0.0f",
         GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "the other threads' sums of memory in place of the gates'",
+        CUDA,
+        "x[s] += parts[s][i * columns + threadIdx.x]",
+        "x[s] += parts[0][i * columns + threadIdx.x]",
+        GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "the input gate's gradient for the forget gate",
+        CUDA,
+        "own[2] = dforget",
+        "own[2] = dinput",
+        GATES_OF_SLOTS,
+    ),
+    NativeMutant(
+        "the gradients of shared gates in the next one's place",
+        CUDA,
+        "row[gate * args.width] = sums[1 + gate]",
+        "row[gate * args.width] = sums[gate]",
+        OUTPUT_GATE_OF_SLOTS,
     ),
     NativeMutant(
         "the last of the tokens loaded together instead of their sum",
         CUDA,
-        "part = j == 0 ? own : part + own",
-        "part = own",
+        "part[s] = j == 0 ? own[s] : part[s] + own[s]",
+        "part[s] = own[s]",
         CHUNK,
     ),
     NativeMutant(
         "the last tokens instead of the sum",
         CUDA,
-        "sum = total",
-        "sum = part",
+        "sum[s] = total",
+        "sum[s] = part[s]",
         CHUNK,
     ),
     NativeMutant(
@@ -477,7 +543,7 @@ NATIVE_MUTANTS = (
 def test_native_mutants_are_caught(target):
     if target == "cuda" and emulation_reason() is not None:
         pytest.skip(emulation_reason())
-    for case in (CHUNK, GATES_OF_SLOTS, SHARED_GATES):
+    for case in (CHUNK, GATES_OF_SLOTS, SHARED_GATES, OUTPUT_GATE_OF_SLOTS):
         with mutated(target, NATIVE_MUTANTS, 0):
             assert max(c.share for c in testing.check_case(case, torch.float16, "cpp")) <= 1.0
     survivors = []

@@ -56,12 +56,14 @@ ROWS = (
             "memory_update", 1, 2 * most + 1, 0, 0, width, (("tokens_per_slot", most), *rest)
         )
         for most, width, rest in (
+            (2, 512, (("output_gate", True), ("gates", "slots"))),
+            (4, 515, (("gate_bias", "prefix"), ("gates", "slots"))),
             (8, 512, (("output_gate", True), ("read", True))),
             (16, 515, (("gate_bias", "prefix"), ("gates", "slots"))),
             (32, 512, (("output_gate", True), ("output", "memory"), ("gates", "slots"))),
             (32, 515, (("gate_bias", "segment"), ("memory", "float32"))),
             (80, 512, (("output_gate", True), ("read", True))),
-            (80, 515, (("gate_bias", "prefix"),)),
+            (80, 512, (("gate_bias", "prefix"), ("gates", "slots"))),
         )
     ),
     *(

@@ -259,12 +259,18 @@ void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype str
   forward.new_memory = result("new_memory", row_size, stream);
   run("memory_update_forward", forward, device::memory_update_forward);
   for (int given = kFirstSubset; given < 4; ++given) {
-    MemoryUpdateBackward backward = {common, {}, {}, nullptr, nullptr, nullptr, nullptr};
+    MemoryUpdateBackward backward = {};
+    static_cast<MemoryUpdate&>(backward) = common;
     if (given & 1) backward.doutput = input(stream, layout, batch, tokens, 1, width);
     if (given & 2) backward.dnew_memory = input(stream, layout, batch, slots, 1, width);
     backward.dcandidate = result("dcandidate", size, dtype);
     if (given != 1) backward.dmemory = result("dmemory", row_size, stream);
-    if (given != 2) backward.dgates = result("dgates", (c.paper ? 3 : 2) * size, dtype);
+    const int64_t gates = c.paper ? 3 : 2;
+    if (given != 2) backward.dgates = result("dgates", gates * size, dtype);
+    if (given != 1 && c.tokens_per_slot > 1) {
+      const Dtype wide = dtype == Dtype::float64 ? dtype : Dtype::float32;
+      backward.dslot_gates = result("dslot_gates", gates * row_size, wide);
+    }
     if (c.read && given != 2) backward.dread = result("dread", size, dtype);
     run("memory_update_backward", backward, device::memory_update_backward);
   }

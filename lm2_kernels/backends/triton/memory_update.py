@@ -8,6 +8,7 @@ at a time: it reads the slot's rows once, and writes one. Else it owns BLOCK_T t
 has a row of its own.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,6 +175,7 @@ def _memory_update_bwd_kernel(
     dcandidate_ptr,
     dmemory_ptr,
     dgates_ptr,
+    dslot_gates_ptr,
     dread_ptr,
     stride_yb,
     stride_yt,
@@ -210,6 +212,7 @@ def _memory_update_bwd_kernel(
     NEEDS_DCANDIDATE: tl.constexpr,
     NEEDS_DMEMORY: tl.constexpr,
     NEEDS_DGATES: tl.constexpr,
+    NEEDS_DSLOT_GATES: tl.constexpr,
     NEEDS_DREAD: tl.constexpr,
     CHUNKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -235,6 +238,9 @@ def _memory_update_bwd_kernel(
         if HAS_GATE_BIAS:
             gate_bias_ptr += pid_t * stride_bs
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        total_input = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        total_forget = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        total_output = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         num_steps = tl.cdiv(last - first, BLOCK_T)
     else:
         num_steps: tl.constexpr = 1
@@ -313,18 +319,32 @@ def _memory_update_bwd_kernel(
                 dgates_ptrs = dgates_ptr + row * 2 * width + offs_d
             tl.store(dgates_ptrs, dinput_gate.to(dtype), mask=mask)
             tl.store(dgates_ptrs + width, dforget_gate.to(dtype), mask=mask)
+        # tokens past the slot's last one have a share of dnew_memory, too
+        if NEEDS_DSLOT_GATES:
+            total_input += tl.where(mask, dinput_gate, 0.0)
+            total_forget += tl.where(mask, dforget_gate, 0.0)
+            total_output += tl.where(mask, doutput_gate, 0.0)
         if NEEDS_DMEMORY:
             if CHUNKED:
-                # tokens past the slot's last one have a share of dnew_memory, too
                 total += tl.where(mask, dmemory, 0.0)
             else:
                 dtype = dmemory_ptr.dtype.element_ty
                 tl.store(dmemory_ptr + offs, dmemory.to(dtype), mask=mask)
 
+    row = pid_b * num_blocks_t + pid_t
     if CHUNKED and NEEDS_DMEMORY:
         dmemory_row = tl.sum(total, axis=0, keep_dims=True).to(dmemory_ptr.dtype.element_ty)
-        offs = (pid_b * num_blocks_t + pid_t) * width + offs_d
-        tl.store(dmemory_ptr + offs, dmemory_row, mask=mask_d)
+        tl.store(dmemory_ptr + row * width + offs_d, dmemory_row, mask=mask_d)
+    if NEEDS_DSLOT_GATES:
+        if HAS_OUTPUT_GATE:
+            dslot_gates_ptrs = dslot_gates_ptr + row * 3 * width + offs_d
+            doutput_gate_row = tl.sum(total_output, axis=0, keep_dims=True)
+            tl.store(dslot_gates_ptrs + 2 * width, doutput_gate_row, mask=mask_d)
+        else:
+            dslot_gates_ptrs = dslot_gates_ptr + row * 2 * width + offs_d
+        tl.store(dslot_gates_ptrs, tl.sum(total_input, axis=0, keep_dims=True), mask=mask_d)
+        dforget_gate_row = tl.sum(total_forget, axis=0, keep_dims=True)
+        tl.store(dslot_gates_ptrs + width, dforget_gate_row, mask=mask_d)
 
 
 def _config(tokens: Tensor, tokens_per_slot: int) -> tuple[tables.Config, int, int]:
@@ -412,8 +432,9 @@ def memory_update_backward(
     needs_dcandidate: bool,
     needs_dmemory: bool,
     needs_dgates: bool,
+    needs_dslot_gates: bool,
     needs_dread: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends`."""
     batch, num_tokens, width = candidate.shape
     rows = [
@@ -423,12 +444,14 @@ def memory_update_backward(
         launch.last_contiguous(tensor)
         for tensor in (input_gate, forget_gate, output_gate, gate_bias)
     ]
-    num_gates = 2 if output_gate is None else 3
+    shape = (2 if output_gate is None else 3, width)
     dcandidate = candidate.new_empty(candidate.shape if needs_dcandidate else 0)
     dmemory = memory.new_empty(memory.shape if needs_dmemory else 0)
-    dgates = input_gate.new_empty((batch, num_tokens, num_gates, width) if needs_dgates else 0)
+    dgates = input_gate.new_empty((batch, num_tokens, *shape) if needs_dgates else 0)
+    of_slots = (*memory.shape[:2], *shape) if needs_dslot_gates else 0
+    dslot_gates = input_gate.new_empty(of_slots, dtype=torch.float32)
     dread = candidate.new_empty(candidate.shape if needs_dread else 0)
-    gradients = (dcandidate, dmemory, dgates, dread)
+    gradients = (dcandidate, dmemory, dgates, dslot_gates, dread)
     if not any(gradient.numel() for gradient in gradients):
         return gradients
     tokens_per_slot = min(tokens_per_slot, num_tokens)
@@ -453,6 +476,7 @@ def memory_update_backward(
             NEEDS_DCANDIDATE=needs_dcandidate,
             NEEDS_DMEMORY=needs_dmemory,
             NEEDS_DGATES=needs_dgates,
+            NEEDS_DSLOT_GATES=needs_dslot_gates,
             NEEDS_DREAD=needs_dread,
             CHUNKED=tokens_per_slot > 1,
             BLOCK_T=config.block_rows,

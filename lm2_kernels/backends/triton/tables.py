@@ -326,29 +326,29 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
     return _fitted(MEMORY_UPDATE[kind], target)
 
 
-# Several tokens a slot: a program walks the tokens of one, BLOCK_T at a time. Registers where rows
-# are aligned to 16 bytes: 107 forward and 128 backward at most, two programs a multiprocessor with
-# 28 kilobytes in flight each.
+# Several tokens a slot: a program walks the tokens of one, BLOCK_T at a time, in tiles no taller than
+# a slot, by how many tokens that is. Registers where rows are aligned to 16 bytes: 107 forward and
+# 128 backward at most, two programs a multiprocessor with 28 kilobytes in flight each.
 MEMORY_UPDATE_CHUNKED = {
-    # up to 8 tokens: tiles no taller than a slot
-    "short": Config(8, 256, 8),
-    # up to 16
-    "middle": Config(16, 128, 8),
-    # rows of 128 bytes in 16-bit dtypes
-    "long": Config(32, 64, 8),
-    # fewer programs than fill a GPU: twice as many, of 4 elements a thread (82 registers), as a
-    # program that is alone on its multiprocessor has to hide its own latency
-    "few": Config(64, 32, 16),
+    2: Config(2, 512, 4),
+    4: Config(4, 512, 8),
+    8: Config(8, 256, 8),
+    16: Config(16, 128, 8),
+    # and more: rows of 128 bytes in 16-bit dtypes
+    32: Config(32, 64, 8),
 }
+# Of more than 64 tokens, with fewer programs than fill a GPU: twice as many, of 4 elements a thread
+# (82 registers), as a program that is alone on its multiprocessor has to hide its own latency.
+MEMORY_UPDATE_CHUNKED_FEW = Config(64, 32, 16)
 
 
 def memory_update_chunked(target: str, num_slots: int, tokens_per_slot: int, width: int) -> Config:
     """``num_slots``: of all batch entries together."""
-    kind = "short" if tokens_per_slot <= 8 else "middle" if tokens_per_slot <= 16 else "long"
-    num_programs = num_slots * -(-width // MEMORY_UPDATE_CHUNKED[kind].block_cols)
+    config = MEMORY_UPDATE_CHUNKED[min(32, 1 << (tokens_per_slot - 1).bit_length())]
+    num_programs = num_slots * -(-width // config.block_cols)
     if tokens_per_slot > 64 and num_programs < 2 * _ONE_WAVE:
-        kind = "few"
-    return _fitted(MEMORY_UPDATE_CHUNKED[kind], target)
+        config = MEMORY_UPDATE_CHUNKED_FEW
+    return _fitted(config, target)
 
 
 # A block holds whole rows, padded to a power of two, in registers: two-pass variance needs no
