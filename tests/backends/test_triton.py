@@ -369,7 +369,7 @@ def test_new_sizes_compile_nothing(case):
             (2, 36, 52, 5),
             (3, 48, 64, 8),
             (1, 37, 64, 7),
-            (5, 16, 40, 2),
+            (5, 16, 40, 5),
         ):
             sized = case._replace(batch=batch, tokens=tokens, slots=slots, width=32)
             if case is CHUNKED:

@@ -707,11 +707,10 @@ def memory_attention_backward(
     batch, num_tokens, num_heads, head_width = query.shape
     num_slots = key.shape[1]
     dquery = query.new_empty(query.shape if needs_dquery else 0)
-    dkey_value = query.new_empty(
-        (batch, num_slots, 2, num_heads, head_width) if needs_dkey_value else 0
-    )
+    packed = (batch, num_slots, 2, num_heads, head_width)
     if batch == 0 or not (needs_dquery or needs_dkey_value):
-        return dquery, dkey_value
+        return dquery, query.new_empty(packed if needs_dkey_value else 0)
+    dkey_value = query.new_empty(0)
     dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
     query, scale, sign = _with_positive_scale(query, scale)
     delta = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
@@ -781,13 +780,14 @@ def memory_attention_backward(
             num_programs = num_pairs * triton.cdiv(num_slots, config.block_slots)
             tokens_per_part = tables.attention_part(num_programs, num_tokens, config.block_tokens)
             num_parts = triton.cdiv(num_tokens, tokens_per_part)
-            parts = dkey_value
             if num_parts > 1:
-                shape = (batch, num_parts, *dkey_value.shape[1:])
-                parts = query.new_empty(shape, dtype=torch.float32)
+                shape = (batch, num_parts, *packed[1:])
+                sums = query.new_empty(shape, dtype=torch.float32)
+            else:
+                sums = query.new_empty(packed)
             _memory_attention_bwd_dkey_value_kernel[(num_programs * num_parts,)](
                 *inputs,
-                parts,
+                sums,
                 *scalars,
                 _heads_per_group(num_pairs, num_tokens, head_width, query.element_size()),
                 num_parts,
@@ -799,8 +799,7 @@ def memory_attention_backward(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )
-            if num_parts > 1:
-                dkey_value = parts.sum(1).to(dkey_value.dtype)
+            dkey_value = sums.sum(1).to(query.dtype) if num_parts > 1 else sums
     if sign != 1:
         dquery.mul_(sign)
     return dquery, dkey_value

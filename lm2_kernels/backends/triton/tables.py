@@ -140,12 +140,11 @@ FORWARD_FLOAT32: dict[int, AttentionConfig] = {
 }
 DKEY_VALUE_FLOAT32: dict[int, AttentionConfig] = {
     64: AttentionConfig(32, 32, 8, 2),  # (92, 96, 36) at most
-    128: AttentionConfig(32, 32, 16, 2),  # (78, 94, 68) at most
+    128: AttentionConfig(16, 32, 8, 2),  # 120 at most; of 16 warps up to 8 words spill
     256: AttentionConfig(16, 32, 8, 2),  # (170, 194, 98) at most
 }
-# by target and padded head width: where those spill 6 words, at 64 registers and at 80
+# by target and padded head width: where those spill 6 words, at 80 registers
 DKEY_VALUE_FLOAT32_FITTED: dict[tuple[str, int], AttentionConfig] = {
-    ("sm_100", 128): AttentionConfig(16, 32, 8, 2),  # (120, 106, 50)
     ("small", 16): AttentionConfig(16, 32, 8, 2),  # sm_120: (78, 80, 8)
 }
 DQUERY_FLOAT32: dict[int, AttentionConfig] = {
@@ -326,9 +325,9 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
     return _fitted(MEMORY_UPDATE[kind], target)
 
 
-# Several tokens a slot: a program walks the tokens of one, BLOCK_T at a time, in tiles no taller than
-# a slot, by how many tokens that is. Registers where rows are aligned to 16 bytes: 107 forward and
-# 128 backward at most, two programs a multiprocessor with 28 kilobytes in flight each.
+# By tokens per slot, where these are several: a program walks the tokens of one, BLOCK_T at a time,
+# in tiles no taller than a slot. Registers where rows are aligned to 16 bytes: 107 forward and 128
+# backward at most, two programs a multiprocessor with 28 kilobytes in flight each.
 MEMORY_UPDATE_CHUNKED = {
     2: Config(2, 512, 4),
     4: Config(4, 512, 8),
