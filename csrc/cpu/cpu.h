@@ -28,4 +28,7 @@ const char* simd_level();
 using LoopBody = void (*)(void* context, int64_t begin, int64_t end);
 void parallel_for(int64_t count, int64_t grain, LoopBody body, void* context);
 
+// Threads of that pool.
+int64_t num_threads();
+
 }  // namespace lm2::cpu

@@ -10,6 +10,8 @@
 namespace lm2::cpu {
 namespace {
 
+// The columns that a piece has at least: narrower ones are read less fast.
+constexpr int64_t kLeastPiece = 128;
 // Tokens that are added up one after the other, before they are added to the slot's sum.
 constexpr int64_t kRun = 16;
 
@@ -34,17 +36,23 @@ struct SlotPiece {
 // Calls body(piece) for every piece of every slot's row.
 template <class F>
 LM2_INLINE void for_each_piece(const MemoryUpdate& args, const F& body) {
-  const int64_t pieces = (args.width + kPiece - 1) / kPiece;
-  const int64_t elements = smaller(args.width, kPiece) * args.tokens_per_slot;
-  parallel(args.batch * args.slots * pieces, larger<int64_t>(1, kGrain / elements),
-           [&](int64_t begin, int64_t end) {
-             for (int64_t item = begin; item < end; ++item) {
-               const int64_t row = item / pieces, column = item % pieces * kPiece;
-               const int64_t slot = row % args.slots, first = slot * args.tokens_per_slot;
-               body(SlotPiece{row / args.slots, slot, column, smaller(kPiece, args.width - column),
-                              first, smaller(args.tokens_per_slot, args.tokens - first)});
-             }
-           });
+  const int64_t rows = args.batch * args.slots;
+  int64_t columns = kPiece, pieces = (args.width + columns - 1) / columns;
+  // of few long slots, pieces for every thread
+  while (rows * pieces < num_threads() && columns * args.tokens_per_slot > kGrain &&
+         columns > kLeastPiece) {
+    columns /= 2;
+    pieces = (args.width + columns - 1) / columns;
+  }
+  const int64_t elements = smaller(args.width, columns) * args.tokens_per_slot;
+  parallel(rows * pieces, larger<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t row = item / pieces, column = item % pieces * columns;
+      const int64_t slot = row % args.slots, first = slot * args.tokens_per_slot;
+      body(SlotPiece{row / args.slots, slot, column, smaller(columns, args.width - column), first,
+                     smaller(args.tokens_per_slot, args.tokens - first)});
+    }
+  });
 }
 
 // A piece of a token's gate. kMany, here and below: slots have several tokens.

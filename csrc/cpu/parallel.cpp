@@ -23,4 +23,6 @@ void parallel_for(int64_t count, int64_t grain, LoopBody body, void* context) {
   if (error) std::rethrow_exception(error);
 }
 
+int64_t num_threads() { return torch::stable::get_num_threads(); }
+
 }  // namespace lm2::cpu

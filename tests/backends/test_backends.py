@@ -150,8 +150,12 @@ def test_op_large_values(backend, case, scale, record_property):
     _check(case, torch.float32, backend, scale=scale, narrow=math.inf)
 
 
+# fewer slots than threads
+LONG_SLOT = testing.Case("memory_update", 1, 150, 0, 0, 517, (("tokens_per_slot", 150),))
+
+
 @needs_cpp
-@pytest.mark.parametrize("case", testing.LARGE_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", (*testing.LARGE_CASES, LONG_SLOT), ids=lambda case: case.id)
 def test_op_same_bits_for_any_number_of_threads(case, record_property):
     record_property("backend", "cpp")
     # enough batch rows and heads that the work is shared out

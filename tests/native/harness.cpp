@@ -29,6 +29,8 @@ void lm2::cpu::parallel_for(int64_t count, int64_t, LoopBody body, void* context
   }
   for (auto& thread : threads) thread.join();
 }
+
+int64_t lm2::cpu::num_threads() { return 3; }
 #endif
 
 using namespace lm2;
@@ -392,6 +394,7 @@ int main() {
     update(1, 2, 1030, dtype, stream, {true, true, false, 1, false}, Layout::strided);
     update(1, 40, 520, dtype, stream, {true, true, true, 19, false}, Layout::strided);
     update(2, 40, 70, dtype, stream, {false, false, false, 40, true}, Layout::strided);
+    update(1, 130, 517, dtype, stream, {true, false, true, 130, true}, Layout::strided);
     norm(1, 70, 1030, dtype, stream, Layout::strided);
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
 #endif
