@@ -206,10 +206,14 @@ class MemoryUpdateFunction(torch.autograd.Function):
         needs = [need and here for need, here in zip(ctx.needs_input_grad, reached, strict=False)]
         needs_dhidden, needs_dcandidate, needs_dmemory, *needs_gates, needs_dread = needs
         gates = (input_gate, forget_gate, output_gate, gate_bias)
-        shared = [
-            needed and _is_shared(gate, candidate, memory)
-            for gate, needed in zip(gates, needs_gates, strict=True)
-        ]
+        # by the several tokens of a slot
+        num_tokens = candidate.shape[1]
+        shared = [False] * 4
+        if memory.shape[1] != num_tokens:
+            shared = [
+                needed and gate.shape[1] != num_tokens
+                for gate, needed in zip(gates, needs_gates, strict=True)
+            ]
         dcandidate, dmemory, dgates, dread = None, None, [None] * 4, None
         if needs_dcandidate or needs_dmemory or needs_dread or any(needs_gates):
             dcandidate, dmemory, of_tokens, of_slots, dread = _run_backward(
@@ -250,18 +254,12 @@ class MemoryUpdateFunction(torch.autograd.Function):
         )
 
 
-def _is_shared(gate: Tensor, candidate: Tensor, memory: Tensor) -> bool:
-    """Whether the several tokens of a slot have one row of the gate."""
-    num_tokens = candidate.shape[1]
-    return memory.shape[1] != num_tokens and gate.shape[1] != num_tokens
-
-
 def _gate_gradient(packed: Tensor, index: slice, gate: Tensor) -> Tensor:
     """One gate's part of (B, T or R, G, D), summed where the gate has one row."""
     grad = packed[:, :, index].flatten(2)
     if gate.shape[1] != grad.shape[1]:
         grad = grad.sum(dim=1, keepdim=True)
-    return grad.to(gate.dtype)
+    return grad if grad.dtype == gate.dtype else grad.to(gate.dtype)
 
 
 class ResidualLayerNormFunction(torch.autograd.Function):

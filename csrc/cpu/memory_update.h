@@ -87,7 +87,7 @@ struct Gate {
   Scalar *const buffer, *const bias_buffer;
 
   // Of the slot's token k; that of token 0 is asked for first.
-  Piece token(const SlotPiece& piece, int64_t k) {
+  __attribute__((always_inline)) Piece token(const SlotPiece& piece, int64_t k) {
     if (!view) return {};
     // by all tokens of the slot: then its sigmoid is taken once
     const bool is_shared = kMany && view.row_stride == 0 && bias.row_stride == 0;
@@ -101,8 +101,9 @@ struct Gate {
     return {buffer, nullptr, true};
   }
 
-  static const Scalar* row(const GateView& from, const SlotPiece& piece, int64_t k, int64_t column,
-                           Scalar* buffer) {
+  __attribute__((always_inline)) static const Scalar* row(const GateView& from,
+                                                          const SlotPiece& piece, int64_t k,
+                                                          int64_t column, Scalar* buffer) {
     const int64_t index =
         piece.b * from.batch_stride + piece.slot * from.slot_stride + k * from.row_stride + column;
     return read<S>(at(static_cast<const void*>(from.data), from.dtype, index), from.dtype,
@@ -139,7 +140,7 @@ struct UpdatePiece {
         output{args.output_gate, no_bias, 0, buffers[kOutput], nullptr} {}
 
   // Of the slot's token k; that of token 0 is asked for first.
-  TokenPiece<S, kMany> token(int64_t k) {
+  __attribute__((always_inline)) TokenPiece<S, kMany> token(int64_t k) {
     const Scalar* candidate = row(args.candidate, piece.first_token + k, buffers[kCandidate]);
     const Scalar* shown = args.shows_memory ? memory : candidate;
     if (args.read) shown = row(args.read, piece.first_token + k, buffers[kRead]);
@@ -148,7 +149,8 @@ struct UpdatePiece {
   }
 
   // A piece of a tensor's row, of a slot or a token.
-  const Scalar* row(const View& view, int64_t r, Scalar* buffer) const {
+  __attribute__((always_inline)) const Scalar* row(const View& view, int64_t r,
+                                                   Scalar* buffer) const {
     return read<S>(row_of(view, piece.b, r, piece.column), view.dtype, piece.count, buffer);
   }
 };
@@ -177,6 +179,15 @@ struct SlotSum {
     if (kMany && k >= kRun && is_last) add_lost(piece.count);
   }
 
+  // Token k's part, all of it.
+  void add(int64_t k, const Scalar* row, const SlotPiece& piece) {
+    Scalar* const sum = token(k);
+    vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+      add_to(sum, k % kRun == 0, i, get<S>(row + i, part), part);
+    });
+    end(k, piece);
+  }
+
   void add_run(bool is_first, int64_t count) {
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
       const auto a = get<S>(total + i, part), b = get<S>(run + i, part);
@@ -194,45 +205,6 @@ struct SlotSum {
       // of an infinity it is NaN
       put<S>(total + i, S::if_nonzero(sum - sum, sum, sum + get<S>(lost + i, part)), part);
     });
-  }
-};
-
-// The sums of the gradients of gates that a slot's tokens share, where anybody wants them.
-template <class S, bool kMany>
-struct GateSums {
-  using Scalar = typename S::Scalar;
-  int64_t gates;
-  SlotSum<S, kMany> sums[3];
-  Scalar* rows[3];
-
-  // Uses six buffers.
-  GateSums(const MemoryUpdateBackward& args, const SlotPiece& piece, int64_t gates,
-           Scalar (*buffers)[kPiece])
-      : gates(kMany && args.dslot_gates != nullptr ? gates : 0) {
-    const int64_t first = gates * (piece.row_offset(args) - piece.column) + piece.column;
-    for (int64_t gate = 0; gate < this->gates; ++gate) {
-      sums[gate] = {static_cast<Scalar*>(args.dslot_gates) + first + gate * args.width,
-                    buffers[2 * gate], buffers[2 * gate + 1]};
-    }
-  }
-
-  void token(int64_t k) {
-    for (int64_t gate = 0; gate < gates; ++gate) rows[gate] = sums[gate].token(k);
-  }
-
-  template <class P>
-  __attribute__((always_inline)) void add(bool is_first, int64_t i, typename S::V dinput,
-                                          typename S::V dforget, typename S::V doutput,
-                                          P part) const {
-    using Sum = SlotSum<S, kMany>;
-    if (!kMany || gates == 0) return;
-    Sum::add_to(rows[0], is_first, i, dinput, part);
-    Sum::add_to(rows[1], is_first, i, dforget, part);
-    if (gates == 3) Sum::add_to(rows[2], is_first, i, doutput, part);
-  }
-
-  void end(int64_t k, const SlotPiece& piece) {
-    for (int64_t gate = 0; gate < gates; ++gate) sums[gate].end(k, piece);
   }
 };
 
@@ -265,7 +237,7 @@ static void update_forward(const MemoryUpdateForward& args) {
     const auto updated =
         place<S>(args.new_memory, args.memory.dtype, piece.row_offset(args), buffers[0]);
     SlotSum<S, kMany> sum{updated.row, buffers[3], buffers[4]};
-    for (int64_t k = 0; k < piece.tokens; ++k) {
+    for (int64_t k = 0; k < (kMany ? piece.tokens : 1); ++k) {
       const auto token = in.token(k);
       Scalar* const row = sum.token(k);
       const bool is_first = k % kRun == 0;
@@ -314,12 +286,18 @@ static void update_backward(const MemoryUpdateBackward& args) {
     const auto dmemory =
         place<S>(args.dmemory, args.memory.dtype, piece.row_offset(args), buffers[1]);
     SlotSum<S, kMany> sum{dmemory.row, buffers[8], buffers[9]};
-    GateSums<S, kMany> gate_sums(args, piece, gates, buffers + 10);
-    for (int64_t k = 0; k < piece.tokens; ++k) {
+    const int64_t summed = kMany && args.dslot_gates != nullptr ? gates : 0;
+    SlotSum<S, kMany> gate_sums[3];
+    for (int64_t gate = 0; gate < summed; ++gate) {
+      const int64_t column = gate * args.width + piece.column;
+      Scalar* const total = static_cast<Scalar*>(args.dslot_gates) +
+                            gates * (piece.row_offset(args) - piece.column) + column;
+      gate_sums[gate] = {total, buffers[10 + 2 * gate], buffers[11 + 2 * gate]};
+    }
+    for (int64_t k = 0; k < (kMany ? piece.tokens : 1); ++k) {
       const auto token = in.token(k);
       Scalar* const row = sum.token(k);
       const bool is_first = k % kRun == 0;
-      gate_sums.token(k);
       if (args.doutput) dout = in.row(args.doutput, piece.first_token + k, buffers[2]);
       const int64_t offset = piece.token_offset(args, k);
       const auto dcandidate = place<S>(args.dcandidate, args.dtype, offset, buffers[3]);
@@ -335,8 +313,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
       vectors<S>(piece.count, [&](int64_t i, auto part) __attribute__((always_inline)) {
         const auto one = S::set(1);
         const auto c = get<S>(token.candidate + i, part), p = get<S>(memory + i, part);
-        auto dc = S::zero(), dp = S::zero();
-        auto di = S::zero(), df = S::zero(), dg = S::zero();
+        auto dc = S::zero(), dp = S::zero(), di = S::zero(), df = S::zero();
         // a gradient that never arrived is not 0 times something: that is NaN for an infinity
         if (reaches_memory) {
           auto d = dnew == nullptr ? get<S>(dout + i, part) : get<S>(dnew + i, part);
@@ -353,7 +330,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
         if (!release && dout != nullptr) {
           const auto d = get<S>(dout + i, part), g = token.output.without_bias(i, part),
                      dshown = d * g;
-          dg = d * get<S>(token.shown + i, part) * g * (one - g);
+          put<S>(doutgate.row + i, d * get<S>(token.shown + i, part) * g * (one - g), part);
           if (has_read) {
             put<S>(dread.row + i, dshown, part);
           } else if (args.shows_memory) {
@@ -361,23 +338,23 @@ static void update_backward(const MemoryUpdateBackward& args) {
           } else {
             dc = dc + dshown;
           }
-        } else if (has_read) {
-          put<S>(dread.row + i, S::zero(), part);
+        } else if (!release) {
+          put<S>(doutgate.row + i, S::zero(), part);
+          if (has_read) put<S>(dread.row + i, S::zero(), part);
         }
         put<S>(dcandidate.row + i, dc, part);
         sum.add_to(row, is_first, i, dp, part);
         put<S>(dinput.row + i, di, part);
         put<S>(dforget.row + i, df, part);
-        if (!release) put<S>(doutgate.row + i, dg, part);
-        gate_sums.add(is_first, i, di, df, dg, part);
       });
+      const Scalar* const of_gates[] = {dinput.row, dforget.row, doutgate.row};
+      for (int64_t gate = 0; gate < summed; ++gate) gate_sums[gate].add(k, of_gates[gate], piece);
       dcandidate.finish(piece.count);
       dread.finish(piece.count);
       dinput.finish(piece.count);
       dforget.finish(piece.count);
       doutgate.finish(piece.count);
       sum.end(k, piece);
-      gate_sums.end(k, piece);
     }
     dmemory.finish(piece.count);
   });
