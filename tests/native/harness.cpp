@@ -349,7 +349,9 @@ int main() {
   std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
   const std::vector<Attention> cases = {{1, 5, 7, 1, 9, true, 1, true, false, 0},
                                         {1, 18, 35, 2, 16, true, 20, false, true, 0},
-                                        {2, 3, 4, 1, 8, false, 0, false, false, 0}};
+                                        {2, 3, 4, 1, 8, false, 0, false, false, 0},
+                                        // few slots: in parts of the tokens
+                                        {1, 513, 9, 1, 17, true, 5, true, true, 0}};
 #else
   std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16, Dtype::float64};
   const std::vector<Attention> cases = {{2, 5, 7, 1, 9, true, 1, true, false, 0},
