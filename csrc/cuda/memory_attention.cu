@@ -44,7 +44,11 @@ constexpr int64_t kWarpsInFlight = 8 * 132;
 // worth adding up the sums, which takes another launch.
 constexpr int64_t kLeastTokens = 128, kLeastParts = 4;
 
+// the last is the two before it
 enum class Pass { forward, delta, dquery, dkey, dvalue, dkey_value };
+
+// Whether a pass computes dP, and so owns rows of two tensors.
+constexpr bool needs_dp(Pass pass) { return pass != Pass::forward && pass != Pass::dvalue; }
 
 // What a kernel is given beside the arguments of the op.
 struct Job {
@@ -73,13 +77,12 @@ struct Tiles {
   // of what is left out where a tile ends early: the products with weights take 16 rows
   static constexpr int kUnit = kIsFloat ? 8 : 16;
 
-  static constexpr int bytes(int warps) {
-    const int rows = 2 * 16 * warps + 2 * kOther;
+  static constexpr int bytes(int warps, bool owns_two) {
+    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * kOther;
     // float32 hands its weights from lane to lane through memory
     const int weights = kIsFloat ? 16 * warps * (kOther + 1) : 0;
     return (rows * kStride + weights) * static_cast<int>(sizeof(T));
   }
-  static_assert(bytes(kWarps) <= 64 * 1024);  // all that a block has on sm_75
 };
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -277,14 +280,14 @@ __device__ __forceinline__ void attention(const Job& job) {
   using Tile = Tiles<T, kWidth>;
   constexpr int kOther = Tile::kOther, kStride = Tile::kStride;
   constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
-  constexpr bool kNeedsDp = kPass == Pass::delta || kPass == Pass::dquery || kPass == Pass::dkey;
+  constexpr bool kNeedsDp = needs_dp(kPass);
   const MemoryAttention& args = job.args;
   const int own_rows = 16 * static_cast<int>(blockDim.x / 32);
   LM2_DYNAMIC_SHARED(T, shared);
-  T* const owned1 = shared;                       // Q, or K
-  T* const owned2 = owned1 + own_rows * kStride;  // dO, or V
-  T* const other1 = owned2 + own_rows * kStride;  // K, or Q
-  T* const other2 = other1 + kOther * kStride;    // V, or dO
+  T* const owned1 = shared;                                  // Q, or K
+  T* const owned2 = owned1 + kNeedsDp * own_rows * kStride;  // dO, or V, where it is needed
+  T* const other1 = owned2 + own_rows * kStride;             // K, or Q
+  T* const other2 = other1 + kOther * kStride;               // V, or dO
   float* const weights_memory = reinterpret_cast<float*>(other2 + kOther * kStride);
 
   const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
@@ -579,17 +582,19 @@ cudaError_t launch(const Job& job, cudaStream_t stream) {
       split.blocks * (kOwnsSlots ? job.parts : 1) * job.args.batch * job.args.heads;
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   const auto kernel = attention_kernel<T, kWidth, kPass>;
-  if constexpr (Tile::bytes(Tile::kWarps) > 48 * 1024) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   Tile::bytes(Tile::kWarps));
+  constexpr int kMostBytes = Tile::bytes(Tile::kWarps, needs_dp(kPass));
+  static_assert(kMostBytes <= 64 * 1024);  // all that a block has on sm_75
+  if constexpr (kMostBytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // or a later launch would report it
       return error;
     }
   }
   LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), kOwnsSlots ? 2 : 1),
-             dim3(split.warps * 32), Tile::bytes(split.warps), stream, job);
+             dim3(split.warps * 32), Tile::bytes(split.warps, needs_dp(kPass)), stream, job);
   return cudaGetLastError();
 }
 
