@@ -13,10 +13,9 @@
 //
 // with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
 //
-// Few slots leave no warp without rows and no GPU without blocks: a block has as many warps as its
-// rows need, groups of 8 slots past the last one are left out of a tile, dkey and dvalue are one
-// launch, and where these would be too few blocks, each takes a part of the tokens, and a last
-// kernel adds up what the parts leave.
+// For few slots a block has no more warps than its rows need, and a tile leaves out groups of 8
+// slots past the last one. dkey and dvalue are one launch; where that would be too few blocks to
+// fill a GPU, each block takes a part of the tokens, and another kernel adds up the parts' sums.
 //
 // P comes from two numbers a row that the forward pass leaves: the largest visible product q k, and
 // the logarithm of the sum of exp(scale (q k - largest)). Every pass adds up the terms of a product
@@ -38,10 +37,10 @@ namespace {
 // Below it a scale is 0: float32's least normal number.
 constexpr double kLeastScale = 0x1p-126;
 
-// 8 on each multiprocessor, for which its registers suffice, of the 108 to 148 that GPUs have.
+// What fills a GPU of 108 to 148 multiprocessors: 8 warps on each, for which its registers suffice.
 constexpr int64_t kWarpsInFlight = 8 * 132;
-// A part of the tokens has so many or more, and there are so many parts or none: fewer would not be
-// worth adding up the sums, which takes another launch.
+// A part has so many tokens or more, and there are so many parts or none: fewer would not be worth
+// adding up the sums, which takes another launch.
 constexpr int64_t kLeastTokens = 128, kLeastParts = 4;
 
 // the last is the two before it
@@ -69,7 +68,7 @@ struct Tiles {
   static constexpr bool kIsFloat = sizeof(T) == 4;
   // at most: blocks that own fewer rows have fewer
   static constexpr int kWarps = kWidth == 256 ? (kIsFloat ? 1 : 2) : (kIsFloat ? 2 : 4);
-  // on a multiprocessor, at least; where 128 registers do not suffice they are worth more
+  // on a multiprocessor, where 128 registers do; where they do not, registers are worth more
   static constexpr int kBlocks = kIsFloat || kWidth > 64 ? 1 : 4;
   static constexpr int kOther = kIsFloat ? (kWidth == 256 ? 8 : 16) : (kWidth == 256 ? 16 : 32);
   // 16 bytes more than a power of two: rows start in different banks
@@ -220,14 +219,18 @@ __device__ __forceinline__ void add_weighted(
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
       float part[4] = {};
-      for (int k = 0; k < count; ++k) {
-        const float a0 = w[g * (kOther + 1) + k], a1 = w[(g + 8) * (kOther + 1) + k];
-        const float b0 = other[k * kStride + 8 * n + 2 * t];
-        const float b1 = other[k * kStride + 8 * n + 2 * t + 1];
-        part[0] = fmaf(a0, b0, part[0]);
-        part[1] = fmaf(a0, b1, part[1]);
-        part[2] = fmaf(a1, b0, part[2]);
-        part[3] = fmaf(a1, b1, part[3]);
+#pragma unroll
+      for (int start = 0; start < kOther; start += 8) {
+        if (!reaches(start, count)) continue;
+        for (int k = start; k < start + 8; ++k) {
+          const float a0 = w[g * (kOther + 1) + k], a1 = w[(g + 8) * (kOther + 1) + k];
+          const float b0 = other[k * kStride + 8 * n + 2 * t];
+          const float b1 = other[k * kStride + 8 * n + 2 * t + 1];
+          part[0] = fmaf(a0, b0, part[0]);
+          part[1] = fmaf(a0, b1, part[1]);
+          part[2] = fmaf(a1, b0, part[2]);
+          part[3] = fmaf(a1, b1, part[3]);
+        }
       }
       for (int i = 0; i < 4; ++i) result[n][i] += part[i];
     }
@@ -610,7 +613,7 @@ void choose_parts(Job& job) {
   job.parts = divide_up(args.tokens, job.part_tokens);
 }
 
-// Floats that the parts leave: less than 20 MB, as many parts are of few slots.
+// Floats that the parts leave: no more than 17 MB, as there are parts of few slots alone.
 int64_t sums_of(const Job& job) {
   const MemoryAttention& args = job.args;
   return job.parts > 1 ? job.parts * args.batch * args.slots * 2 * args.heads * args.width : 0;
