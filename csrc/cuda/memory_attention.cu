@@ -12,6 +12,11 @@
 //   dvalue    slots     queries   (P * dropout)^T          dO
 //
 // with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
+//
+// For few slots a block has no more warps than its rows need, and a tile leaves out groups of 8
+// slots past the last one. dkey and dvalue are one launch; where that would be too few blocks to
+// fill a GPU, each block takes a part of the tokens, and another kernel adds up the parts' sums.
+//
 // P comes from two numbers a row that the forward pass leaves: the largest visible product q k, and
 // the logarithm of the sum of exp(scale (q k - largest)). Every pass adds up the terms of a product
 // in one order, so that the largest one is found again bit for bit.
@@ -20,6 +25,8 @@
 //
 // Layout: (B, T or N, H, K) by strides; tiles lie in shared memory, zero where a slot is masked or
 // a row or column is not there.
+#include <algorithm>
+
 #include "../dropout.h"
 #include "cuda.h"
 #include "simt.h"
@@ -30,7 +37,17 @@ namespace {
 // Below it a scale is 0: float32's least normal number.
 constexpr double kLeastScale = 0x1p-126;
 
-enum class Pass { forward, delta, dquery, dkey, dvalue };
+// What fills a GPU of 108 to 148 multiprocessors: 8 warps on each, for which its registers suffice.
+constexpr int64_t kWarpsInFlight = 8 * 132;
+// A part has so many tokens or more, and there are so many parts or none: fewer would not be worth
+// adding up the sums, which takes another launch.
+constexpr int64_t kLeastTokens = 128, kLeastParts = 4;
+
+// the last is the two before it
+enum class Pass { forward, delta, dquery, dkey, dvalue, dkey_value };
+
+// Whether a pass computes dP, and so owns rows of two tensors.
+constexpr bool needs_dp(Pass pass) { return pass != Pass::forward && pass != Pass::dvalue; }
 
 // What a kernel is given beside the arguments of the op.
 struct Job {
@@ -40,57 +57,85 @@ struct Job {
   float* new_statistics;    // where the forward pass writes them
   float* delta;             // (B, H, T)
   void* result;             // out, dquery or dkey_value
+  int64_t parts;            // of the tokens, for dkey and dvalue
+  int64_t part_tokens;      // of each part but the last, a multiple of every kOther
+  float* sums;              // (B, parts, N, 2, H, K), where there is more than one part
   bool vectors;             // rows start at multiples of 16 bytes and are whole ones
 };
 
 template <class T, int kWidth>
 struct Tiles {
   static constexpr bool kIsFloat = sizeof(T) == 4;
+  // at most: blocks that own fewer rows have fewer
   static constexpr int kWarps = kWidth == 256 ? (kIsFloat ? 1 : 2) : (kIsFloat ? 2 : 4);
-  static constexpr int kOwned = 16 * kWarps;
+  // on a multiprocessor, where 128 registers do; where they do not, registers are worth more
+  static constexpr int kBlocks = kIsFloat || kWidth > 64 ? 1 : 4;
   static constexpr int kOther = kIsFloat ? (kWidth == 256 ? 8 : 16) : (kWidth == 256 ? 16 : 32);
   // 16 bytes more than a power of two: rows start in different banks
   static constexpr int kStride = kWidth + 16 / static_cast<int>(sizeof(T));
-  static constexpr int kRows = 2 * kOwned + 2 * kOther;
-  // float32 hands its weights from lane to lane through memory
-  static constexpr int kWeights = kIsFloat ? kOwned * (kOther + 1) : 0;
-  static constexpr int kBytes = (kRows * kStride + kWeights) * static_cast<int>(sizeof(T));
-  static_assert(kBytes <= 64 * 1024);  // all that a block has on sm_75
+  // of what is left out where a tile ends early: the products with weights take 16 rows
+  static constexpr int kUnit = kIsFloat ? 8 : 16;
+
+  static constexpr int bytes(int warps, bool owns_two) {
+    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * kOther;
+    // float32 hands its weights from lane to lane through memory
+    const int weights = kIsFloat ? 16 * warps * (kOther + 1) : 0;
+    return (rows * kStride + weights) * static_cast<int>(sizeof(T));
+  }
 };
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Rows [first, first + kRows) of a (batch, head) into shared memory.
-template <class T, int kRows, int kWidth, int kThreads>
-__device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
-                                          int64_t h, int64_t first, bool are_slots) {
+// Rows [first, first + rows) of a (batch, head) into shared memory, a Unit at a time.
+template <class Unit, class T, int kWidth>
+__device__ __forceinline__ void load_units(T* tile, const Job& job, const View& view, int64_t b,
+                                           int64_t h, int64_t first, int rows, bool are_slots) {
   constexpr int kStride = Tiles<T, kWidth>::kStride;
-  constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+  constexpr int kUnit = static_cast<int>(sizeof(Unit) / sizeof(T)), kUnits = kWidth / kUnit;
+  // a thread's loads in flight: a block of one warp has many, and nobody else to hide them
+  constexpr int kBatch = 4;
   const MemoryAttention& args = job.args;
+  const int threads = blockDim.x, width = static_cast<int>(args.width);
   const int64_t limit = are_slots ? args.slots : args.tokens;
   const T* const source =
       static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
   const uint8_t* const mask = are_slots && args.slot_mask != nullptr
                                   ? args.slot_mask + b * args.mask_batch_stride
                                   : nullptr;
-  const int width = static_cast<int>(args.width);
-  for (int i = threadIdx.x; i < kRows * (kWidth / kVector); i += kThreads) {
-    const int row = i / (kWidth / kVector), column = i % (kWidth / kVector) * kVector;
-    const int64_t index = first + row;
-    T* const to = tile + row * kStride + column;
-    // 0 * NaN is NaN: a masked slot must not come near
-    const bool is_there =
-        index < limit && (mask == nullptr || mask[index * args.mask_slot_stride] != 0);
-    const T* const from = source + index * view.row_stride + column;
-    if (is_there && job.vectors && column < width) {
-      *reinterpret_cast<float4*>(to) = *reinterpret_cast<const float4*>(from);
-    } else {
-      for (int j = 0; j < kVector; ++j) {
-        to[j] = is_there && column + j < width ? from[j] : from_float<T>(0.0f);
+  for (int start = threadIdx.x; start < rows * kUnits; start += kBatch * threads) {
+    Unit batch[kBatch] = {};
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = start + j * threads, row = i / kUnits, column = i % kUnits * kUnit;
+      const int64_t index = first + row;
+      // 0 * NaN is NaN: a masked slot must not come near
+      if (row < rows && column < width && index < limit &&
+          (mask == nullptr || mask[index * args.mask_slot_stride] != 0)) {
+        batch[j] = *reinterpret_cast<const Unit*>(source + index * view.row_stride + column);
       }
     }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int i = start + j * threads, row = i / kUnits, column = i % kUnits * kUnit;
+      if (row < rows) *reinterpret_cast<Unit*>(tile + row * kStride + column) = batch[j];
+    }
   }
+}
+
+template <class T, int kWidth>
+__device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
+                                          int64_t h, int64_t first, int rows, bool are_slots) {
+  if (job.vectors) {
+    load_units<float4, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+  } else {
+    load_units<T, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+  }
+}
+
+// Whether a tile that ends after `count` rows reaches the row `start`. All threads agree.
+__device__ __forceinline__ bool reaches(int start, int count) {
+  return start == 0 || start < count;
 }
 
 template <class T>
@@ -109,10 +154,11 @@ __device__ __forceinline__ uint32_t as_pair(T low, T high) {
   return pair.bits;
 }
 
-// sum (16 x kOther) = owned rows times other rows, over the head's width.
+// sum (16 x kOther) = owned rows times the first `count` other rows, over the head's width; 0 for
+// whole groups of 8 past them.
 template <class T, int kWidth>
 __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther / 8][4],
-                                          const T* owned, const T* other) {
+                                          const T* owned, const T* other, int count) {
   constexpr int kStride = Tiles<T, kWidth>::kStride, kTiles = Tiles<T, kWidth>::kOther / 8;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -122,6 +168,7 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther 
     for (int start = 0; start < kWidth; start += 32) {
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        if (!reaches(8 * n, count)) continue;
         float part[4] = {};
         for (int k = start; k < start + 32; ++k) {
           const float a0 = owned[g * kStride + k], a1 = owned[(g + 8) * kStride + k];
@@ -143,6 +190,7 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther 
                              pair_at(a_row + 8 * kStride + 8)};
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
+        if (!reaches(8 * n, count)) continue;
         const T* const b_row = other + (8 * n + g) * kStride + k + 2 * t;
         const uint32_t b[2] = {pair_at(b_row), pair_at(b_row + 8)};
         lm2_mma_m16n8k16<T>(sum[n], a, b);
@@ -151,11 +199,11 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther 
   }
 }
 
-// result (16 x kWidth) += weights (16 x kOther) times other rows.
+// result (16 x kWidth) += weights (16 x kOther) times other rows, in whole units up to `count`.
 template <class T, int kWidth>
 __device__ __forceinline__ void add_weighted(
     float (&result)[kWidth / 8][4], const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
-    const T* other, float* shared_weights) {
+    const T* other, int count, float* shared_weights) {
   constexpr int kStride = Tiles<T, kWidth>::kStride, kOther = Tiles<T, kWidth>::kOther;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   if constexpr (Tiles<T, kWidth>::kIsFloat) {
@@ -171,20 +219,25 @@ __device__ __forceinline__ void add_weighted(
 #pragma unroll
     for (int n = 0; n < kWidth / 8; ++n) {
       float part[4] = {};
-      for (int k = 0; k < kOther; ++k) {
-        const float a0 = w[g * (kOther + 1) + k], a1 = w[(g + 8) * (kOther + 1) + k];
-        const float b0 = other[k * kStride + 8 * n + 2 * t];
-        const float b1 = other[k * kStride + 8 * n + 2 * t + 1];
-        part[0] = fmaf(a0, b0, part[0]);
-        part[1] = fmaf(a0, b1, part[1]);
-        part[2] = fmaf(a1, b0, part[2]);
-        part[3] = fmaf(a1, b1, part[3]);
+#pragma unroll
+      for (int start = 0; start < kOther; start += 8) {
+        if (!reaches(start, count)) continue;
+        for (int k = start; k < start + 8; ++k) {
+          const float a0 = w[g * (kOther + 1) + k], a1 = w[(g + 8) * (kOther + 1) + k];
+          const float b0 = other[k * kStride + 8 * n + 2 * t];
+          const float b1 = other[k * kStride + 8 * n + 2 * t + 1];
+          part[0] = fmaf(a0, b0, part[0]);
+          part[1] = fmaf(a0, b1, part[1]);
+          part[2] = fmaf(a1, b0, part[2]);
+          part[3] = fmaf(a1, b1, part[3]);
+        }
       }
       for (int i = 0; i < 4; ++i) result[n][i] += part[i];
     }
   } else {
 #pragma unroll
     for (int k = 0; k < kOther; k += 16) {
+      if (!reaches(k, count)) continue;
       // where a product's result lies is where the next one's left operand is wanted
       const auto& low = weights[k / 8];
       const auto& high = weights[k / 8 + 1];
@@ -226,34 +279,33 @@ struct Token {
 };
 
 template <class T, int kWidth, Pass kPass>
-// one block is enough: registers are worth more than occupancy
-__global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
-    attention_kernel(const Job job) {
+__device__ __forceinline__ void attention(const Job& job) {
   using Tile = Tiles<T, kWidth>;
-  constexpr int kThreads = Tile::kWarps * 32, kOwned = Tile::kOwned, kOther = Tile::kOther;
-  constexpr int kStride = Tile::kStride;
+  constexpr int kOther = Tile::kOther, kStride = Tile::kStride;
   constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
-  constexpr bool kNeedsDp = kPass == Pass::delta || kPass == Pass::dquery || kPass == Pass::dkey;
+  constexpr bool kNeedsDp = needs_dp(kPass);
   const MemoryAttention& args = job.args;
+  const int own_rows = 16 * static_cast<int>(blockDim.x / 32);
   LM2_DYNAMIC_SHARED(T, shared);
-  T* const owned1 = shared;                     // Q, or K
-  T* const owned2 = owned1 + kOwned * kStride;  // dO, or V
-  T* const other1 = owned2 + kOwned * kStride;  // K, or Q
-  T* const other2 = other1 + kOther * kStride;  // V, or dO
+  T* const owned1 = shared;                                  // Q, or K
+  T* const owned2 = owned1 + kNeedsDp * own_rows * kStride;  // dO, or V, where it is needed
+  T* const other1 = owned2 + own_rows * kStride;             // K, or Q
+  T* const other2 = other1 + kOther * kStride;               // V, or dO
   float* const weights_memory = reinterpret_cast<float*>(other2 + kOther * kStride);
 
   const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
-  const int64_t blocks = (owned_count + kOwned - 1) / kOwned;
-  const int64_t head_index = blockIdx.x / blocks;
+  const int64_t blocks = (owned_count + own_rows - 1) / own_rows;
+  const int64_t parts = kOwnsSlots ? job.parts : 1, part = blockIdx.x / blocks % parts;
+  const int64_t head_index = blockIdx.x / blocks / parts;
   const int64_t b = head_index / args.heads, h = head_index % args.heads;
-  const int64_t first = blockIdx.x % blocks * kOwned;
+  const int64_t first = blockIdx.x % blocks * own_rows;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 
-  load_tile<T, kOwned, kWidth, kThreads>(owned1, job, kOwnsSlots ? args.key : args.query, b, h,
-                                         first, kOwnsSlots);
+  load_tile<T, kWidth>(owned1, job, kOwnsSlots ? args.key : args.query, b, h, first, own_rows,
+                       kOwnsSlots);
   if constexpr (kNeedsDp) {
-    load_tile<T, kOwned, kWidth, kThreads>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h,
-                                           first, kOwnsSlots);
+    load_tile<T, kWidth>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h, first, own_rows,
+                         kOwnsSlots);
   }
 
   // its sign is put on the product; of a scale of 0 too, as 0 times what is hidden, -inf, is NaN
@@ -286,36 +338,39 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
   // forward: whether a row sees any slot
   bool seen[2] = {false, false};
 
-  int64_t begin = 0, end = kOwnsSlots ? args.tokens : args.slots;
+  int64_t begin = 0, end = args.slots;
+  if constexpr (kOwnsSlots) {
+    begin = part * job.part_tokens;
+    end = smaller(begin + job.part_tokens, args.tokens);
+  }
   if (args.causal) {
     if constexpr (kOwnsSlots) {
-      begin = larger(0, first - args.slot_offset) / kOther * kOther;
+      begin = larger(begin, (first - args.slot_offset) / kOther * kOther);
     } else {
-      end = smaller(end, args.slot_offset + smaller(first + kOwned, args.tokens));
+      end = smaller(end, args.slot_offset + smaller(first + own_rows, args.tokens));
     }
   }
   for (int64_t tile = begin; tile < end; tile += kOther) {
+    const int count = static_cast<int>(smaller(kOther, end - tile));
+    const int rows = (count + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit;
     // not before all warps have done with the last tile
     __syncthreads();
-    if constexpr (kPass == Pass::dvalue) {
-      load_tile<T, kOther, kWidth, kThreads>(other2, job, job.dout, b, h, tile, false);
-    } else if constexpr (kNeedsDp || kPass == Pass::forward) {
-      load_tile<T, kOther, kWidth, kThreads>(other2, job, kOwnsSlots ? job.dout : args.value, b, h,
-                                             tile, !kOwnsSlots);
-    }
-    load_tile<T, kOther, kWidth, kThreads>(other1, job, kOwnsSlots ? args.query : args.key, b, h,
-                                           tile, !kOwnsSlots);
+    load_tile<T, kWidth>(other2, job, kOwnsSlots ? job.dout : args.value, b, h, tile, rows,
+                         !kOwnsSlots);
+    load_tile<T, kWidth>(other1, job, kOwnsSlots ? args.query : args.key, b, h, tile, rows,
+                         !kOwnsSlots);
     __syncthreads();
     float s[kOther / 8][4];
-    scores_of<T, kWidth>(s, owned1 + 16 * warp * kStride, other1);
+    scores_of<T, kWidth>(s, owned1 + 16 * warp * kStride, other1, count);
     float dp[kNeedsDp ? kOther / 8 : 1][4];
     if constexpr (kNeedsDp) {
-      scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2);
+      scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2, count);
     }
     const float factor = static_cast<float>(args.scale);
     const float keep_factor = static_cast<float>(args.keep_factor);
 #pragma unroll
     for (int n = 0; n < kOther / 8; ++n) {
+      if (!reaches(8 * n, count)) continue;
       Token columns[2];
       if constexpr (kOwnsSlots) {
         for (int i = 0; i < 2; ++i) columns[i] = token_of(tile + 8 * n + 2 * t + i);
@@ -363,6 +418,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
         float most = running[row][0];
 #pragma unroll
         for (int n = 0; n < kOther / 8; ++n) {
+          if (!reaches(8 * n, count)) continue;
           most = fmaxf(most, fmaxf(s[n][2 * row], s[n][2 * row + 1]));
         }
         most = quad_max(most);
@@ -373,6 +429,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
         const int64_t own = first + 16 * warp + g + 8 * row;
 #pragma unroll
         for (int n = 0; n < kOther / 8; ++n) {
+          if (!reaches(8 * n, count)) continue;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             float& x = s[n][2 * row + i];
@@ -395,7 +452,7 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     }
     if constexpr (kPass != Pass::delta) {
       constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey;
-      add_weighted<T, kWidth>(result, s, kTakesFirst ? other1 : other2, weights_memory);
+      add_weighted<T, kWidth>(result, s, kTakesFirst ? other1 : other2, count, weights_memory);
     }
   }
 
@@ -424,17 +481,52 @@ __global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     if (own >= owned_count) continue;
     int64_t offset = (b * args.tokens + own) * args.heads + h;
     if constexpr (kOwnsSlots) {
-      offset = ((b * args.slots + own) * 2 + (kPass == Pass::dvalue)) * args.heads + h;
+      offset = (((b * parts + part) * args.slots + own) * 2 + (kPass == Pass::dvalue)) * args.heads;
+      offset += h;
     }
-    T* const out = static_cast<T*>(job.result) + offset * args.width;
+    offset *= args.width;
+    const auto write = [&]<class S>(S* out) {
 #pragma unroll
-    for (int n = 0; n < (kPass == Pass::delta ? 1 : kWidth / 8); ++n) {
-      for (int i = 0; i < 2; ++i) {
-        const int column = 8 * n + 2 * t + i;
-        if (column < args.width) out[column] = from_float<T>(result[n][2 * row + i] * factor);
+      for (int n = 0; n < (kPass == Pass::delta ? 1 : kWidth / 8); ++n) {
+        for (int i = 0; i < 2; ++i) {
+          const int column = 8 * n + 2 * t + i;
+          if (column < args.width) out[column] = from_float<S>(result[n][2 * row + i] * factor);
+        }
       }
+    };
+    if (kOwnsSlots && parts > 1) {
+      write(job.sums + offset);
+    } else {
+      write(static_cast<T*>(job.result) + offset);
     }
   }
+}
+
+template <class T, int kWidth, Pass kPass>
+__global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, Tiles<T, kWidth>::kBlocks)
+    attention_kernel(const Job job) {
+  // the two that own slots are one launch
+  if constexpr (kPass == Pass::dkey_value) {
+    if (blockIdx.y == 0) {
+      attention<T, kWidth, Pass::dkey>(job);
+    } else {
+      attention<T, kWidth, Pass::dvalue>(job);
+    }
+  } else {
+    attention<T, kWidth, kPass>(job);
+  }
+}
+
+// dkey_value (B, size) = the sum of its parts (B, parts, size).
+template <class T>
+__global__ void __launch_bounds__(256)
+    add_parts_kernel(T* dkey_value, const float* sums, int64_t batch, int64_t parts, int64_t size) {
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (index >= batch * size) return;
+  const float* const first = sums + index / size * parts * size + index % size;
+  float sum = 0.0f;
+  for (int64_t part = 0; part < parts; ++part) sum += first[part * size];
+  dkey_value[index] = from_float<T>(sum);
 }
 
 // delta[row] = rowsum(dO * O): a warp a row.
@@ -470,27 +562,61 @@ bool has_vectors(const View& view, int64_t width) {
          view.head_stride % vector == 0;
 }
 
+// How rows of one (batch, head) are shared out.
+struct Split {
+  int64_t blocks;
+  int warps;  // of a block
+};
+
+// 16 a warp, and evenly.
+template <class T, int kWidth>
+Split split_of(int64_t rows) {
+  constexpr int64_t kWarps = Tiles<T, kWidth>::kWarps;
+  const int64_t groups = divide_up(rows, 16), blocks = divide_up(groups, kWarps);
+  return {blocks, static_cast<int>(divide_up(groups, blocks))};
+}
+
 template <class T, int kWidth, Pass kPass>
 cudaError_t launch(const Job& job, cudaStream_t stream) {
   using Tile = Tiles<T, kWidth>;
-  constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
-  const int64_t owned = kOwnsSlots ? job.args.slots : job.args.tokens;
+  constexpr bool kOwnsSlots = kPass == Pass::dkey_value;
+  const Split split = split_of<T, kWidth>(kOwnsSlots ? job.args.slots : job.args.tokens);
   const int64_t blocks =
-      (owned + Tile::kOwned - 1) / Tile::kOwned * job.args.batch * job.args.heads;
+      split.blocks * (kOwnsSlots ? job.parts : 1) * job.args.batch * job.args.heads;
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   const auto kernel = attention_kernel<T, kWidth, kPass>;
-  if constexpr (Tile::kBytes > 48 * 1024) {
+  constexpr int kMostBytes = Tile::bytes(Tile::kWarps, needs_dp(kPass));
+  static_assert(kMostBytes <= 64 * 1024);  // all that a block has on sm_75
+  if constexpr (kMostBytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kBytes);
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // or a later launch would report it
       return error;
     }
   }
-  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(Tile::kWarps * 32), Tile::kBytes,
-             stream, job);
+  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), kOwnsSlots ? 2 : 1),
+             dim3(split.warps * 32), Tile::bytes(split.warps, needs_dp(kPass)), stream, job);
   return cudaGetLastError();
+}
+
+// In how many parts of the tokens dkey and dvalue are summed: as many as fill a GPU.
+template <class T, int kWidth>
+void choose_parts(Job& job) {
+  const MemoryAttention& args = job.args;
+  const Split split = split_of<T, kWidth>(args.slots);
+  const int64_t warps = 2 * split.blocks * split.warps * args.batch * args.heads;
+  int64_t parts = std::min(kWarpsInFlight / warps, args.tokens / kLeastTokens);
+  if (parts < kLeastParts) parts = 1;
+  job.part_tokens = round_up(divide_up(args.tokens, parts), 32);
+  job.parts = divide_up(args.tokens, job.part_tokens);
+}
+
+// Floats that the parts leave: no more than 17 MB, as there are parts of few slots alone.
+int64_t sums_of(const Job& job) {
+  const MemoryAttention& args = job.args;
+  return job.parts > 1 ? job.parts * args.batch * args.slots * 2 * args.heads * args.width : 0;
 }
 
 template <class T, int kWidth>
@@ -512,8 +638,17 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   }
   if (error == cudaSuccess && args.dkey_value != nullptr) {
     job.result = args.dkey_value;
-    error = launch<T, kWidth, Pass::dkey>(job, stream);
-    if (error == cudaSuccess) error = launch<T, kWidth, Pass::dvalue>(job, stream);
+    choose_parts<T, kWidth>(job);
+    job.sums = job.delta + rows;
+    error = launch<T, kWidth, Pass::dkey_value>(job, stream);
+    if (error == cudaSuccess && job.parts > 1) {
+      const int64_t size = args.slots * 2 * args.heads * args.width;
+      const int64_t blocks = divide_up(args.batch * size, 256);
+      if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
+      LM2_LAUNCH(add_parts_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(256), 0, stream,
+                 static_cast<T*>(args.dkey_value), job.sums, args.batch, job.parts, size);
+      error = cudaGetLastError();
+    }
   }
   return error;
 }
@@ -570,7 +705,14 @@ cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaS
 }
 
 int64_t workspace_bytes(const MemoryAttentionBackward& args) {
-  return args.batch * args.heads * args.tokens * 4;  // delta
+  Job job = job_of(args, args.dout);
+  if (args.dkey_value != nullptr) {
+    dispatch(args, [&]<class T, int kWidth>() {
+      choose_parts<T, kWidth>(job);
+      return cudaSuccess;
+    });
+  }
+  return (args.batch * args.heads * args.tokens + sums_of(job)) * 4;  // delta, sums
 }
 
 }  // namespace lm2::cuda

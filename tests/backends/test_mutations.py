@@ -329,8 +329,13 @@ OUTPUT_GATE_OF_SLOTS = _rows(
     "memory_update", 2, 43, 24, tokens_per_slot=40, output_gate=True, gates="slots"
 )
 
+# fewer slots than a tile holds, in parts of the tokens and in none
+FEW_SLOTS = _read(2, 40, 12, 1, 16, causal=False)
+FEW_SEEN = _read(1, 512, 40, 1, 16, slot_offset=3)
+
 CPU = "cpu/memory_update.h"
 CUDA = "cuda/memory_update.cu"
+ATTENTION = "cuda/memory_attention.cu"
 NATIVE_MUTANTS = (
     NativeMutant(
         "mean over tokens that did not come",
@@ -528,6 +533,76 @@ NATIVE_MUTANTS = (
         "0 * view.row_stride + column",
         CHUNK,
     ),
+    NativeMutant(
+        "parts begin at the first token",
+        ATTENTION,
+        "part * job.part_tokens",
+        "0 * part",
+        IN_PARTS,
+    ),
+    NativeMutant(
+        "parts end at the last token",
+        ATTENTION,
+        "smaller(begin + job.part_tokens, args.tokens)",
+        "args.tokens",
+        IN_PARTS,
+    ),
+    NativeMutant(
+        "parts begin where their slots are first seen",
+        ATTENTION,
+        "larger(begin, (first - args.slot_offset) / kOther * kOther)",
+        "larger(0, (first - args.slot_offset) / kOther * kOther)",
+        FEW_SEEN,
+    ),
+    NativeMutant(
+        "parts written to the same place",
+        ATTENTION,
+        "b * parts + part",
+        "b * parts",
+        IN_PARTS,
+    ),
+    NativeMutant(
+        "the last part not added",
+        ATTENTION,
+        "part < parts",
+        "part + 1 < parts",
+        IN_PARTS,
+    ),
+    NativeMutant(
+        "the parts of the first batch entry",
+        ATTENTION,
+        "index / size * parts * size",
+        "0 * parts",
+        IN_PARTS._replace(batch=2),
+    ),
+    NativeMutant(
+        "the first part each time",
+        ATTENTION,
+        "first[part * size]",
+        "first[0]",
+        IN_PARTS,
+    ),
+    NativeMutant(
+        "a group of slots left out",
+        ATTENTION,
+        "start == 0 || start < count",
+        "start == 0 || start + 7 < count",
+        FEW_SLOTS,
+    ),
+    NativeMutant(
+        "rows that nobody loaded",
+        ATTENTION,
+        "(count + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit",
+        "count",
+        FEW_SLOTS,
+    ),
+    NativeMutant(
+        "fewer warps than the rows need",
+        ATTENTION,
+        "divide_up(groups, blocks)",
+        "divide_up(groups, blocks + 1)",
+        FEW_SLOTS,
+    ),
 )
 
 
@@ -536,7 +611,7 @@ NATIVE_MUTANTS = (
 def test_native_mutants_are_caught(target):
     if target == "cuda" and emulation_reason() is not None:
         pytest.skip(emulation_reason())
-    for case in (CHUNK, GATES_OF_SLOTS, SHARED_GATES, OUTPUT_GATE_OF_SLOTS):
+    for case in {mutant.case for mutant in NATIVE_MUTANTS if mutant.target == target}:
         with mutated(target, NATIVE_MUTANTS, 0):
             assert max(c.share for c in testing.check_case(case, torch.float16, "cpp")) <= 1.0
     survivors = []

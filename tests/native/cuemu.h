@@ -139,6 +139,12 @@ inline uint64_t& seed() {
   static uint64_t value = getenv("CUEMU_SEED") ? strtoull(getenv("CUEMU_SEED"), nullptr, 10) : 0;
   return value;
 }
+// told of each launch's blocks and threads a block; null: nobody
+using Listener = void (*)(int64_t, int64_t);
+inline Listener& listener() {
+  static Listener value = nullptr;
+  return value;
+}
 inline Machine& M() {
   static thread_local Machine m;
   return m;
@@ -298,6 +304,7 @@ void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
   if (g.x == 0 || g.y == 0 || g.z == 0 || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z > 1024 ||
       b.z > 64 || b.x * b.y * b.z == 0 || dyn > 232448)
     fail("invalid launch configuration");
+  if (listener()) listener()(int64_t(g.x) * g.y * g.z, b.x * b.y * b.z);
   m.rng = 0x9E3779B97F4A7C15ull * (1 + seed());
   m.grid = g;
   m.blk = b;

@@ -1,7 +1,10 @@
-// What the emulated library takes from the CUDA runtime, and the way in for the order of threads.
-// Compiled with -include cuemu.h.
+// What the emulated library takes from the CUDA runtime, and the ways in: for the order of threads,
+// and for who wants to know of launches. Compiled with -include cuemu.h.
 extern "C" {
 const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
 __attribute__((visibility("default"))) void lm2_set_seed(uint64_t seed) { cuemu::seed() = seed; }
+__attribute__((visibility("default"))) void lm2_set_listener(cuemu::Listener listener) {
+  cuemu::listener() = listener;
+}
 }

@@ -387,6 +387,8 @@ int main() {
       norm(2, 3, 21, dtype, layout == Layout::dense ? dtype : stream, layout);
     }
 #ifdef HARNESS_CUDA
+    // few slots: in parts of the tokens
+    attention({1, 513, 9, 1, 17, true, 5, true, true, 0}, dtype, Layout::strided);
     update(1, 19, 35, dtype, stream, {true, true, true, 11, false}, Layout::strided);
     norm(1, 18, 130, dtype, stream, Layout::strided);
     pool(1, 33, 130, dtype, dtype, true, Layout::strided);

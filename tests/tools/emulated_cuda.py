@@ -29,6 +29,7 @@ CUDA_SOURCES = CSRC / "cuda"
 NAMESPACE = "lm2_kernels_emulated"
 
 _library: ctypes.CDLL | None = None
+_Listener = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 
 
 def cuda_include() -> str:
@@ -95,3 +96,16 @@ def emulated_cuda(seed: int = 0) -> Iterator[None]:
         yield
     finally:
         cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason = before
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[tuple[int, int]]]:
+    """Blocks, and threads of a block, of each kernel that is launched in the emulator meanwhile."""
+    grids = []
+    listener = _Listener(lambda blocks, threads: grids.append((blocks, threads)))
+    library = _load()
+    library.lm2_set_listener(listener)
+    try:
+        yield grids
+    finally:
+        library.lm2_set_listener(_Listener())

@@ -25,7 +25,7 @@ _FLAGS = (
     *("-D__CUDA_NO_HALF2_OPERATORS__", "-D__CUDA_NO_BFLOAT16_CONVERSIONS__"),
 )
 # of memory_attention.cu, in the order of its enum
-_PASSES = ("forward", "statistic", "dquery", "dkey", "dvalue")
+_PASSES = ("forward", "delta", "dquery", "dkey", "dvalue", "dkey_value")
 
 
 class Kernel(NamedTuple):
