@@ -117,7 +117,7 @@ LARGE_CASES = (
     _update(2, 250, 160, tokens_per_slot=32, output_gate=True, read=True),
     _update(1, 300, 257, tokens_per_slot=2, gate_bias="prefix", gates="slots"),
     # a row is a sum over so many tokens that the order of adding tells
-    _update(2, 1300, 48, tokens_per_slot=1000, output_gate=True, output="memory"),
+    _update(2, 1300, 48, tokens_per_slot=1000, output_gate=True, output="memory", gates="slots"),
     _norm(2, 100, 515),
     _norm(1, 64, 2048, residual="float32"),
     _pool(2, 300, 260),
