@@ -125,11 +125,11 @@ def memory_update(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
     memory: Tensor,  # (B, R, D)
-    input_gate: Tensor,  # (B, T, R or 1, D)
-    forget_gate: Tensor,  # (B, T, R or 1, D)
-    output_gate: Tensor | None = None,  # (B, T, R or 1, D)
+    input_gate: Tensor,  # (B, T or R or 1, D)
+    forget_gate: Tensor,  # (B, T or R or 1, D)
+    output_gate: Tensor | None = None,  # (B, T or R or 1, D)
     *,
-    gate_bias: Tensor | None = None,  # (B, T, R or 1, 2 * D)
+    gate_bias: Tensor | None = None,  # (B, T or R or 1, 2 * D)
     read: Tensor | None = None,  # (B, T, D)
     output: str = "read",
     tokens_per_slot: int = 1,
@@ -160,8 +160,8 @@ def memory_update(
             for all (B, 1, D).
         forget_gate: likewise.
         output_gate: likewise, or None.
-        gate_bias: added to ``[input_gate | forget_gate]``, (B, T, R or 1, 2 D): the pooled part of
-            the released gates, added inside the kernel.
+        gate_bias: added to ``[input_gate | forget_gate]``, (B, T or R or 1, 2 D): the pooled part
+            of the released gates, added inside the kernel.
         read: (B, T, D), what an output gate shows, where that is not the candidate.
         output: "read" or "memory"; ignored without ``output_gate``.
         tokens_per_slot: how many tokens are bound to a row.
@@ -194,7 +194,7 @@ def memory_update(
     check_int(op, "tokens_per_slot", tokens_per_slot, 1)
     rows, legend = num_rows(num_tokens, tokens_per_slot), "T or 1"
     if tokens_per_slot > 1:
-        legend = "T, R or 1"
+        legend = "T or R or 1"
     check_shape(op, "candidate", candidate, "(B, T, D)", (batch, num_tokens, width))
     row_legend = "(B, T, D)" if tokens_per_slot == 1 else "(B, R = ceil(T / tokens_per_slot), D)"
     check_shape(op, "memory", memory, row_legend, (batch, rows, width))

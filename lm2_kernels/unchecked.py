@@ -68,11 +68,11 @@ def memory_update(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
     memory: Tensor,  # (B, R, D)
-    input_gate: Tensor,  # (B, T, R or 1, D)
-    forget_gate: Tensor,  # (B, T, R or 1, D)
-    output_gate: Tensor | None = None,  # (B, T, R or 1, D)
+    input_gate: Tensor,  # (B, T or R or 1, D)
+    forget_gate: Tensor,  # (B, T or R or 1, D)
+    output_gate: Tensor | None = None,  # (B, T or R or 1, D)
     *,
-    gate_bias: Tensor | None = None,  # (B, T, R or 1, 2 * D)
+    gate_bias: Tensor | None = None,  # (B, T or R or 1, 2 * D)
     read: Tensor | None = None,  # (B, T, D)
     output: str = "read",
     tokens_per_slot: int = 1,

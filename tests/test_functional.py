@@ -308,7 +308,7 @@ UPDATE_REFUSALS = [
         UPDATE,
         {"tokens_per_slot": 3, "memory": first_row, "forget_gate": longer},
         ValueError,
-        r"forget_gate must be \(B, T, R or 1, D\) = \(2, 3, 8\), got \(2, 6, 8\)",
+        r"forget_gate must be \(B, T or R or 1, D\) = \(2, 3, 8\), got \(2, 6, 8\)",
     ),
     Refusal(
         UPDATE,

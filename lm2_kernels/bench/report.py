@@ -21,6 +21,8 @@ _CHART_CONFIG = (
     "xyChart: {width: 900, height: 450}, "
     'themeVariables: {xyChart: {plotColorPalette: "#0072b2, #d55e00"}}'
 )
+# of all names together, which fit side by side
+_CHART_CHARACTERS = 100
 _HEADLINE_PASSES = ("forward", "both")
 _Key = tuple[str, str, str, str]  # work, shape, dtype, pass
 
@@ -393,12 +395,14 @@ def _chart(report: dict, dtype: str) -> list[str]:
         return []
     top = math.ceil(2.0 * max(1.0, *bars.values())) / 2.0
     ours = our_row(group_results(report))
+    # others stand one below the other
+    is_long = sum(map(len, bars)) > _CHART_CHARACTERS
     return [
         "```mermaid",
         "---",
         f"config: {{{_CHART_CONFIG}}}",
         "---",
-        "xychart-beta",
+        "xychart-beta horizontal" if is_long else "xychart-beta",
         f'    title "{TITLES["both"]} in {dtype}: time of {" and ".join(peers)}"',
         f"    x-axis [{', '.join(json.dumps(name) for name in bars)}]",
         f'    y-axis "time, {ours} = 1 (the line)" 0 --> {top:g}',

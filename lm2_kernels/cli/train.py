@@ -64,7 +64,9 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--formulation", choices=("paper", "release"), help="of the memory")
     parser.add_argument("--flow", choices=("depth", "time"), help="of the memory")
     parser.add_argument("--slots", type=int, help="memory slots")
-    parser.add_argument("--segment-length", type=int, help="tokens; as many as slots unless given")
+    parser.add_argument(
+        "--segment-length", type=int, help="tokens of a segment; as many as slots unless given"
+    )
     parser.add_argument(
         "--write",
         choices=("position", "chunk"),
@@ -78,7 +80,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--candidate",
         choices=("read", "token"),
-        help="what is written; token unless --config says otherwise",
+        help="what is written; token with --size, else as --config has it (read)",
     )
     parser.add_argument(
         "--no-memory", action="store_true", default=None, help="the same model without memory"

@@ -42,8 +42,8 @@ def check_segments(op: str, memory_slots: int, segment_length: int, write: str) 
         )
     if write == "chunk" and segment_length % memory_slots:
         raise ValueError(
-            f"{op}: write='chunk' binds segment_length / memory_slots tokens to a slot, which must "
-            f"be a whole number, got {segment_length} / {memory_slots}"
+            f"{op}: write='chunk' binds segment_length / memory_slots tokens to each slot: "
+            f"segment_length ({segment_length}) must be a multiple of memory_slots ({memory_slots})"
         )
 
 

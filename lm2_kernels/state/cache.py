@@ -88,7 +88,9 @@ class SegmentCache:
         self.size = (max(starts) if self.start is None else self.start) + num_tokens
         if self.size > segment_length:
             raise ValueError(
-                f"SegmentCache: a segment has at most {segment_length} tokens, got {self.size}"
+                f"SegmentCache: a segment has at most {segment_length} tokens, and "
+                f"{self.size - num_tokens} came before; a piece of {num_tokens} is to be cut at "
+                f"the segment's end"
             )
         self.segment_length = segment_length
         self.lengths = lengths

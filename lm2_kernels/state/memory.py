@@ -184,7 +184,8 @@ class MemoryState:
         if self._starts is not None and self._incoming and self._tokens_per_slot != tokens_per_slot:
             raise ValueError(
                 f"MemoryState: the segment binds {self._tokens_per_slot} tokens to a slot, the "
-                f"model {tokens_per_slot}: it is of another configuration"
+                f"model {tokens_per_slot}: it is of another configuration; end it with "
+                f"end_segment(), after which the banks alone are left"
             )
         if self.batch != batch:
             raise ValueError(

@@ -167,9 +167,9 @@ def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypa
         ),
         (["--segment-length", "16", "--write", "chunk"], "--write chunk needs --flow time"),
         (["--no-memory-causal"], "--no-memory-causal needs --flow time"),
-        ([*_CHUNK, "--segment-length", "12"], "--segment-length / --slots tokens to a slot"),
-        ([*_CHUNK, "--segment-length", "4"], "must be a whole number, got 4 / 8"),
-        ([*_CHUNK, "--memory-causal"], "of a model: --no-memory-causal"),
+        ([*_CHUNK, "--segment-length", "12"], "--segment-length / --slots tokens to each slot"),
+        ([*_CHUNK, "--segment-length", "4"], "(4) must be a multiple of --slots (8)"),
+        ([*_CHUNK, "--memory-causal"], "of a model: --memory-causal), got True"),
     ),
 )
 def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):

@@ -492,7 +492,7 @@ def test_a_hundred_segments_on_end(kind, record_property):
     [
         ({"write": "slots"}, r"write must be one of \('position', 'chunk'\), got 'slots'"),
         ({"candidate": "x"}, r"candidate must be one of \('read', 'token'\), got 'x'"),
-        ({"write": "chunk", "causal": True}, "write='chunk' has causal=False"),
+        ({"write": "chunk", "causal": True}, "write='chunk' takes causal=False"),
         ({"tokens_per_slot": 2}, "write='position' binds one token to a slot, got tokens_per_slot"),
         ({"write": "chunk", "tokens_per_slot": 0}, "tokens_per_slot must be"),
     ],
@@ -597,14 +597,14 @@ def test_models_do_not_see_the_future(formulation, candidate, options):
         ({"flow": "depth", "memory_causal": False}, "needs flow='time'"),
         (
             {"flow": "time", "write": "chunk", "memory_causal": True},
-            "write='chunk' has causal=False",
+            "write='chunk' takes causal=False",
         ),
         (
             {"flow": "time", "memory_slots": 3},
             "segment_length .6. must be at most memory_slots .3.",
         ),
-        ({"flow": "time", "write": "chunk", "memory_slots": 4}, "whole number, got 6 / 4"),
-        ({"flow": "time", "write": "chunk", "memory_slots": 12}, "whole number, got 6 / 12"),
+        ({"flow": "time", "write": "chunk", "memory_slots": 4}, "a multiple of memory_slots .4."),
+        ({"flow": "time", "write": "chunk", "memory_slots": 12}, "a multiple of memory_slots .12."),
     ],
 )
 def test_models_that_cannot_be_are_refused(options, text):
