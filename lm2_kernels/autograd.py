@@ -211,7 +211,8 @@ class MemoryUpdateFunction(torch.autograd.Function):
         shared = [False] * 4
         if memory.shape[1] != num_tokens:
             shared = [
-                needed and gate.shape[1] != num_tokens
+                # a bool where sizes are symbols, too
+                needed and bool(gate.shape[1] != num_tokens)
                 for gate, needed in zip(gates, needs_gates, strict=True)
             ]
         dcandidate, dmemory, dgates, dread = None, None, [None] * 4, None

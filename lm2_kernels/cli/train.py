@@ -193,7 +193,7 @@ def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
         values["tie_word_embeddings"] = True
         values["candidate"] = "token"
     values.setdefault("vocab_size", vocab_size)
-    if options.write is not None:
+    if options.write not in (None, values.get("write", "position")):
         # a saved model has what its own rule takes
         values.pop("memory_causal", None)
     for name, field in _OF_THE_MEMORY.items():

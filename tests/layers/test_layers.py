@@ -604,6 +604,19 @@ def test_compiled_in_one_graph_for_any_batch(kind, options):
 
 
 @both_layers
+def test_compiled_for_any_number_of_tokens(kind):
+    """Sizes that are symbols, of tokens that share a slot and its gates."""
+    torch._dynamo.reset()
+    layer = make_layer(kind, write="chunk", tokens_per_slot=3)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    memory = draw(B, N, D, seed=1).requires_grad_()
+    for tokens in (5, 7, 4, 9):
+        x = draw(B, tokens, D).requires_grad_()
+        leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
+        assert_same(results(compiled(x, memory), leaves), results(layer(x, memory), leaves))
+
+
+@both_layers
 @pytest.mark.parametrize("how", ("no_grad", "inference_mode", "frozen"))
 def test_compiled_where_no_gradient_is_wanted(kind, how):
     torch._dynamo.reset()
