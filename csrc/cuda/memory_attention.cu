@@ -294,7 +294,7 @@ __device__ __forceinline__ void attention(const Job& job) {
   float* const weights_memory = reinterpret_cast<float*>(other2 + kOther * kStride);
 
   const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
-  const int64_t blocks = (owned_count + own_rows - 1) / own_rows;
+  const int64_t blocks = divide_up(owned_count, own_rows);
   const int64_t parts = kOwnsSlots ? job.parts : 1, part = blockIdx.x / blocks % parts;
   const int64_t head_index = blockIdx.x / blocks / parts;
   const int64_t b = head_index / args.heads, h = head_index % args.heads;

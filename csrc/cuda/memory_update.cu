@@ -36,7 +36,7 @@ struct Share {
   __device__ explicit Share(const MemoryUpdate& args) {
     if constexpr (kMany > 1) lanes = lanes_of(args);
     const int columns = kThreads / lanes;
-    const int64_t pieces = (args.width + columns - 1) / columns;
+    const int64_t pieces = divide_up(args.width, columns);
     const int64_t row = blockIdx.x / pieces;
     column = blockIdx.x % pieces * columns + threadIdx.x % columns;
     is_there = column < args.width;
@@ -191,13 +191,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const MemoryUpdateFor
   }
 }
 
-template <class T, int kMany>
+// kSums: of the row of memory, and of the gates that tokens share if these are wanted.
+template <class T, int kMany, int kSums>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBackward args) {
   const Share<kMany> share(args);
   const bool has_gate = static_cast<bool>(args.output_gate);
   const int64_t gates = has_gate ? 3 : 2;
-  // of the row of memory, and of the gates that tokens may share
-  float sums[kMany > 1 ? 4 : 1] = {};
+  float sums[kSums] = {};
   if (share.is_there) {
     const float memory = load(args.memory, share.b, share.slot, share.column);
     const bool has_dout = static_cast<bool>(args.doutput),
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
             if (has_gate) put<T>(args.dgates, place + 2 * args.width, doutgate);
           }
           own[0] = dmemory;
-          if constexpr (kMany > 1) {
+          if constexpr (kSums > 1) {
             own[1] = dinput;
             own[2] = dforget;
             own[3] = doutgate;
@@ -246,8 +246,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
   if (!share.is_there || share.lane != 0) return;
   const int64_t index = share.row_index(args);
   if (args.dmemory != nullptr) store(args.dmemory, args.memory.dtype, index, sums[0]);
-  if constexpr (kMany > 1) {
-    if (args.dslot_gates == nullptr) return;
+  if constexpr (kSums > 1) {
     float* const row =
         static_cast<float*>(args.dslot_gates) + (index - share.column) * gates + share.column;
 #pragma unroll
@@ -260,7 +259,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const MemoryUpdateBa
 template <class Args>
 cudaError_t launch(void (*kernel)(Args), const Args& args, cudaStream_t stream) {
   const int64_t columns = kThreads / lanes_of(args);
-  const int64_t blocks = args.batch * args.slots * ((args.width + columns - 1) / columns);
+  const int64_t blocks = args.batch * args.slots * divide_up(args.width, columns);
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
   LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream, args);
   return cudaGetLastError();
@@ -274,8 +273,10 @@ cudaError_t forward(const MemoryUpdateForward& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t backward(const MemoryUpdateBackward& args, cudaStream_t stream) {
-  const bool many = args.tokens_per_slot > 1;
-  return launch(many ? backward_kernel<T, kTogether> : backward_kernel<T, 1>, args, stream);
+  if (args.tokens_per_slot == 1) return launch(backward_kernel<T, 1, 1>, args, stream);
+  const bool sums_gates = args.dslot_gates != nullptr;
+  return launch(sums_gates ? backward_kernel<T, kTogether, 4> : backward_kernel<T, kTogether, 1>,
+                args, stream);
 }
 
 }  // namespace

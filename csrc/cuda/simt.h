@@ -152,7 +152,9 @@ __device__ __forceinline__ float block_sum(float x) {
   return sum;
 }
 
-inline int64_t divide_up(int64_t x, int64_t size) { return (x + size - 1) / size; }
+__host__ __device__ inline int64_t divide_up(int64_t x, int64_t size) {
+  return (x + size - 1) / size;
+}
 
 inline int64_t round_up(int64_t x, int64_t multiple) { return divide_up(x, multiple) * multiple; }
 

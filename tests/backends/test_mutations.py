@@ -173,8 +173,8 @@ MUTANTS = (
     Mutant(
         "the mean over tokens that are not there",
         "memory_update",
-        "keep_dims=True) / (last - first).to(tl.float32)",
-        "keep_dims=True) / tokens_per_slot",
+        "_row_sum(total, lost) / (last - first).to(tl.float32)",
+        "_row_sum(total, lost) / tokens_per_slot",
         CHUNKED,
     ),
     Mutant(
@@ -187,22 +187,22 @@ MUTANTS = (
     Mutant(
         "padding proposes",
         "memory_update",
-        "total += tl.where(mask, proposal, 0.0)",
-        "total += proposal",
+        "_add(total, lost, tl.where(mask, proposal, 0.0))",
+        "_add(total, lost, proposal)",
         CHUNKED,
     ),
     Mutant(
         "padding in the gradient of memory",
         "memory_update",
-        "total += tl.where(mask, dmemory, 0.0)",
-        "total += dmemory",
+        "_add(total, lost, tl.where(mask, dmemory, 0.0))",
+        "_add(total, lost, dmemory)",
         CHUNKED,
     ),
     Mutant(
         "padding in the gradient of a shared gate",
         "memory_update",
-        "total_forget += tl.where(mask, dforget_gate, 0.0)",
-        "total_forget += dforget_gate",
+        "dforget_gate = tl.where(mask, dforget_gate, 0.0)",
+        "dforget_gate = dforget_gate",
         SLOT_GATES,
     ),
     Mutant(

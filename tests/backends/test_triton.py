@@ -63,7 +63,8 @@ ROWS = (
             (32, 512, (("output_gate", True), ("output", "memory"), ("gates", "slots"))),
             (32, 515, (("gate_bias", "segment"), ("memory", "float32"))),
             (80, 512, (("output_gate", True), ("read", True))),
-            (80, 512, (("gate_bias", "prefix"), ("gates", "slots"))),
+            (80, 515, (("gate_bias", "prefix"), ("gates", "slots"))),
+            (16, 515, (("gate_bias", "segment"), ("output_gate", True), ("read", True))),
         )
     ),
     *(
@@ -379,6 +380,14 @@ def test_new_sizes_compile_nothing(case):
             counts.append(_num_compiled(case.op))
     assert counts[0] > 0
     assert set(counts) == {counts[0]}
+
+
+def test_a_slot_of_very_many_tokens_is_no_long_chain():
+    """The rounding of equal terms goes one way: it would add up from tile to tile."""
+    options = (("tokens_per_slot", 8192), ("output_gate", True), ("gates", "slots"))
+    case = testing.Case("memory_update", 2, 8192, 0, 0, 16, options)
+    with launches.interpreted("sm_90"):
+        assert all(c.passed for c in testing.check_case(case, torch.float32, "triton"))
 
 
 def test_refuses_what_it_cannot_run():

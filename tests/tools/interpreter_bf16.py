@@ -8,7 +8,8 @@ A float32 ``tl.dot`` reads only 10 mantissa bits of its operands on tensor cores
 asks for ``input_precision="ieee"``; the interpreter multiplies exactly and would hide that.
 
 And ``tl.dot`` adds up its terms in one order, whichever operand comes first, as the instructions of
-a GPU do. NumPy's order depends on shapes, on strides and on the processor.
+a GPU do; ``tl.sum`` by halves, as a GPU's lanes and warps do. NumPy's order depends on shapes, on
+strides and on the processor.
 """
 
 from __future__ import annotations
@@ -193,6 +194,21 @@ def _make_reduce_or_scan(original: Any) -> Any:
     return apply_impl
 
 
+def _make_sum(original: Any) -> Any:
+    def add_up(self: Any, tensor: tl.tensor) -> tl.tensor:
+        data = tensor.handle.data
+        if self.axis is None or data.dtype.kind != "f":
+            return original(self, tensor)
+        while data.shape[self.axis] > 1:
+            low, high = np.split(data, 2, axis=self.axis)
+            data = low + high
+        if not self.keep_dims:
+            data = data.squeeze(self.axis)
+        return self.to_tensor(data, tensor.dtype)
+
+    return add_up
+
+
 def install(*, emulate_tf32: bool = True) -> None:
     """Repairs the interpreter of this process; a second call does nothing.
 
@@ -213,6 +229,7 @@ def install(*, emulate_tf32: bool = True) -> None:
     _replace(InterpreterBuilder, "create_clampf", _make_clamp)
     _replace(InterpreterBuilder, "get_bf16", _make_bf16_constant)
     _replace(interpreter.ReduceOps, "apply_impl", _make_reduce_or_scan)
+    _replace(interpreter.ReduceOps, "sum", _make_sum)
     _replace(interpreter.ScanOps, "apply_impl", _make_reduce_or_scan)
 
 

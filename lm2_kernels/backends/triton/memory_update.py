@@ -54,6 +54,23 @@ def _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask):
     return tile.to(tl.float32)
 
 
+@triton.jit
+def _add(total, lost, x):
+    """The sum with x, and what was rounded off on the way so far: no sum is one long chain."""
+    new = total + x
+    of_x = new - total
+    return new, lost + ((total - (new - of_x)) + (x - of_x))
+
+
+@triton.jit
+def _row_sum(total, lost):
+    """The sum over a block's rows of what :func:`_add` added to each, (1, BLOCK_D)."""
+    total = tl.sum(total, axis=0, keep_dims=True)
+    lost = tl.sum(lost, axis=0, keep_dims=True)
+    # of an infinity it is NaN
+    return tl.where(total - total == 0.0, total + lost, total)
+
+
 _DYNAMIC = ["num_tokens", "tokens_per_slot", "num_blocks_t"]
 
 
@@ -114,6 +131,7 @@ def _memory_update_fwd_kernel(
         if HAS_GATE_BIAS:
             gate_bias_ptr += pid_t * stride_bs
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        lost = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         num_steps = tl.cdiv(last - first, BLOCK_T)
     else:
         num_steps: tl.constexpr = 1
@@ -150,13 +168,13 @@ def _memory_update_fwd_kernel(
         tl.store(output_ptr + offs, output.to(output_ptr.dtype.element_ty), mask=mask)
         if CHUNKED:
             # tokens past the slot's last one would propose half of memory
-            total += tl.where(mask, proposal, 0.0)
+            total, lost = _add(total, lost, tl.where(mask, proposal, 0.0))
         else:
             dtype = new_memory_ptr.dtype.element_ty
             tl.store(new_memory_ptr + offs, proposal.to(dtype), mask=mask)
 
     if CHUNKED:
-        mean = tl.sum(total, axis=0, keep_dims=True) / (last - first).to(tl.float32)
+        mean = _row_sum(total, lost) / (last - first).to(tl.float32)
         offs = (pid_b * num_blocks_t + pid_t) * width + offs_d
         tl.store(new_memory_ptr + offs, mean.to(new_memory_ptr.dtype.element_ty), mask=mask_d)
 
@@ -238,9 +256,13 @@ def _memory_update_bwd_kernel(
         if HAS_GATE_BIAS:
             gate_bias_ptr += pid_t * stride_bs
         total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        lost = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         total_input = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        lost_input = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         total_forget = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        lost_forget = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         total_output = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        lost_output = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
         num_steps = tl.cdiv(last - first, BLOCK_T)
     else:
         num_steps: tl.constexpr = 1
@@ -321,39 +343,46 @@ def _memory_update_bwd_kernel(
             tl.store(dgates_ptrs + width, dforget_gate.to(dtype), mask=mask)
         # tokens past the slot's last one have a share of dnew_memory, too
         if NEEDS_DSLOT_GATES:
-            total_input += tl.where(mask, dinput_gate, 0.0)
-            total_forget += tl.where(mask, dforget_gate, 0.0)
-            total_output += tl.where(mask, doutput_gate, 0.0)
+            dinput_gate = tl.where(mask, dinput_gate, 0.0)
+            total_input, lost_input = _add(total_input, lost_input, dinput_gate)
+            dforget_gate = tl.where(mask, dforget_gate, 0.0)
+            total_forget, lost_forget = _add(total_forget, lost_forget, dforget_gate)
+            doutput_gate = tl.where(mask, doutput_gate, 0.0)
+            total_output, lost_output = _add(total_output, lost_output, doutput_gate)
         if NEEDS_DMEMORY:
             if CHUNKED:
-                total += tl.where(mask, dmemory, 0.0)
+                total, lost = _add(total, lost, tl.where(mask, dmemory, 0.0))
             else:
                 dtype = dmemory_ptr.dtype.element_ty
                 tl.store(dmemory_ptr + offs, dmemory.to(dtype), mask=mask)
 
     row = pid_b * num_blocks_t + pid_t
     if CHUNKED and NEEDS_DMEMORY:
-        dmemory_row = tl.sum(total, axis=0, keep_dims=True).to(dmemory_ptr.dtype.element_ty)
+        dmemory_row = _row_sum(total, lost).to(dmemory_ptr.dtype.element_ty)
         tl.store(dmemory_ptr + row * width + offs_d, dmemory_row, mask=mask_d)
     if NEEDS_DSLOT_GATES:
         if HAS_OUTPUT_GATE:
             dslot_gates_ptrs = dslot_gates_ptr + row * 3 * width + offs_d
-            doutput_gate_row = tl.sum(total_output, axis=0, keep_dims=True)
+            doutput_gate_row = _row_sum(total_output, lost_output)
             tl.store(dslot_gates_ptrs + 2 * width, doutput_gate_row, mask=mask_d)
         else:
             dslot_gates_ptrs = dslot_gates_ptr + row * 2 * width + offs_d
-        tl.store(dslot_gates_ptrs, tl.sum(total_input, axis=0, keep_dims=True), mask=mask_d)
-        dforget_gate_row = tl.sum(total_forget, axis=0, keep_dims=True)
+        tl.store(dslot_gates_ptrs, _row_sum(total_input, lost_input), mask=mask_d)
+        dforget_gate_row = _row_sum(total_forget, lost_forget)
         tl.store(dslot_gates_ptrs + width, dforget_gate_row, mask=mask_d)
 
 
-def _config(tokens: Tensor, tokens_per_slot: int) -> tuple[tables.Config, int, int]:
+def _config(
+    tokens: Tensor, tokens_per_slot: int, sums_gates: bool = False
+) -> tuple[tables.Config, int, int]:
     """Tile, number of slots or row blocks of a batch entry, number of programs."""
     batch, num_tokens, width = tokens.shape
     target = launch.target_of(tokens)
     if tokens_per_slot > 1:
         num_blocks_t = triton.cdiv(num_tokens, tokens_per_slot)
-        config = tables.memory_update_chunked(target, batch * num_blocks_t, tokens_per_slot, width)
+        config = tables.memory_update_chunked(
+            target, batch * num_blocks_t, tokens_per_slot, width, sums_gates
+        )
     else:
         config = tables.memory_update(target, num_tokens, width)
         num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
@@ -455,7 +484,7 @@ def memory_update_backward(
     if not any(gradient.numel() for gradient in gradients):
         return gradients
     tokens_per_slot = min(tokens_per_slot, num_tokens)
-    config, num_blocks_t, num_programs = _config(candidate, tokens_per_slot)
+    config, num_blocks_t, num_programs = _config(candidate, tokens_per_slot, needs_dslot_gates)
     with launch.device_guard(candidate.device):
         _memory_update_bwd_kernel[(num_programs,)](
             *rows,

@@ -326,8 +326,9 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
 
 
 # By tokens per slot, where these are several: a program walks the tokens of one, BLOCK_T at a time,
-# in tiles no taller than a slot. Registers where rows are aligned to 16 bytes: 107 forward and 128
-# backward at most, two programs a multiprocessor with 28 kilobytes in flight each.
+# in tiles no taller than a slot. Registers where rows are aligned to 16 bytes: 104 forward and 128
+# backward at most (138 in 16 bits where the memory is shown), two programs a multiprocessor with 28
+# kilobytes in flight each.
 MEMORY_UPDATE_CHUNKED = {
     2: Config(2, 512, 4),
     4: Config(4, 512, 8),
@@ -341,12 +342,17 @@ MEMORY_UPDATE_CHUNKED = {
 MEMORY_UPDATE_CHUNKED_FEW = Config(64, 32, 16)
 
 
-def memory_update_chunked(target: str, num_slots: int, tokens_per_slot: int, width: int) -> Config:
-    """``num_slots``: of all batch entries together."""
+def memory_update_chunked(
+    target: str, num_slots: int, tokens_per_slot: int, width: int, sums_gates: bool
+) -> Config:
+    """``num_slots``: of all batch entries together; ``sums_gates``: besides the row of memory."""
     config = MEMORY_UPDATE_CHUNKED[min(32, 1 << (tokens_per_slot - 1).bit_length())]
     num_programs = num_slots * -(-width // config.block_cols)
     if tokens_per_slot > 64 and num_programs < 2 * _ONE_WAVE:
         config = MEMORY_UPDATE_CHUNKED_FEW
+    if sums_gates:
+        # four sums, and what each has lost: of half as many elements a thread
+        config = config._replace(num_warps=min(16, 2 * config.num_warps))
     return _fitted(config, target)
 
 
