@@ -344,9 +344,9 @@ def check_write(op: str, write: str, tokens_per_slot: int, causal: bool, candida
         )
     if write == "chunk" and causal:
         raise ValueError(
-            f"{op}: write='chunk' takes causal=False or None (of a model: memory_causal), got "
-            f"True: every token sees every slot, as the segment found them, which says nothing of "
-            f"later tokens"
+            f"{op}: write='chunk' takes causal=False or None (of a model: memory_causal=False), "
+            f"got True: every token sees every slot, as the segment found them, which says nothing "
+            f"of later tokens"
         )
 
 

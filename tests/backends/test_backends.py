@@ -369,6 +369,26 @@ def test_gradient_of_a_shared_gate_is_rounded_once(backend, gate_bias, record_pr
 
 
 @_every_backend()
+@pytest.mark.parametrize("tensor", ("memory", "output", "new memory"))
+def test_infinities_of_a_slot_are_eagers(backend, tensor, record_property):
+    """Nor does what a long sum has lost make a NaN of them."""
+    record_property("backend", backend)
+    options = {"tokens_per_slot": 70, "output_gate": True, "output": "memory", "gates": "slots"}
+    case = testing.Case("memory_update", 2, 133, 0, 0, 20, tuple(options.items()))
+    inputs = testing.make_inputs(case, torch.float32)
+    output, new_memory = inputs.cotangents
+    named = {**inputs.tensors, "output": output, "new memory": new_memory}
+    named[tensor][0, 1, 3] = math.inf
+    with _on(backend, case.op):
+        results = testing.run_case(case, inputs, _name(backend))
+    wanted = testing.run_case(case, inputs, "eager")
+    assert any(x.isinf().any() for x in wanted.values())
+    for name, x in results.items():
+        for of in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(of(x), of(wanted[name])), name
+
+
+@_every_backend()
 @pytest.mark.parametrize("case", testing.SMALL_CASES[::3], ids=lambda case: case.id)
 def test_op_deterministic(backend, case, record_property):
     record_property("backend", backend)

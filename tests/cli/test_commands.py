@@ -169,7 +169,7 @@ def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypa
         (["--no-memory-causal"], "--no-memory-causal needs --flow time"),
         ([*_CHUNK, "--segment-length", "12"], "--segment-length / --slots tokens to each slot"),
         ([*_CHUNK, "--segment-length", "4"], "(4) must be a multiple of --slots (8)"),
-        ([*_CHUNK, "--memory-causal"], "of a model: --memory-causal), got True"),
+        ([*_CHUNK, "--memory-causal"], "of a model: --no-memory-causal), got True"),
     ),
 )
 def test_wrong_training_options_are_one_line(text, tmp_path, capsys, options, message):

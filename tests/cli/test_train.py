@@ -432,7 +432,8 @@ def test_a_write_rule_sees_what_it_sees(text, tmp_path):
         config = LM2ForCausalLM.load(many).config
         assert (config.write, config.memory_causal, config.flow) == ("position", is_causal, "time")
     # the rule that it has already
-    again = [word.replace("few", "many") for word in arguments]
+    again = [*arguments]
+    again[again.index("--config") + 1] = str(many / "config.json")
     assert cli.main([*again, str(tmp_path / "again")]) == 0
     assert not LM2ForCausalLM.load(tmp_path / "again").config.memory_causal
     arguments[arguments.index("position")] = "chunk"

@@ -608,12 +608,14 @@ def test_compiled_for_any_number_of_tokens(kind):
     """Sizes that are symbols, of tokens that share a slot and its gates."""
     torch._dynamo.reset()
     layer = make_layer(kind, write="chunk", tokens_per_slot=3)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
     memory = draw(B, N, D, seed=1).requires_grad_()
     for tokens in (5, 7, 4, 9):
         x = draw(B, tokens, D).requires_grad_()
         leaves = dict(layer.named_parameters()) | {"x": x, "memory": memory}
         assert_same(results(compiled(x, memory), leaves), results(layer(x, memory), leaves))
+    assert counter.frame_count <= 2
 
 
 @both_layers

@@ -401,10 +401,10 @@ def memory_update_forward(
     hidden: Tensor,  # (B, T, D)
     candidate: Tensor,  # (B, T, D)
     memory: Tensor,  # (B, R, D)
-    input_gate: Tensor,  # (B, T, R or 1, D)
-    forget_gate: Tensor,  # (B, T, R or 1, D)
-    output_gate: Tensor | None,  # (B, T, R or 1, D)
-    gate_bias: Tensor | None,  # (B, T, R or 1, 2 * D)
+    input_gate: Tensor,  # (B, T or R or 1, D)
+    forget_gate: Tensor,  # (B, T or R or 1, D)
+    output_gate: Tensor | None,  # (B, T or R or 1, D)
+    gate_bias: Tensor | None,  # (B, T or R or 1, 2 * D)
     read: Tensor | None,  # (B, T, D)
     output: str,
     tokens_per_slot: int,
@@ -451,10 +451,10 @@ def memory_update_backward(
     dnew_memory: Tensor | None,  # (B, R, D)
     candidate: Tensor,  # (B, T, D)
     memory: Tensor,  # (B, R, D)
-    input_gate: Tensor,  # (B, T, R or 1, D)
-    forget_gate: Tensor,  # (B, T, R or 1, D)
-    output_gate: Tensor | None,  # (B, T, R or 1, D)
-    gate_bias: Tensor | None,  # (B, T, R or 1, 2 * D)
+    input_gate: Tensor,  # (B, T or R or 1, D)
+    forget_gate: Tensor,  # (B, T or R or 1, D)
+    output_gate: Tensor | None,  # (B, T or R or 1, D)
+    gate_bias: Tensor | None,  # (B, T or R or 1, 2 * D)
     read: Tensor | None,  # (B, T, D)
     output: str,
     tokens_per_slot: int,

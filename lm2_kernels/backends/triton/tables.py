@@ -327,8 +327,8 @@ def memory_update(target: str, num_tokens: int, width: int) -> Config:
 
 # By tokens per slot, where these are several: a program walks the tokens of one, BLOCK_T at a time,
 # in tiles no taller than a slot. Registers where rows are aligned to 16 bytes: 104 forward and 128
-# backward at most (138 in 16 bits where the memory is shown), two programs a multiprocessor with 28
-# kilobytes in flight each.
+# backward at most, two programs a multiprocessor with 28 kilobytes in flight each (138, and one,
+# backward in 16 bits where the memory is shown).
 MEMORY_UPDATE_CHUNKED = {
     2: Config(2, 512, 4),
     4: Config(4, 512, 8),
@@ -338,7 +338,7 @@ MEMORY_UPDATE_CHUNKED = {
     32: Config(32, 64, 8),
 }
 # Of more than 64 tokens, with fewer programs than fill a GPU: twice as many, of 4 elements a thread
-# (82 registers), as a program that is alone on its multiprocessor has to hide its own latency.
+# (83 registers), as a program that is alone on its multiprocessor has to hide its own latency.
 MEMORY_UPDATE_CHUNKED_FEW = Config(64, 32, 16)
 
 
@@ -351,7 +351,8 @@ def memory_update_chunked(
     if tokens_per_slot > 64 and num_programs < 2 * _ONE_WAVE:
         config = MEMORY_UPDATE_CHUNKED_FEW
     if sums_gates:
-        # four sums, and what each has lost: of half as many elements a thread
+        # four sums, and what each has lost: fewer elements a thread, and one program of 16 warps
+        # (128 registers at most) a multiprocessor in place of two of 8
         config = config._replace(num_warps=min(16, 2 * config.num_warps))
     return _fitted(config, target)
 
