@@ -8,8 +8,8 @@ A float32 ``tl.dot`` reads only 10 mantissa bits of its operands on tensor cores
 asks for ``input_precision="ieee"``; the interpreter multiplies exactly and would hide that.
 
 And ``tl.dot`` adds up its terms in one order, whichever operand comes first, as the instructions of
-a GPU do; ``tl.sum`` along an axis by halves, as a GPU's lanes and warps do. NumPy's order depends on
-shapes, on strides and on the processor.
+a GPU do; ``tl.sum`` along an axis by halves, as a GPU's lanes and warps do. NumPy's order depends
+on shapes, on strides and on the processor.
 """
 
 from __future__ import annotations
