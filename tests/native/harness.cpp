@@ -396,7 +396,10 @@ int main() {
     update(1, 2, 1030, dtype, stream, {true, true, false, 1, false}, Layout::strided);
     update(1, 40, 520, dtype, stream, {true, true, true, 19, false}, Layout::strided);
     update(2, 40, 70, dtype, stream, {false, false, false, 40, true}, Layout::strided);
-    update(1, 130, 517, dtype, stream, {true, false, true, 130, true}, Layout::strided);
+    // pieces for every thread
+    if (dtype == Dtype::float32) {
+      update(1, 65, 517, dtype, stream, {true, false, true, 65, true}, Layout::strided);
+    }
     norm(1, 70, 1030, dtype, stream, Layout::strided);
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
 #endif
