@@ -37,13 +37,14 @@ struct SlotPiece {
 template <class F>
 LM2_INLINE void for_each_piece(const MemoryUpdate& args, const F& body) {
   const int64_t rows = args.batch * args.slots;
-  int64_t columns = kPiece, pieces = (args.width + columns - 1) / columns;
+  const auto pieces_of = [&](int64_t columns) { return (args.width + columns - 1) / columns; };
+  int64_t columns = kPiece;
   // of few long slots, pieces for every thread
-  while (rows * pieces < num_threads() && columns * args.tokens_per_slot > kGrain &&
-         columns > kLeastPiece) {
+  while (columns > kLeastPiece && columns * args.tokens_per_slot > kGrain &&
+         rows * pieces_of(columns) < num_threads()) {
     columns /= 2;
-    pieces = (args.width + columns - 1) / columns;
   }
+  const int64_t pieces = pieces_of(columns);
   const int64_t elements = smaller(args.width, columns) * args.tokens_per_slot;
   parallel(rows * pieces, larger<int64_t>(1, kGrain / elements), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {

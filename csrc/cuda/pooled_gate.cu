@@ -12,13 +12,11 @@ namespace {
 constexpr int kColumns = 128;
 
 int64_t chunk_tokens(const PooledGate& args) {
-  const int64_t share = (args.tokens + 63) / 64;
+  const int64_t share = divide_up(args.tokens, 64);
   return share < 16 ? 16 : share;
 }
 
-int64_t chunk_count(const PooledGate& args) {
-  return (args.tokens + chunk_tokens(args) - 1) / chunk_tokens(args);
-}
+int64_t chunk_count(const PooledGate& args) { return divide_up(args.tokens, chunk_tokens(args)); }
 
 // Where a thread of a (batch, chunk, column) grid stands.
 struct Place {
@@ -26,7 +24,7 @@ struct Place {
 
   // false beyond the row's end
   __device__ bool find(const PooledGate& args, int64_t chunk_size, int64_t chunks) {
-    const int64_t pieces = (args.width + kColumns - 1) / kColumns;
+    const int64_t pieces = divide_up(args.width, kColumns);
     column = blockIdx.x % pieces * kColumns + threadIdx.x;
     item = blockIdx.x / pieces;
     b = item / chunks;
@@ -174,7 +172,7 @@ struct Grids {
   bool fit;
 
   explicit Grids(const PooledGate& args) {
-    const int64_t pieces = (args.width + kColumns - 1) / kColumns;
+    const int64_t pieces = divide_up(args.width, kColumns);
     const int64_t all = args.batch * chunk_count(args) * pieces;
     fit = fits_grid(all);
     chunked = dim3(static_cast<unsigned>(all));

@@ -83,19 +83,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 int64_t chunk_rows(const ResidualLayerNormBackward& args) {
-  const int64_t rows = args.batch * args.tokens, share = (rows + kChunks - 1) / kChunks;
+  const int64_t rows = args.batch * args.tokens, share = divide_up(rows, kChunks);
   return share < 16 ? 16 : share;
 }
 
 int64_t chunk_count(const ResidualLayerNormBackward& args) {
-  return (args.batch * args.tokens + chunk_rows(args) - 1) / chunk_rows(args);
+  return divide_up(args.batch * args.tokens, chunk_rows(args));
 }
 
 // partials (chunks, 2, D): dweight and dbias of one chunk of rows.
 __global__ void __launch_bounds__(kColumns)
     chunk_kernel(const ResidualLayerNormBackward args, const float* left_of, float* partials,
                  int64_t chunk) {
-  const int64_t pieces = (args.width + kColumns - 1) / kColumns;
+  const int64_t pieces = divide_up(args.width, kColumns);
   const int64_t column = blockIdx.x % pieces * kColumns + threadIdx.x;
   if (column >= args.width) return;
   const int64_t item = blockIdx.x / pieces, rows = args.batch * args.tokens;
@@ -136,7 +136,7 @@ cudaError_t residual_layer_norm_forward(const ResidualLayerNormForward& args, cu
 cudaError_t residual_layer_norm_backward(const ResidualLayerNormBackward& args,
                                          cudaStream_t stream) {
   const int64_t rows = args.batch * args.tokens, chunks = chunk_count(args);
-  const int64_t pieces = (args.width + kColumns - 1) / kColumns;
+  const int64_t pieces = divide_up(args.width, kColumns);
   if (args.dtype == Dtype::float64) return cudaErrorInvalidValue;
   if (!fits_grid(rows) || !fits_grid(chunks * pieces)) return cudaErrorInvalidConfiguration;
   float* const left_of = static_cast<float*>(args.workspace);

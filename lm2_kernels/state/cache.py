@@ -264,7 +264,7 @@ class SegmentCache:
                 sums = torch.cat([sums[:, :1] + before[:, None], sums[:, 1:]], dim=1)
             left = self._unfinished(sums)
         self._extend(name, (sums / c).to(dtype), c)
-        self.tensors[f"{self._prefix}{name}.{SUM}"] = left[:, None]
+        self.tensors[self._sum_name(name)] = left[:, None]
 
     def _unfinished(self, sums: Tensor) -> Tensor:
         """Of the sums (B, R, D) of a piece's slots that of the slot that each row goes on with.
@@ -321,9 +321,12 @@ class SegmentCache:
         """Under which name :meth:`constant` keeps a tensor."""
         return f"{name}.{CONSTANT}"
 
+    def _sum_name(self, name: str) -> str:
+        return f"{self._prefix}{name}.{SUM}"
+
     def running_sum(self, name: str) -> Tensor | None:
         """What :meth:`set_running_sum` kept: (B, ...), 0 for rows at the start of a segment."""
-        kept = self.tensors.get(f"{self._prefix}{name}.{SUM}")
+        kept = self.tensors.get(self._sum_name(name))
         if kept is None or self.start == 0:
             return None
         kept = kept[:, 0]
@@ -335,7 +338,7 @@ class SegmentCache:
     def set_running_sum(self, name: str, value: Tensor) -> None:
         """Keep a sum over the segment's real tokens, (B, ...)."""
         if self.is_open:
-            self.tensors[f"{self._prefix}{name}.{SUM}"] = value[:, None]
+            self.tensors[self._sum_name(name)] = value[:, None]
 
     def _get(self, name: str, new: Tensor) -> Tensor | None:
         old = self.tensors.get(name)
