@@ -299,16 +299,14 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     )
     rows[ORACLE] = oracle_row
     rows |= _compiled(ORACLE, oracle_row, device)
-    chunked = {"tokens_per_slot": c} if c > 1 else {}
     if is_paper:
-        rows |= peer_rows(functools.partial(SdpaPaperMemory, **chunked), SDPA)
+        peer = functools.partial(SdpaPaperMemory, tokens_per_slot=c)
+        rows |= peer_rows(peer, SDPA)
         if device == "cuda":
-            kernel = SDPA_KERNELS["SDPA cudnn"]
-            rows |= peer_rows(
-                functools.partial(SdpaPaperMemory, kernel=kernel, **chunked), SDPA_CUDNN
-            )
-    elif chunked:
-        rows |= peer_rows(functools.partial(SdpaReleaseMemory, **chunked), SDPA)
+            cudnn = functools.partial(peer, kernel=SDPA_KERNELS["SDPA cudnn"])
+            rows |= peer_rows(cudnn, SDPA_CUDNN)
+    elif c > 1:
+        rows |= peer_rows(functools.partial(SdpaReleaseMemory, tokens_per_slot=c), SDPA)
     elif shape.tokens == shape.slots:
         rows |= peer_rows(ReleasedStyleMemory, RELEASED)
     products_of = _paper_products if is_paper else _release_products
