@@ -72,7 +72,7 @@ class MemoryLayer(nn.Module):
         self.dim = dim
         self.num_heads = num_heads
         # whether tokens must not see the slots of later ones
-        self.causal = write == "position" if causal is None else causal
+        self.causal = default_causal(write) if causal is None else causal
         self.scale = scale
         self.top_k = top_k
         self.dropout = dropout
@@ -95,7 +95,7 @@ class MemoryLayer(nn.Module):
 
     def extra_repr(self) -> str:
         options = {
-            "causal": (self.causal, self.write == "position"),
+            "causal": (self.causal, default_causal(self.write)),
             "write": (self.write, "position"),
             "tokens_per_slot": (self.tokens_per_slot, 1),
             "candidate": (self.candidate, "read"),
@@ -326,6 +326,11 @@ class MemoryLayer(nn.Module):
             backend=self.backend,
         )
         return read.flatten(-2)
+
+
+def default_causal(write: str) -> bool:
+    """What ``causal=None`` is."""
+    return write == "position"
 
 
 def check_write(op: str, write: str, tokens_per_slot: int, causal: bool, candidate: str) -> None:

@@ -47,6 +47,11 @@ def check_segments(op: str, memory_slots: int, segment_length: int, write: str) 
         )
 
 
+def tokens_bound(memory_slots: int, segment_length: int, write: str) -> int:
+    """How many tokens of a segment are bound to a slot: 1 at least, where no layer has slots too."""
+    return max(segment_length // memory_slots, 1) if write == "chunk" else 1
+
+
 def silence(layer: PaperMemory | ReleaseMemory) -> None:
     """Have the layer give back ``x``: the paper's reads 0, the release's proposes 0.
 

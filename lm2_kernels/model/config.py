@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from lm2_kernels.backends import check_choice
 from lm2_kernels.checks import check_bool, check_int
-from lm2_kernels.layers.base import check_write
-from lm2_kernels.layers.start import check_segments, check_start
+from lm2_kernels.layers.base import check_write, default_causal
+from lm2_kernels.layers.start import check_segments, check_start, tokens_bound
 
 _SIZES = (
     "vocab_size",
@@ -115,7 +115,7 @@ class LM2Config:
             self._normalise("segment_length", self.memory_slots)
         check_int("LM2Config", "segment_length", self.segment_length, 1, _LARGEST)
         if self.memory_causal is None:
-            self._normalise("memory_causal", self.write == "position")
+            self._normalise("memory_causal", default_causal(self.write))
         for name in ("tie_word_embeddings", "zero_init", "memory_recompute", "memory_causal"):
             check_bool("LM2Config", name, getattr(self, name))
         for name in ("rms_norm_eps", "rope_theta", "initializer_range", "memory_dropout"):
@@ -265,9 +265,7 @@ class LM2Config:
     @property
     def tokens_per_slot(self) -> int:
         """How many tokens of a segment are bound to a slot."""
-        c = self.segment_length // self.memory_slots if self.write == "chunk" else 1
-        # 0 in a model without memory layers, whose slots are nobody's
-        return max(c, 1)
+        return tokens_bound(self.memory_slots, self.segment_length, self.write)
 
     @property
     def num_banks(self) -> int:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_bool, check_int
-from lm2_kernels.layers.base import check_write, ordinary_parameter
+from lm2_kernels.layers.base import check_write, default_causal, ordinary_parameter
 from lm2_kernels.layers.paper import PaperMemory
 from lm2_kernels.layers.release import ReleaseMemory
-from lm2_kernels.layers.start import check_segments, check_start, silence
+from lm2_kernels.layers.start import check_segments, check_start, silence, tokens_bound
 from lm2_kernels.patching.adapters import is_adapter, refuse_adapters
 from lm2_kernels.patching.follow import MEMORY, AddedMemory
 from lm2_kernels.patching.hosts import Host, find_blocks
@@ -147,10 +147,10 @@ def add_memory(
     if segment_length is None:
         segment_length = memory_slots
     check_int("add_memory", "segment_length", segment_length, 1)
-    causal = write == "position" if memory_causal is None else memory_causal
+    causal = default_causal(write) if memory_causal is None else memory_causal
     check_bool("add_memory", "memory_causal", causal)
     check_segments("add_memory", memory_slots, segment_length, write)
-    tokens_per_slot = segment_length // memory_slots if write == "chunk" else 1
+    tokens_per_slot = tokens_bound(memory_slots, segment_length, write)
     check_write("add_memory", write, tokens_per_slot, causal, candidate)
     check_bool("add_memory", "zero_init", zero_init)
     check_bool("add_memory", "freeze", freeze)
