@@ -48,7 +48,7 @@ def check_segments(op: str, memory_slots: int, segment_length: int, write: str) 
 
 
 def tokens_bound(memory_slots: int, segment_length: int, write: str) -> int:
-    """How many tokens of a segment are bound to a slot: 1 at least, where no layer has slots too."""
+    """How many tokens of a segment are bound to a slot; 1 where no layer has any slots."""
     return max(segment_length // memory_slots, 1) if write == "chunk" else 1
 
 
