@@ -1,13 +1,6 @@
-"""Pictures of what :mod:`lm2_kernels.bench.suite` measured: speed-ups, rooflines, growth with T.
+"""Pictures of what :mod:`lm2_kernels.bench.suite` measured: speed-ups, rooflines, growth with T."""
 
-One picture serves light pages and dark ones, as two files would have to be chosen between wherever
-one is shown: its ground is transparent, ink and colours lie between white and black. The colours
-are those of Okabe and Ito, which the colour-blind tell apart.
-"""
-
-import contextlib
 import math
-import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,47 +15,25 @@ from lm2_kernels.bench.report import (
     our_row,
     times,
 )
+from lm2_kernels.figures import (
+    BLUE,
+    COLOURS,
+    GREY,
+    INK,
+    VERMILLION,
+    add_legend,
+    figure_class,
+    new_figure,
+    save,
+    style,
+)
 from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
 
-_INK, _GREY = "#777777", "#a6a6a6"
-_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
-COLOURS = (_BLUE, _VERMILLION, _GREEN, _PURPLE, _SKY)
 _MARKERS = "osD^vPX*<>phd8"
-_STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    "savefig.transparent": True,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor"), _INK),
-    **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
-    # the same file from the same numbers
-    "svg.hashsalt": "lm2_kernels",
-}
-_DPI = 150
 _PASSES = ("forward", "both")  # those that users wait for
 _LINE_INCHES = 0.2  # of a bar, and of what stands above a shape's bars
 # the line at 1 crosses coloured bars, and pages of any colour
-_ONE = {"color": _INK, "linewidth": 1.0}
-_FOOT_SIZE, _FOOT_INCHES, _FOOT_CHARACTERS = 7, 0.14, 17  # of the foot: a line, those of an inch
-
-
-def figure_class(extra: str = "bench") -> type:
-    """The class Figure of matplotlib: not pyplot, as nothing here asks for a display.
-
-    Args:
-        extra: of this package, which brings matplotlib.
-
-    Raises:
-        ValueError: matplotlib is not there.
-    """
-    try:
-        from matplotlib.figure import Figure  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise ValueError(f'plots need matplotlib: pip install "lm2_kernels[{extra}]"') from error
-    return Figure
+_ONE = {"color": INK, "linewidth": 1.0}
 
 
 def check_folder(folder: Path) -> None:
@@ -89,21 +60,6 @@ def plot(report: dict, folder: Path) -> list[Path]:
     return drawn
 
 
-def save(figure: object, path: Path) -> list[Path]:
-    """Write a figure to ``path`` with ``.png`` and with ``.svg`` at its end. Returns the files."""
-    files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
-    figure.savefig(files[0], dpi=_DPI)
-    figure.savefig(files[1], metadata={"Date": None})
-    return files
-
-
-def style() -> contextlib.AbstractContextManager[None]:
-    """What figures are to be made and drawn in."""
-    import matplotlib  # noqa: PLC0415 - an extra
-
-    return matplotlib.rc_context(_STYLE)
-
-
 def figures(report: dict) -> Iterator[tuple[str, object]]:
     """Names and figures: of each work the speed-ups, the rooflines, time and memory against T.
 
@@ -128,33 +84,6 @@ def figures(report: dict) -> Iterator[tuple[str, object]]:
     lengths = [entry for entry in report["lengths"] if not entry.get("wrong")]
     if lengths:
         yield "lengths", _lengths(lengths, _foot(report, ()))
-
-
-def new_figure(size: tuple[float, float], title: str, foot: Iterable[str] = ()) -> object:
-    """A figure with a title above and small lines below, which wrap; in :func:`style`."""
-    lines = [
-        line for text in foot for line in textwrap.wrap(text, int(_FOOT_CHARACTERS * size[0] - 2))
-    ]
-    below = 0.1 + _FOOT_INCHES * len(lines) if lines else 0.0
-    height = size[1] + below
-    figure = figure_class()(figsize=(size[0], height), layout="constrained")
-    share = below / height
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, rect=(0.0, share, 1.0, 1.0 - share))
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    for index, line in enumerate(lines):
-        place = (0.1 / size[0], (below - _FOOT_INCHES * index) / height)
-        figure.text(*place, line, va="top", fontsize=_FOOT_SIZE)
-    return figure
-
-
-def _legend(figure, handles: list, columns: int) -> None:
-    """Below the panels and above the foot."""
-    # "outside" of a legend knows the figure's edge alone
-    engine, inches = figure.get_layout_engine(), figure.get_figheight()
-    (_, below, *_) = engine.get()["rect"]
-    figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, below), ncols=columns)
-    below += (0.1 + 0.22 * math.ceil(len(handles) / columns)) / inches
-    engine.set(rect=(0.0, below, 1.0, 1.0 - below))
 
 
 def _foot(report: dict, shapes: Iterable[str]) -> list[str]:
@@ -266,8 +195,8 @@ def _draw_bars(
 
 def _bar_colour(other: dict) -> str:
     if other["is_ours"]:
-        return _GREY
-    return _VERMILLION if other["ratio"] < 1.0 else _BLUE
+        return GREY
+    return VERMILLION if other["ratio"] < 1.0 else BLUE
 
 
 def _white_edge() -> list:
@@ -281,9 +210,9 @@ def _bar_legend(figure, ours: str, groups: _Groups) -> None:
     from matplotlib.patches import Patch  # noqa: PLC0415 - an extra
 
     labels = {
-        _BLUE: f"slower than {ours}",
-        _VERMILLION: f"faster than {ours}",
-        _GREY: "another of ours",
+        BLUE: f"slower than {ours}",
+        VERMILLION: f"faster than {ours}",
+        GREY: "another of ours",
     }
     used = {_bar_colour(g[name]) for g in groups.values() for name in _others(g, ours)}
     handles = [Patch(color=colour, label=labels[colour]) for colour in labels if colour in used]
@@ -301,7 +230,7 @@ def _bar_legend(figure, ours: str, groups: _Groups) -> None:
             label=f"{ours} = 1",
         )
     )
-    _legend(figure, handles, len(handles))
+    add_legend(figure, handles, len(handles))
 
 
 # --- rooflines ---------------------------------------------------------------------------------
@@ -366,7 +295,7 @@ def _draw_roof(axes, copy: float, rate: float, panel: list[dict]) -> None:
     low = min(*ys, top / 2.0) / 1.2
     first, last = min(min(xs) / 1.5, low / slope), 2.0 * max(*xs, ridge)
     low, high = min(low, slope * first), max(*ys, top)
-    axes.plot([first, ridge, last], [slope * first, top, top], color=_INK, linewidth=1.5)
+    axes.plot([first, ridge, last], [slope * first, top, top], color=INK, linewidth=1.5)
     axes.text(last, 1.05 * top, f"{number(top)} {unit_name}", ha="right", va="bottom")
     middle = math.sqrt(first * ridge)
     axes.text(
@@ -412,10 +341,10 @@ def _point_legend(figure, colours: dict[str, str], markers: dict[str, str]) -> N
 
     handles = [Line2D([], [], color=c, linewidth=5, label=TITLES[n]) for n, c in colours.items()]
     handles += [
-        Line2D([], [], color=_INK, linestyle="", marker=marker, label=shape)
+        Line2D([], [], color=INK, linestyle="", marker=marker, label=shape)
         for shape, marker in markers.items()
     ]
-    _legend(figure, handles, len(handles) if len(handles) <= 7 else 5)
+    add_legend(figure, handles, len(handles) if len(handles) <= 7 else 5)
 
 
 # --- growth ------------------------------------------------------------------------------------
@@ -442,5 +371,5 @@ def _lengths(entries: list[dict], foot: list[str]) -> object:
             axes.plot(own.keys(), own.values(), label=row, **style)
         axes.set_xticks(tokens)
         axes.set_xlabel("tokens = slots")
-    _legend(figure, panels[0].get_legend_handles_labels()[0], 5)
+    add_legend(figure, panels[0].get_legend_handles_labels()[0], 5)
     return figure

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels.bench import measure, plots
+from lm2_kernels import figures
+from lm2_kernels.bench import measure
 from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.bench.works import Row
 from lm2_kernels.checks import check_int
@@ -170,7 +171,7 @@ def run(
     answers = _answer(out_dir / "model", [questions[1][0], questions[2][0]])
     plot, notes = None, []
     try:
-        plots.figure_class("demo")
+        figures.figure_class("demo")
     except ValueError as error:
         notes.append(f"no plot of the losses: {error}")
     else:
@@ -339,10 +340,10 @@ def _answer(folder: Path, examples: Sequence[Example]) -> list[Answer]:
 
 
 def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Path]:
-    with plots.style():
-        figure = plots.new_figure((7.0, 4.0), "Loss on stories with and without memory")
+    with figures.style():
+        figure = figures.new_figure((7.0, 4.0), "Loss on stories with and without memory")
         axes = figure.subplots()
-        for outcome, colour in zip(outcomes, plots.COLOURS, strict=False):
+        for outcome, colour in zip(outcomes, figures.COLOURS, strict=False):
             means = [
                 statistics.fmean(outcome.losses[max(0, end - window) : end])
                 for end in range(1, len(outcome.losses) + 1)
@@ -350,7 +351,7 @@ def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Pat
             axes.plot(range(1, len(means) + 1), means, label=outcome.name, color=colour)
         axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(0.0, None))
         axes.legend()
-        return plots.save(figure, path)
+        return figures.save(figure, path)
 
 
 def _write_report(

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from lm2_kernels.bench import plots, report, works
+from lm2_kernels.figures import style
 from lm2_kernels.testing import GPU_SHAPES, SHAPES
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -42,7 +43,7 @@ def _extreme():
 
 
 def _drawn(measured):
-    with plots.style():
+    with style():
         for name, figure in plots.figures(measured):
             FigureCanvasAgg(figure).draw()
             yield name, figure
