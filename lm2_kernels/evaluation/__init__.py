@@ -1,6 +1,6 @@
 """What a model remembers: tasks and how they are scored."""
 
-from lm2_kernels.evaluation.accuracy import Accuracy, evaluate
+from lm2_kernels.evaluation.accuracy import Accuracy, answer_accuracy, evaluate
 from lm2_kernels.evaluation.stories import QATask
 
-__all__ = ["Accuracy", "QATask", "evaluate"]
+__all__ = ["Accuracy", "QATask", "answer_accuracy", "evaluate"]
