@@ -92,7 +92,7 @@ class ShuffledMemory(nn.Module):
         if batch < 2:
             raise ValueError("ShuffledMemory: one row has no other to swap its memory with")
         state = model.initial_state(batch, input_ids.device)
-        others, parts = [*range(1, batch), 0], []
+        others, parts = [batch - 1, *range(batch - 1)], []
         for number, piece in enumerate(input_ids.split(model.config.segment_length, dim=1)):
             if number > 0:
                 state = state.select(others)
