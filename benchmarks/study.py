@@ -33,6 +33,7 @@ import torch
 from torch import nn
 
 import lm2_kernels as lm2
+from lm2_kernels import reference
 from lm2_kernels.evaluation import QATask, answer_accuracy
 from lm2_kernels.evaluation.baselines import (
     RecurrentMemoryTransformer,
@@ -63,6 +64,8 @@ class Contender:
     Args:
         kind: "lm2", or a baseline: "none", "rmt", "full".
         formulation, flow, write, candidate, slots: of the memory; of "rmt", slots are its tokens.
+            A write "query" is the experiment of ``reference.slot_query_memory``, which pools
+            proposals, and "query gates" the one that pools what comes before the gates.
         start: of the weights: "plain", "open" (the query projection doubled, those of values and
             of the input gate four times, banks of normal numbers that differ little) or "forget"
             (the forget gate's bias is 1).
@@ -203,6 +206,13 @@ BLOCKS = (
             Contender(candidate="read", start="open", **_POSITION),
         ),
     ),
+    # slots that query the tokens, which is in the reference alone
+    Block(
+        "query",
+        Stories(segments=(1, 2), noises=(0.2, 1.0), tested=(1, 2, 4, 8, 16), growing=True),
+        (Contender(write="query"), Contender(write="query gates")),
+        steps=1500,
+    ),
     # longer stories, facts among noise, and many times as many segments as were trained on
     Block(
         "length",
@@ -250,6 +260,17 @@ def build(contender: Contender, task: Stories, seed: int) -> nn.Module:
     # the paper's memory in its usual form says how many parameters all have
     count = num_parameters(lm2.LM2ForCausalLM(configuration(Contender(), task)))
     torch.manual_seed(seed)
+    if contender.kind == "lm2" and contender.write.startswith("query"):
+        chunk = dataclasses.replace(contender, write="chunk")
+        config, extra = configuration(chunk, task), 0
+        for _ in config.memory_layers:
+            extra += num_parameters(SlotQueryMemory(config, "")) - num_parameters(
+                lm2.PaperMemory(config.hidden_size, candidate=config.candidate)
+            )
+        model = lm2.LM2ForCausalLM(widened(config, count - extra))
+        for block in model.model.layers:
+            block.memory = SlotQueryMemory(config, contender.write)
+        return model
     if contender.kind == "lm2":
         model = lm2.LM2ForCausalLM(widened(configuration(contender, task), count))
         _start(model, contender.start)
@@ -260,6 +281,34 @@ def build(contender: Contender, task: Stories, seed: int) -> nn.Module:
     if contender.kind == "full":
         config = full_attention(config, task.longest)
     return lm2.LM2ForCausalLM(widened(config, count))
+
+
+class SlotQueryMemory(lm2.PaperMemory):
+    """``reference.slot_query_memory`` in the place of a layer; of whole segments alone."""
+
+    def __init__(self, config: lm2.LM2Config, write: str):
+        super().__init__(
+            config.hidden_size,
+            config.memory_heads,
+            write="chunk",
+            tokens_per_slot=config.tokens_per_slot,
+            candidate=config.candidate,
+        )
+        dim, std = config.hidden_size, config.initializer_range
+        self.slot_query_proj = nn.Linear(dim, dim, bias=False)
+        self.token_key_proj = nn.Linear(dim, dim, bias=False)
+        for layer in self.children():
+            nn.init.normal_(layer.weight, std=std)
+        self.slot_embedding = nn.Parameter(torch.zeros(config.memory_slots, dim))
+        self.locality = nn.Parameter(torch.full((config.memory_heads,), 2.0))
+        self.pool = "gates" if write == "query gates" else "proposals"
+
+    def forward(self, x, memory, *, cache=None):
+        assert cache is None or not cache.is_open
+        parameters = dict(self.named_parameters())
+        return reference.slot_query_memory(
+            x, memory, parameters, num_heads=self.num_heads, pool=self.pool
+        )
 
 
 @torch.no_grad()
