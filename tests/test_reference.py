@@ -408,6 +408,22 @@ def test_a_slot_that_queries_all_is_one_chunk():
         assert_round_off(one, other)
 
 
+def test_slots_prefer_tokens_nearby_by_hand():
+    # softplus(ln(e - 1)) = 1: a token loses a factor of e by each c = 2 places from the centre,
+    # which is at 1/2 and at 5/2
+    x, memory, parameters = _querying(4, 2, locality=math.log(math.e - 1.0))
+    memory = torch.zeros_like(memory)
+    for name in ("slot_query", "input_gate"):
+        parameters[f"{name}_proj.weight"].zero_()
+    distance = torch.tensor([[0.5, 0.5, 1.5, 2.5], [2.5, 1.5, 0.5, 0.5]]).double()
+    weights = torch.exp(-distance / 2.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    # of an empty memory nothing is read
+    written = 0.5 * torch.tanh(x @ parameters["candidate_proj.weight"].T)
+    _, new = reference.slot_query_memory(x, memory, parameters, num_heads=2)
+    assert_round_off(new, weights @ written)
+
+
 @pytest.mark.parametrize("pool", ("proposals", "gates"))
 def test_a_slot_finds_the_token_that_answers_its_query(pool):
     x, memory, parameters = _querying(4, 2, locality=-1e5)
