@@ -392,7 +392,8 @@ def load(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _cell_of(result: dict) -> Cell:
+def cell_of(result: dict) -> Cell:
+    """The cell of a line."""
     fields = dict(result["cell"])
     return Cell(**fields | {"contender": Contender(**fields["contender"])})
 
@@ -451,7 +452,7 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
     """Run what is not there yet, and write each result as it comes."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     where, until = machine(), time.monotonic() + 60.0 * minutes
-    results = {_cell_of(r).key: r for block in blocks for r in load(block.name)}
+    results = {cell_of(r).key: r for block in blocks for r in load(block.name)}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         running: dict[concurrent.futures.Future, Cell] = {}
