@@ -9,8 +9,9 @@ takes a minute or so in one thread. Results are lines of ``benchmarks/results/st
 each with its cell, so a run that was cut goes on with the cells that are not there yet.
 
 Every contender of a block has the same decoder, data, batches and steps, and its parameters are
-brought within 2 % of one another by the width of the MLP. Its learning rate is chosen by pilot
-seeds among the same rates, widened for whom the best is at the edge; what is claimed comes from
+brought within 2 % of one another by the width of the MLP. Its learning rate and the base of its
+rotary positions are chosen by pilots, from the same grid for all: one seed each, a second seed for
+the two best, and rates beyond the grid for whom the best is at its edge. What is claimed comes from
 other seeds.
 """
 
@@ -48,9 +49,11 @@ from lm2_kernels.training.loop import Batch
 
 FOLDER = Path(__file__).parent / "results" / "study"
 SEEDS, PILOTS = range(5), (100, 101)
-RATES = (1e-3, 2e-3, 4e-3)
+RATES, THETAS = (1e-3, 2e-3, 4e-3), (10.0, 10000.0)
 # beyond an edge, at most so far
 LOWEST, HIGHEST = 2.5e-4, 1.6e-2
+# who answers this share has no better rate
+ALL = 0.995
 BATCH, QUESTIONS, TESTED = 32, 4, 500
 _TEST_SEED = 1_000_003
 # what a run has that has left the plateau of guessing among the places of a story
@@ -164,6 +167,7 @@ class Block:
     task: Stories
     contenders: tuple[Contender, ...]
     steps: int = 900
+    tuned_by: str | None = None  # the block whose pilots choose for this one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,7 @@ class Cell:
     contender: Contender
     rate: float
     seed: int
+    theta: float = 10.0
 
     @property
     def key(self) -> str:
@@ -184,6 +189,7 @@ BASELINES = (Contender("none"), Contender("rmt"), Contender("full"))
 
 
 _POSITION = {"write": "position", "slots": 24}
+_QUERIES = (Contender(write="query"), Contender(write="query gates"))
 BLOCKS = (
     # which runs leave the plateau: candidates, first weights, rules and flows on short stories
     Block(
@@ -191,27 +197,21 @@ BLOCKS = (
         Stories(),
         (
             *BASELINES,
-            *(
-                Contender(candidate=candidate, start=start)
-                for start in ("plain", "forget", "open")
-                for candidate in ("token", "read")
-            ),
-            *(
-                Contender(candidate=candidate, formulation=formulation, flow=flow, **_POSITION)
-                for formulation in ("paper", "release")
-                for flow in ("time", "depth")
-                for candidate in ("token", "read")
-            ),
-            *(Contender(candidate=c, formulation="release") for c in ("token", "read")),
+            Contender(),
+            Contender(candidate="read"),
+            Contender(candidate="read", start="open"),
+            Contender(start="forget"),
+            Contender(**_POSITION),
+            Contender(candidate="read", **_POSITION),
             Contender(candidate="read", start="open", **_POSITION),
+            Contender(flow="depth", **_POSITION),
+            Contender(flow="depth", candidate="read", **_POSITION),
+            Contender(formulation="release"),
+            Contender(formulation="release", candidate="read"),
+            Contender(formulation="release", flow="depth", **_POSITION),
+            Contender(formulation="release", flow="depth", candidate="read", **_POSITION),
+            *_QUERIES,
         ),
-    ),
-    # slots that query the tokens, which is in the reference alone
-    Block(
-        "query",
-        Stories(segments=(1, 2), noises=(0.2, 1.0), tested=(1, 2, 4, 8, 16), growing=True),
-        (Contender(write="query"), Contender(write="query gates")),
-        steps=1500,
     ),
     # longer stories, facts among noise, and many times as many segments as were trained on
     Block(
@@ -223,10 +223,12 @@ BLOCKS = (
             Contender(candidate="read"),
             Contender(start="forget"),
             Contender(**_POSITION),
-            Contender(formulation="release"),
             Contender(flow="depth", **_POSITION),
+            Contender(formulation="release"),
+            *_QUERIES,
         ),
         steps=1500,
+        tuned_by="learning",
     ),
 )
 
@@ -234,7 +236,7 @@ BLOCKS = (
 # --- models ------------------------------------------------------------------------------------
 
 
-def configuration(contender: Contender, task: Stories) -> lm2.LM2Config:
+def configuration(contender: Contender, task: Stories, theta: float = 10.0) -> lm2.LM2Config:
     """The model with memory; baselines are made from it."""
     return lm2.LM2Config(
         vocab_size=task.vocab_size,
@@ -242,7 +244,7 @@ def configuration(contender: Contender, task: Stories) -> lm2.LM2Config:
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
-        rope_theta=10.0,
+        rope_theta=theta,
         memory_slots=contender.slots,
         segment_length=task.segment_length,
         memory_heads=4,
@@ -255,14 +257,14 @@ def configuration(contender: Contender, task: Stories) -> lm2.LM2Config:
     )
 
 
-def build(contender: Contender, task: Stories, seed: int) -> nn.Module:
+def build(contender: Contender, task: Stories, seed: int, theta: float = 10.0) -> nn.Module:
     """A contender with its first weights."""
     # the paper's memory in its usual form says how many parameters all have
     count = num_parameters(lm2.LM2ForCausalLM(configuration(Contender(), task)))
     torch.manual_seed(seed)
     if contender.kind == "lm2" and contender.write.startswith("query"):
         chunk = dataclasses.replace(contender, write="chunk")
-        config, extra = configuration(chunk, task), 0
+        config, extra = configuration(chunk, task, theta), 0
         for _ in config.memory_layers:
             extra += num_parameters(SlotQueryMemory(config, "")) - num_parameters(
                 lm2.PaperMemory(config.hidden_size, candidate=config.candidate)
@@ -272,10 +274,10 @@ def build(contender: Contender, task: Stories, seed: int) -> nn.Module:
             block.memory = SlotQueryMemory(config, contender.write)
         return model
     if contender.kind == "lm2":
-        model = lm2.LM2ForCausalLM(widened(configuration(contender, task), count))
+        model = lm2.LM2ForCausalLM(widened(configuration(contender, task, theta), count))
         _start(model, contender.start)
         return model
-    config = without_memory(configuration(Contender(), task))
+    config = without_memory(configuration(Contender(), task, theta))
     if contender.kind == "rmt":
         return RecurrentMemoryTransformer(widened(config, count), contender.slots)
     if contender.kind == "full":
@@ -340,7 +342,7 @@ def run_cell(cell: Cell) -> dict:
     torch.set_num_threads(1)
     block, begun = block_named(cell.block), time.monotonic()
     task = block.task
-    model = build(cell.contender, task, cell.seed)
+    model = build(cell.contender, task, cell.seed, cell.theta)
     batches = list(task.batches(cell.seed, block.steps))
     torch.manual_seed(cell.seed)
     trained = time.monotonic()
@@ -398,61 +400,59 @@ def cell_of(result: dict) -> Cell:
     return Cell(**fields | {"contender": Contender(**fields["contender"])})
 
 
-def rate_scores(block: Block, contender: Contender, results: dict[str, dict]) -> dict:
-    """The pilots' mean score by rate, of rates whose pilots are all there."""
-    scores = {}
-    for rate in _ladder():
-        cells = [Cell(block.name, contender, rate, seed) for seed in PILOTS]
-        found = [results[cell.key] for cell in cells if cell.key in results]
-        if len(found) == len(cells):
-            scores[rate] = statistics.fmean(map(score, found))
-    return scores
-
-
-def _ladder() -> list[float]:
-    rates = [RATES[0]]
-    while rates[0] > LOWEST:
-        rates.insert(0, rates[0] / 2.0)
-    while rates[-1] < HIGHEST:
-        rates.append(rates[-1] * 2.0)
-    return rates
-
-
-def chosen_rate(
+def tuned(
     block: Block, contender: Contender, results: dict[str, dict]
-) -> tuple[float | None, list[float]]:
-    """The rate that the pilots chose, or None and the rates whose pilots are still to run."""
-    scores, ladder = rate_scores(block, contender, results), _ladder()
-    missing = [rate for rate in RATES if rate not in scores]
-    if missing:
-        return None, missing
-    # of equal ones the lowest
-    best = max(scores, key=lambda rate: (scores[rate], -rate))
-    place = ladder.index(best)
-    beyond = [ladder[i] for i in (place - 1, place + 1) if 0 <= i < len(ladder)]
-    edge = [rate for rate in beyond if rate not in scores]
-    # who has answered everything has no better rate
-    return (None, edge) if edge and scores[best] < 0.995 else (best, [])
+) -> tuple[tuple[float, float] | None, list[Cell]]:
+    """The rate and base that the pilots chose, or None and the pilots that are still to run."""
+    if block.tuned_by is not None:
+        return tuned(block_named(block.tuned_by), contender, results)
+    if contender.kind == "none":
+        # it cannot know: any will do
+        return (RATES[0], THETAS[0]), []
+
+    def pilot(place: tuple[float, float], seed: int) -> Cell:
+        return Cell(block.name, contender, place[0], seed, place[1])
+
+    def mean(place: tuple[float, float]) -> float:
+        return statistics.fmean(score(results[pilot(place, seed).key]) for seed in PILOTS)
+
+    tried = list(itertools.product(RATES, THETAS))
+    while True:
+        first = [pilot(place, PILOTS[0]) for place in tried]
+        missing = [cell for cell in first if cell.key not in results]
+        if missing:
+            return None, missing
+        # of equal ones the lowest rate
+        ranked = sorted(tried, key=lambda p: (-score(results[pilot(p, PILOTS[0]).key]), p))
+        second = [pilot(place, PILOTS[1]) for place in ranked[:2]]
+        missing = [cell for cell in second if cell.key not in results]
+        if missing:
+            return None, missing
+        best = min(ranked[:2], key=lambda place: (-mean(place), place))
+        beyond = [(best[0] * factor, best[1]) for factor in (0.5, 2.0)]
+        beyond = [p for p in beyond if p not in tried and LOWEST <= p[0] <= HIGHEST]
+        if not beyond or mean(best) >= ALL:
+            return best, []
+        tried += beyond
 
 
 def plan(blocks: list[Block], results: dict[str, dict]) -> Iterator[Cell]:
     """The cells that can be run now, the most telling first."""
     for block in blocks:
         for contender in block.contenders:
-            _, missing = chosen_rate(block, contender, results)
-            yield from (Cell(block.name, contender, r, s) for s in PILOTS for r in missing)
+            yield from tuned(block, contender, results)[1]
         for seed in SEEDS:
             for contender in block.contenders:
-                rate, _ = chosen_rate(block, contender, results)
-                if rate is not None:
-                    yield Cell(block.name, contender, rate, seed)
+                place, _ = tuned(block, contender, results)
+                if place is not None:
+                    yield Cell(block.name, contender, place[0], seed, place[1])
 
 
 def run(blocks: list[Block], workers: int, minutes: float) -> None:
     """Run what is not there yet, and write each result as it comes."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     where, until = machine(), time.monotonic() + 60.0 * minutes
-    results = {cell_of(r).key: r for block in blocks for r in load(block.name)}
+    results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         running: dict[concurrent.futures.Future, Cell] = {}
@@ -478,7 +478,8 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
 
 def _line(cell: Cell, result: dict) -> str:
     shares = " ".join(f"{100 * r / n:.0f}" for r, n in result["answers"].values())
-    name = f"{cell.block}: {cell.contender.name}, rate {cell.rate:g}, seed {cell.seed}"
+    place = f"rate {cell.rate:g}, base {cell.theta:g}, seed {cell.seed}"
+    name = f"{cell.block}: {cell.contender.name}, {place}"
     return f"{name}: {shares} % ({result['minutes']:.1f} min)"
 
 
@@ -513,10 +514,13 @@ def main() -> None:
     if options.what == "run":
         run(blocks, options.workers, options.minutes)
         return
+    results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     for block in blocks:
-        results = load(block.name)
-        cells = len(block.contenders) * (len(SEEDS) + len(PILOTS) * len(RATES))
-        print(f"{block.name}: {len(results)} of at least {cells} cells")
+        print(f"{block.name}: {len(load(block.name))} cells")
+        for contender in block.contenders:
+            place, pilots = tuned(block, contender, results)
+            to_do = f"{len(pilots)} pilots at least" if place is None else "tuned to {:g}, {:g}"
+            print(f"  {contender.name}: {to_do.format(*(place or ()))}")
 
 
 if __name__ == "__main__":

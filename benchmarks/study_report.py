@@ -38,13 +38,14 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
 
 def final_results(block: study.Block) -> dict[study.Contender, dict[int, dict]]:
     """Each contender's results at the rate that its pilots chose, by seed; of whole rows alone."""
-    results = {study.cell_of(result).key: result for result in study.load(block.name)}
-    found = {}
+    lines = [result for each in study.BLOCKS for result in study.load(each.name)]
+    results, found = {study.cell_of(line).key: line for line in lines}, {}
     for contender in block.contenders:
-        rate, _ = study.chosen_rate(block, contender, results)
-        if rate is None:
+        place, _ = study.tuned(block, contender, results)
+        if place is None:
             continue
-        cells = {seed: study.Cell(block.name, contender, rate, seed) for seed in study.SEEDS}
+        rate, theta = place
+        cells = {s: study.Cell(block.name, contender, rate, s, theta) for s in study.SEEDS}
         if all(cell.key in results for cell in cells.values()):
             found[contender] = {seed: results[cell.key] for seed, cell in cells.items()}
     return found
@@ -83,7 +84,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 def learning_table(block: study.Block) -> str:
     """A line a contender: what it answers, with its own memory and with another row's."""
     tests = list(block.task.tests())
-    rows = [["model", "rate", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
+    rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
     for contender, results in final_results(block).items():
         mixed = ["" for _ in tests]
         if contender.kind == "lm2":
@@ -91,7 +92,7 @@ def learning_table(block: study.Block) -> str:
         rows.append(
             [
                 contender.name,
-                f"{next(iter(results.values()))['cell']['rate']:g}",
+                "{rate:g}, {theta:g}".format(**next(iter(results.values()))["cell"]),
                 _percent(shares(results, tests[0])),
                 _percent(shares(results, tests[1])),
                 _percent(shares(results, *mixed)) if all(mixed) else "",
