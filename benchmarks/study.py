@@ -338,8 +338,7 @@ def block_named(name: str) -> Block:
 
 
 def run_cell(cell: Cell) -> dict:
-    """Train and test one model, in one thread."""
-    torch.set_num_threads(1)
+    """Train and test one model."""
     block, begun = block_named(cell.block), time.monotonic()
     task = block.task
     model = build(cell.contender, task, cell.seed, cell.theta)
@@ -454,7 +453,9 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
     where, until = machine(), time.monotonic() + 60.0 * minutes
     results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         running: dict[concurrent.futures.Future, Cell] = {}
         while True:
             taken = {cell.key for cell in running.values()}
