@@ -2,6 +2,7 @@
 
     python benchmarks/study.py run --workers 2 --minutes 60     # goes on where it stopped
     python benchmarks/study.py run --blocks learning
+    LM2_STUDY_TEXT=book.txt python benchmarks/study.py run --blocks text
     python benchmarks/study.py list
 
 A *cell* is one model, trained and tested: its block, task, contender, learning rate and seed. Each
@@ -29,6 +30,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -44,7 +46,8 @@ from lm2_kernels.evaluation.baselines import (
     widened,
     without_memory,
 )
-from lm2_kernels.training import train
+from lm2_kernels.training import mean_loss, train
+from lm2_kernels.training.data import Bytes, Corpus
 from lm2_kernels.training.loop import Batch
 
 FOLDER = Path(__file__).parent / "results" / "study"
@@ -93,9 +96,23 @@ class Contender:
         return name + self.candidate + ("" if self.start == "plain" else f", {self.start}")
 
 
+class Asked(Protocol):
+    """What a block's contenders are trained on and asked."""
+
+    segment_length: int
+    vocab_size: int
+    longest: int  # tokens of the longest row
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        """Training batches, the same for all contenders."""
+
+    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
+        """Names, whether of a size that is trained on, and batches; the same for all seeds."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Stories:
-    """A block's task: questions about stories of so many segments of facts.
+    """Questions about stories of so many segments of facts.
 
     Args:
         segments: of facts, in training; each step has one of these.
@@ -130,7 +147,6 @@ class Stories:
         return self.task(max(self.tested), self.noises[0]).length
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
-        """Training batches, the same for all contenders."""
         kinds = list(itertools.product(self.segments, self.noises))
         sources = {
             kind: self.task(*kind).batches(BATCH, 1000 * seed + number, questions=QUESTIONS)
@@ -146,17 +162,51 @@ class Stories:
                 batch = batch | {"labels": torch.where(labels == -100, read, labels)}
             yield batch
 
-    def tests(self) -> dict[str, tuple[int, float, int]]:
+    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
+        for name, (segments, noise, hops) in self.kinds().items():
+            task = self.task(segments, noise)
+            source = task.examples(_TEST_SEED, hops=hops, validation=True)
+            examples = list(itertools.islice(source, TESTED))
+            parts = [examples[i : i + 100] for i in range(0, TESTED, 100)]
+            yield name, segments in self.segments, [task.collate(part) for part in parts]
+
+    def kinds(self) -> dict[str, tuple[int, float, int]]:
         """Segments, noise and hops of each test by its name."""
         kinds = itertools.product(self.tested, self.noises, (1, 2))
         return {f"{h} hops, {s} segments, noise {n:g}": (s, n, h) for s, n, h in kinds}
 
-    def questions(self, segments: int, noise: float, hops: int) -> list[Batch]:
-        """A test's questions, the same for all seeds."""
-        task = self.task(segments, noise)
-        source = task.examples(_TEST_SEED, hops=hops, validation=True)
-        examples = list(itertools.islice(source, TESTED))
-        return [task.collate(examples[i : i + 100]) for i in range(0, TESTED, 100)]
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """Text byte by byte: what it costs a language model to have a memory, or what it gains.
+
+    The text is the file that ``LM2_STUDY_TEXT`` names; its last twentieth is held out.
+
+    Args:
+        segments: of a row.
+        rows: of a batch.
+    """
+
+    segments: int = 4
+    rows: int = 8
+    segment_length: int = 64
+    vocab_size: int = Bytes.vocab_size
+
+    @property
+    def longest(self) -> int:
+        return self.segments * self.segment_length
+
+    def _parts(self) -> tuple[Corpus, Corpus]:
+        if "LM2_STUDY_TEXT" not in os.environ:
+            raise SystemExit("the block text wants a file of text in LM2_STUDY_TEXT")
+        return Corpus.open([Path(os.environ["LM2_STUDY_TEXT"])]).split(0.05, self.longest)
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        return itertools.islice(self._parts()[0].batches(self.rows, self.longest, seed), steps)
+
+    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
+        held_out = self._parts()[1].batches(self.rows, self.longest, _TEST_SEED)
+        yield "held out", True, list(itertools.islice(held_out, TESTED // self.rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +214,10 @@ class Block:
     """A table of the study: contenders on one task."""
 
     name: str
-    task: Stories
+    task: Asked
     contenders: tuple[Contender, ...]
     steps: int = 900
+    measure: str = "answers"  # or "loss"
     tuned_by: str | None = None  # the block whose pilots choose for this one
 
 
@@ -230,13 +281,57 @@ BLOCKS = (
         steps=1500,
         tuned_by="learning",
     ),
+    # the loss on all that is read, not on answers alone
+    Block(
+        "all_words",
+        Stories(loss="all"),
+        (*BASELINES, Contender(), Contender(candidate="read")),
+        tuned_by="learning",
+    ),
+    # long stories from the first step on
+    Block(
+        "no_curriculum",
+        Stories(segments=(1, 2), noises=(0.2, 1.0), tested=(1, 2, 4, 8, 16)),
+        (Contender(), Contender(**_POSITION)),
+        steps=1500,
+        tuned_by="learning",
+    ),
+    # how many slots 64 tokens need
+    Block(
+        "slots",
+        Stories(
+            options=(("segment_length", 64), ("sentences", 20), ("people", 4), ("objects", 4)),
+        ),
+        (
+            *(Contender(slots=slots) for slots in (4, 16, 64)),
+            Contender(write="position", slots=64),
+            *(Contender("rmt", slots=slots) for slots in (4, 16)),
+            Contender("none"),
+            Contender("full"),
+        ),
+        tuned_by="learning",
+    ),
+    # no harm: the loss on held-out text
+    Block(
+        "text",
+        Text(),
+        (
+            *(Contender(kind, slots=16) for kind in ("none", "rmt", "full")),
+            Contender(slots=16),
+            Contender(slots=16, candidate="read"),
+            Contender(slots=16, formulation="release"),
+            Contender(slots=64, write="position"),
+        ),
+        steps=1000,
+        measure="loss",
+    ),
 )
 
 
 # --- models ------------------------------------------------------------------------------------
 
 
-def configuration(contender: Contender, task: Stories, theta: float = 10.0) -> lm2.LM2Config:
+def configuration(contender: Contender, task: Asked, theta: float = 10.0) -> lm2.LM2Config:
     """The model with memory; baselines are made from it."""
     return lm2.LM2Config(
         vocab_size=task.vocab_size,
@@ -257,7 +352,7 @@ def configuration(contender: Contender, task: Stories, theta: float = 10.0) -> l
     )
 
 
-def build(contender: Contender, task: Stories, seed: int, theta: float = 10.0) -> nn.Module:
+def build(contender: Contender, task: Asked, seed: int, theta: float = 10.0) -> nn.Module:
     """A contender with its first weights."""
     # the paper's memory in its usual form says how many parameters all have
     count = num_parameters(lm2.LM2ForCausalLM(configuration(Contender(), task)))
@@ -353,12 +448,11 @@ def run_cell(cell: Cell) -> dict:
     except FloatingPointError as error:
         losses, failure = [], str(error)
     seconds = time.monotonic() - trained
-    answers = {}
-    for name, kind in task.tests().items():
-        asked = task.questions(*kind)
-        answers[name] = _counted(model, asked)
-        if cell.contender.kind == "lm2" and kind[0] in task.segments:
-            answers[f"{name}, shuffled"] = _counted(ShuffledMemory(model), asked)
+    measured, count = {}, mean_loss if block.measure == "loss" else _answered
+    for name, is_trained, asked in task.tests():
+        measured[name] = count(model, asked)
+        if cell.contender.kind == "lm2" and is_trained:
+            measured[f"{name}, shuffled"] = count(ShuffledMemory(model), asked)
     means = [statistics.fmean(losses[i : i + 100]) for i in range(0, len(losses), 100)]
     return {
         "cell": dataclasses.asdict(cell),
@@ -366,22 +460,24 @@ def run_cell(cell: Cell) -> dict:
         "steps": block.steps,
         "losses": [round(mean, 4) for mean in means],
         "failure": failure,
-        "answers": answers,
+        block.measure: measured,
         "train_seconds": round(seconds, 1),
         "minutes": round((time.monotonic() - begun) / 60.0, 2),
     }
 
 
-def _counted(model: nn.Module, asked: list[Batch]) -> list[int]:
+def _answered(model: nn.Module, asked: list[Batch]) -> list[int]:
     accuracy = answer_accuracy(model, asked)
     return [accuracy.right, accuracy.total]
 
 
 def score(result: dict) -> float:
-    """What rates are chosen by: the mean share of right answers at the lengths trained on."""
+    """What pilots are compared by: right answers of 1 at the lengths trained on, or less loss."""
     block = block_named(result["cell"]["block"])
-    tests = block.task.tests().items()
-    names = [name for name, (segments, _, _) in tests if segments in block.task.segments]
+    if block.measure == "loss":
+        return -result["loss"]["held out"] if result["failure"] is None else -math.inf
+    kinds = block.task.kinds().items()
+    names = [name for name, (segments, _, _) in kinds if segments in block.task.segments]
     return statistics.fmean(right / total for right, total in map(result["answers"].get, names))
 
 
@@ -404,7 +500,9 @@ def tuned(
 ) -> tuple[tuple[float, float] | None, list[Cell]]:
     """The rate and base that the pilots chose, or None and the pilots that are still to run."""
     if block.tuned_by is not None:
-        return tuned(block_named(block.tuned_by), contender, results)
+        slots = 24 if contender.write == "position" else 8
+        like = dataclasses.replace(contender, slots=slots)
+        return tuned(block_named(block.tuned_by), like, results)
     if contender.kind == "none":
         # it cannot know: any will do
         return (RATES[0], THETAS[0]), []
@@ -478,10 +576,13 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
 
 
 def _line(cell: Cell, result: dict) -> str:
-    shares = " ".join(f"{100 * r / n:.0f}" for r, n in result["answers"].values())
+    if "loss" in result:
+        found = " ".join(f"{loss:.4f}" for loss in result["loss"].values())
+    else:
+        found = " ".join(f"{100 * r / n:.0f}" for r, n in result["answers"].values()) + " %"
     place = f"rate {cell.rate:g}, base {cell.theta:g}, seed {cell.seed}"
     name = f"{cell.block}: {cell.contender.name}, {place}"
-    return f"{name}: {shares} % ({result['minutes']:.1f} min)"
+    return f"{name}: {found} ({result['minutes']:.1f} min)"
 
 
 def machine() -> dict:

@@ -83,7 +83,7 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 def learning_table(block: study.Block) -> str:
     """A line a contender: what it answers, with its own memory and with another row's."""
-    tests = list(block.task.tests())
+    tests = list(block.task.kinds())
     rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
     for contender, results in final_results(block).items():
         mixed = ["" for _ in tests]
@@ -110,7 +110,7 @@ def length_table(block: study.Block) -> str:
         for noise in task.noises:
             cells = []
             for segments in task.tested:
-                named = task.tests().items()
+                named = task.kinds().items()
                 tests = [name for name, kind in named if kind[:2] == (segments, noise)]
                 cells.append(_percent(shares(results, *tests)))
             rows.append([contender.name, "noise" if noise == 1.0 else "facts", *cells])
@@ -120,7 +120,7 @@ def length_table(block: study.Block) -> str:
 def difference_table(block: study.Block) -> str:
     """A line a memory: by how much it answers more than each baseline, trained lengths together."""
     found, task = final_results(block), block.task
-    tests = [name for name, kind in task.tests().items() if kind[0] in task.segments]
+    tests = [name for name, kind in task.kinds().items() if kind[0] in task.segments]
     baselines = [contender for contender in found if contender.kind != "lm2"]
     rows = [["model, more than", *(contender.name for contender in baselines), "itself, shuffled"]]
     for contender, results in found.items():
@@ -166,7 +166,7 @@ def draw_lengths(block: study.Block) -> object:
         for number, (contender, results) in enumerate(final_results(block).items()):
             values = []
             for segments in task.tested:
-                named = task.tests().items()
+                named = task.kinds().items()
                 tests = [name for name, kind in named if kind[:2] == (segments, noise)]
                 values.append(shares(results, *tests))
             means = [100.0 * statistics.fmean(value) for value in values]

@@ -19,7 +19,7 @@ LEARNING = study.block_named("learning")
 
 
 def _result(cell, right):
-    tests = study.block_named(cell.block).task.tests()
+    tests = study.block_named(cell.block).task.kinds()
     answers = {name: [right, 1000] for name in tests}
     answers |= {f"{name}, shuffled": [100, 1000] for name in tests}
     return {"cell": dataclasses.asdict(cell), "answers": answers}
@@ -152,6 +152,29 @@ def test_a_loss_that_is_not_finite_is_a_result(small, monkeypatch):
     assert result["failure"] == "the loss is nan"
 
 
+def test_text_is_held_out(small, monkeypatch, tmp_path):
+    block = dataclasses.replace(
+        study.block_named("learning"), name="text", task=study.Text(), steps=2, measure="loss"
+    )
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    monkeypatch.setattr(study, "TESTED", 16)
+    cell = study.Cell("text", study.Contender(), 1e-3, 0)
+    monkeypatch.delenv("LM2_STUDY_TEXT", raising=False)
+    with pytest.raises(SystemExit, match="LM2_STUDY_TEXT"):
+        study.run_cell(cell)
+    text = tmp_path / "text"
+    # all but the last 500 of 10000 bytes are seen in training
+    text.write_text("a" * 9500 + "b" * 500)
+    monkeypatch.setenv("LM2_STUDY_TEXT", str(text))
+    seen = torch.cat([batch["input_ids"] for batch in block.task.batches(0, 4)])
+    assert set(seen.unique().tolist()) == {ord("a")}
+    ((_, _, held_out),) = block.task.tests()
+    assert set(torch.cat([b["input_ids"] for b in held_out]).unique().tolist()) == {ord("b")}
+    result = study.run_cell(cell)
+    assert set(result["loss"]) == {"held out", "held out, shuffled"}
+    assert study.score(result) == -result["loss"]["held out"]
+
+
 def test_all_resamples_of_a_few():
     assert report.bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3))
     # binomial of 5 and 1/5: at most 2 with 0.942, at most 3 with 0.993
@@ -192,9 +215,11 @@ def test_committed_lines_are_cells_that_there_are(name):
     block, results = study.block_named(name), study.load(name)
     cells = [study.cell_of(result) for result in results]
     assert len({cell.key for cell in cells}) == len(cells)
-    names = set(block.task.tests())
     for result, cell in zip(results, cells, strict=True):
-        assert cell.block == name and names <= set(result["answers"])
+        assert cell.block == name and cell.contender in block.contenders
         assert {"torch", "commit", "capability"} <= set(result["machine"])
-        rights = itertools.chain.from_iterable(result["answers"].values())
-        assert all(0 <= count <= study.TESTED for count in rights)
+        measured = result[block.measure]
+        if block.measure == "answers":
+            assert set(block.task.kinds()) <= set(measured)
+            measured = dict(enumerate(itertools.chain.from_iterable(measured.values())))
+        assert all(0 <= count <= study.TESTED for count in measured.values())
