@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import filesystem
 
 from lm2_kernels import LM2ForCausalLM, cli, disk, training
 from lm2_kernels.cli import train as command
-from lm2_kernels.training import folder
+from lm2_kernels.training import folder, sources
 from tools.rounding import assert_round_off
 
 TEXT = "the memory reads what it wrote, and writes what it read. " * 20
@@ -764,7 +764,7 @@ def test_an_ignored_signal_ends_nothing(text, tmp_path):
 
 
 def test_a_perplexity_without_end_ends_nothing(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: 1e4)
+    monkeypatch.setattr(sources, "mean_loss", lambda *_, **__: 1e4)
     assert cli.main(_arguments(text, tmp_path / "out")) == 0
     assert "perplexity inf" in capsys.readouterr().out
 
@@ -788,7 +788,7 @@ def test_a_models_own_configuration_is_taken(model, text, tmp_path, capsys):
 
 
 def test_a_signal_while_the_model_is_validated(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sources, "mean_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     out = tmp_path / "out"
     assert cli.main(_arguments(text, out)) == 130
     assert f"the model is in {out}" in capsys.readouterr().err.splitlines()[-1]

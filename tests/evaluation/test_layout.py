@@ -36,9 +36,7 @@ def _said(layout, ids) -> str:
 def check_batch(layout, batch, samples) -> None:
     """What a batch of any layout has to be, read back from its tokens."""
     whole = torch.ones_like(batch["input_ids"])
-    rows = zip(
-        batch["input_ids"], batch["labels"], batch.get("attention_mask", whole), strict=True
-    )
+    rows = zip(batch["input_ids"], batch["labels"], batch.get("attention_mask", whole), strict=True)
     for sample, (ids, labels, mask) in zip(samples, rows, strict=True):
         assert torch.equal(mask, mask.sort(descending=True).values), "padding is behind"
         assert not (ids[mask == 0] != layout.pad).any() and (labels[mask == 0] == -100).all()
