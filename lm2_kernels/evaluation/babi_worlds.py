@@ -10,8 +10,9 @@ a question of the task's kind, until there were five.
 """
 
 import dataclasses
+import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from lm2_kernels.evaluation.babi import LABELS
 from lm2_kernels.evaluation.samples import Dice, Story, distinct_words, draw_story
@@ -42,7 +43,8 @@ _IS_IN, _EITHER = "{} is in the {}.", "{} is either in the {} or the {}."
 _IS_NOT = ("{} is not in the {}.", "{} is no longer in the {}.")
 _IS_OF = "The {} is {} of the {}."
 _IN = "Is {} in the {}?"
-_WHERE, _WHERE_OBJECT, _BEFORE = "Where is {}?", "Where is the {}?", "Where was the {} before the {}?"
+_WHERE, _WHERE_OBJECT = "Where is {}?", "Where is the {}?"
+_BEFORE = "Where was the {} before the {}?"
 _OF = ("What is {} of the {}?", "What is the {} {} of?")
 _HOW_MANY, _CARRYING = "How many objects is {} carrying?", "What is {} carrying?"
 # of who gave what to whom: a question, and which of the three is the answer
@@ -232,17 +234,18 @@ class _Acts:
     people: tuple[str, ...] = _PEOPLE
     there: float = 1.0  # how many are taken "there"
 
-    def tell(self, dice: Dice) -> list[_Line]:
-        world, lines, questions = _World(dice, self.people, self.kinds), [], 0
-        while questions < _QUESTIONS:
-            lines += [self._text(dice, world.act()) for _ in range(_PACE)]
+    questions = _QUESTIONS
+
+    def tell(self, dice: Dice) -> Iterator[_Line]:
+        world = _World(dice, self.people, self.kinds)
+        while True:
+            for _ in range(_PACE):
+                yield self._text(dice, world.act())
             recent = world.acts[-_RECENT:]
             asked = (self.ask(world, act) for act in dice.several(recent, len(recent)))
             question = next(filter(None, asked), None)
             if question:
-                lines.append(question)
-                questions += 1
-        return lines
+                yield question
 
     def _text(self, dice: Dice, act: _Act) -> str:
         verb = dice.pick(_VERBS[act.kind])
@@ -251,7 +254,8 @@ class _Acts:
         return text.removesuffix(".") + " there." if dice.chance(there) else text
 
     def texts(self) -> list[str]:
-        return [text for kind in dict.fromkeys(self.kinds) for text in (*_VERBS[kind], _SENTENCES[kind])]
+        kinds = dict.fromkeys(self.kinds)
+        return [text for kind in kinds for text in (*_VERBS[kind], _SENTENCES[kind])]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -268,13 +272,14 @@ class _Said:
     people: tuple[str, ...]
     places: tuple[str, ...]
 
-    def tell(self, dice: Dice) -> list[_Line]:
+    questions = _QUESTIONS
+
+    def tell(self, dice: Dice) -> Iterator[_Line]:
         place = {person: dice.pick(self.places) for person in self.people}
         # for each statement who it is about; for each person what the last one said
         subjects: list[str] = []
         said: dict[str, str] = {}
-        lines: list[_Line] = []
-        for number in range(_PACE * _QUESTIONS):
+        for number in itertools.count(1):
             person = dice.pick(self.people)
             old = place[person]
             new = dice.pick([other for other in self.places if other != old])
@@ -282,19 +287,18 @@ class _Said:
             place[person], said[person] = new, old if kind == "not" else kind
             subjects.append(person)
             if kind == "move":
-                lines.append(_SENTENCES["move"].format(person, dice.pick(_VERBS["move"]), new))
+                yield _SENTENCES["move"].format(person, dice.pick(_VERBS["move"]), new)
             elif kind == "is":
-                lines.append(_IS_IN.format(person, new))
+                yield _IS_IN.format(person, new)
             elif kind == "not":
-                lines.append(dice.pick(_IS_NOT).format(person, old))
+                yield dice.pick(_IS_NOT).format(person, old)
             else:
                 # both may be the same one
                 both = dice.several((new, dice.pick(self.places)), 2)
-                lines.append(_EITHER.format(person, *both))
+                yield _EITHER.format(person, *both)
                 said[person] = " ".join(both)
-            if number % _PACE == _PACE - 1:
-                lines.append(self._ask(dice, dice.pick(subjects[-_RECENT:]), place, said))
-        return lines
+            if number % _PACE == 0:
+                yield self._ask(dice, dice.pick(subjects[-_RECENT:]), place, said)
 
     def _ask(
         self, dice: Dice, person: str, place: dict[str, str], said: dict[str, str]
@@ -321,7 +325,9 @@ class _Said:
 class _Directions:
     """Three places in a row, two facts and a question."""
 
-    def tell(self, dice: Dice) -> list[_Line]:
+    questions = 1
+
+    def tell(self, dice: Dice) -> Iterator[_Line]:
         middle, *ends = dice.several(_PLACES, 3)
         way = dice.pick(tuple(_OPPOSITE))
         facts = []
@@ -335,7 +341,8 @@ class _Directions:
             question = _OF[0].format(where, other)
         else:
             question = _OF[1].format(other, _OPPOSITE[where])
-        return [*(_IS_OF.format(*fact) for fact in facts), (question, subject)]
+        yield from (_IS_OF.format(*fact) for fact in facts)
+        yield question, subject
 
     def texts(self) -> list[str]:
         return [*_OPPOSITE, _IS_OF]
@@ -343,6 +350,15 @@ class _Directions:
     @property
     def names(self) -> tuple[str, ...]:
         return _PLACES
+
+
+def _until(told: Iterator[_Line], questions: int) -> list[_Line]:
+    """A story up to one of its questions."""
+    lines: list[_Line] = []
+    while questions:
+        lines.append(next(told))
+        questions -= isinstance(lines[-1], tuple)
+    return lines
 
 
 # how each task is told, and how it is asked
@@ -399,18 +415,18 @@ class BabiWorld:
 
     def lines(self, number: int) -> list[_Line]:
         """A whole story as the published files have it: statements, and questions with answers."""
-        return _TASKS[self.name][0].tell(Dice(f"{self.name} {self.seed} whole {number}"))
+        told = _TASKS[self.name][0]
+        return _until(told.tell(Dice(f"{self.name} {self.seed} whole {number}")), told.questions)
 
     def story(self, number: int) -> Story:
         """Story ``number``: all statements before a question, and the question."""
         return draw_story(f"{self.name} {self.seed} {number}", self.validation, self._tell)
 
     def _tell(self, dice: Dice) -> Story:
-        lines = _TASKS[self.name][0].tell(dice)
-        asked = dice.pick([place for place, line in enumerate(lines) if isinstance(line, tuple)])
-        facts = tuple(line for line in lines[:asked] if isinstance(line, str))
-        question, answer = lines[asked]
-        return Story(facts, question, answer)
+        told = _TASKS[self.name][0]
+        lines = _until(told.tell(dice), 1 + dice.below(told.questions))
+        question, answer = lines.pop()
+        return Story(tuple(line for line in lines if isinstance(line, str)), question, answer)
 
     def words(self) -> tuple[str, ...]:
         """Every word that the plain form of its stories may have."""

@@ -1,6 +1,6 @@
 """Answers bAbI's questions 1 to 10 from the text alone: no code or table of the generator is here.
 
-It raises ``Unsolved`` for what it cannot parse, and for acts that cannot be: a thing left by
+It raises ``UnsolvedError`` for what it cannot parse, and for acts that cannot be: a thing left by
 somebody who has not got it, a way to where one is, a thing taken that lies elsewhere.
 """
 
@@ -11,7 +11,7 @@ NUMBERS = ["none", "one", "two", "three"]
 STEPS = {"north": (0, 1), "south": (0, -1), "east": (1, 0), "west": (-1, 0)}
 
 
-class Unsolved(Exception):
+class UnsolvedError(Exception):
     """The text is not understood, or contradicts itself."""
 
 
@@ -28,11 +28,11 @@ def _direction(facts, question):
     for fact in facts:
         match = re.fullmatch(r"The (\w+) is (\w+) of the (\w+)\.", fact)
         if not match or match[2] not in STEPS:
-            raise Unsolved(fact)
+            raise UnsolvedError(fact)
         subject, way, other = match.groups()
         x, y = STEPS[way]
         if (other, (x, y)) in found or (subject, (-x, -y)) in found:
-            raise Unsolved(f"two places in one direction: {facts}")
+            raise UnsolvedError(f"two places in one direction: {facts}")
         found[other, (x, y)] = subject
         found[subject, (-x, -y)] = other
     first = re.fullmatch(r"What is (\w+) of the (\w+)\?", question)
@@ -44,9 +44,9 @@ def _direction(facts, question):
         x, y = STEPS[second[2]]
         key = second[1], (-x, -y)
     else:
-        raise Unsolved(question)
+        raise UnsolvedError(question)
     if key not in found:
-        raise Unsolved(f"{question} {facts}")
+        raise UnsolvedError(f"{question} {facts}")
     return found[key]
 
 
@@ -74,7 +74,7 @@ class _Reader:
             match = re.fullmatch(pattern, fact)
             if match:
                 return reader(*match.groups())
-        raise Unsolved(fact)
+        raise UnsolvedError(fact)
 
     def _forget(self, person):
         for known in (self.at, self.may_be, self.is_not):
@@ -82,7 +82,7 @@ class _Reader:
 
     def _goes(self, person, place):
         if self.at.get(person) == place:
-            raise Unsolved(f"{person} is in the {place} already")
+            raise UnsolvedError(f"{person} is in the {place} already")
         self._forget(person)
         self.at[person] = place
         for thing in self.bags.get(person, []):
@@ -95,7 +95,7 @@ class _Reader:
 
     def _absent(self, person, place):
         if self.at.get(person, place) != place or self.is_not.get(person) == place:
-            raise Unsolved(f"{person} was not in the {place}")
+            raise UnsolvedError(f"{person} was not in the {place}")
         self._forget(person)
         self.is_not[person] = place
 
@@ -107,21 +107,25 @@ class _Reader:
     def _takes(self, person, thing):
         lies, here = self.lies.pop(thing, None), self.at.get(person)
         if thing in self.owner or (lies and here and lies != here):
-            raise Unsolved(f"{person} cannot take the {thing}")
+            raise UnsolvedError(f"{person} cannot take the {thing}")
         self.owner[thing] = person
         self.bags.setdefault(person, []).append(thing)
         self._trail(thing, here)
 
     def _leaves(self, person, thing):
         if self.owner.pop(thing, None) != person:
-            raise Unsolved(f"{person} has no {thing}")
+            raise UnsolvedError(f"{person} has no {thing}")
         self.bags[person].remove(thing)
         self.lies[thing] = self.at.get(person)
 
     def _gives(self, giver, thing, receiver):
         here, there = self.at.get(giver), self.at.get(receiver)
-        if self.owner.get(thing) != giver or giver == receiver or (here and there and here != there):
-            raise Unsolved(f"{giver} cannot give the {thing}")
+        if (
+            self.owner.get(thing) != giver
+            or giver == receiver
+            or (here and there and here != there)
+        ):
+            raise UnsolvedError(f"{giver} cannot give the {thing}")
         self.bags[giver].remove(thing)
         self.owner[thing] = receiver
         self.bags.setdefault(receiver, []).append(thing)
@@ -146,9 +150,9 @@ class _Reader:
             if match:
                 found = answer(*match.groups())
                 if found is None:
-                    raise Unsolved(question)
+                    raise UnsolvedError(question)
                 return found
-        raise Unsolved(question)
+        raise UnsolvedError(question)
 
     def _where_thing(self, thing):
         return self.at.get(self.owner[thing]) if thing in self.owner else self.lies.get(thing)
@@ -175,7 +179,8 @@ class _Reader:
         return ",".join(self.bags[person]) or "nothing"
 
     def _gift(self, giver, thing, receiver):
+        parts = giver, thing, receiver
         for gift in reversed(self.gifts):
-            if all(asked in (None, had) for asked, had in zip((giver, thing, receiver), gift)):
+            if all(asked in (None, had) for asked, had in zip(parts, gift, strict=True)):
                 return gift
-        raise Unsolved("nobody gave it")
+        raise UnsolvedError("nobody gave it")
