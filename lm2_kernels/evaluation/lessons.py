@@ -90,7 +90,7 @@ class Lessons:
         own = {"curriculum": SCHEDULES[0], "loss": LOSSES[0], "layout": LAYOUTS[0]}
         own["tokenizer"] = self.tokenizer.kind
         unsaid = {name: value for name, value in own.items() if options[name] is None}
-        return options | unsaid | {name: sorted(set(given))}
+        return options | unsaid | {name: given}
 
     def entries(self) -> list[dict]:
         """See :class:`~lm2_kernels.training.sources.Data`."""
@@ -104,7 +104,7 @@ class Lessons:
         """See :class:`~lm2_kernels.training.sources.Data`."""
         layout = Layout(self.tokenizer, config.segment_length, options["layout"], options["loss"])
         is_segments = options["segments"] is not None
-        sizes = options["segments" if is_segments else "lengths"]
+        sizes = sorted(set(options["segments" if is_segments else "lengths"]))
         schedule = curriculum(options["curriculum"], sizes)
         found = TaskBatches(
             self.tasks, self.questions, layout, schedule, sizes, is_segments, options
@@ -145,10 +145,8 @@ class TaskBatches:
 
     def train(self, *, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`~lm2_kernels.training.sources.Batches`."""
-        number = first
-        while True:
-            yield self._collated(*self.samples(number, rank, world))
-            number += 1
+        for step in range(first, self.options["steps"]):
+            yield self._collated(*self.samples(step, rank, world))
 
     def samples(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[Sample], int]:
         """The samples of a step, and their size."""

@@ -32,7 +32,7 @@ class Batches(Protocol):
     notes: Sequence[str]  # what else is to be said then
 
     def train(self, *, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """Batches without end.
+        """Batches, at least as many as the run has steps from ``first`` on.
 
         Batch ``first + n`` is a function of the run's seed and its number alone, and the processes
         together see what one alone would see.
