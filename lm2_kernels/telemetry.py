@@ -492,7 +492,7 @@ def _is_seen() -> bool:
 
 
 class _Segment:
-    """What a layer did in a segment, added up over its pieces. Nothing waits for a device."""
+    """What a layer did in a segment, added up over its pieces."""
 
     def __init__(self, *, is_whole: bool):
         # whether all of it was seen, by rows that stay what they are: else only its tokens count
@@ -568,7 +568,7 @@ class _Segment:
         is_seen = self._seen > 0
         is_read = self._relative > READ * self._seen
         count = is_seen.sum(dim=1)
-        share = (is_read & is_seen).sum(dim=1) / count.clamp(min=1)
+        share = (is_read & is_seen).sum(dim=1).to(self._relative) / count.clamp(min=1)
         bank, mask = _bank(self._pieces), self._pieces[0].mask
         if mask is None:
             mask = bank.new_ones(bank.shape[:2], dtype=torch.bool)
@@ -580,7 +580,7 @@ class _Segment:
         squares = bank.square().mean(dim=-1)
         rms = (squares.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).sqrt()
         return {
-            "read": _total(share.to(bank.dtype), count > 0),
+            "read": _total(share, count > 0),
             "rank": _total(effective_rank(bank), is_finite),
             "cosine": _total(cosine, is_finite & ~cosine.isnan()),
             "rms": _total(rms, is_finite),
@@ -686,11 +686,15 @@ def _draw(figure: object, panels: Iterable, name: str, layer: _Layer) -> None:
     gates_panel.set_yticks(range(len(rows)), [gate.removesuffix("_gate") for gate in gates])
     slots = [segment.rows() for segment in layer.segments]
     most = max((len(rows) for rows in slots if rows is not None), default=1)
-    columns = torch.full((most, len(slots)), math.nan)
+    squares = torch.full((most, len(slots)), math.nan)
     for column, rows in enumerate(slots):
         if rows is not None:
-            columns[: len(rows), column] = rows.cpu()
-    top = columns.nan_to_num().max().item()
-    image = figures.draw_heat(slots_panel, columns.tolist(), high=max(top, 1e-9))
+            squares[: len(rows), column] = rows.cpu()
+    top = squares.nan_to_num().max().item()
+    image = figures.draw_heat(slots_panel, squares.tolist(), high=max(top, 1e-9))
     figure.colorbar(image, ax=slots_panel)
     slots_panel.set(title="root mean square of slots", xlabel="segment", ylabel="slot")
+    for panel in (reads_panel, gates_panel, slots_panel):
+        for axis in (panel.xaxis, panel.yaxis):
+            if panel is not gates_panel or axis is panel.xaxis:
+                axis.get_major_locator().set_params(integer=True)

@@ -28,11 +28,12 @@ DEFAULTS = {
     "dtype": "float32",
     "validation": 0.05,
     "save_every": None,
+    "telemetry": None,
     "parallel": "ddp",
     "seed": 0,
 }
 # what a run that goes on may be told anew
-_CHANGEABLE = ("steps", "save_every", "parallel")
+_CHANGEABLE = ("steps", "save_every", "telemetry", "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +164,7 @@ def chosen_options(given: dict, folder: Path, stored: Run | None) -> dict:
 def _check(chosen: dict) -> None:
     """Raise ValueError for options that nothing would refuse before the folder is touched."""
     lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
-    lows |= {"save_every": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
+    lows |= {"save_every": 1, "telemetry": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = chosen[name]
         if value is not None and not low <= value < math.inf:
