@@ -21,6 +21,8 @@ from tools.rounding import assert_round_off
 
 B, T, N, D, H = 2, 5, 7, 12, 3
 OF_SLOTS = ("read", "rank", "cosine", "rms")
+_OTHERS = [("float32", cpu_default()), ("autocast", "eager")]
+_OTHERS += [("bfloat16", "eager"), ("bfloat16", cpu_default())]
 every_kind = pytest.mark.parametrize(("formulation", "flow"), KINDS)
 
 
@@ -71,8 +73,14 @@ def _training_step(model):
     return output.loss, output.logits, *output.memory.banks
 
 
-@pytest.mark.parametrize("backend", sorted({"eager", cpu_default()}))
-@pytest.mark.parametrize("kind", ("float32", "bfloat16", "autocast"))
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("float32", "eager"),
+        ("autocast", cpu_default()),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in _OTHERS),
+    ],
+)
 @every_kind
 def test_training_is_the_same_bits(formulation, flow, kind, backend):
     dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
