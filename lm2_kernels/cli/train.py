@@ -23,6 +23,7 @@ from lm2_kernels.training.data import RAW_DTYPES, Corpus, Ids
 from lm2_kernels.training.loop import seeded
 from lm2_kernels.training.run import DEFAULTS, Run, chosen_options, examined, flag
 from lm2_kernels.training.sources import Batches, Data, Files
+from lm2_kernels.training.telemetry import Telemetry
 
 _SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -44,6 +45,8 @@ _OF_THE_MEMORY = {
 }
 # options of files, which tasks do not have
 _OF_FILES = ("data_dtype", "vocab_size", "length", "validation")
+# of --telemetry, unless given
+TELEMETRY_STEPS = 100
 # which a run that goes on has already
 _OF_THE_MODEL = ("config", "size", *_OF_THE_MEMORY, "no_memory")
 
@@ -113,10 +116,19 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--validation", type=float, help="share of each file's end (0.05)")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="for --resume")
     parser.add_argument(
+        "--telemetry",
+        nargs="?",
+        type=int,
+        const=TELEMETRY_STEPS,
+        metavar="STEPS",
+        help="write what the memory does, every so many steps, into telemetry.jsonl of the run's "
+        f"folder ({TELEMETRY_STEPS})",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out, by its own options; others may be --steps, --save-every "
-        "and --parallel",
+        help="go on with the run in --out, by its own options; others may be --steps, "
+        "--save-every, --telemetry and --parallel",
     )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun (ddp)")
     parser.add_argument("--seed", type=int, help="(0)")
@@ -164,6 +176,8 @@ def _planned(
     data = _data(options.data, chosen, stored)
     config = _configuration(options, data) if stored is None else stored.config
     chosen = data.completed(chosen, config)
+    if chosen["telemetry"] and config.num_banks == 0:
+        raise ValueError("--telemetry: the model has no memory layers")
     if chosen["warmup"] is None:
         chosen["warmup"] = max(chosen["steps"] // 20, 1)
     batches = data.batches(chosen, config)
@@ -279,6 +293,11 @@ def _train(
         _introduce(model, run, source, f"{world} processes of {device.type}", first)
     bar = StepBar("train", first) if rank == 0 else None
     done, is_saved = first, False
+    batches_of_run = seeded(batches(first=first), chosen["seed"], first, rank)
+    telemetry = None
+    if chosen["telemetry"] and rank == 0:
+        telemetry = Telemetry(out, model, chosen["telemetry"], first)
+        batches_of_run = telemetry.batches(batches_of_run)
 
     def save_progress() -> None:
         last = distributed.last_progress(progress)
@@ -290,6 +309,8 @@ def _train(
         done = step
         if bar is not None:
             bar(step, total, loss)
+        if telemetry is not None:
+            telemetry.after_step(step)
         if chosen["save_every"] and step % chosen["save_every"] == 0 and step < total:
             save_progress()
         return stop.number is not None
@@ -300,7 +321,7 @@ def _train(
         with Stop(is_on=world == 1) as stop:
             training.train(
                 wrapped,
-                seeded(batches(first=first), chosen["seed"], first, rank),
+                batches_of_run,
                 steps=chosen["steps"],
                 first=first,
                 optimizer=optimizer,
@@ -338,6 +359,8 @@ def _train(
     finally:
         if bar is not None:
             bar.close()
+        if telemetry is not None:
+            telemetry.close()
     if rank == 0:
         *before, last = lines
         print(*before, f"{last}; the model is in {out}", sep="\n")

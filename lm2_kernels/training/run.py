@@ -29,6 +29,7 @@ DEFAULTS = {
     "dtype": "float32",
     "validation": None,
     "save_every": None,
+    "telemetry": None,
     "parallel": "ddp",
     "seed": 0,
     "tasks": None,
@@ -42,7 +43,7 @@ DEFAULTS = {
     "background": None,
 }
 # what a run that goes on may be told anew
-_CHANGEABLE = ("steps", "save_every", "parallel")
+_CHANGEABLE = ("steps", "save_every", "telemetry", "parallel")
 # where its data are now, whose digests say whether they are the same
 _MOVABLE = ("babi", "background")
 
@@ -170,7 +171,7 @@ def chosen_options(given: dict, folder: Path, stored: Run | None) -> dict:
 def _check(chosen: dict) -> None:
     """Raise ValueError for options that nothing would refuse before the folder is touched."""
     lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
-    lows |= {"save_every": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
+    lows |= {"save_every": 1, "telemetry": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = chosen[name]
         if value is not None and not low <= value < math.inf:
