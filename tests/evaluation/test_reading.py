@@ -24,9 +24,9 @@ def _words(size):
 
 
 def _prompts(count=4, seed=1, size=hosts.VOCABULARY):
-    """Of 1 to 40 words: some shorter than a window, some of several."""
+    """Of 1 to 26 words: some shorter than a window, some of several."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = [1, WINDOW, 2 * WINDOW + 1, *torch.randint(2, 40, (count,), generator=generator)]
+    lengths = [1, WINDOW, 2 * WINDOW + 1, *torch.randint(2, 27, (count,), generator=generator)]
     rows = [torch.randint(1, size, (int(n),), generator=generator).tolist() for n in lengths]
     return [" ".join(f"w{token}" for token in row) for row in rows]
 
@@ -64,6 +64,8 @@ HOSTED = {
     "plain": _hosted,
     "plain, windows": lambda: _hosted(None, WINDOW),
 }
+# which read all anew for every token
+SLOW = ("released gate", "function")
 READERS = [*OWN, *(pytest.param(name, marks=hosted) for name in HOSTED)]
 
 
@@ -75,6 +77,8 @@ def _reader(name):
 def test_a_row_is_answered_as_alone(name):
     """In float64, where what rounding does to logits decides between no two tokens."""
     reader, prompts = _reader(name), _prompts()
+    if name in SLOW:
+        prompts = prompts[:4]
     alone = [reader.answer([prompt], TOKENS)[0] for prompt in prompts]
     assert len(set(alone)) > len(alone) // 2
     assert reader.answer(prompts, TOKENS) == alone
