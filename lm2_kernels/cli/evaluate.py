@@ -75,8 +75,9 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--prompt",
         choices=PROMPTS,
-        help="with an instruction and examples, or context and question alone, which is for models "
-        "that know words of a list alone",
+        help="with an instruction and examples, context and question alone, or these in segments "
+        "of their own; as the model was trained, if train says so, or else the first, or the "
+        "second for models that know words of a list alone",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the questions (0)")
     parser.add_argument(

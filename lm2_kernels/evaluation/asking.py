@@ -17,8 +17,9 @@ from lm2_kernels.terminal import Bar
 
 __all__ = ["PROMPTS", "ask"]
 
-# how a sample is put: with an instruction and examples, or context and question alone
-PROMPTS = ("babilong", "plain")
+# how a sample is put: with an instruction and examples, or context and question alone, one after
+# the other or in segments of their own
+PROMPTS = ("babilong", "plain", "aligned")
 
 
 def ask(
@@ -50,8 +51,10 @@ def ask(
         batch: samples that are read together; answers do not depend on it, to rounding.
         tokens: of an answer, at most. In the plain form as many as the right answer has, if those
             are fewer: a model of that form was trained on nothing that would end it.
-        prompt: "babilong", with an instruction and examples, or "plain"; that for a model of words,
-            and else the first, unless given.
+        prompt: "babilong", with an instruction and examples, "plain", or "aligned" by the segments
+            of an :class:`LM2ForCausalLM` (:class:`~lm2_kernels.evaluation.layout.Layout`); unless
+            given as the model was trained, if the reader knows, or else "plain" for a model of
+            words and "babilong" for others.
         keep_answers: whether the results have each answer.
         results: to go on with: what they have is not asked again.
         notes: what else the answers depend on, as the seed of the tasks; results with others are
@@ -73,10 +76,10 @@ def ask(
         check_int("ask", name, value, 1)
     for length in lengths:
         check_int("ask", "lengths", length, 0)
-    prompt = prompt or ("plain" if reader.knows_words_alone else "babilong")
+    prompt = prompt or reader.prompt or ("plain" if reader.knows_words_alone else "babilong")
     if prompt not in PROMPTS:
         raise ValueError(f"ask: prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
-    if prompt != "plain" and reader.knows_words_alone:
+    if prompt == "babilong" and reader.knows_words_alone:
         raise ValueError("the model knows words of a list alone: it takes plain prompts")
     options = {
         "model": reader.fingerprint(),
@@ -120,6 +123,7 @@ class _Questions:
         self.reader = reader
         self._kind = kind
         self._tokens = tokens
+        self._layout = reader.layout() if kind == "aligned" else None
 
     def of(self, task: Task, length: int, first: int = 0) -> Iterator[_Question]:
         """Those of a task from a number on."""
@@ -137,6 +141,8 @@ class _Questions:
         if self._kind == "babilong":
             return _Question(number, sample, prompts.prompt(task.name, sample), self._tokens)
         text, answer = plain(sample)
+        if self._layout is not None:
+            text = self._layout.prompt(sample)
         # behind a blank, as it follows
         tokens = min(self._tokens, self.reader.count(f" {answer}"))
         return _Question(number, dataclasses.replace(sample, answer=answer), text, tokens)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels.checks import check_int
+from lm2_kernels.evaluation.layout import Layout
 from lm2_kernels.evaluation.samples import count_words
 from lm2_kernels.machine import best_device
 from lm2_kernels.model.decoder import LM2ForCausalLM
@@ -30,6 +31,7 @@ from lm2_kernels.patching.prints import fingerprint
 from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 from lm2_kernels.training.data import Bytes, Ids, Words, load_tokenizer
+from lm2_kernels.training.folder import read_run
 
 __all__ = ["Reader", "load_reader"]
 
@@ -49,6 +51,8 @@ class Reader:
         window: of a model of ``transformers``, how many tokens of the prompt it reads at once: the
             last so many, after those before them, window by window. An added memory is carried
             from window to window; without one, the last window is all that is read.
+        prompt: the form of prompts that it was trained on, of those of
+            :func:`~lm2_kernels.evaluation.asking.ask`; None if nobody knows.
 
     Raises:
         TypeError, ValueError: they do not go together.
@@ -60,6 +64,7 @@ class Reader:
         tokenizer: object,
         *,
         window: int | None = None,
+        prompt: str | None = None,
     ):
         if isinstance(tokenizer, Ids):
             raise ValueError(
@@ -70,6 +75,7 @@ class Reader:
         self.model = model
         self.tokenizer = tokenizer
         self.window = window
+        self.prompt = prompt
         self._is_own = isinstance(model, LM2ForCausalLM)
         self._is_hosted = not self._is_own and hasattr(model, "generation_config")
         if window is not None:
@@ -92,6 +98,16 @@ class Reader:
     def knows_words_alone(self) -> bool:
         """Whether the tokens are words of a list."""
         return isinstance(self.tokenizer, Words)
+
+    def layout(self) -> Layout:
+        """How prompts are aligned with the model's segments.
+
+        Raises:
+            ValueError: it has none of its own, or tokens that say nothing of padding.
+        """
+        if not self._is_own or not isinstance(self.tokenizer, Bytes | Words):
+            raise ValueError("aligned prompts are for models of train --tasks")
+        return Layout(self.tokenizer, self.model.config.segment_length)
 
     def fingerprint(self) -> str:
         """Of the weights, and of what a memory's options are; "" of a function."""
@@ -352,13 +368,22 @@ def load_reader(
         if memory is not None:
             raise ValueError(f"{model} has its own memory: another is for models of transformers")
         own = LM2ForCausalLM.load(model, device=device, dtype=dtype)
-        return Reader(own.eval(), load_tokenizer(model), window=window)
+        return Reader(own.eval(), load_tokenizer(model), window=window, prompt=_trained_on(model))
     host, tokenizer = _load_host(model)
     if memory is None and OPTIONS in config:
         memory = model
     if memory is not None:
         load_memory(host, memory)
     return Reader(host.to(device, dtype).eval(), tokenizer, window=window)
+
+
+def _trained_on(name: str | Path) -> str | None:
+    """The form of prompts that a model was trained on, if ``train`` says so beside it."""
+    try:
+        options = read_run(Path(name))["options"]
+    except (OSError, ValueError):
+        return None
+    return {"aligned": "aligned", "running": "plain"}.get(options.get("layout"))
 
 
 def _load_host(name: str | Path) -> tuple[nn.Module, object]:

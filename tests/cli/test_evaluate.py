@@ -10,6 +10,7 @@ import torch
 
 from lm2_kernels import LM2ForCausalLM, cli
 from lm2_kernels.cli import evaluate
+from lm2_kernels.cli.arguments import length
 from lm2_kernels.evaluation.reading import Reader
 from lm2_kernels.evaluation.results import Results
 from lm2_kernels.evaluation.samples import plain
@@ -167,12 +168,12 @@ def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
 
 
 def test_user_errors_of_the_parser(capsys):
-    for length in ("k", "-1", "1.5k", "1kk"):
+    for wrong in ("k", "-1", "1.5k", "1kk"):
         with pytest.raises(SystemExit) as error:
-            _run("model", f"--lengths={length}")
+            _run("model", f"--lengths={wrong}")
         assert error.value.code == 2
         assert "is no length such as 0k, 4k or 1500" in capsys.readouterr().err
-    assert [evaluate._length(text) for text in ("0k", "1k", "128K", "1m", "1500")] == [
+    assert [length(text) for text in ("0k", "1k", "128K", "1m", "1500")] == [
         0, 1000, 128_000, 1_000_000, 1500,
     ]  # fmt: skip
 

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from lm2_kernels import LM2ForCausalLM, cli, training
 from lm2_kernels.cli import train as command
 from lm2_kernels.evaluation import retrieval
+from lm2_kernels.evaluation.layout import Layout
+from lm2_kernels.evaluation.reading import Reader
+from lm2_kernels.evaluation.tasks import task
 from lm2_kernels.training.data import load_tokenizer
 from tools.processes import run_processes
 
@@ -115,6 +118,30 @@ def test_tasks_train_a_model_that_answers(config, tmp_path, capsys):
     prompt = ["generate", str(out), "--prompt", "cedar lantern . cedar ?", "--tokens", "2"]
     assert cli.main(prompt) == 0
     assert len(capsys.readouterr().out.split()) == 7
+
+
+@pytest.mark.parametrize("layout", ("aligned", "running"))
+def test_evaluate_asks_what_was_validated(layout, config, tmp_path, monkeypatch, capsys):
+    """The same samples, laid out as in training: as many right answers of yes and no."""
+    monkeypatch.setattr("lm2_kernels.evaluation.lessons._ASKED", 20)
+    out, asked, real = tmp_path / "out", [], Reader.answer
+    monkeypatch.setattr(
+        Reader,
+        "answer",
+        lambda self, prompts, *more: asked.extend(prompts) or real(self, prompts, *more),
+    )
+    options = ["--tasks", "qa6", "--steps", "30", "--lr", "0.01", "--loss", "answers"]
+    arguments = _arguments(config, out, *options, "--layout", layout)
+    assert cli.main(arguments) == 0
+    (right,) = re.findall(r"qa6, 2 segments: .* \((\d+) of 20\)", capsys.readouterr().out)
+    results = tmp_path / "results.json"
+    ask = ["evaluate", str(out), "--tasks", "qa6", "--lengths", "64", "--samples", "20"]
+    assert cli.main([*ask, "--json", str(results)]) == 0
+    (cell,) = json.loads(results.read_text())["cells"]
+    assert cell["leaderboard"]["right"] == int(right) > 0
+    rows = Layout(load_tokenizer(out), 32, layout)
+    # the first is looked at before all are asked
+    assert asked[-20:] == [rows.prompt(task("qa6").sample(n, 64)) for n in range(20)]
 
 
 def test_a_run_on_tasks_goes_on_bit_for_bit(config, tmp_path, monkeypatch, capsys):
