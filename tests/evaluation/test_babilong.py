@@ -1,5 +1,6 @@
 """Facts in background text: their order and places, lengths by any tokenizer, what is left out."""
 
+import dataclasses
 import re
 import sys
 import types
@@ -122,6 +123,24 @@ def test_what_is_too_long_is_left_out():
     assert task.available() is None
     with pytest.raises(ValueError, match="qa1: of 1000 stories none fits into 5 tokens"):
         InBackground(BabiWorld("qa1")).sample(0, 5)
+    with pytest.raises(ValueError, match="qa1: of 20000 stories none is as short as asked for"):
+        InBackground(BabiWorld("qa1"), tokens_per_fact=8).sample(0, 15)
+
+
+@pytest.mark.parametrize("validation", (False, True))
+def test_stories_of_few_facts(validation):
+    """The same as without telling only these, where those fit."""
+    world = BabiWorld("qa2", 1, validation)
+    short = InBackground(world, tokens_per_fact=8)
+    fitting = 0
+    for number in range(30):
+        sample, story = short.sample(number, 80), world.story(number)
+        assert len(dataclasses.replace(world, most=10).story(number).facts) <= 10
+        if len(story.facts) <= 10:
+            places, _ = _split(sample.context, story.facts)
+            assert len(places) == len(story.facts)
+            fitting += 1
+    assert 3 < fitting < 27
 
 
 def test_what_is_too_long_in_files(tmp_path):
