@@ -5,7 +5,6 @@ A :class:`Source` tells stories: facts and a question, which a task puts into ba
 """
 
 import dataclasses
-import itertools
 import random
 import re
 import zlib
@@ -34,6 +33,8 @@ Count = Callable[[str], int]
 _TOKEN = re.compile(r"[\w'-]+|[^\w\s]")
 # one story in so many is for validation
 _VALIDATION_SHARE = 8
+# stories that are begun to find one of the right split, and of few facts where that is asked for
+_ATTEMPTS = 20000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,9 @@ def count_words(text: str) -> int:
 class Task(Protocol):
     """A source of samples: the same number is the same sample, on every platform."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called: ``qa1`` and so on."""
 
     def sample(self, number: int, length: int = 0, count: Count = count_words) -> Sample:
         """Sample ``number``.
@@ -101,9 +104,17 @@ class Task(Protocol):
 class Source(Protocol):
     """Where stories come from: the same number is the same story, on every platform."""
 
-    name: str
-    labels: tuple[str, ...]
-    size: int | None  # how many stories there are; None: as many as are asked for
+    @property
+    def name(self) -> str:
+        """What the task is called."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All answers, the single ones where they are lists; () where they are not few."""
+
+    @property
+    def size(self) -> int | None:
+        """How many stories there are; None: as many as are asked for."""
 
     def story(self, number: int) -> Story:
         """Story ``number``, from 0 on and below ``size``."""
@@ -140,10 +151,19 @@ class Dice:
         return self._random() < share
 
 
-def draw_story(seed: str, validation: bool, tell: Callable[[Dice], Story]) -> Story:
-    """The first story of a seed that is for validation, or is not."""
-    stories = (tell(Dice(f"{seed} {attempt}")) for attempt in itertools.count())
-    return next(story for story in stories if story.is_validation == validation)
+def draw_story(seed: str, validation: bool, tell: Callable[[Dice], Story | None]) -> Story:
+    """The first story of a seed that is for validation, or is not.
+
+    Raises:
+        ValueError: ``tell`` gives up too often.
+    """
+    for attempt in range(_ATTEMPTS):
+        story = tell(Dice(f"{seed} {attempt}"))
+        if story is not None and story.is_validation == validation:
+            return story
+    raise ValueError(
+        f"{seed.split(maxsplit=1)[0]}: of {_ATTEMPTS} stories none is as short as asked for"
+    )
 
 
 def distinct_words(*texts: str) -> tuple[str, ...]:
