@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,37 @@ class Accuracy:
     def share(self) -> float:
         """From 0 to 1; NaN of nothing."""
         return self.right / self.total if self.total else math.nan
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval of the share that would be right of infinitely many.
+
+        ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``, where ``p`` of
+        ``n`` are right and ``z`` is the normal quantile at ``(1 + confidence) / 2``: all shares for
+        which ``p`` is no further than ``z`` standard errors away. It stays between 0 and 1, and is
+        no point where all or none are right. (E. B. Wilson, "Probable inference, the law of
+        succession, and statistical inference", Journal of the American Statistical Association 22,
+        1927, pages 209 to 212.)
+
+        Args:
+            confidence: above 0 and below 1.
+
+        Returns:
+            Its ends; 0 and 1 of nothing.
+
+        Raises:
+            ValueError: ``confidence`` is not between 0 and 1.
+        """
+        if not 0.0 < confidence < 1.0:
+            raise ValueError(f"Accuracy: confidence must be between 0 and 1, got {confidence}")
+        if self.total == 0:
+            return 0.0, 1.0
+        z = statistics.NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+        p, n = self.share, self.total
+        middle = p + z * z / (2 * n)
+        reach = z * math.sqrt(p * (1.0 - p) / n + z * z / (4 * n * n))
+        low, high = ((middle + side * reach) / (1.0 + z * z / n) for side in (-1, 1))
+        # what is rounded is not beyond the share itself
+        return max(0.0, min(low, p)), min(1.0, max(high, p))
 
     def __str__(self) -> str:
         return f"{100 * self.share:.1f} % ({self.right} of {self.total})"
