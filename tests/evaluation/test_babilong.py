@@ -109,6 +109,18 @@ def test_places_are_even():
     assert max(numbers) < 80
 
 
+def test_places_are_sorted():
+    """Of four facts the first comes after a fifth of the background, the last before a fifth."""
+    source, shares = Needles(4), []
+    for number in range(100):
+        context = InBackground(source).sample(number, 400).context
+        places, _ = _split(context, source.story(number).facts)
+        shares.append((places[0] / len(context), places[-1] / len(context)))
+    first, last = (sum(share) / len(shares) for share in zip(*shares, strict=True))
+    assert 0.1 < first < 0.3
+    assert 0.7 < last < 0.9
+
+
 def test_no_room_for_background():
     source = BabiWorld("qa4")
     facts = InBackground(source).sample(0).context
