@@ -358,7 +358,9 @@ def load_reader(
         memory = model
     if memory is not None:
         load_memory(host, memory)
-    return Reader(host.to(device, dtype).eval(), tokenizer, window=window)
+    # not at once: of quantised weights a dtype is refused, even None
+    host = host.to(device)
+    return Reader((host if dtype is None else host.to(dtype)).eval(), tokenizer, window=window)
 
 
 def _load_host(name: str | Path) -> tuple[nn.Module, object]:
@@ -369,16 +371,20 @@ def _load_host(name: str | Path) -> tuple[nn.Module, object]:
         raise ValueError(
             f'{name} is a model of transformers: pip install "lm2_kernels[transformers]"'
         ) from None
-    before = transformers.logging.get_verbosity()
+    logs = transformers.logging
+    before, has_bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
     # of weights that it does not know, those of the memory, it would tell at length
-    transformers.logging.set_verbosity_error()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     finally:
-        transformers.logging.set_verbosity(before)
+        logs.set_verbosity(before)
+        if has_bar:
+            logs.enable_progress_bar()
     if found["missing_keys"]:
         raise ValueError(f"{name} lacks weights: {', '.join(sorted(found['missing_keys'])[:4])}")
     return model, tokenizer
