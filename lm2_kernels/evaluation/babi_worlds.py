@@ -13,6 +13,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from lm2_kernels.evaluation.babi import LABELS
 from lm2_kernels.evaluation.samples import Dice, Story, distinct_words, draw_story
@@ -126,20 +127,6 @@ class _World:
         """What was last done with a thing."""
         return next(a for a in reversed(self.acts) if a.kind != "move" and a.what == thing)
 
-    def told_places(self, thing: str) -> list[str]:
-        """Where a thing has been, as far as it was told, each change once."""
-        place: dict[str, str] = {}
-        holder, found = None, []
-        for act in self.acts:
-            if act.kind == "move":
-                place[act.actor] = act.what
-            elif act.what == thing:
-                holder = {"get": act.actor, "give": act.receiver, "drop": None}[act.kind]
-            there = place.get(holder) if holder else None
-            if there and found[-1:] != [there]:
-                found.append(there)
-        return found
-
 
 def _ask_person(world: _World, act: _Act) -> tuple[str, str] | None:
     if act.kind != "move":
@@ -183,11 +170,6 @@ def _ask_object_before(world: _World, act: _Act) -> tuple[str, str] | None:
     if len(moves) < 2:
         return None
     before, place = (move.what for move in moves)
-    # it may have been there again, and have come from elsewhere
-    told = world.told_places(act.what)
-    latest = max(number for number, other in enumerate(told) if other == place)
-    if latest == 0 or told[latest - 1] != before:
-        return None
     return _BEFORE.format(act.what, place), before
 
 
@@ -233,8 +215,7 @@ class _Acts:
     kinds: tuple[str, ...] = _HANDLING
     people: tuple[str, ...] = _PEOPLE
     there: float = 1.0  # how many are taken "there"
-
-    questions = _QUESTIONS
+    questions: int = _QUESTIONS
 
     def tell(self, dice: Dice) -> Iterator[_Line]:
         world = _World(dice, self.people, self.kinds)
@@ -271,8 +252,7 @@ class _Said:
     unsure: bool
     people: tuple[str, ...]
     places: tuple[str, ...]
-
-    questions = _QUESTIONS
+    questions: int = _QUESTIONS
 
     def tell(self, dice: Dice) -> Iterator[_Line]:
         place = {person: dice.pick(self.places) for person in self.people}
@@ -325,7 +305,7 @@ class _Said:
 class _Directions:
     """Three places in a row, two facts and a question."""
 
-    questions = 1
+    questions: int = 1
 
     def tell(self, dice: Dice) -> Iterator[_Line]:
         middle, *ends = dice.several(_PLACES, 3)
@@ -361,8 +341,26 @@ def _until(told: Iterator[_Line], questions: int) -> list[_Line]:
     return lines
 
 
+class _Told(Protocol):
+    """How stories of a task are told."""
+
+    @property
+    def questions(self) -> int:
+        """Of a whole story."""
+
+    def tell(self, dice: Dice) -> Iterator[_Line]:
+        """The lines of a story."""
+
+    def texts(self) -> list[str]:
+        """Everything that its statements are made of, but for names."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everybody and everything named."""
+
+
 # how each task is told, and how it is asked
-_TASKS = {
+_TASKS: dict[str, tuple[_Told, tuple[str, ...]]] = {
     "qa1": (_Acts(_ask_person, kinds=("move",)), (_WHERE,)),
     "qa2": (_Acts(_ask_object), (_WHERE_OBJECT,)),
     "qa3": (_Acts(_ask_object_before, there=_THERE), (_BEFORE,)),
@@ -424,8 +422,7 @@ class BabiWorld:
 
     def _tell(self, dice: Dice) -> Story:
         told = _TASKS[self.name][0]
-        lines = _until(told.tell(dice), 1 + dice.below(told.questions))
-        question, answer = lines.pop()
+        *lines, (question, answer) = _until(told.tell(dice), 1 + dice.below(told.questions))
         return Story(tuple(line for line in lines if isinstance(line, str)), question, answer)
 
     def words(self) -> tuple[str, ...]:

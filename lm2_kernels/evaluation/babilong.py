@@ -115,13 +115,12 @@ class InBackground:
         )
 
     def _numbers(self, length: int, count: Count) -> Sequence[int]:
+        numbers = range(self.source.size or 0)
         if not length:
-            return range(self.source.size)
+            return numbers
         if (length, count) not in self._fitting:
             self._fitting[length, count] = [
-                number
-                for number in range(self.source.size)
-                if self._fits(self.source.story(number), length, count)
+                number for number in numbers if self._fits(self.source.story(number), length, count)
             ]
         return self._fitting[length, count]
 

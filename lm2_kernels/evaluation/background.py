@@ -24,7 +24,7 @@ _SENTENCES = (
     "People say that {kind} {weather} near the {land} means a long {season}.",
     "Every {season} the {weather} grows {kind}, and the {land} looks new again.",
     "Such {kind} {weather}, which hides the {land} from view, comes early in {season}.",
-    "By evening the {kind} {weather} had almost gone from the {land} once more.",
+    "By midnight the {kind} {weather} had almost gone from the {land} once more.",
 )
 
 

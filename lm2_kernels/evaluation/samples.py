@@ -82,7 +82,9 @@ def count_words(text: str) -> int:
 class Task(Protocol):
     """A source of samples: the same number is the same sample, on every platform."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called: ``qa1`` and so on."""
 
     def sample(self, number: int, length: int = 0, count: Count = count_words) -> Sample:
         """Sample ``number``.
@@ -101,9 +103,17 @@ class Task(Protocol):
 class Source(Protocol):
     """Where stories come from: the same number is the same story, on every platform."""
 
-    name: str
-    labels: tuple[str, ...]
-    size: int | None  # how many stories there are; None: as many as are asked for
+    @property
+    def name(self) -> str:
+        """What the task is called."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All answers, the single ones where they are lists; () where they are not few."""
+
+    @property
+    def size(self) -> int | None:
+        """How many stories there are; None: as many as are asked for."""
 
     def story(self, number: int) -> Story:
         """Story ``number``, from 0 on and below ``size``."""
