@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lm2_kernels import LM2ForCausalLM, get_memory
+from lm2_kernels import LM2ForCausalLM, add_memory, get_memory
 from lm2_kernels.evaluation.reading import Reader, load_reader
 from lm2_kernels.training.data import Bytes, Ids, Words, save_tokenizer
 from tools import hosts
@@ -146,6 +146,26 @@ def test_windows_carry_the_memory():
     patched, plain = _hosted("paper", WINDOW), _hosted(None, WINDOW)
     assert plain.answer(prompts, TOKENS) == plain.answer(tails, TOKENS)
     assert patched.answer(prompts, TOKENS) != patched.answer(tails, TOKENS)
+
+
+@hosted
+def test_places_are_those_of_the_row_alone():
+    """Of a host that knows places by their numbers, which padding in front would move."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=hosts.VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=4,
+        initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    add_memory(model, memory_slots=hosts.SLOTS, num_heads=4, zero_init=False)
+    for kind, window in (("windows", WINDOW), ("whole", None)):
+        reader, prompts = Reader(model, _words(hosts.VOCABULARY), window=window), _prompts()
+        # of two windows each, of which the first is of another length
+        prompts = [" ".join(prompts[2].split()[:number]) for number in (12, 14, 19)]
+        alone = [reader.answer([prompt], TOKENS)[0] for prompt in prompts]
+        assert reader.answer(prompts, TOKENS) == alone, kind
 
 
 @hosted
