@@ -13,7 +13,7 @@ from tools import hosts
 from tools.hosts import bare_llama, hosted, llama
 from tools.models import SMALL, small_model
 
-TOKENS = 6
+TOKENS = 4
 WINDOW = 11  # no multiple of a segment of 6 or 8 tokens
 # weights of which each answer is another
 _SPREAD = {"initializer_range": 0.3}
@@ -159,13 +159,17 @@ def test_places_are_those_of_the_row_alone():
         initializer_range=0.3, eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     model = transformers.GPT2LMHeadModel(config).double().eval()
-    add_memory(model, memory_slots=hosts.SLOTS, num_heads=4, zero_init=False)
-    for kind, window in (("windows", WINDOW), ("whole", None)):
-        reader, prompts = Reader(model, _words(hosts.VOCABULARY), window=window), _prompts()
+    for layer in add_memory(model, memory_slots=hosts.SLOTS, num_heads=4).memory.layers:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    for window in (WINDOW, None):
+        reader = Reader(model, _words(hosts.VOCABULARY), window=window)
         # of two windows each, of which the first is of another length
-        prompts = [" ".join(prompts[2].split()[:number]) for number in (12, 14, 19)]
+        prompts = [" ".join(_prompts()[2].split()[:number]) for number in (12, 14, 19, 21)]
         alone = [reader.answer([prompt], TOKENS)[0] for prompt in prompts]
-        assert reader.answer(prompts, TOKENS) == alone, kind
+        assert reader.answer(prompts, TOKENS) == alone
+        tails = [" ".join(prompt.split()[-WINDOW:]) for prompt in prompts]
+        assert reader.answer(tails, TOKENS) != alone
 
 
 @hosted
