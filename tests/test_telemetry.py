@@ -1,6 +1,7 @@
 """Watching changes nothing; known states give known numbers; pieces give what one pass gives."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -110,6 +111,34 @@ def test_recomputing_layers_are_seen_once(formulation):
     record, other = _same_bits(model, _training_step), _same_bits(plain, _training_step)
     assert record.summary() == other.summary()
     assert record.summary()["tokens"] == 45
+
+
+@pytest.mark.parametrize("kind", ("paper", "release"))
+def test_numbers_are_of_float32_under_autocast(kind):
+    layer, (x, memory) = _layer(kind, dtype=torch.float32), _inputs()
+    x, memory = x.float(), memory.float()
+    plain, _ = _watched(layer, x, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = _watched(layer, x, memory)
+    for figure in ("input_gate", "forget_gate", "output_gate", "entropy", "read"):
+        assert cast[figure] == plain[figure]
+    # which the layer wrote in 16 bits
+    assert cast["rms"] != plain["rms"]
+
+
+def test_no_graph_is_held():
+    """By a segment that is open."""
+    model = small_model()
+    with watch(model) as record:
+        model(random_ids(2, 9), use_cache=True)
+    # which tensors of a graph refuse
+    assert copy.deepcopy(record).summary() == record.summary()
+
+
+def test_a_batch_without_rows():
+    layer, (x, memory) = _layer("paper"), _inputs()
+    summary, _ = _watched(layer, x[:0], memory[:0])
+    assert summary["tokens"] == 0
 
 
 def _stream(model, sizes, ids):
