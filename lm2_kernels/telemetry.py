@@ -527,7 +527,6 @@ class _Segment:
             and keys is not None
             and self._keys is not None
             and keys.data_ptr() == self._keys.data_ptr()
-            and len(keys) == len(self._keys)
         )
 
     def add(self, piece: "_Piece", keys: Tensor | None) -> None:
