@@ -29,8 +29,8 @@ from torch import Tensor
 
 import lm2_kernels as lm2
 
-PEOPLE = "John Mary Sandra Daniel".split()
-PLACES = "garden kitchen office bedroom bathroom park school library".split()
+PEOPLE = ["John", "Mary", "Sandra", "Daniel"]
+PLACES = ["garden", "kitchen", "office", "bedroom", "bathroom", "park", "school", "library"]
 TOLD = "{person} went back to the {place}."
 ASKED = "Where is {person}? {person} is in the"
 NOTHING = ("It rained until the evening.", "The wind was strong that night.", "Nothing was heard.")
@@ -55,9 +55,7 @@ def host(folder: str | None, gguf: str | None) -> Host:
         numbers = {word: number for number, word in enumerate(["[PAD]", *sorted(words)])}
         inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, unk_token="[PAD]"))
         inner.pre_tokenizer = split
-        tokenizer = transformers.PreTrainedTokenizerFast(
-            tokenizer_object=inner, pad_token="[PAD]"
-        )
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]")
         config = transformers.LlamaConfig(
             vocab_size=len(numbers), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, initializer_range=0.125,
