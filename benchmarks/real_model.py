@@ -177,7 +177,8 @@ class Reader(nn.Module):
 def padded(rows: list[list[int]], multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Rows of tokens, padded on the left, and where they are."""
     length = max(map(len, rows))
-    length += -length % multiple
+    if length > multiple:
+        length += -length % multiple
     ids = torch.zeros(len(rows), length, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
