@@ -92,7 +92,7 @@ def test_a_context_of_fewer_windows_is_read_as_alone(study, folder):
     for layer in memory.layers:
         torch.nn.init.normal_(layer.value_proj.weight)
     reader.double()
-    rows = [list(range(1, 71)), list(range(5, 25))]
+    rows = [list(range(1, 71)), list(range(5, 5 + study.WINDOW))]
     with torch.no_grad():
         reader.read(*study.padded(rows, multiple=study.WINDOW))
         together = memory.state.select([1]).banks
