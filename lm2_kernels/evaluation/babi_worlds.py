@@ -59,7 +59,7 @@ _GIVING = (
 _QUESTIONS = 5
 # statements before every question, and those that one is about
 _PACE, _RECENT = 2, 5
-# of five, how many say "there" where not all do
+# how many say "there" where not all do
 _THERE = 0.2
 
 
@@ -332,15 +332,6 @@ class _Directions:
         return _PLACES
 
 
-def _until(told: Iterator[_Line], questions: int) -> list[_Line]:
-    """A story up to one of its questions."""
-    lines: list[_Line] = []
-    while questions:
-        lines.append(next(told))
-        questions -= isinstance(lines[-1], tuple)
-    return lines
-
-
 class _Told(Protocol):
     """How stories of a task are told."""
 
@@ -389,6 +380,7 @@ class BabiWorld:
         name: of the task.
         seed: of everything random.
         validation: whether stories for validation are told, or those for training.
+        most: facts of a story; longer ones are left out.
 
     Raises:
         ValueError: there is no such task.
@@ -397,6 +389,7 @@ class BabiWorld:
     name: str
     seed: int = 0
     validation: bool = False
+    most: int | None = None
     size = None
 
     def __post_init__(self):
@@ -414,16 +407,37 @@ class BabiWorld:
     def lines(self, number: int) -> list[_Line]:
         """A whole story as the published files have it: statements, and questions with answers."""
         told = _TASKS[self.name][0]
-        return _until(told.tell(Dice(f"{self.name} {self.seed} whole {number}")), told.questions)
+        lines: list[_Line] = []
+        left = told.questions
+        for line in told.tell(Dice(f"{self.name} {self.seed} whole {number}")):
+            lines.append(line)
+            left -= isinstance(line, tuple)
+            if not left:
+                break
+        return lines
 
     def story(self, number: int) -> Story:
-        """Story ``number``: all statements before a question, and the question."""
+        """Story ``number``: all statements before a question, and the question.
+
+        Raises:
+            ValueError: none of very many has at most ``most`` facts.
+        """
         return draw_story(f"{self.name} {self.seed} {number}", self.validation, self._tell)
 
-    def _tell(self, dice: Dice) -> Story:
+    def _tell(self, dice: Dice) -> Story | None:
         told = _TASKS[self.name][0]
-        *lines, (question, answer) = _until(told.tell(dice), 1 + dice.below(told.questions))
-        return Story(tuple(line for line in lines if isinstance(line, str)), question, answer)
+        # of questions, those before the last are not told
+        left, facts = dice.below(told.questions), []
+        for line in told.tell(dice):
+            if isinstance(line, str):
+                facts.append(line)
+                if self.most is not None and len(facts) > self.most:
+                    break
+            elif left:
+                left -= 1
+            else:
+                return Story(tuple(facts), *line)
+        return None
 
     def words(self) -> tuple[str, ...]:
         """Every word that the plain form of its stories may have."""

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Sequence
 
 from lm2_kernels.evaluation.babi import LABELS
+from lm2_kernels.evaluation.babi_worlds import BabiWorld
 from lm2_kernels.evaluation.background import Background, NeutralText
 from lm2_kernels.evaluation.samples import Count, Dice, Sample, Source, Story, count_words
 
@@ -105,8 +106,12 @@ class InBackground:
             if not numbers:
                 raise ValueError(f"{self.name}: no story fits into {length} tokens")
             return self.source.story(numbers[number % len(numbers)])
+        source = self.source
+        if length and self.tokens_per_fact and isinstance(source, BabiWorld):
+            # no need to tell to the end what will be left out
+            source = dataclasses.replace(source, most=length // self.tokens_per_fact)
         for attempt in range(_TRIES):
-            story = self.source.story(number + attempt * _STRIDE)
+            story = source.story(number + attempt * _STRIDE)
             if self._fits(story, length, count):
                 return story
         raise ValueError(

@@ -5,7 +5,6 @@ A :class:`Source` tells stories: facts and a question, which a task puts into ba
 """
 
 import dataclasses
-import itertools
 import random
 import re
 import zlib
@@ -34,6 +33,8 @@ Count = Callable[[str], int]
 _TOKEN = re.compile(r"[\w'-]+|[^\w\s]")
 # one story in so many is for validation
 _VALIDATION_SHARE = 8
+# stories that are begun to find one of the right split, and of few facts where that is asked for
+_ATTEMPTS = 20000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,10 +151,19 @@ class Dice:
         return self._random() < share
 
 
-def draw_story(seed: str, validation: bool, tell: Callable[[Dice], Story]) -> Story:
-    """The first story of a seed that is for validation, or is not."""
-    stories = (tell(Dice(f"{seed} {attempt}")) for attempt in itertools.count())
-    return next(story for story in stories if story.is_validation == validation)
+def draw_story(seed: str, validation: bool, tell: Callable[[Dice], Story | None]) -> Story:
+    """The first story of a seed that is for validation, or is not.
+
+    Raises:
+        ValueError: ``tell`` gives up too often.
+    """
+    for attempt in range(_ATTEMPTS):
+        story = tell(Dice(f"{seed} {attempt}"))
+        if story is not None and story.is_validation == validation:
+            return story
+    raise ValueError(
+        f"{seed.split(maxsplit=1)[0]}: of {_ATTEMPTS} stories none is as short as asked for"
+    )
 
 
 def distinct_words(*texts: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Facts in background text: their order and places, lengths by any tokenizer, what is left out."""
 
+import dataclasses
 import re
 import sys
 import types
@@ -98,14 +99,27 @@ def test_places_are_even():
     source = Needles()
     places = Counter()
     for number in range(440):
-        context = InBackground(source).sample(number, 150).context
-        (place,), _ = _split(context, source.story(number).facts)
-        before = len(sentences(context[:place]))
-        places["first" if place == 0 else "last" if context.endswith(".") else before] += 1
-    numbers = [count for place, count in places.items() if place not in ("first", "last")]
-    assert places["first"] > 15
-    assert len(numbers) >= 9
-    assert max(numbers) < 80
+        context, (fact,) = (
+            InBackground(source).sample(number, 150).context,
+            source.story(number).facts,
+        )
+        before = len(sentences(context.partition(fact)[0]))
+        places["last" if context.endswith(fact) else before] += 1
+    assert set(places) >= {"last", *range(10)}
+    assert min(places[place] for place in ("last", *range(9))) > 20
+    assert max(places.values()) < 70
+
+
+def test_places_are_sorted():
+    """Of four facts the first comes after a fifth of the background, the last before a fifth."""
+    source, shares = Needles(4), []
+    for number in range(100):
+        context = InBackground(source).sample(number, 400).context
+        places, _ = _split(context, source.story(number).facts)
+        shares.append((places[0] / len(context), places[-1] / len(context)))
+    first, last = (sum(share) / len(shares) for share in zip(*shares, strict=True))
+    assert 0.1 < first < 0.3
+    assert 0.7 < last < 0.9
 
 
 def test_no_room_for_background():
@@ -122,6 +136,24 @@ def test_what_is_too_long_is_left_out():
     assert task.available() is None
     with pytest.raises(ValueError, match="qa1: of 1000 stories none fits into 5 tokens"):
         InBackground(BabiWorld("qa1")).sample(0, 5)
+    with pytest.raises(ValueError, match="qa1: of 20000 stories none is as short as asked for"):
+        InBackground(BabiWorld("qa1"), tokens_per_fact=8).sample(0, 15)
+
+
+@pytest.mark.parametrize("validation", (False, True))
+def test_stories_of_few_facts(validation):
+    """The same as without telling only these, where those fit."""
+    world = BabiWorld("qa2", 1, validation)
+    short = InBackground(world, tokens_per_fact=8)
+    fitting = 0
+    for number in range(30):
+        sample, story = short.sample(number, 80), world.story(number)
+        assert len(dataclasses.replace(world, most=10).story(number).facts) <= 10
+        if len(story.facts) <= 10:
+            places, _ = _split(sample.context, story.facts)
+            assert len(places) == len(story.facts)
+            fitting += 1
+    assert 3 < fitting < 27
 
 
 def test_what_is_too_long_in_files(tmp_path):
