@@ -1,5 +1,6 @@
 """Asking tasks: what is counted and kept, what goes on and what is refused, tables and pictures."""
 
+import dataclasses
 import json
 import math
 import re
@@ -287,6 +288,13 @@ def test_the_first_samples_are_looked_at_before_the_work():
 
     with pytest.raises(ValueError, match=r"^strange at 0k: the model knows .* and not snow"):
         _ask((0,), [Where(), Strange("strange")], model=model)
+
+    class Unsayable(Where):
+        def sample(self, *args):
+            return dataclasses.replace(super().sample(*args), answer="Attic")
+
+    with pytest.raises(ValueError, match=r"^attic at 0k: the model knows .* and not attic"):
+        _ask((0,), [Where(), Unsayable("attic")], model=model)
     assert not model.calls
 
 
