@@ -153,6 +153,9 @@ def _begun(results: Results, questions: _Questions, task: Task, length: int, sam
     first = next(questions.of(task, length))
     try:
         questions.reader.check(first.prompt, first.tokens)
+        if questions.reader.knows_words_alone:
+            # what it does not know it could not say either
+            questions.reader.encode(first.sample.answer)
     except ValueError as error:
         raise ValueError(f"{task.name} at {length_name(length)}: {error}") from None
     digest = hashlib.blake2b(first.prompt.encode(), digest_size=16).hexdigest()

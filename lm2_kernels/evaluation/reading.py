@@ -16,6 +16,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,8 @@ class Reader:
                 "be asked of it: in Python, give the tokenizer, "
                 "lm2_kernels.evaluation.Reader(model, tokenizer)"
             )
-        self.model = model
-        self.tokenizer = tokenizer
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
         self.window = window
         self.prompt = prompt
         self._is_own = isinstance(model, LM2ForCausalLM)

@@ -153,6 +153,8 @@ def test_places_are_those_of_the_row_alone():
     """Of a host that knows places by their numbers, which padding in front would move."""
     import transformers
 
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56):
+        pytest.skip(f"GPT-2 of transformers {transformers.__version__} keeps its cache in tuples")
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         vocab_size=hosts.VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=4,

@@ -1,5 +1,6 @@
 """Asking tasks: what is counted and kept, what goes on and what is refused, tables and pictures."""
 
+import dataclasses
 import json
 import math
 import re
@@ -135,7 +136,8 @@ class Spoken:
 
     def __init__(self):
         self.prompts, self.limits = [], []
-        self.knows_words_alone, self.window, self.device = False, None, torch.device("cpu")
+        self.knows_words_alone, self.window, self.prompt = False, None, None
+        self.device = torch.device("cpu")
 
     def fingerprint(self):
         return ""
@@ -265,7 +267,7 @@ def test_another_model_is_refused():
         ({"batch": 0}, "batch must be at least 1"),
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"lengths": (-1,)}, "lengths must be at least 0"),
-        ({"prompt": "other"}, "one of babilong, plain, got 'other'"),
+        ({"prompt": "other"}, "one of babilong, plain.* got 'other'"),
         ({"prompt": "babilong"}, "it takes plain prompts"),
     ],
 )
@@ -286,6 +288,13 @@ def test_the_first_samples_are_looked_at_before_the_work():
 
     with pytest.raises(ValueError, match=r"^strange at 0k: the model knows .* and not snow"):
         _ask((0,), [Where(), Strange("strange")], model=model)
+
+    class Unsayable(Where):
+        def sample(self, *args):
+            return dataclasses.replace(super().sample(*args), answer="Attic")
+
+    with pytest.raises(ValueError, match=r"^attic at 0k: the model knows .* and not attic"):
+        _ask((0,), [Where(), Unsayable("attic")], model=model)
     assert not model.calls
 
 
