@@ -32,6 +32,7 @@ __all__ = [
     "pooled_gate",
     "release_memory",
     "residual_layer_norm",
+    "slot_query_memory",
     "visible_slots",
 ]
 
@@ -388,3 +389,65 @@ def release_memory(
         tokens_per_slot=tokens_per_slot,
     )
     return out, _write_rows(memory, new_rows, slot_offset), new_sum
+
+
+def slot_query_memory(
+    x: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, N, D)
+    parameters: dict[str, Tensor],
+    *,
+    num_heads: int,
+    pool: str = "proposals",
+) -> tuple[Tensor, Tensor]:
+    """An experiment, of no layer: slots choose the tokens that write them, by a query of their own.
+
+    Reads, gates and candidate C are those of :func:`paper_memory` without ``causal``. Which token
+    writes to a slot is no rule of positions: in each head, slot ``n`` weighs the tokens by ::
+
+        A_nt = softmax_t((M_n + e_n) Wa . x_t Wb / sqrt(K) - softplus(a) |t - centre_n| / c)
+
+    with ``c = T / N`` and ``centre_n = c n + (c - 1) / 2``: with a large ``a``, a chunk of its own.
+    The new row is pooled by them, with ``pool="proposals"`` behind the gates and else
+    (``"gates"``) before them::
+
+        M'_n = sum_t A_nt sigma(x_t Win) tanh(C_t) + M_n sum_t A_nt sigma(R_t Wf)
+        M'_n = sigma(sum_t A_nt x_t Win) tanh(sum_t A_nt C_t) + M_n sigma(sum_t A_nt R_t Wf)
+
+    ``parameters`` is a state dict of :class:`lm2_kernels.PaperMemory` with ``slot_query_proj``
+    (Wa), ``token_key_proj`` (Wb), ``slot_embedding`` e (N, D) and ``locality`` a (H,).
+
+    Returns:
+        output (B, T, D), new memory (B, N, D)
+    """
+    read = memory_attention(
+        _heads(_linear(x, parameters, "query_proj"), num_heads),
+        _heads(_linear(memory, parameters, "key_proj"), num_heads),
+        _heads(_linear(memory, parameters, "value_proj"), num_heads),
+        causal=False,
+    ).flatten(-2)
+    query = _linear(memory + parameters["slot_embedding"], parameters, "slot_query_proj")
+    query = _heads(query, num_heads)
+    key = _heads(_linear(x, parameters, "token_key_proj"), num_heads)
+    scores = torch.einsum("bnhk,bthk->bhnt", query, key) / math.sqrt(query.shape[-1])
+    num_tokens, num_slots = x.shape[1], memory.shape[1]
+    c = num_tokens / num_slots
+    token = torch.arange(num_tokens, device=x.device)
+    centre = torch.arange(num_slots, device=x.device)[:, None] * c + (c - 1.0) / 2.0
+    locality = F.softplus(parameters["locality"])[:, None, None]
+    weights = torch.softmax(scores - locality * (token - centre).abs() / c, dim=-1)
+
+    def pooled(rows: Tensor) -> Tensor:
+        rows = torch.einsum("bhnt,bthk->bnhk", weights, _heads(rows, num_heads))
+        return rows.flatten(-2)
+
+    candidate = _candidate(read, x, parameters)
+    input_gate = _linear(x, parameters, "input_gate_proj")
+    forget_gate = _linear(read, parameters, "forget_gate_proj")
+    if pool == "proposals":
+        written = pooled(torch.sigmoid(input_gate) * torch.tanh(candidate))
+        kept = pooled(torch.sigmoid(forget_gate))
+    else:
+        written = torch.sigmoid(pooled(input_gate)) * torch.tanh(pooled(candidate))
+        kept = torch.sigmoid(pooled(forget_gate))
+    shown = torch.sigmoid(_linear(read, parameters, "output_gate_proj")) * read
+    return x + shown, written + kept * memory

@@ -372,3 +372,73 @@ def test_results_have_the_dtype_of_their_input(dtype):
             assert results[f"d{name}"].dtype == tensor.dtype, (case.id, name)
         for index, cotangent in enumerate(inputs.cotangents):
             assert results[f"output {index}"].dtype == cotangent.dtype, (case.id, index)
+
+
+# --- slots that query tokens --------------------------------------------------------------------
+
+
+def _querying(num_tokens: int, num_slots: int, locality: float) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, num_tokens, 6).double(), torch.randn(2, num_slots, 6).double()
+    names = ("query", "key", "value", "output_gate", "input_gate", "forget_gate", "candidate")
+    names += ("slot_query", "token_key")
+    parameters = {f"{name}_proj.weight": torch.randn(6, 6).double() for name in names}
+    parameters["slot_embedding"] = torch.randn(num_slots, 6).double()
+    parameters["locality"] = torch.full((2,), locality, dtype=torch.float64)
+    return x, memory, parameters
+
+
+@pytest.mark.parametrize("pool", ("proposals", "gates"))
+def test_slots_that_query_their_own_place_are_positions(pool):
+    x, memory, parameters = _querying(5, 5, locality=1e5)
+    got = reference.slot_query_memory(x, memory, parameters, num_heads=2, pool=pool)
+    want = reference.paper_memory(x, memory, parameters, num_heads=2, causal=False)
+    for one, other in zip(got, want, strict=True):
+        assert_round_off(one, other)
+
+
+def test_a_slot_that_queries_all_is_one_chunk():
+    x, memory, parameters = _querying(5, 1, locality=-1e5)
+    parameters["slot_query_proj.weight"].zero_()
+    got = reference.slot_query_memory(x, memory, parameters, num_heads=2)
+    want = reference.paper_memory(
+        x, memory, parameters, num_heads=2, causal=False, tokens_per_slot=5
+    )
+    for one, other in zip(got, want, strict=True):
+        assert_round_off(one, other)
+
+
+def test_slots_prefer_tokens_nearby_by_hand():
+    # softplus(ln(e - 1)) = 1: a token loses a factor of e by each c = 2 places from the centre,
+    # which is at 1/2 and at 5/2
+    x, memory, parameters = _querying(4, 2, locality=math.log(math.e - 1.0))
+    memory = torch.zeros_like(memory)
+    for name in ("slot_query", "input_gate"):
+        parameters[f"{name}_proj.weight"].zero_()
+    distance = torch.tensor([[0.5, 0.5, 1.5, 2.5], [2.5, 1.5, 0.5, 0.5]]).double()
+    weights = torch.exp(-distance / 2.0)
+    weights = weights / weights.sum(dim=1, keepdim=True)
+    # of an empty memory nothing is read
+    written = 0.5 * torch.tanh(x @ parameters["candidate_proj.weight"].T)
+    _, new = reference.slot_query_memory(x, memory, parameters, num_heads=2)
+    assert_round_off(new, weights @ written)
+
+
+@pytest.mark.parametrize("pool", ("proposals", "gates"))
+def test_a_slot_finds_the_token_that_answers_its_query(pool):
+    x, memory, parameters = _querying(4, 2, locality=-1e5)
+    # slot n asks for what token 3 - n is, in both heads
+    memory, parameters["slot_embedding"] = torch.zeros_like(memory), torch.zeros(2, 6).double()
+    parameters["slot_embedding"][0, (0, 3)] = 1e4
+    parameters["slot_embedding"][1, (1, 4)] = 1e4
+    x[:, :, (0, 1, 3, 4)] = 0.0
+    x[:, 3, (0, 3)] = 1.0
+    x[:, 2, (1, 4)] = 1.0
+    for name in ("slot_query_proj.weight", "token_key_proj.weight"):
+        parameters[name] = torch.eye(6).double()
+    parameters["token_key_proj.weight"][2, 2] = parameters["token_key_proj.weight"][5, 5] = 0.0
+    _, new = reference.slot_query_memory(x, memory, parameters, num_heads=2, pool=pool)
+    _, own = reference.paper_memory(
+        x[:, (3, 2)], memory, parameters, num_heads=2, causal=False, tokens_per_slot=1
+    )
+    assert_round_off(new, own)

@@ -1,6 +1,6 @@
 """What a model remembers: tasks and how they are scored."""
 
-from lm2_kernels.evaluation.accuracy import Accuracy, evaluate
+from lm2_kernels.evaluation.accuracy import Accuracy, answer_accuracy, evaluate
 from lm2_kernels.evaluation.prompts import prompt
 from lm2_kernels.evaluation.samples import Sample, plain
 from lm2_kernels.evaluation.scoring import harness, leaderboard
@@ -12,6 +12,7 @@ __all__ = [
     "QATask",
     "Sample",
     "all_words",
+    "answer_accuracy",
     "evaluate",
     "harness",
     "leaderboard",

@@ -1,4 +1,4 @@
-"""How often a model's likeliest token is the right one."""
+"""How often a model's likeliest token is the right one, and its whole answer."""
 
 import dataclasses
 import math
@@ -86,3 +86,37 @@ def evaluate(
     finally:
         model.train(was_training)
     return Accuracy(int(right), int(total))
+
+
+@torch.no_grad()
+def answer_accuracy(
+    model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
+) -> Accuracy:
+    """How many answers are right in full, each of their words after the model's own before it.
+
+    A row is one question: its answer is where its labels are not -100, the likeliest token at each
+    of them is what the model says, and takes the place that the next of its words is read from.
+
+    Args:
+        model: called as ``model(input_ids)``; its result has ``logits`` (B, L, V).
+        batches: dicts of "input_ids" and "labels" (B, L), without an "attention_mask".
+        autocast: as of :func:`evaluate`.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    right = total = 0
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = moved(batch, device)
+            ids, labels = inputs["input_ids"].clone(), inputs["labels"]
+            asked = labels != -100
+            for column in asked.any(0).nonzero()[:, 0].tolist():
+                with autocast_in(device, autocast):
+                    said = model(ids).logits[:, column - 1].argmax(-1)
+                ids[:, column] = torch.where(asked[:, column], said, ids[:, column])
+            right += int(((ids == labels) | ~asked).all(1).sum())
+            total += len(ids)
+    finally:
+        model.train(was_training)
+    return Accuracy(right, total)

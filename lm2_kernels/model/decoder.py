@@ -162,9 +162,14 @@ class Decoder(nn.Module):
 
         See :meth:`MemoryState.piece` and :meth:`MemoryState.after`.
         """
+        return self.run(self.embed_tokens(ids), banks, cache)
+
+    def run(
+        self, x: Tensor, banks: list[Tensor], cache: SegmentCache
+    ) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`forward` of embeddings (B, T, D)."""
         config, banks, number = self.config, list(banks), 0
-        x = self.embed_tokens(ids)
-        positions = cache.positions(ids.device)
+        positions = cache.positions(x.device)
         cos, sin = _rotary(positions, config.head_dim, config.rope_theta, x.dtype)
         for index, block in enumerate(self.layers):
             bank = 0 if config.flow == "depth" else number
@@ -337,7 +342,7 @@ class LM2ForCausalLM(nn.Module):
                 number = torch.arange(labels.shape[1], device=labels.device)
                 real = number < on_device(lengths, labels.device)[:, None]
                 labels = gather(labels, order).masked_fill(~real, -100)
-            loss = self._loss(hidden, labels)
+            loss = self.loss(hidden, labels)
         if return_logits and order is not None:
             hidden = spread(hidden, order, lengths)
         return LM2Output(
@@ -484,8 +489,8 @@ class LM2ForCausalLM(nn.Module):
             weight = embedding(ids).to(hidden.dtype)
         return F.linear(hidden, weight)
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token, some rows at a time."""
+    def loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token by hidden states (B, L, D), some rows at a time."""
         # imports torch._dynamo, which importing the package does not wait for
         from torch.utils.checkpoint import checkpoint as recomputed  # noqa: PLC0415
 

@@ -1,0 +1,217 @@
+"""What the study found, from its JSON lines: tables for a document, and pictures.
+
+    python benchmarks/study_report.py                      # prints the tables
+    python benchmarks/study_report.py --write docs/study.md
+    python benchmarks/study_report.py --plots FOLDER
+
+A share is the mean over seeds of the share of right answers; its interval, and that of a difference
+between two contenders on the same seeds, is the 95 % bootstrap over seeds. With five seeds there
+are 5^5 resamples: all are taken, and nothing is random.
+"""
+
+import argparse
+import itertools
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lm2_kernels import figures
+
+sys.path.insert(0, str(Path(__file__).parent))
+import study
+
+_MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean, over all resamples of a few values.
+
+    Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13. Of so few seeds it is
+    too narrow: what it leaves out is unlikely, what it has is not all there may be.
+    """
+    means = sorted(map(statistics.fmean, itertools.product(values, repeat=len(values))))
+    last = len(means) - 1
+    return means[round(0.025 * last)], means[round(0.975 * last)]
+
+
+def final_results(block: study.Block) -> dict[study.Contender, dict[int, dict]]:
+    """Each contender's results at the rate that its pilots chose, by seed; of whole rows alone."""
+    lines = [result for each in study.BLOCKS for result in study.load(each.name)]
+    results, found = {study.cell_of(line).key: line for line in lines}, {}
+    for contender in block.contenders:
+        place, _ = study.tuned(block, contender, results)
+        if place is None:
+            continue
+        rate, theta = place
+        cells = {s: study.Cell(block.name, contender, rate, s, theta) for s in study.SEEDS}
+        if all(cell.key in results for cell in cells.values()):
+            found[contender] = {seed: results[cell.key] for seed, cell in cells.items()}
+    return found
+
+
+def shares(results: dict[int, dict], *tests: str) -> list[float]:
+    """Right answers of 1, seed by seed, over these tests together."""
+    counts = [[result["answers"][name] for name in tests] for result in results.values()]
+    return [sum(r for r, _ in row) / sum(n for _, n in row) for row in counts]
+
+
+def _percent(values: Sequence[float]) -> str:
+    low, high = (100.0 * end for end in bootstrap(values))
+    return f"{100.0 * statistics.fmean(values):.0f} ({low:.0f} to {high:.0f})"
+
+
+def _difference(values: Sequence[float], others: Sequence[float]) -> str:
+    low, high = bootstrap([one - other for one, other in zip(values, others, strict=True)])
+    mean = statistics.fmean(values) - statistics.fmean(others)
+    return f"{100.0 * mean:+.0f} ({100.0 * low:+.0f} to {100.0 * high:+.0f})"
+
+
+def escaped(results: dict[int, dict], tests: Sequence[str]) -> int:
+    """How many seeds answer at least half of the questions of every test."""
+    return sum(
+        all(right >= study.ESCAPED * total for right, total in map(result["answers"].get, tests))
+        for result in results.values()
+    )
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def learning_table(block: study.Block) -> str:
+    """A line a contender: what it answers, with its own memory and with another row's."""
+    tests = list(block.task.kinds())
+    rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
+    for contender, results in final_results(block).items():
+        mixed = ["" for _ in tests]
+        if contender.kind == "lm2":
+            mixed = [f"{name}, shuffled" for name in tests]
+        rows.append(
+            [
+                contender.name,
+                "{rate:g}, {theta:g}".format(**next(iter(results.values()))["cell"]),
+                _percent(shares(results, tests[0])),
+                _percent(shares(results, tests[1])),
+                _percent(shares(results, *mixed)) if all(mixed) else "",
+                f"{escaped(results, tests)} of {len(results)}",
+            ]
+        )
+    return _markdown(rows)
+
+
+def length_table(block: study.Block) -> str:
+    """A line a contender and noise: both kinds of question together, by segments of facts."""
+    task = block.task
+    rows = [["model", "facts among", *(f"{s} segments, %" for s in task.tested)]]
+    for contender, results in final_results(block).items():
+        for noise in task.noises:
+            cells = []
+            for segments in task.tested:
+                named = task.kinds().items()
+                tests = [name for name, kind in named if kind[:2] == (segments, noise)]
+                cells.append(_percent(shares(results, *tests)))
+            rows.append([contender.name, "noise" if noise == 1.0 else "facts", *cells])
+    return _markdown(rows)
+
+
+def difference_table(block: study.Block) -> str:
+    """A line a memory: by how much it answers more than each baseline, trained lengths together."""
+    found, task = final_results(block), block.task
+    tests = [name for name, kind in task.kinds().items() if kind[0] in task.segments]
+    baselines = [contender for contender in found if contender.kind != "lm2"]
+    rows = [["model, more than", *(contender.name for contender in baselines), "itself, shuffled"]]
+    for contender, results in found.items():
+        if contender.kind == "lm2":
+            own = shares(results, *tests)
+            cells = [_difference(own, shares(found[other], *tests)) for other in baselines]
+            mixed = shares(results, *(f"{name}, shuffled" for name in tests))
+            rows.append([contender.name, *cells, _difference(own, mixed)])
+    return _markdown(rows)
+
+
+TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
+    "learning": ("learning", learning_table),
+    "learning_differences": ("learning", difference_table),
+    "length": ("length", length_table),
+    "length_differences": ("length", difference_table),
+}
+
+
+def table(name: str) -> str:
+    """A table in Markdown by its name in a document."""
+    block, make = TABLES[name]
+    return make(study.block_named(block))
+
+
+def rewritten(text: str) -> str:
+    """A document with its tables as the results have them."""
+    return _MARKERS.sub(lambda found: f"{found[1]}\n{table(found[2])}\n{found[3]}", text)
+
+
+def draw_lengths(block: study.Block) -> object:
+    """Right answers by segments of facts, a panel a noise, a line a contender with its interval."""
+    task = block.task
+    title = "Right answers, by how many segments the facts are in"
+    foot = [
+        f"Trained on {' and '.join(map(str, task.segments))} segments; mean of both kinds of "
+        f"question over {len(study.SEEDS)} seeds, bars are 95 % bootstrap intervals."
+    ]
+    figure = figures.new_figure((9.0, 4.2), title, foot)
+    panels = figure.subplots(1, len(task.noises), sharey=True)
+    for axes, noise in zip(panels, task.noises, strict=True):
+        axes.set_title("facts among noise" if noise == 1.0 else "facts among other facts")
+        for number, (contender, results) in enumerate(final_results(block).items()):
+            values = []
+            for segments in task.tested:
+                named = task.kinds().items()
+                tests = [name for name, kind in named if kind[:2] == (segments, noise)]
+                values.append(shares(results, *tests))
+            means = [100.0 * statistics.fmean(value) for value in values]
+            ends = [[100.0 * end for end in bootstrap(value)] for value in values]
+            bars = [[abs(m - e[i]) for m, e in zip(means, ends, strict=True)] for i in (0, 1)]
+            axes.errorbar(
+                task.tested,
+                means,
+                bars,
+                label=contender.name,
+                color=figures.COLOURS[number % len(figures.COLOURS)],
+                marker="osD^vPX*<>"[number],
+                linestyle="-" if contender.kind == "lm2" else ":",
+                capsize=2.0,
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(task.tested, [str(segments) for segments in task.tested])
+        axes.set(xlabel="segments of facts", ylim=(0.0, 103.0))
+    panels[0].set_ylabel("right answers, %")
+    figures.add_legend(figure, panels[0].get_legend_handles_labels()[0], 3)
+    return figure
+
+
+FIGURES: dict[str, tuple[str, Callable[[study.Block], object]]] = {
+    "study_length": ("length", draw_lengths),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="a document whose tables are made anew")
+    parser.add_argument("--plots", type=Path, help="a folder for the pictures")
+    options = parser.parse_args()
+    if options.write is not None:
+        text = options.write.read_text("utf-8")
+        options.write.write_text(rewritten(text), encoding="utf-8")
+    if options.plots is not None:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        with figures.style():
+            for name, (block, draw) in FIGURES.items():
+                figures.save(draw(study.block_named(block)), options.plots / name)
+    if options.write is None and options.plots is None:
+        for name in TABLES:
+            print(f"{name}\n\n{table(name)}")
+
+
+if __name__ == "__main__":
+    main()

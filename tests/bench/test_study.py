@@ -1,0 +1,225 @@
+"""The study: fair to all contenders, resumable, and its documents say what its lines say."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+study = importlib.import_module("study")
+report = importlib.import_module("study_report")
+
+LEARNING = study.block_named("learning")
+
+
+def _result(cell, right):
+    tests = study.block_named(cell.block).task.kinds()
+    answers = {name: [right, 1000] for name in tests}
+    answers |= {f"{name}, shuffled": [100, 1000] for name in tests}
+    return {"cell": dataclasses.asdict(cell), "answers": answers}
+
+
+def _run_all(contender, right, block=LEARNING):
+    """Runs the pilots that are asked for by a function of rate and base. Results by key."""
+    results = {}
+    while True:
+        place, pilots = study.tuned(block, contender, results)
+        if place is not None:
+            return place, results
+        assert pilots
+        for cell in pilots:
+            assert cell.key not in results and cell.seed in study.PILOTS
+            results[cell.key] = _result(cell, right(cell.rate, cell.theta))
+
+
+@pytest.mark.parametrize("kind", ("rmt", "full", "lm2"))
+def test_pilots_find_the_best_of_the_grid(kind):
+    best = (2e-3, 10000.0)
+    place, results = _run_all(
+        study.Contender(kind), lambda rate, theta: 900 if (rate, theta) == best else 300
+    )
+    assert place == best
+    # one seed of each, a second one of two
+    assert len(results) == len(study.RATES) * len(study.THETAS) + 2
+
+
+def test_pilots_go_on_beyond_an_edge_and_stop():
+    place, results = _run_all(study.Contender("rmt"), lambda rate, theta: int(1e-1 / rate))
+    assert place == (study.LOWEST, min(study.THETAS))
+    rates = {json.loads(key)["rate"] for key in results}
+    assert min(rates) == study.LOWEST and max(rates) == max(study.RATES)
+    # who answers all looks no further
+    place, results = _run_all(study.Contender("rmt"), lambda rate, theta: 1000)
+    assert place == (min(study.RATES), min(study.THETAS))
+    assert {json.loads(key)["rate"] for key in results} == set(study.RATES)
+
+
+def test_the_second_pilot_decides():
+    def right(cell):
+        if cell.seed == study.PILOTS[0]:
+            return {1e-3: 800, 2e-3: 810}.get(cell.rate, 100) if cell.theta == 10.0 else 100
+        return {1e-3: 800, 2e-3: 300}[cell.rate]
+
+    results, contender = {}, study.Contender()
+    place = None
+    while place is None:
+        place, pilots = study.tuned(LEARNING, contender, results)
+        results |= {cell.key: _result(cell, right(cell)) for cell in pilots if cell.rate >= 1e-3}
+        results |= {cell.key: _result(cell, 100) for cell in pilots if cell.rate < 1e-3}
+    assert place == (1e-3, 10.0)
+
+
+def test_the_plan_ends_and_claims_other_seeds_than_the_pilots():
+    block = study.block_named("length")
+    results = {}
+    for _ in range(100):
+        cells = [cell for cell in study.plan([block], results) if cell.key not in results]
+        if not cells:
+            break
+        # a part at a time, as a run that is cut
+        for cell in cells[:50]:
+            results[cell.key] = _result(cell, 500)
+    ran = [json.loads(key) for key in results]
+    claimed = [cell for cell in ran if cell["block"] == "length"]
+    assert len(claimed) == len(block.contenders) * len(study.SEEDS)
+    assert {cell["seed"] for cell in claimed} == set(study.SEEDS)
+    pilots = [cell for cell in ran if cell["block"] == "learning"]
+    assert {cell["seed"] for cell in pilots} == set(study.PILOTS)
+
+
+@pytest.mark.parametrize("block", study.BLOCKS, ids=lambda block: block.name)
+def test_all_have_as_many_parameters(block):
+    counts = {c: study.num_parameters(study.build(c, block.task, 0)) for c in block.contenders}
+    assert max(counts.values()) <= 1.02 * min(counts.values()), counts
+
+
+def test_batches_are_the_same_for_all_and_of_no_other_seed():
+    task = study.block_named("length").task
+    first, again, other = (list(task.batches(seed, 9)) for seed in (0, 0, 1))
+    for one, two, three in zip(first, again, other, strict=True):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        assert not torch.equal(one["input_ids"], three["input_ids"])
+    lengths = [batch["input_ids"].shape[1] // 24 - 1 for batch in first]
+    # the fewest segments for a third of the steps, then each in turn
+    assert lengths[:3] == [1, 1, 1] and set(lengths[3:]) == {1, 2}
+
+
+def test_loss_on_all_is_on_what_is_read_too():
+    task, steps = study.Stories(loss="all"), 1
+    (batch,), (answers,) = list(task.batches(0, steps)), list(study.Stories().batches(0, steps))
+    ids, labels = batch["input_ids"], batch["labels"]
+    asked = answers["labels"] != -100
+    assert torch.equal(labels[asked], answers["labels"][asked])
+    assert torch.equal(labels[~asked & (ids != 0)], ids[~asked & (ids != 0)])
+    assert (labels[~asked & (ids == 0)] == -100).all()
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """A block of two steps and four questions, whose lines go elsewhere."""
+    block = dataclasses.replace(LEARNING, steps=2)
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    monkeypatch.setattr(study, "TESTED", 4)
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    return block
+
+
+@pytest.mark.parametrize("number", (0, 1, 2, 3, 16))
+def test_a_cell_is_a_function_of_itself(small, number):
+    cell = study.Cell("learning", small.contenders[number], 1e-3, 0)
+    results = [study.run_cell(cell) for _ in range(2)]
+    for result in results:
+        json.dumps(result)
+        assert study.cell_of(result) == cell
+        for name in ("train_seconds", "minutes"):
+            del result[name]
+        assert len(result["answers"]) == (4 if cell.contender.kind == "lm2" else 2)
+    assert results[0] == results[1]
+
+
+def test_a_loss_that_is_not_finite_is_a_result(small, monkeypatch):
+    def fails(*_, **__):
+        raise FloatingPointError("the loss is nan")
+
+    monkeypatch.setattr(study, "train", fails)
+    result = study.run_cell(study.Cell("learning", small.contenders[3], 1e-3, 0))
+    assert result["failure"] == "the loss is nan"
+
+
+def test_text_is_held_out(small, monkeypatch, tmp_path):
+    block = dataclasses.replace(
+        study.block_named("learning"), name="text", task=study.Text(), steps=2, measure="loss"
+    )
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    monkeypatch.setattr(study, "TESTED", 16)
+    cell = study.Cell("text", study.Contender(), 1e-3, 0)
+    monkeypatch.delenv("LM2_STUDY_TEXT", raising=False)
+    with pytest.raises(SystemExit, match="LM2_STUDY_TEXT"):
+        study.run_cell(cell)
+    text = tmp_path / "text"
+    # all but the last 500 of 10000 bytes are seen in training
+    text.write_text("a" * 9500 + "b" * 500)
+    monkeypatch.setenv("LM2_STUDY_TEXT", str(text))
+    seen = torch.cat([batch["input_ids"] for batch in block.task.batches(0, 4)])
+    assert set(seen.unique().tolist()) == {ord("a")}
+    ((_, _, held_out),) = block.task.tests()
+    assert set(torch.cat([b["input_ids"] for b in held_out]).unique().tolist()) == {ord("b")}
+    result = study.run_cell(cell)
+    assert set(result["loss"]) == {"held out", "held out, shuffled"}
+    assert study.score(result) == -result["loss"]["held out"]
+
+
+def test_all_resamples_of_a_few():
+    assert report.bootstrap([0.3] * 5) == pytest.approx((0.3, 0.3))
+    # binomial of 5 and 1/5: at most 2 with 0.942, at most 3 with 0.993
+    assert report.bootstrap([0.0, 0.0, 0.0, 0.0, 1.0]) == pytest.approx((0.0, 0.6))
+
+
+def _write_lines(results):
+    for result in results:
+        path = study.FOLDER / f"{result['cell']['block']}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def test_tables_say_what_the_lines_say(small):
+    contenders = (study.Contender("none"), study.Contender())
+    for contender, right in zip(contenders, (200, 900), strict=True):
+        (rate, theta), pilots = _run_all(contender, lambda rate, theta, right=right: right)
+        cells = [study.Cell("learning", contender, rate, seed, theta) for seed in study.SEEDS]
+        # the last seed did not escape
+        results = [_result(cell, 200 if cell.seed == 4 else right) for cell in cells]
+        _write_lines([*pilots.values(), *results])
+    _, _, none, memory = report.table("learning").splitlines()
+    assert "| 20 (20 to 20) | 20 (20 to 20) |  | 0 of 5 |" in none
+    assert "| 76 (48 to 90) | 76 (48 to 90) | 10 (10 to 10) | 4 of 5 |" in memory
+    *_, line = report.table("learning_differences").splitlines()
+    assert line.endswith("| +56 (+28 to +70) | +66 (+38 to +80) |")
+
+
+def test_a_row_without_all_seeds_is_left_out(small):
+    contender = study.Contender("none")
+    cells = [study.Cell("learning", contender, 1e-3, seed) for seed in (0, 1, 2, 3)]
+    _write_lines(_result(cell, 200) for cell in cells)
+    assert len(report.table("learning").splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", [block.name for block in study.BLOCKS])
+def test_committed_lines_are_cells_that_there_are(name):
+    block, results = study.block_named(name), study.load(name)
+    cells = [study.cell_of(result) for result in results]
+    assert len({cell.key for cell in cells}) == len(cells)
+    for result, cell in zip(results, cells, strict=True):
+        assert cell.block == name and cell.contender in block.contenders
+        assert {"torch", "commit", "capability"} <= set(result["machine"])
+        measured = result[block.measure]
+        if block.measure == "answers":
+            assert set(block.task.kinds()) <= set(measured)
+            measured = dict(enumerate(itertools.chain.from_iterable(measured.values())))
+        assert all(0 <= count <= study.TESTED for count in measured.values())
