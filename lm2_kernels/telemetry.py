@@ -252,7 +252,7 @@ class _Piece:
         self.real = x.new_ones(x.shape[:2], dtype=torch.bool) if real is None else real[:, :, 0]
         x = torch.where(self.real[:, :, None], x, 0.0).to(dtype)
         # the bank as the segment found it, or the rows of it that a causal layer is given
-        self.found = memory.to(dtype)
+        self.found = memory.detach().to(dtype)
         self.found_by_piece = cache is not None and layer.causal
         if self.mask is not None:
             self.found = self.found.masked_fill(~self.mask[:, :, None], 0.0)
@@ -268,7 +268,8 @@ class _Piece:
             by_token = cache.by_token(rows)
             if not cache.writes_rows:
                 rows, self.tokens_per_slot = by_token, c
-        self.rows, self.written = rows.to(dtype), written.to(dtype)
+        # no graph: it would live as long as the segment
+        self.rows, self.written = rows.detach().to(dtype), written.detach().to(dtype)
         # which rows are written: where lengths differ, there is a row a token
         self.is_row = self.real
         if rows.shape[1] != self.num_tokens:
@@ -283,6 +284,9 @@ class _Piece:
                 "forget_gate": torch.sigmoid(_project(layer.forget_gate_proj, read)),
                 "output_gate": torch.sigmoid(_project(layer.output_gate_proj, read)),
             }
+        elif layer.input_gate_projector.w.is_meta:
+            # offloaded by now
+            self.gates = {}
         else:
             num_pooled = 0 if pooled is None else self.offset * c
             pooled = _pooled(layer, x, cache, pooled, num_pooled)
@@ -457,7 +461,7 @@ class _Layer:
             "watch: torch.compile(fullgraph=True) and torch.export take no memory layer that is "
             "being watched; end the block of watch first"
         )
-        if not _is_seen():
+        if not _is_seen() or not len(output[0]):
             return
         given = {**dict(zip(("x", "memory"), args, strict=False)), **kwargs}
         cache = given.get("cache")
@@ -523,13 +527,13 @@ class _Segment:
             and keys is not None
             and self._keys is not None
             and keys.data_ptr() == self._keys.data_ptr()
-            and len(keys) == len(self._keys)
         )
 
     def add(self, piece: "_Piece", keys: Tensor | None) -> None:
         """Add a piece, which leaves its segment's keys, or None if the segment has ended."""
         self.tokens = self.tokens + piece.real.sum()
-        self._keys, self._size = keys, self._size + piece.num_tokens
+        self._keys = None if keys is None else keys.detach()
+        self._size += piece.num_tokens
         for name, values, is_counted in piece.figures():
             added = _total(values, is_counted)
             self._sums[name] = self._sums[name] + added if name in self._sums else added
@@ -679,11 +683,12 @@ def _draw(figure: object, panels: Iterable, name: str, layer: _Layer) -> None:
     image = figures.draw_heat(reads_panel, reads.tolist(), high=max(reads.max().item(), 1e-9))
     figure.colorbar(image, ax=reads_panel)
     reads_panel.set(title=f"{name or 'layer'}: reads", xlabel="slot", ylabel="token")
-    rows = [gate.tolist() for gate in gates.values()]
+    # of an offloaded layer there are none
+    rows = [gate.tolist() for gate in gates.values()] or [[math.nan]]
     image = figures.draw_heat(gates_panel, rows)
     figure.colorbar(image, ax=gates_panel)
     gates_panel.set(title="gates", xlabel="token")
-    gates_panel.set_yticks(range(len(rows)), [gate.removesuffix("_gate") for gate in gates])
+    gates_panel.set_yticks(range(len(gates)), [gate.removesuffix("_gate") for gate in gates])
     slots = [segment.rows() for segment in layer.segments]
     most = max((len(rows) for rows in slots if rows is not None), default=1)
     squares = torch.full((most, len(slots)), math.nan)

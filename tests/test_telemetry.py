@@ -1,6 +1,7 @@
 """Watching changes nothing; known states give known numbers; pieces give what one pass gives."""
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -110,6 +111,34 @@ def test_recomputing_layers_are_seen_once(formulation):
     record, other = _same_bits(model, _training_step), _same_bits(plain, _training_step)
     assert record.summary() == other.summary()
     assert record.summary()["tokens"] == 45
+
+
+@pytest.mark.parametrize("kind", ("paper", "release"))
+def test_numbers_are_of_float32_under_autocast(kind):
+    layer, (x, memory) = _layer(kind, dtype=torch.float32), _inputs()
+    x, memory = x.float(), memory.float()
+    plain, _ = _watched(layer, x, memory)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast, _ = _watched(layer, x, memory)
+    for figure in ("input_gate", "forget_gate", "output_gate", "entropy", "read"):
+        assert cast[figure] == plain[figure]
+    # which the layer wrote in 16 bits
+    assert cast["rms"] != plain["rms"]
+
+
+def test_no_graph_is_held():
+    """By a segment that is open."""
+    model = small_model()
+    with watch(model) as record:
+        model(random_ids(2, 9), use_cache=True)
+    # which tensors of a graph refuse
+    assert copy.deepcopy(record).summary() == record.summary()
+
+
+def test_a_batch_without_rows():
+    layer, (x, memory) = _layer("paper"), _inputs()
+    summary, _ = _watched(layer, x[:0], memory[:0])
+    assert summary["tokens"] == 0
 
 
 def _stream(model, sizes, ids):
@@ -323,6 +352,8 @@ MASK = torch.tensor([[True] * 4 + [False] * 2 + [True], [False, True] * 3 + [Fal
     [
         ("paper", {}, {}),
         ("paper", {"bias": True, "scale": 2.0}, {"slot_offset": 2}),
+        # whose first token sees none in one row
+        ("paper", {}, {"slot_mask": MASK}),
         ("paper", {"causal": False, "candidate": "token", "output": "memory"}, {"slot_mask": MASK}),
         ("paper", {"top_k": 2}, {"slot_mask": MASK, "slot_offset": 1}),
         ("paper", {"write": "chunk", "tokens_per_slot": 2, "candidate": "token"}, {}),
@@ -419,6 +450,48 @@ def _keeping(forget, **options):
     return layer
 
 
+def _padded_piece(layer, x, bank, lengths):
+    """A layer that is handed a segment of rows of unequal lengths."""
+    rule = {"causal": layer.causal, "tokens_per_slot": layer.tokens_per_slot, "keep": False}
+    (bank,), cache = lm2.MemoryState([bank]).piece(x.shape[1], T, lengths=lengths, **rule)
+    summary, _ = _watched(layer, x, bank, cache=cache)
+    return summary
+
+
+def test_padding_by_itself():
+    """Rows and tokens whose numbers would be others."""
+    x, _ = _inputs()
+    x[1, 2:] = math.nan
+    # halved, where a row is not 0
+    rows = torch.ones(B, N, D, dtype=torch.float64)
+    rows[1, 2:] = 0.0
+    layer = _keeping(0.0, pooled_gate="prefix")
+    assert _padded_piece(layer, x, rows, [T, 2])["written"] == 1.0
+    # of three slots with two tokens each the first alone, in the second row
+    few = _keeping(0.0, pooled_gate="prefix", write="chunk", tokens_per_slot=2)
+    summary = _padded_piece(few, x, torch.ones_like(rows), [T, 2])
+    _is(summary["rms"], (math.sqrt(4.75 / N) + math.sqrt(6.25 / N)) / 2)
+    # zeros read all slots, real tokens the third
+    reads = _layer("paper", causal=False, scale=100.0)
+    with torch.no_grad():
+        for projection in (reads.query_proj, reads.key_proj):
+            projection.weight.copy_(torch.eye(D))
+    bank = -torch.ones(B, N, D, dtype=torch.float64)
+    bank[:, 2] = 1.0
+    ones = torch.where(x.isnan(), 0.0, 1.0).double()
+    _is(_padded_piece(reads, ones, bank, [T, 2])["read"], 1 / N)
+
+
+@pytest.mark.parametrize("pooled_gate", ("segment", "prefix"))
+def test_pooled_gates_of_unequal_lengths(pooled_gate):
+    layer, (x, memory) = _layer("release", pooled_gate=pooled_gate), _inputs()
+    got = _padded_piece(layer, x, memory, [T, 2])
+    rows = [(x[:1], memory[:1]), (x[1:, :2], memory[1:])]
+    first, second = (_watched(layer, *row)[0] for row in rows)
+    for gate in ("input_gate", "forget_gate"):
+        _is(got[gate], (T * first[gate] + 2 * second[gate]) / (T + 2))
+
+
 def test_known_banks():
     x, _ = _inputs(N, N)
     keeps = _keeping(1000.0)
@@ -434,6 +507,10 @@ def test_known_banks():
         _is(summary[figure], wanted)
     summary, _ = _watched(keeps, x, torch.zeros_like(rows))
     assert [summary[figure] for figure in ("rank", "cosine", "rms", "written")] == [0, None, 0, 0]
+    # one of them beside another
+    summary, _ = _watched(keeps, x, torch.cat([torch.zeros_like(rows[:1]), eye[1:]]))
+    _is(summary["cosine"], 0.0)
+    _is(summary["rank"], N / 2)
     # a row is multiplied by 1 / 2
     summary, _ = _watched(_keeping(0.0), x[:, :3], rows)
     assert summary["written"] == 1.0
@@ -539,6 +616,15 @@ def test_a_projection_that_is_not_plain(kind, change):
         assert summary["entropy"] < uniform
 
 
+def test_weights_are_seen_before_they_go():
+    """As those of a sharded layer do, by a hook that was there first."""
+    layer, (x, memory) = _layer("paper"), _inputs()
+    wanted, _ = _watched(layer, x, memory)
+    layer.register_forward_hook(lambda module, args, output: _zero(module))
+    got, _ = _watched(layer, x, memory)
+    assert got == wanted
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="the Linear has no memory layer"), watch(nn.Linear(2, 2)):
         pass
@@ -625,6 +711,11 @@ def test_what_is_shown(tmp_path):
         assert image.shape == (4, 4) and image.max() == 1.0
         assert torch.equal(image.triu(1), torch.zeros(4, 4, dtype=image.dtype))
     assert len(writer.images) == 3
+    with watch(model) as record, torch.no_grad():
+        model(random_ids(2, 9), use_cache=True)
+    record.to_tensorboard(writer, 8)
+    # no wider than the slots that there are so far
+    assert writer.images["memory/model.layers.0.memory/reads", 8].shape == (3, 3)
 
 
 def test_pictures(tmp_path):
