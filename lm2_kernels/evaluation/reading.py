@@ -37,6 +37,8 @@ __all__ = ["Reader", "load_reader"]
 
 # how many of a prompt's words that a model does not know are named
 _NAMED = 8
+# tokens whose logits are in memory at once, about
+_PIECE = 512
 
 
 class Reader:
@@ -143,13 +145,13 @@ class Reader:
         if self.knows_words_alone:
             # of the plain form, whether the model knows the words or not
             return count_words(text)
-        if self._adds_tokens:
+        if self.adds_tokens:
             # verbose: of a text longer than the model takes there would be a warning
             return len(self.tokenizer.encode(text, add_special_tokens=False, verbose=False))
         return len(self.tokenizer.encode(text))
 
     @property
-    def _adds_tokens(self) -> bool:
+    def adds_tokens(self) -> bool:
         """Whether the tokenizer is one of transformers, which have tokens that are no text."""
         return hasattr(self.tokenizer, "all_special_ids")
 
@@ -172,7 +174,7 @@ class Reader:
         limits = [tokens] * len(rows) if isinstance(tokens, int) else list(tokens)
         if not rows:
             return []
-        ends, most = self._ends(), max(limits)
+        ends, most = self.ends(), max(limits)
         check_int("Reader", "tokens", min(limits), 1)
         self._check_room(max(map(len, rows)), most)
         with self._evaluating():
@@ -184,12 +186,80 @@ class Reader:
                 said = self._by_calls(rows, most, ends)
         return [self._decode(row[:n], ends) for row, n in zip(said, limits, strict=True)]
 
+    @torch.no_grad()
+    def score(
+        self, rows: Sequence[Sequence[int]], counts: Sequence[int]
+    ) -> list[tuple[float, bool]]:
+        """How likely the last tokens of each row are, after those before them.
+
+        Args:
+            rows: of tokens.
+            counts: how many of the last tokens of each row; fewer than it has.
+
+        Returns:
+            Of each row the sum of the natural logarithms of their probabilities, and whether each
+            of them is the likeliest at its place.
+
+        Raises:
+            ValueError: a row does not fit.
+        """
+        for row, count in zip(rows, counts, strict=True):
+            check_int("Reader", "counts", count, 1, len(row) - 1)
+            self._check_room(len(row), 0)
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(rows)
+        with self._evaluating():
+            # rows of one length together: nothing is padded
+            for places in _grouped(map(len, rows)):
+                ids = torch.tensor([list(rows[place]) for place in places], device=self.device)
+                total, likeliest = self._score(ids, [counts[place] for place in places])
+                found_here = zip(total.tolist(), likeliest.tolist(), strict=True)
+                for place, pair in zip(places, found_here, strict=True):
+                    found[place] = pair
+        return found
+
+    def _score(self, ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        batch, length = ids.shape
+        begin = length - torch.tensor(counts, device=ids.device)[:, None]
+        total = torch.zeros(batch, dtype=torch.float64, device=ids.device)
+        likeliest = torch.ones(batch, dtype=torch.bool, device=ids.device)
+        place = 1  # of the token that a piece's first logits are of
+        for piece in self._logits(ids):
+            end = min(place + piece.shape[1], length)
+            targets, logits = ids[:, place:end], piece[:, : end - place]
+            counted = torch.arange(place, end, device=ids.device) >= begin
+            logs = logits.double().log_softmax(-1).gather(-1, targets[:, :, None])[:, :, 0]
+            total += logs.masked_fill(~counted, 0.0).sum(-1)
+            likeliest &= ((logits.argmax(-1) == targets) | ~counted).all(-1)
+            place = end
+        return total, likeliest
+
+    def _logits(self, ids: Tensor) -> Iterator[Tensor]:
+        """Those of rows that are not padded, from a fresh memory on, piece by piece."""
+        if self._is_own:
+            memory, length = None, self.model.config.segment_length
+            for piece in ids.split(max(_PIECE // length, 1) * length, dim=1):
+                output = self.model(piece, memory=memory)
+                memory = output.memory
+                yield output.logits
+        elif self._is_hosted:
+            length = ids.shape[1]
+            size = self.window or length
+            # counted from the end, as those of answers
+            first = length % size or size
+            windows = ids.split([first, *[size] * ((length - first) // size)], dim=1)
+            with _fresh(self._memory()[1], carry=len(windows) > 1):
+                for window in windows:
+                    yield self.model(input_ids=window, use_cache=False).logits
+        else:
+            output = self.model(ids)
+            yield output if isinstance(output, Tensor) else output.logits
+
     def _decode(self, row: list[int], ends: Sequence[int]) -> str:
         stop = next((place for place, token in enumerate(row) if token in ends), len(row))
-        options = {"skip_special_tokens": True} if self._adds_tokens else {}
+        options = {"skip_special_tokens": True} if self.adds_tokens else {}
         return self.tokenizer.decode(row[:stop], **options)
 
-    def _ends(self) -> list[int]:
+    def ends(self) -> list[int]:
         """The tokens that end an answer."""
         found = getattr(self.tokenizer, "eos_token_id", None)
         if self._is_hosted and self.model.generation_config.eos_token_id is not None:
@@ -374,7 +444,9 @@ def load_reader(
         memory = model
     if memory is not None:
         load_memory(host, memory)
-    return Reader(host.to(device, dtype).eval(), tokenizer, window=window)
+    # not at once: of quantised weights a dtype is refused, even None
+    host = host.to(device)
+    return Reader((host if dtype is None else host.to(dtype)).eval(), tokenizer, window=window)
 
 
 def _trained_on(name: str | Path) -> str | None:
@@ -394,16 +466,20 @@ def _load_host(name: str | Path) -> tuple[nn.Module, object]:
         raise ValueError(
             f'{name} is a model of transformers: pip install "lm2_kernels[transformers]"'
         ) from None
-    before = transformers.logging.get_verbosity()
+    logs = transformers.logging
+    before, has_bar = logs.get_verbosity(), logs.is_progress_bar_enabled()
     # of weights that it does not know, those of the memory, it would tell at length
-    transformers.logging.set_verbosity_error()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     finally:
-        transformers.logging.set_verbosity(before)
+        logs.set_verbosity(before)
+        if has_bar:
+            logs.enable_progress_bar()
     if found["missing_keys"]:
         raise ValueError(f"{name} lacks weights: {', '.join(sorted(found['missing_keys'])[:4])}")
     return model, tokenizer

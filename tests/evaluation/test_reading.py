@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from lm2_kernels import LM2ForCausalLM, get_memory
+from lm2_kernels import LM2ForCausalLM, add_memory, get_memory
 from lm2_kernels.evaluation.reading import Reader, load_reader
 from lm2_kernels.training.data import Bytes, Ids, Words, save_tokenizer
 from tools import hosts
 from tools.hosts import bare_llama, hosted, llama
 from tools.models import SMALL, small_model
 
-TOKENS = 6
+TOKENS = 4
 WINDOW = 11  # no multiple of a segment of 6 or 8 tokens
 # weights of which each answer is another
 _SPREAD = {"initializer_range": 0.3}
@@ -146,6 +146,30 @@ def test_windows_carry_the_memory():
     patched, plain = _hosted("paper", WINDOW), _hosted(None, WINDOW)
     assert plain.answer(prompts, TOKENS) == plain.answer(tails, TOKENS)
     assert patched.answer(prompts, TOKENS) != patched.answer(tails, TOKENS)
+
+
+@hosted
+def test_places_are_those_of_the_row_alone():
+    """Of a host that knows places by their numbers, which padding in front would move."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=hosts.VOCABULARY, n_positions=32, n_embd=32, n_layer=2, n_head=4,
+        initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    for layer in add_memory(model, memory_slots=hosts.SLOTS, num_heads=4).memory.layers:
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    for window in (WINDOW, None):
+        reader = Reader(model, _words(hosts.VOCABULARY), window=window)
+        # of two windows each, of which the first is of another length
+        prompts = [" ".join(_prompts()[2].split()[:number]) for number in (12, 14, 19, 21)]
+        alone = [reader.answer([prompt], TOKENS)[0] for prompt in prompts]
+        assert reader.answer(prompts, TOKENS) == alone
+        tails = [" ".join(prompt.split()[-WINDOW:]) for prompt in prompts]
+        assert reader.answer(tails, TOKENS) != alone
 
 
 @hosted
