@@ -145,7 +145,7 @@ def test_what_is_interrupted_goes_on(words, tmp_path, capsys, monkeypatch, numbe
     [
         (["--tasks", "qa21"], "there is no task 'qa21'"),
         (["--tasks", "qa11"], "give the folder of bAbI's files"),
-        (["--lengths", "4"], "fits into 4 tokens"),
+        (["--tasks", "mqar", "--lengths", "4"], "fits into 4 tokens"),
         (["--samples", "0"], "samples must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--tokens", "0"], "tokens must be at least 1"),
