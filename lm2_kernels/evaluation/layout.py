@@ -7,8 +7,10 @@ the end of its segment, where it may read nearly all slots, also under a rule by
 no slots later than its own place. *Running*, the words follow one another, wherever segments end.
 
 Rows of as many segments are as long, which is how a batch of one size comes. Others are padded at
-their end, where an ``attention_mask`` leaves the padding out: a row's loss and gradients are then
-those of the row alone. Segments of padding in front would cost as much, and would write.
+their end, and no label is there: what a causal model computes of a row, its loss and gradients are
+then those of the row alone, without an ``attention_mask``. (The released gate with
+``pooled_gate="segment"`` is not causal, and in running text sees its last segment's padding.) As
+much padding in front would cost the same, and would be written into the memory.
 """
 
 import dataclasses
@@ -118,22 +120,18 @@ class Layout:
 
         Returns:
             "input_ids" and "labels", (B, L) each; labels are -100 but for the answers', or with
-            ``loss="all"`` but for padding. Where rows are not equally long, also "attention_mask".
+            ``loss="all"`` but for padding.
         """
         rows = [self.row(sample, segments) for sample in samples]
-        lengths = [len(row.prompt) + len(row.answer) + row.padding for row in rows]
-        input_ids = torch.full((len(rows), max(lengths)), self.pad)
+        longest = max(len(row.prompt) + len(row.answer) + row.padding for row in rows)
+        input_ids = torch.full((len(rows), longest), self.pad)
         labels = torch.full_like(input_ids, _IGNORED)
         for ids, wanted, row in zip(input_ids, labels, rows, strict=True):
             first, end = len(row.prompt), len(row.prompt) + len(row.answer)
             ids[:end] = torch.tensor(row.prompt + row.answer)
             begin = first if self.loss == "answers" else 0
             wanted[begin:end] = ids[begin:end]
-        batch = {"input_ids": input_ids, "labels": labels.where(labels != self.pad, _IGNORED)}
-        if min(lengths) < max(lengths):
-            places = torch.arange(max(lengths))
-            batch["attention_mask"] = (places < torch.tensor(lengths)[:, None]).long()
-        return batch
+        return {"input_ids": input_ids, "labels": labels.where(labels != self.pad, _IGNORED)}
 
     def _encode(self, text: str, before: str = "") -> list[int]:
         return self.tokenizer.encode(before + " ".join(plain_words(text)))

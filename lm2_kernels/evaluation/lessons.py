@@ -145,15 +145,17 @@ class TaskBatches:
 
     def train(self, *, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """See :class:`~lm2_kernels.training.sources.Batches`."""
+        made, own = self._shares(rank, world)
         for step in range(first, self.options["steps"]):
-            yield self._collated(*self.samples(step, rank, world))
+            batch = self._collated(*self.samples(step, made))
+            yield {name: tensor[own] for name, tensor in batch.items()}
 
-    def samples(self, step: int, rank: int = 0, world: int = 1) -> tuple[list[Sample], int]:
-        """The samples of a step, and their size."""
+    def samples(self, step: int, rows: Iterable[int]) -> tuple[list[Sample], int]:
+        """Of some rows of a step, and their size."""
         seed = self.options["seed"]
         size = self.schedule.size(seed, step, self.options["steps"])
         found = []
-        for row in range(rank, self.options["batch"], world):
+        for row in rows:
             # numpy's generators may change, their seeds do not
             drawn = np.random.SeedSequence((seed, step, 0, row)).generate_state(2, np.uint64)
             which, number = (int(value) for value in drawn)
@@ -185,12 +187,21 @@ class TaskBatches:
         return lines
 
     def _asked(self, some: Task, size: int, rank: int, world: int) -> Iterator[Batch]:
-        batch = self.options["batch"]
         # of answers, whatever was trained on
         layout = dataclasses.replace(self.layout, loss="answers")
-        for first in range(0, _ASKED, batch):
-            numbers = range(first + rank, first + batch, world)
-            yield self._collated([self._sample(some, n, size) for n in numbers], size, layout)
+        made, own = self._shares(rank, world)
+        for first in range(0, _ASKED, self.options["batch"]):
+            samples = [self._sample(some, first + row, size) for row in made]
+            batch = self._collated(samples, size, layout)
+            yield {name: tensor[own] for name, tensor in batch.items()}
+
+    def _shares(self, rank: int, world: int) -> tuple[range, slice]:
+        """Which rows of a batch a process makes, and which of these are its own."""
+        batch = self.options["batch"]
+        if world > 1 and self.options["parallel"] == "fsdp":
+            # where all processes read each segment together: rows as long as the longest of all
+            return range(batch), slice(rank, None, world)
+        return range(rank, batch, world), slice(None)
 
     def _named(self, size: int) -> str:
         if self.is_segments:

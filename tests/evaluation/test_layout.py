@@ -35,11 +35,8 @@ def _said(layout, ids) -> str:
 
 def check_batch(layout, batch, samples) -> None:
     """What a batch of any layout has to be, read back from its tokens."""
-    whole = torch.ones_like(batch["input_ids"])
-    rows = zip(batch["input_ids"], batch["labels"], batch.get("attention_mask", whole), strict=True)
-    for sample, (ids, labels, mask) in zip(samples, rows, strict=True):
-        assert torch.equal(mask, mask.sort(descending=True).values), "padding is behind"
-        assert not (ids[mask == 0] != layout.pad).any() and (labels[mask == 0] == -100).all()
+    assert batch.keys() == {"input_ids", "labels"}
+    for sample, ids, labels in zip(samples, batch["input_ids"], batch["labels"], strict=True):
         wanted = (labels != -100).nonzero()[:, 0]
         assert torch.equal(labels[wanted], ids[wanted]), "a label is its own place's token"
         prompt, answer = plain(sample)
@@ -55,7 +52,7 @@ def check_batch(layout, batch, samples) -> None:
         else:
             assert len(wanted) == count
         if layout.kind == "aligned":
-            _check_apart(layout, ids[mask == 1], before, sample)
+            _check_apart(layout, ids, before, sample)
 
 
 def _check_apart(layout, ids, before, sample) -> None:
@@ -77,8 +74,11 @@ def test_a_batch_says_what_its_samples_say(name, kind, loss, segments):
     layout = _layout(name, kind=kind, loss=loss)
     batch = layout.collate(SAMPLES, segments)
     check_batch(layout, batch, SAMPLES)
-    # as many segments each, and no mask
-    assert ("attention_mask" in batch) == (kind == "running" or segments is None)
+    if kind == "aligned":
+        # and those of the questions, which are one of 8 words, or two of 24 bytes
+        asked = 1 if name == "words" else 2
+        most = max(-(-layout.count(sample.context) // layout.segment_length) for sample in SAMPLES)
+        assert batch["input_ids"].shape[1] == ((segments or most) + asked) * layout.segment_length
 
 
 def _answer_in_the_prompt(row):
@@ -127,16 +127,22 @@ def test_running_text_is_what_others_ask():
             assert layout.prompt(sample) == plain(sample)[0]
 
 
+@pytest.mark.parametrize("flow", ("depth", "time", "chunk", "all"))
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_a_masked_row_is_the_row_alone(kind):
-    layout = _layout("words", kind=kind)
-    model = small_model(vocab_size=WORDS.vocab_size, flow="time", memory_slots=8)
-    losses = []
-    for sample in SAMPLES:
-        losses.append(model(**layout.collate([sample])).loss)
+def test_a_padded_row_is_the_row_alone(kind, flow):
+    """Its loss, and what is learnt of it."""
+    layout = Layout(WORDS, 6, kind)
+    model = small_model(vocab_size=WORDS.vocab_size, flow=flow)
     together = model(**layout.collate(SAMPLES)).loss
-    counts = torch.tensor([layout.count(sample.answer) for sample in SAMPLES])
-    assert_round_off(together, (torch.stack(losses) * counts).sum() / counts.sum())
+    alone = [
+        layout.count(sample.answer) * model(**layout.collate([sample])).loss for sample in SAMPLES
+    ]
+    loss = sum(alone) / sum(layout.count(sample.answer) for sample in SAMPLES)
+    assert_round_off(together, loss)
+    parameters = list(model.parameters())
+    got, want = (torch.autograd.grad(value, parameters) for value in (together, loss))
+    for one, other in zip(got, want, strict=True):
+        assert_round_off(one, other)
 
 
 def test_what_does_not_fit():

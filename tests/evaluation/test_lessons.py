@@ -28,7 +28,7 @@ def _batches(tasks=("mqar",), config=CONFIG, **options):
 
 
 def _drawn(batches):
-    return [batches.samples(step) for step in range(STEPS)]
+    return [batches.samples(step, range(batches.options["batch"])) for step in range(STEPS)]
 
 
 def test_sizes_are_those_of_the_curriculum():
@@ -38,7 +38,6 @@ def test_sizes_are_those_of_the_curriculum():
     for size, batch in zip(sizes, batches.train(), strict=True):
         # of the context, and one of the question
         assert batch["input_ids"].shape == (4, 32 * (size + 1))
-        assert "attention_mask" not in batch
 
 
 def test_lengths_in_tokens():
@@ -52,11 +51,14 @@ def test_lengths_in_tokens():
     assert seen == {0: {32 + 32}, 60: {64 + 32}, 100: {128 + 32}}
 
 
+@pytest.mark.parametrize("parallel", ("ddp", "fsdp"))
 @pytest.mark.parametrize("layout", ("aligned", "running"))
-def test_ranks_see_what_one_would(layout):
+def test_ranks_see_what_one_would(layout, parallel):
+    """With fsdp as long as one would: all read every segment together."""
     options = {"layout": layout, "lengths": [0, 40], "curriculum": "mixed", "seed": 3}
-    batches = _batches(("qa1", "niah"), **options)
+    batches = _batches(("qa1", "niah"), parallel=parallel, **options)
     whole, parts = batches.train(), [batches.train(rank=rank, world=2) for rank in range(2)]
+    widths = set()
     for step in range(STEPS):
         one = next(whole)
         assert len(one["input_ids"]) == 4
@@ -67,6 +69,8 @@ def test_ranks_see_what_one_would(layout):
                 assert torch.equal(part[name], rows[:, :width]), step
                 # what is longer in the other rank's rows is padding here
                 assert (rows[:, width:] == (0 if name == "input_ids" else -100)).all()
+                widths.add(rows.shape[1] - width)
+    assert (widths == {0}) == (parallel == "fsdp")
 
 
 def test_a_run_that_goes_on_sees_what_was_left():
@@ -78,7 +82,7 @@ def test_a_run_that_goes_on_sees_what_was_left():
         assert all(torch.equal(late[name], want[name]) for name in want)
     # another seed draws others, also of stories that are the same for all seeds
     again = dataclasses.replace(batches, options={**batches.options, "seed": 4})
-    assert again.samples(0)[0] != batches.samples(0)[0]
+    assert again.samples(0, range(4))[0] != batches.samples(0, range(4))[0]
 
 
 @pytest.mark.parametrize("name", ("qa1", "mqar", "vt", "stories"))
@@ -94,7 +98,7 @@ def test_no_story_for_validation_is_trained_on(name):
 
 
 def test_every_task_has_its_share():
-    samples, _ = _batches(("qa1", "niah"), lengths=[0], batch=40).samples(0)
+    samples, _ = _batches(("qa1", "niah"), lengths=[0], batch=40).samples(0, range(40))
     assert 8 < sum("secret" in sample.question for sample in samples) < 32
 
 
@@ -117,7 +121,7 @@ class _Knowing(nn.Module):
         for token, next_token in enumerate(follows):
             self.table.data[token, next_token] = 1.0
 
-    def forward(self, input_ids, labels, attention_mask=None, return_logits=None):
+    def forward(self, input_ids, labels, return_logits=None):
         assert return_logits and not self.training
         loss = (labels[:, 1:] != -100).sum().double() / 8.0
         return SimpleNamespace(loss=loss, logits=self.table[input_ids])
