@@ -221,7 +221,7 @@ def effective_rank(bank: Tensor) -> Tensor:
     scaled = bank / torch.where(largest > 0.0, largest, 1.0)
     squares = torch.linalg.svdvals(scaled).square()
     total = squares.sum(dim=-1)
-    shares = squares / torch.where(total > 0.0, total, 1.0)[..., None]
+    shares = squares / total[..., None]
     return torch.where(total > 0.0, torch.special.entr(shares).sum(dim=-1).exp(), 0.0)
 
 

@@ -124,6 +124,12 @@ def test_numbers_are_of_float32_under_autocast(kind):
         assert cast[figure] == plain[figure]
     # which the layer wrote in 16 bits
     assert cast["rms"] != plain["rms"]
+    # and so are those of a layer in 16 bits
+    layer, x, memory = layer.bfloat16(), x.bfloat16(), memory.bfloat16()
+    narrow, _ = _watched(layer, x, memory)
+    wide, _ = _watched(layer.float(), x.float(), memory.float())
+    for figure in ("input_gate", "forget_gate", "output_gate", "entropy", "read"):
+        assert narrow[figure] == wide[figure]
 
 
 def test_no_graph_is_held():
@@ -131,6 +137,9 @@ def test_no_graph_is_held():
     model = small_model()
     with watch(model) as record:
         model(random_ids(2, 9), use_cache=True)
+    ended, _ = record._layers["model.layers.0.memory"].segments
+    # nor what pictures of a segment are made of, once there is a later one
+    assert not ended._maps and not ended._pieces
     # which tensors of a graph refuse
     assert copy.deepcopy(record).summary() == record.summary()
 
@@ -467,10 +476,13 @@ def test_padding_by_itself():
     rows[1, 2:] = 0.0
     layer = _keeping(0.0, pooled_gate="prefix")
     assert _padded_piece(layer, x, rows, [T, 2])["written"] == 1.0
-    # of three slots with two tokens each the first alone, in the second row
+    # of three slots with two tokens each one, in the second row, or two, the last by one token
     few = _keeping(0.0, pooled_gate="prefix", write="chunk", tokens_per_slot=2)
-    summary = _padded_piece(few, x, torch.ones_like(rows), [T, 2])
-    _is(summary["rms"], (math.sqrt(4.75 / N) + math.sqrt(6.25 / N)) / 2)
+    for length, square in ((2, 6.25), (1, 6.25), (3, 5.5)):
+        y = x.nan_to_num()
+        y[1, length:] = math.nan
+        summary = _padded_piece(few, y, torch.ones_like(rows), [T, length])
+        _is(summary["rms"], (math.sqrt(4.75 / N) + math.sqrt(square / N)) / 2)
     # zeros read all slots, real tokens the third
     reads = _layer("paper", causal=False, scale=100.0)
     with torch.no_grad():
@@ -532,6 +544,7 @@ def test_rank_and_cosine():
     _is(effective_rank(half).item(), 3.0 / 2.0 ** (2.0 / 3.0))
     _is(mean_cosine(half).item(), 1 / 3)
     _is(mean_cosine(torch.cat([half, torch.zeros(2, 2).double()])).item(), 1 / 3)
+    _is(mean_cosine(half / 100.0).item(), 1 / 3)
     assert mean_cosine(half[:1]).isnan()
     # squares that overflow, or vanish, are of no account
     for scale in (1e-200, 1e200):
@@ -614,6 +627,15 @@ def test_a_projection_that_is_not_plain(kind, change):
         _is(summary["entropy"], uniform)
     else:
         assert summary["entropy"] < uniform
+
+
+def test_a_masked_slot_may_hold_anything():
+    layer, (x, memory) = _layer("paper", causal=False), _inputs()
+    wanted, _ = _watched(layer, x, memory.masked_fill(~MASK[:, :, None], 0.0), slot_mask=MASK)
+    broken = memory.masked_fill(~MASK[:, :, None], math.nan)
+    got, _ = _watched(layer, x, broken, slot_mask=MASK)
+    for figure in ("forget_gate", "output_gate", "entropy", "read"):
+        assert got[figure] == wanted[figure] is not None
 
 
 def test_weights_are_seen_before_they_go():
@@ -716,6 +738,15 @@ def test_what_is_shown(tmp_path):
     record.to_tensorboard(writer, 8)
     # no wider than the slots that there are so far
     assert writer.images["memory/model.layers.0.memory/reads", 8].shape == (3, 3)
+    model = small_model(flow="all", initializer_range=0.2).eval()
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    with watch(model) as record:
+        model(random_ids(2, 5), attention_mask=mask)
+    record.to_tensorboard(writer, 9)
+    # of the real tokens, and as light as what weighs most
+    image = writer.images["memory/model.layers.0.memory/reads", 9]
+    assert image.shape == (3, 8) and image.max() == 1.0
 
 
 def test_pictures(tmp_path):

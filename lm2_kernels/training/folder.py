@@ -137,7 +137,7 @@ def keep_telemetry(folder: Path, step: int) -> None:
         return
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            is_kept = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            is_kept = json.loads(line)["step"] <= step
         except (KeyError, TypeError, ValueError):
             is_kept = False
         if not is_kept:
