@@ -3,14 +3,14 @@
     python benchmarks/real_model.py --model FOLDER [--gguf FILE] --seeds 0 1 2 --minutes 30
 
 The model reads a context by windows of 32 tokens, each from its first position, and then the
-question in a window of its own: of the context it has nothing but what the memory carries. The
-model is frozen; only the memory is trained, with the loss on the answer's first token, which tells
-all answers of a task apart. Steps and data are the same for every seed.
+question, and how its answer begins, in a window of its own: of the context it has nothing but what
+the memory carries. The model is frozen; only the memory is trained, with the loss on the answer's
+first token, which tells all answers of a task apart. Steps and data are the same for every seed.
 
-A *cell* is a seed, or "plain", the model as it came: the question alone, which is also what the
-memory answers before training, as its logits are then the same bit for bit; and, as the ceiling,
-the whole context in one window with instruction and examples. Of a trained memory, the answers are
-counted with it and with that of another row, given to it before the question.
+A *cell* is a seed, or "plain", the model as it came: given the last window alone, which is also
+what the memory answers before training, as its logits are then the same bit for bit; and given
+everything in one window. Of a trained memory, the answers are counted with it and with that of
+another row, given to it before the question.
 
 Each cell is a line of --out. What a cell has done is kept in a folder beside it, and after so many
 minutes (or a kill) the next call goes on from there, to the same result.
@@ -21,6 +21,7 @@ import dataclasses
 import json
 import resource
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from torch import Tensor, nn
 import lm2_kernels as lm2
 from lm2_kernels import machine
 from lm2_kernels.disk import replace_file
-from lm2_kernels.evaluation import Sample, prompt, task
+from lm2_kernels.evaluation import Sample, task
 from lm2_kernels.evaluation.babilong import InBackground
 from lm2_kernels.evaluation.samples import Story, distinct_words
 from lm2_kernels.evaluation.tasks import Source
@@ -105,6 +106,13 @@ def task_named(name: str, seed: int, *, validation: bool) -> InBackground:
     return dataclasses.replace(qa1, source=OnePlace(qa1.source))
 
 
+def asking(sample: Sample) -> str:
+    """The question, and how the answer begins: what a model that is not instructed goes on with."""
+    *question, subject = sample.question.rstrip("?").split()
+    begun = {"Where": f"{subject} is in the", "What": f"The secret word of {subject} is"}
+    return f"{sample.question} {begun[question[0]]}"
+
+
 # --- reading -----------------------------------------------------------------------------------
 
 
@@ -127,7 +135,7 @@ class Reader(nn.Module):
     def asked(self, samples: list[Sample]) -> Batch:
         """Contexts and questions, padded on the left, and what the answers begin with."""
         ids, mask = padded([self.encode(sample.context) for sample in samples], multiple=WINDOW)
-        question = [self.encode(f"{sample.question} Answer:") for sample in samples]
+        question = [self.encode(asking(sample)) for sample in samples]
         question_ids, question_mask = padded(question)
         labels = torch.stack([self.first_tokens((sample.answer,))[0] for sample in samples])
         return {
@@ -223,6 +231,17 @@ def planned() -> list[tuple[str, int]]:
     return plan
 
 
+def curves(losses: list[float]) -> dict[str, list[float]]:
+    """The losses by task and tokens, each number the mean of ten of its steps."""
+    found: dict[str, list[float]] = {}
+    for (name, length), loss in zip(planned(), losses, strict=False):
+        found.setdefault(f"{name} {length}", []).append(loss)
+    return {
+        kind: [round(statistics.fmean(own[i : i + 10]), 4) for i in range(0, len(own), 10)]
+        for kind, own in found.items()
+    }
+
+
 def batches(reader: Reader, seed: int, first: int) -> Iterator[Batch]:
     """Those of a seed from a step on: a step's number says its samples."""
     tasks = {name: task_named(name, seed, validation=False) for name in LENGTHS}
@@ -265,18 +284,16 @@ class TimeIsUpError(Exception):
 
 
 def run_plain(reader: Reader, kept: Kept, options: argparse.Namespace) -> dict:
-    """The model as it came: the question alone, and everything in one window."""
+    """The model as it came: the last window alone, and everything in one."""
 
-    def answer(name: str, samples: list[Sample]) -> dict[str, Tensor]:
+    def answer(samples: list[Sample]) -> dict[str, Tensor]:
         asked = reader.asked(samples)
-        whole = "qa1" if name == "place" else name
         # one after the other: a long context is large enough
-        instructed = [
-            reader.following(*padded([reader.encode(prompt(whole, sample))])) for sample in samples
-        ]
+        texts = [f"{sample.context} {asking(sample)}" for sample in samples]
+        whole = [reader.following(*padded([reader.encode(text)])) for text in texts]
         return {
-            "question alone": reader.following(asked["question_ids"], asked["question_mask"]),
-            "whole context": torch.cat(instructed),
+            "last window": reader.following(asked["question_ids"], asked["question_mask"]),
+            "one window": torch.cat(whole),
         }
 
     ask_all(reader, kept, options, answer)
@@ -312,8 +329,8 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             kept.save()
             saved = now
         if step % 20 == 0:
-            losses = kept.notes["losses"][-20:]
-            print(f"seed {seed}, step {step} of {steps}: {sum(losses) / 20:.3f}", flush=True)
+            latest = {kind: means[-1] for kind, means in curves(kept.notes["losses"]).items()}
+            print(f"seed {seed}, step {step} of {steps}: {latest}", flush=True)
         return is_up and step < steps
 
     steps = len(planned())
@@ -334,7 +351,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
     model.eval()
     memory = report.memory
 
-    def answer(name: str, samples: list[Sample]) -> dict[str, Tensor]:
+    def answer(samples: list[Sample]) -> dict[str, Tensor]:
         asked = reader.asked(samples)
         reader.read(asked["input_ids"], asked["attention_mask"])
         state, found = memory.state, {}
@@ -345,20 +362,17 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
         return found
 
     ask_all(reader, kept, options, answer)
-    losses = kept.notes["losses"]
     return {
         "unchanged before": kept.notes["unchanged before"],
         "parameters": report.parameters,
         "steps": steps,
-        "losses": [
-            round(sum(losses[i : i + 10]) / len(losses[i : i + 10]), 4) for i in range(0, steps, 10)
-        ],
+        "losses": curves(kept.notes["losses"]),
         "train_minutes": round(kept.notes["train_seconds"] / 60.0, 2),
     }
 
 
 # what the model says next, by what it was given (B, V)
-Answer = Callable[[str, list[Sample]], dict[str, Tensor]]
+Answer = Callable[[list[Sample]], dict[str, Tensor]]
 
 
 @torch.no_grad()
@@ -379,7 +393,7 @@ def ask_all(reader: Reader, kept: Kept, options: argparse.Namespace, answer: Ans
             samples = [asked.sample(number, length, reader.count) for number in numbers]
             wanted = reader.first_tokens(tuple(sample.answer for sample in samples))
             with autocast_in(torch.device("cpu"), options.dtype):
-                found = answer(name, samples)
+                found = answer(samples)
             for how, logits in found.items():
                 chosen = labels[logits[:, labels].argmax(-1)]
                 for key, said in ((how, chosen), (f"{how}, any word", logits.argmax(-1))):

@@ -67,7 +67,7 @@ def test_a_cell_that_was_cut_ends_as_one_that_was_not(study, monkeypatch, folder
     assert list(plain["answers"]) == list(seed["answers"]) == [
         "place 32", "niah 32", "qa1 0", "qa1 64",
     ]  # fmt: skip
-    for result, how in ((plain, "whole context"), (seed, "memory"), (seed, "another's")):
+    for result, how in ((plain, "one window"), (seed, "memory"), (seed, "another's")):
         counts = [count[how] for count in result["answers"].values()]
         assert all(0 <= right <= total == 3 for right, total in counts)
     # each call does one step, or asks one cell, and is then cut
