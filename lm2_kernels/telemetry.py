@@ -164,6 +164,15 @@ class Record:
             rows.append(["all", "all", *_cells(summary)])
         return "\n".join(terminal.columns(rows))
 
+    def reads(self) -> dict[str, Tensor]:
+        """Of each layer that was called, how its last segment's tokens read the slots.
+
+        Returns:
+            (T, N) on the CPU by the layers' names in the model: the weights of the batch's first
+            row, the mean of the heads, without padding.
+        """
+        return {name: layer.segments[-1].reads() for name, layer in self._called().items()}
+
     def plot(self, path: str | Path) -> list[Path]:
         """Heat maps as PNG and SVG, a line of three for each layer, all of the batch's first row.
 
@@ -204,8 +213,7 @@ class Record:
         for name, value in self.summary().items():
             if value is not None:
                 writer.add_scalar(f"memory/{name}", value, step)
-        for name, layer in self._called().items():
-            reads = layer.segments[-1].reads()
+        for name, reads in self.reads().items():
             most = reads.max().clamp(min=torch.finfo(reads.dtype).tiny)
             writer.add_image(f"memory/{name}/reads", reads / most, step, dataformats="HW")
 

@@ -92,14 +92,15 @@ def evaluate(
 def answer_accuracy(
     model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> Accuracy:
-    """How many answers are right in full, each of their words after the model's own before it.
+    """How many rows are answered right in full, greedily.
 
-    A row is one question: its answer is where its labels are not -100, the likeliest token at each
-    of them is what the model says, and takes the place that the next of its words is read from.
+    A row's answer is where its labels are not -100. Its first word that is wrong is what the model
+    says after right ones, so one pass over the right answer tells, and none is generated.
 
     Args:
         model: called as ``model(input_ids)``; its result has ``logits`` (B, L, V).
-        batches: dicts of "input_ids" and "labels" (B, L), without an "attention_mask".
+        batches: dicts of "input_ids" and "labels" (B, L); "input_ids" have the answers too, but
+            for each one's last token, which nothing is read after. No "attention_mask".
         autocast: as of :func:`evaluate`.
     """
     device = next(model.parameters()).device
@@ -109,14 +110,11 @@ def answer_accuracy(
     try:
         for batch in batches:
             inputs = moved(batch, device)
-            ids, labels = inputs["input_ids"].clone(), inputs["labels"]
-            asked = labels != -100
-            for column in asked.any(0).nonzero()[:, 0].tolist():
-                with autocast_in(device, autocast):
-                    said = model(ids).logits[:, column - 1].argmax(-1)
-                ids[:, column] = torch.where(asked[:, column], said, ids[:, column])
-            right += int(((ids == labels) | ~asked).all(1).sum())
-            total += len(ids)
+            targets = inputs["labels"][:, 1:]
+            with autocast_in(device, autocast):
+                said = model(inputs["input_ids"]).logits[:, :-1].argmax(-1)
+            right += int(((said == targets) | (targets == -100)).all(1).sum())
+            total += len(targets)
     finally:
         model.train(was_training)
     return Accuracy(right, total)

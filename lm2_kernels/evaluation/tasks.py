@@ -38,18 +38,19 @@ class Stories:
     size = None
 
     def story(self, number: int) -> Story:
-        """Facts such as "mary entered garden.", and a question such as "where mary?"."""
+        """Facts such as "mary entered garden", and a question such as "where mary"."""
         # its own split, which no order of sentences gets round
         seed = Dice(f"{self.name} {self.seed} {number}").below(2**53)
         example = next(self.task.examples(seed, validation=self.validation))
         (question,) = example.questions
-        facts = tuple(" ".join(sentence) + "." for sentence in example.sentences)
-        return Story(facts, f"where {question.subject}?", " ".join(question.answer))
+        # without signs, which the models of these stories do not know
+        facts = tuple(" ".join(sentence) for sentence in example.sentences)
+        return Story(facts, f"where {question.subject}", " ".join(question.answer))
 
     def words(self) -> tuple[str, ...]:
         """Every word of the plain form."""
         known = (word for word in self.task.vocabulary.words if word != PAD)
-        return distinct_words(". ?", *known)
+        return distinct_words(*known)
 
 
 _SOURCES: dict[str, Callable[[int, bool], Source]] = {

@@ -30,8 +30,8 @@ def _answer(context, question):
             found += [name] * (other in found)
         return ",".join(found)
     if question.startswith("where"):
-        who = (re.findall(rf"{word} with (\w+)\.", context) or [None])[-1]
-        place = re.findall(rf"{who or word} entered (\w+)\.", context)[-1]
+        who = (re.findall(rf"{word} with (\w+)", context) or [None])[-1]
+        place = re.findall(rf"{who or word} entered (\w+)", context)[-1]
         return f"{who} {place}" if who else place
     return re.findall(rf"\b{word} (\w+)\.", context)[0]
 
