@@ -229,6 +229,8 @@ def render(report: Report) -> str:
         f"the model with memory is in {report.model}; ask it yourself:",
         f"  python -m lm2_kernels generate {shlex.quote(str(report.model))} --temperature 0 "
         f"--tokens {len(last.truth.split())} --prompt '{last.prompt}'",
+        f"  python -m lm2_kernels evaluate {shlex.quote(str(report.model))} --tasks stories "
+        f"--lengths 0k --prompt aligned",
     ]
     if report.plots:
         losses, reads = report.plots
