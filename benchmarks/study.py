@@ -19,6 +19,7 @@ other seeds.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -37,7 +38,7 @@ from torch import nn
 
 import lm2_kernels as lm2
 from lm2_kernels import reference
-from lm2_kernels.evaluation import QATask, answer_accuracy
+from lm2_kernels.evaluation import QATask, answer_accuracy, tasks
 from lm2_kernels.evaluation.baselines import (
     RecurrentMemoryTransformer,
     ShuffledMemory,
@@ -46,6 +47,8 @@ from lm2_kernels.evaluation.baselines import (
     widened,
     without_memory,
 )
+from lm2_kernels.evaluation.layout import Layout, words
+from lm2_kernels.evaluation.samples import Task
 from lm2_kernels.training import mean_loss, train
 from lm2_kernels.training.data import Bytes, Corpus
 from lm2_kernels.training.loop import Batch
@@ -174,6 +177,62 @@ class Stories:
         """Segments, noise and hops of each test by its name."""
         kinds = itertools.product(self.tested, self.noises, (1, 2))
         return {f"{h} hops, {s} segments, noise {n:g}": (s, n, h) for s, n, h in kinds}
+
+
+@dataclasses.dataclass(frozen=True)
+class Told:
+    """One of the package's tasks in words: facts in background text, and a question behind it.
+
+    The context fills its segments, the question stands in one of its own.
+
+    Args:
+        name: of the task (``lm2_kernels.evaluation.task``).
+        segments: of the context, in training; each step has one of these.
+        tested: segments of the context in tests.
+        rows: of a batch.
+    """
+
+    name: str
+    segments: tuple[int, ...] = (1, 2)
+    tested: tuple[int, ...] = (1, 2, 4, 8)
+    rows: int = 16
+    segment_length: int = 64
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return Layout(words(tasks.all_words()), self.segment_length)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.layout.tokenizer.vocab_size
+
+    @property
+    def longest(self) -> int:
+        return (max(self.tested) + 1) * self.segment_length
+
+    def _batch(self, source: Task, numbers: range, segments: int) -> Batch:
+        length = segments * self.segment_length
+        samples = [source.sample(number, length, self.layout.count) for number in numbers]
+        return self.layout.collate(samples, segments)
+
+    def batches(self, seed: int, steps: int) -> Iterator[Batch]:
+        source = tasks.task(self.name, seed=seed, validation=False)
+        for step in range(steps):
+            # the fewest segments alone for a third of the steps
+            known = self.segments[:1] if step < steps // 3 else self.segments
+            numbers = range(step * self.rows, (step + 1) * self.rows)
+            yield self._batch(source, numbers, known[step % len(known)])
+
+    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
+        source = tasks.task(self.name, seed=_TEST_SEED, validation=True)
+        for name, (segments,) in self.kinds().items():
+            parts = [range(i, min(i + 50, TESTED)) for i in range(0, TESTED, 50)]
+            asked = [self._batch(source, numbers, segments) for numbers in parts]
+            yield name, segments in self.segments, asked
+
+    def kinds(self) -> dict[str, tuple[int]]:
+        """Segments of each test by its name."""
+        return {f"{segments} segments": (segments,) for segments in self.tested}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,6 +369,29 @@ BLOCKS = (
             Contender("full"),
         ),
         tuned_by="learning",
+    ),
+    # the tasks that others know, in few words
+    *(
+        Block(
+            name,
+            Told(name, segments, tested),
+            (
+                *(Contender(kind, slots=16) for kind in ("none", "rmt", "full")),
+                Contender(slots=16),
+                Contender(slots=64, write="position"),
+            ),
+            steps=1500,
+            tuned_by="learning",
+        )
+        for name, segments, tested in (
+            ("qa1", (1, 2), (1, 2, 4, 8)),
+            ("mqar", (1, 2), (1, 2, 4, 8)),
+            ("niah", (1, 2), (1, 2, 4, 8)),
+            ("qa4", (1, 2), (1, 2, 4, 8)),
+            ("qa5", (2, 4), (2, 4, 8)),
+            ("qa2", (2, 4), (2, 4, 8)),
+            ("qa3", (4, 8), (4, 8, 16)),
+        )
     ),
     # no harm: the loss on held-out text
     Block(
@@ -477,7 +559,7 @@ def score(result: dict) -> float:
     if block.measure == "loss":
         return -result["loss"]["held out"] if result["failure"] is None else -math.inf
     kinds = block.task.kinds().items()
-    names = [name for name, (segments, _, _) in kinds if segments in block.task.segments]
+    names = [name for name, (segments, *_) in kinds if segments in block.task.segments]
     return statistics.fmean(right / total for right, total in map(result["answers"].get, names))
 
 

@@ -42,8 +42,8 @@ class Progress:
             say("\r\033[K", end="")
 
 
-class StepBar:
-    """A progress bar over training steps: call it as ``train``'s ``progress``."""
+class Bar:
+    """A progress bar."""
 
     def __init__(self, title: str, first: int = 0):
         self._title = title
@@ -51,19 +51,27 @@ class StepBar:
         self._start = time.monotonic()
         self._line = Progress()
 
-    def __call__(self, done: int, total: int, loss: float) -> None:
+    def show(self, done: int, total: int, text: str) -> None:
+        """Show how much is done, and a text."""
         seconds = time.monotonic() - self._start
         left = seconds / (done - self._first) * (total - done)
         filled = _BAR * done // total
         bar = "#" * filled + "." * (_BAR - filled)
         self._line.update(
-            f"{self._title} [{bar}] {done}/{total} loss {loss:.3f}, {left:.0f} s left",
+            f"{self._title} [{bar}] {done}/{total} {text}, {left:.0f} s left",
             10 * done // total,
         )
 
     def close(self) -> None:
         """Leave an empty line behind."""
         self._line.close()
+
+
+class StepBar(Bar):
+    """A progress bar over training steps: call it as ``train``'s ``progress``."""
+
+    def __call__(self, done: int, total: int, loss: float) -> None:
+        self.show(done, total, f"loss {loss:.3f}")
 
 
 def columns(rows: list[list[str]]) -> list[str]:

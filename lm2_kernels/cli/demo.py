@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lm2_kernels import figures
+from lm2_kernels import figures, telemetry
 from lm2_kernels.bench import measure
 from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.bench.works import Row
@@ -61,7 +61,7 @@ _ROPE_THETA = 10.0
 _REPORT = "report.json"
 # by which a report is known
 _KEYS = ("seed", "task", "models", "baselines")
-_PLOTS = ("losses.png", "losses.svg")
+_PLOTS = ("losses.png", "losses.svg", "reads.png", "reads.svg")
 
 
 def add_demo(commands: argparse._SubParsersAction) -> None:
@@ -112,7 +112,7 @@ class Report:
     baselines: dict[str, dict[int, Accuracy]]  # by name and hops: answers without a model
     answers: list[Answer]
     model: Path  # the checkpoint's folder
-    plot: Path | None  # of the losses
+    plots: list[Path]  # of the losses, and of what the memory is read for
     notes: list[str]
 
 
@@ -130,8 +130,9 @@ def run(
     Both start from the same weights and take the same steps. The memory has a third as many slots
     as a segment has tokens.
 
-    Writes into ``out_dir``: the trained model, ``losses.png`` and ``losses.svg`` if there is
-    matplotlib, and ``report.json``.
+    Writes into ``out_dir``: the trained model, ``report.json``, and if there is matplotlib pictures
+    as PNG and SVG: ``losses``, and ``reads``, which shows where in its memory the model finds an
+    answer.
 
     Args:
         out_dir: a folder, made if need be.
@@ -169,14 +170,15 @@ def run(
     model.save(out_dir / "model")
     save_tokenizer(out_dir / "model", TASK.vocabulary)
     answers = _answer(out_dir / "model", [questions[1][0], questions[2][0]])
-    plot, notes = None, []
+    drawn, notes = [], []
     try:
         figures.figure_class("demo")
     except ValueError as error:
-        notes.append(f"no plot of the losses: {error}")
+        notes.append(f"no pictures: {error}")
     else:
-        plot, _ = _plot(outcomes, out_dir / "losses")
-    return Report(tuple(outcomes), baselines, answers, out_dir / "model", plot, notes)
+        drawn.append(_plot(outcomes, out_dir / "losses")[0])
+        drawn.append(_plot_reads(model, questions[2][0], answers[1], out_dir / "reads")[0])
+    return Report(tuple(outcomes), baselines, answers, out_dir / "model", drawn, notes)
 
 
 def _check_folder(folder: Path) -> None:
@@ -227,9 +229,12 @@ def render(report: Report) -> str:
         f"the model with memory is in {report.model}; ask it yourself:",
         f"  python -m lm2_kernels generate {shlex.quote(str(report.model))} --temperature 0 "
         f"--tokens {len(last.truth.split())} --prompt '{last.prompt}'",
+        f"  python -m lm2_kernels evaluate {shlex.quote(str(report.model))} --tasks stories "
+        f"--lengths 0k --prompt aligned",
     ]
-    if report.plot is not None:
-        lines.append(f"the losses are in {report.plot}")
+    if report.plots:
+        losses, reads = report.plots
+        lines += [f"the losses are in {losses}", f"where it finds the last answer, in {reads}"]
     return "\n".join(lines + report.notes)
 
 
@@ -351,6 +356,40 @@ def _plot(outcomes: Sequence[Outcome], path: Path, window: int = 20) -> list[Pat
             axes.plot(range(1, len(means) + 1), means, label=outcome.name, color=colour)
         axes.set(xlabel="step", ylabel=f"loss, mean of {window} steps", ylim=(0.0, None))
         axes.legend()
+        return figures.save(figure, path)
+
+
+@torch.no_grad()
+def _plot_reads(model: LM2ForCausalLM, example: Example, answer: Answer, path: Path) -> list[Path]:
+    """How the words of a question read the slots, each of which a sentence has written.
+
+    A segment's sentences have three words, and its slots three tokens each.
+    """
+    (question,), model = example.questions, model.eval()
+    ids = TASK.collate([example])["input_ids"].to(next(model.parameters()).device)
+    # what the model said in its answer's place; the last word is read by nobody
+    said = answer.answer.split()[:-1]
+    ids[0, -1 - len(said) : -1] = torch.tensor(TASK.vocabulary.encode(" ".join(said)))
+    with telemetry.watch(model) as record:
+        model(ids)
+    words = ["where", question.subject, *said]
+    sentences = [" ".join(sentence) for sentence in example.sentences]
+    slots = sentences + ["(nothing)"] * (SLOTS - len(sentences))
+    title = f"where is {question.subject}? {answer.answer}"
+    foot = ["Columns: slots, by the sentences that wrote them. Rows: words of the question and of "]
+    foot[0] += "the answer. Colours: how much of its reading each gives to a slot."
+    with figures.style():
+        reads = record.reads()
+        figure = figures.new_figure((7.0, 1.6 + 1.1 * len(reads)), title, foot)
+        grid = figure.subplots(len(reads), 1, sharex=True)
+        for number, (axes, weights) in enumerate(zip(grid, reads.values(), strict=True)):
+            rows = weights[-1 - len(words) : -1]
+            texts = [[f"{weight:.2f}" for weight in row] for row in rows.tolist()]
+            figures.draw_heat(axes, rows.tolist(), texts=texts)
+            axes.set_title(f"block {number}")
+            axes.set_yticks(range(len(words)), words)
+            axes.set_xticks(range(len(slots)), slots, rotation=30, ha="right")
+            axes.tick_params(length=0)
         return figures.save(figure, path)
 
 

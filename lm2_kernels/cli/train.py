@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import itertools
-import math
 import re
 import signal
 from pathlib import Path
@@ -14,14 +12,18 @@ import torch
 
 from lm2_kernels import training
 from lm2_kernels.cli.signals import Interrupted, Stop
+from lm2_kernels.cli.train_tasks import OF_TASKS, add_tasks
+from lm2_kernels.evaluation.lessons import Lessons
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM, check_room
 from lm2_kernels.state import files
 from lm2_kernels.terminal import StepBar
 from lm2_kernels.training import distributed, folder
-from lm2_kernels.training.data import RAW_DTYPES, Bytes, Corpus
+from lm2_kernels.training.data import RAW_DTYPES, Corpus, Ids
 from lm2_kernels.training.loop import seeded
 from lm2_kernels.training.run import DEFAULTS, Run, chosen_options, examined, flag
+from lm2_kernels.training.sources import Batches, Data, Files
+from lm2_kernels.training.telemetry import Telemetry
 
 _SIZES = {
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -41,13 +43,19 @@ _OF_THE_MEMORY = {
     "memory_causal": "memory_causal",
     "candidate": "candidate",
 }
+# options of files, which tasks do not have
+_OF_FILES = ("data_dtype", "vocab_size", "length", "validation")
+# of --telemetry, unless given
+TELEMETRY_STEPS = 100
 # which a run that goes on has already
 _OF_THE_MODEL = ("config", "size", *_OF_THE_MEMORY, "no_memory")
 
 
 def add_train(commands: argparse._SubParsersAction) -> None:
     """The ``train`` command's arguments."""
-    parser = commands.add_parser("train", help="train a model on text files or token arrays")
+    parser = commands.add_parser(
+        "train", help="train a model on text files, token arrays, or tasks for its memory"
+    )
     parser.add_argument(
         "data",
         nargs="*",
@@ -108,13 +116,23 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--validation", type=float, help="share of each file's end (0.05)")
     parser.add_argument("--save-every", type=int, metavar="STEPS", help="for --resume")
     parser.add_argument(
+        "--telemetry",
+        nargs="?",
+        type=int,
+        const=TELEMETRY_STEPS,
+        metavar="STEPS",
+        help="write what the memory does, every so many steps, into telemetry.jsonl of the run's "
+        f"folder ({TELEMETRY_STEPS})",
+    )
+    parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in --out, by its own options; others may be --steps, --save-every "
-        "and --parallel",
+        help="go on with the run in --out, by its own options; others may be --steps, "
+        "--save-every, --telemetry and --parallel",
     )
     parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="under torchrun (ddp)")
     parser.add_argument("--seed", type=int, help="(0)")
+    add_tasks(parser)
     parser.set_defaults(run=run_train)
 
 
@@ -143,8 +161,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 def _planned(
     options: argparse.Namespace, held: contextlib.ExitStack, rank: int, world: int
-) -> tuple[Run, Corpus, Corpus, bool]:
-    """The run, what to train on and to validate with, and whether its folder is there and so held.
+) -> tuple[Run, Data, Batches, bool]:
+    """The run, its data and what it makes of them, and whether its folder is there and so held.
 
     Everything is looked at, and nothing touched.
     """
@@ -155,31 +173,46 @@ def _planned(
     )
     given = {n: getattr(options, n) for n in DEFAULTS if getattr(options, n) is not None}
     chosen = chosen_options(given, options.out, stored)
-    if not options.data and stored is None:
-        raise ValueError("give files to train on")
-    paths = options.data or stored.paths
-    data = Corpus.open(paths, chosen["vocab_size"], chosen["data_dtype"])
+    data = _data(options.data, chosen, stored)
     config = _configuration(options, data) if stored is None else stored.config
-    if chosen["length"] is None:
-        chosen["length"] = 4 * config.segment_length
+    chosen = data.completed(chosen, config)
+    if chosen["telemetry"] and config.num_banks == 0:
+        raise ValueError("--telemetry: the model has no memory layers")
     if chosen["warmup"] is None:
         chosen["warmup"] = max(chosen["steps"] // 20, 1)
-    seen, kept = data.split(chosen["validation"], chosen["length"])
+    batches = data.batches(chosen, config)
     if chosen["batch"] % world:
         raise ValueError(
             f"--batch must be a multiple of the number of processes, {world}, got {chosen['batch']}"
         )
     check_room(config)
-    run = distributed.by_first(lambda: Run.on(paths, data, chosen, config))
+    run = distributed.by_first(lambda: Run.on(data, chosen, config))
     if stored is not None:
         stored.check_data(run)
         for change in stored.changes(run) if rank == 0 else ():
             print(change)
-    return run, seen, kept, is_locked
+    return run, data, batches, is_locked
 
 
-def _configuration(options: argparse.Namespace, data: Corpus) -> LM2Config:
-    vocab_size, is_text = data.vocab_size, isinstance(data.tokenizer, Bytes)
+def _data(paths: list[Path], chosen: dict, stored: Run | None) -> Data:
+    """What a run is trained on: files, or the tasks that are named."""
+    of_others = OF_TASKS if chosen["tasks"] is None else _OF_FILES
+    for name in of_others:
+        if chosen[name] is not None:
+            kind = "tasks (--tasks)" if chosen["tasks"] is None else "files, not for --tasks"
+            raise ValueError(f"{flag(name)} is for {kind}")
+    if chosen["tasks"] is not None:
+        if paths:
+            raise ValueError(f"give files to train on or --tasks, not both (got {paths[0]})")
+        return Lessons.open(chosen)
+    if not paths and stored is None:
+        raise ValueError("give files to train on, or --tasks")
+    paths = paths or stored.paths
+    return Files(paths, Corpus.open(paths, chosen["vocab_size"], chosen["data_dtype"]))
+
+
+def _configuration(options: argparse.Namespace, data: Data) -> LM2Config:
+    vocab_size, is_text = data.vocab_size, not isinstance(data.tokenizer, Ids)
     if options.config is not None:
         try:
             values = files.read_json(options.config)
@@ -238,7 +271,7 @@ def _train(
     device: torch.device,
 ) -> None:
     out = options.out
-    run, seen, kept, is_locked = _planned(options, held, rank, world)
+    run, data, source, is_locked = _planned(options, held, rank, world)
     chosen = run.options
     torch.manual_seed(chosen["seed"])
     model = LM2ForCausalLM(run.config).to(device)
@@ -246,9 +279,7 @@ def _train(
     optimizer = torch.optim.AdamW(
         training.optimizer_groups(wrapped, chosen["weight_decay"]), lr=chosen["lr"]
     )
-    batches = functools.partial(
-        seen.batches, chosen["batch"], chosen["length"], chosen["seed"], rank=rank, world=world
-    )
+    batches = functools.partial(source.train, rank=rank, world=world)
     # before the progress of an earlier run goes: a batch may be too large for the memory
     next(batches())
     progress, first = out / folder.PROGRESS, 0
@@ -259,9 +290,14 @@ def _train(
         first = distributed.load_progress(progress, wrapped, optimizer)
     if rank == 0:
         run.write(out)
-        _introduce(model, run, seen, f"{world} processes of {device.type}", first)
+        _introduce(model, run, source, f"{world} processes of {device.type}", first)
     bar = StepBar("train", first) if rank == 0 else None
     done, is_saved = first, False
+    batches_of_run = seeded(batches(first=first), chosen["seed"], first, rank)
+    telemetry = None
+    if chosen["telemetry"] and rank == 0:
+        telemetry = Telemetry(out, model, chosen["telemetry"], first)
+        batches_of_run = telemetry.batches(batches_of_run)
 
     def save_progress() -> None:
         last = distributed.last_progress(progress)
@@ -273,6 +309,8 @@ def _train(
         done = step
         if bar is not None:
             bar(step, total, loss)
+        if telemetry is not None:
+            telemetry.after_step(step)
         if chosen["save_every"] and step % chosen["save_every"] == 0 and step < total:
             save_progress()
         return stop.number is not None
@@ -283,7 +321,7 @@ def _train(
         with Stop(is_on=world == 1) as stop:
             training.train(
                 wrapped,
-                seeded(batches(first=first), chosen["seed"], first, rank),
+                batches_of_run,
                 steps=chosen["steps"],
                 first=first,
                 optimizer=optimizer,
@@ -300,7 +338,7 @@ def _train(
             weights = distributed.full_state_dict(wrapped)
             if rank == 0:
                 # first of all: it is what all this was for
-                folder.save_model(out, run.config, seen.tokenizer, weights)
+                folder.save_model(out, run.config, data.tokenizer, weights)
                 is_saved = True
             if chosen["save_every"]:
                 save_progress()
@@ -308,9 +346,7 @@ def _train(
                 dataclasses.replace(run, is_finished=True).write(out)
             if rank == 0 and not chosen["save_every"]:
                 folder.remove_progress(out)
-        windows = kept.batches(chosen["batch"], chosen["length"], 0, rank=rank, world=world)
-        loss = training.mean_loss(wrapped, itertools.islice(windows, 8), autocast=autocast)
-        loss = distributed.mean(loss, device)
+        lines = source.validate(wrapped, rank=rank, world=world, device=device, autocast=autocast)
     except _ERRORS as error:
         kind = next(kind for kind in _ERRORS if isinstance(error, kind))
         text = str(error) or type(error).__name__
@@ -323,23 +359,20 @@ def _train(
     finally:
         if bar is not None:
             bar.close()
+        if telemetry is not None:
+            telemetry.close()
     if rank == 0:
-        # above, float64 overflows
-        perplexity = math.exp(loss) if loss < 700.0 else math.inf
-        print(
-            f"validation loss {loss:.4f} ({loss / math.log(2):.3f} bits a token, perplexity "
-            f"{perplexity:.2f}); the model is in {out}"
-        )
+        *before, last = lines
+        print(*before, f"{last}; the model is in {out}", sep="\n")
 
 
-def _introduce(model: LM2ForCausalLM, run: Run, seen: Corpus, where: str, first: int) -> None:
-    length, last = run.options["length"], run.options["steps"]
-    left_out = len(run.data) - len(seen.files)
-    if left_out:
-        print(f"{left_out} files are too short for windows of {length} tokens: left out")
+def _introduce(model: LM2ForCausalLM, run: Run, source: Batches, where: str, first: int) -> None:
+    last = run.options["steps"]
+    for note in source.notes:
+        print(note)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{count:,} parameters, {sum(map(len, seen.files)):,} tokens, {where}, "
+        f"{count:,} parameters, {source.summary}, {where}, "
         + (f"steps {first + 1} to {last}" if first < last else f"all {last} steps are done"),
         flush=True,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,37 @@ class Accuracy:
     def share(self) -> float:
         """From 0 to 1; NaN of nothing."""
         return self.right / self.total if self.total else math.nan
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float]:
+        """Wilson's score interval of the share that would be right of infinitely many.
+
+        ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)``, where ``p`` of
+        ``n`` are right and ``z`` is the normal quantile at ``(1 + confidence) / 2``: all shares for
+        which ``p`` is no further than ``z`` standard errors away. It stays between 0 and 1, and is
+        no point where all or none are right. (E. B. Wilson, "Probable inference, the law of
+        succession, and statistical inference", Journal of the American Statistical Association 22,
+        1927, pages 209 to 212.)
+
+        Args:
+            confidence: above 0 and below 1.
+
+        Returns:
+            Its ends; 0 and 1 of nothing.
+
+        Raises:
+            ValueError: ``confidence`` is not between 0 and 1.
+        """
+        if not 0.0 < confidence < 1.0:
+            raise ValueError(f"Accuracy: confidence must be between 0 and 1, got {confidence}")
+        if self.total == 0:
+            return 0.0, 1.0
+        z = statistics.NormalDist().inv_cdf((1.0 + confidence) / 2.0)
+        p, n = self.share, self.total
+        middle = p + z * z / (2 * n)
+        reach = z * math.sqrt(p * (1.0 - p) / n + z * z / (4 * n * n))
+        low, high = ((middle + side * reach) / (1.0 + z * z / n) for side in (-1, 1))
+        # what is rounded is not beyond the share itself
+        return max(0.0, min(low, p)), min(1.0, max(high, p))
 
     def __str__(self) -> str:
         return f"{100 * self.share:.1f} % ({self.right} of {self.total})"
@@ -60,14 +92,15 @@ def evaluate(
 def answer_accuracy(
     model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> Accuracy:
-    """How many answers are right in full, each of their words after the model's own before it.
+    """How many rows are answered right in full, greedily.
 
-    A row is one question: its answer is where its labels are not -100, the likeliest token at each
-    of them is what the model says, and takes the place that the next of its words is read from.
+    A row's answer is where its labels are not -100. Its first word that is wrong is what the model
+    says after right ones, so one pass over the right answer tells, and none is generated.
 
     Args:
         model: called as ``model(input_ids)``; its result has ``logits`` (B, L, V).
-        batches: dicts of "input_ids" and "labels" (B, L), without an "attention_mask".
+        batches: dicts of "input_ids" and "labels" (B, L); "input_ids" have the answers too, but
+            for each one's last token, which nothing is read after. No "attention_mask".
         autocast: as of :func:`evaluate`.
     """
     device = next(model.parameters()).device
@@ -77,14 +110,11 @@ def answer_accuracy(
     try:
         for batch in batches:
             inputs = moved(batch, device)
-            ids, labels = inputs["input_ids"].clone(), inputs["labels"]
-            asked = labels != -100
-            for column in asked.any(0).nonzero()[:, 0].tolist():
-                with autocast_in(device, autocast):
-                    said = model(ids).logits[:, column - 1].argmax(-1)
-                ids[:, column] = torch.where(asked[:, column], said, ids[:, column])
-            right += int(((ids == labels) | ~asked).all(1).sum())
-            total += len(ids)
+            targets = inputs["labels"][:, 1:]
+            with autocast_in(device, autocast):
+                said = model(inputs["input_ids"]).logits[:, :-1].argmax(-1)
+            right += int(((said == targets) | (targets == -100)).all(1).sum())
+            total += len(targets)
     finally:
         model.train(was_training)
     return Accuracy(right, total)

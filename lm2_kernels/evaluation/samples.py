@@ -1,19 +1,40 @@
 """What a memory is asked: a context to read, a question about it, and the answer.
 
 A :class:`Task` makes samples; where the text goes, and how an answer is judged, is not its affair.
+A :class:`Source` tells stories: facts and a question, which a task puts into background text.
 """
 
 import dataclasses
+import random
 import re
-from collections.abc import Callable
-from typing import Protocol
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-__all__ = ["Count", "Sample", "Task", "count_words", "plain", "plain_words"]
+__all__ = [
+    "Count",
+    "Dice",
+    "Sample",
+    "Source",
+    "Story",
+    "Task",
+    "count_words",
+    "distinct_words",
+    "draw_story",
+    "plain",
+    "plain_words",
+]
+
+_T = TypeVar("_T")
 
 # how many tokens a text has
 Count = Callable[[str], int]
 
 _TOKEN = re.compile(r"[\w'-]+|[^\w\s]")
+# one story in so many is for validation
+_VALIDATION_SHARE = 8
+# stories that are begun to find one of the right split, and of few facts where that is asked for
+_ATTEMPTS = 20000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +45,29 @@ class Sample:
     question: str
     answer: str
     labels: tuple[str, ...] = ()  # all answers that the task knows; () where they are not few
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """Facts in their order, and one question about them."""
+
+    facts: tuple[str, ...]  # sentences
+    question: str
+    answer: str
+
+    def sample(self, labels: tuple[str, ...]) -> Sample:
+        """The facts alone, as a sample."""
+        return Sample(" ".join(self.facts), self.question, self.answer, labels)
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether it is for validation: a checksum of facts and question says so.
+
+        The facts' order does not count: a story that was trained on is not asked after in another
+        order either.
+        """
+        text = " ".join((*sorted(self.facts), self.question))
+        return zlib.crc32(text.encode()) % _VALIDATION_SHARE == 0
 
 
 def plain_words(text: str) -> list[str]:
@@ -39,7 +83,9 @@ def count_words(text: str) -> int:
 class Task(Protocol):
     """A source of samples: the same number is the same sample, on every platform."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called: ``qa1`` and so on."""
 
     def sample(self, number: int, length: int = 0, count: Count = count_words) -> Sample:
         """Sample ``number``.
@@ -53,6 +99,76 @@ class Task(Protocol):
         Raises:
             ValueError: the facts alone are longer than ``length``, unless that is 0.
         """
+
+
+class Source(Protocol):
+    """Where stories come from: the same number is the same story, on every platform."""
+
+    @property
+    def name(self) -> str:
+        """What the task is called."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All answers, the single ones where they are lists; () where they are not few."""
+
+    @property
+    def size(self) -> int | None:
+        """How many stories there are; None: as many as are asked for."""
+
+    def story(self, number: int) -> Story:
+        """Story ``number``, from 0 on and below ``size``."""
+
+    def words(self) -> tuple[str, ...]:
+        """Every word that the plain form of its stories may have, in order, each once."""
+
+
+class Dice:
+    """Choices that are the same for ever: of the module random only ``random()`` is.
+
+    Args:
+        seed: of everything drawn.
+    """
+
+    def __init__(self, seed: str):
+        self._random = random.Random(f"lm2_kernels {seed}").random
+
+    def below(self, count: int) -> int:
+        """A number from 0 to ``count - 1``."""
+        return int(self._random() * count)
+
+    def pick(self, things: Sequence[_T]) -> _T:
+        """One of several."""
+        return things[self.below(len(things))]
+
+    def several(self, things: Sequence[_T], count: int) -> list[_T]:
+        """So many different ones, in random order."""
+        left = list(things)
+        return [left.pop(self.below(len(left))) for _ in range(count)]
+
+    def chance(self, share: float) -> bool:
+        """True in so many of all cases."""
+        return self._random() < share
+
+
+def draw_story(seed: str, validation: bool, tell: Callable[[Dice], Story | None]) -> Story:
+    """The first story of a seed that is for validation, or is not.
+
+    Raises:
+        ValueError: ``tell`` gives up too often.
+    """
+    for attempt in range(_ATTEMPTS):
+        story = tell(Dice(f"{seed} {attempt}"))
+        if story is not None and story.is_validation == validation:
+            return story
+    raise ValueError(
+        f"{seed.split(maxsplit=1)[0]}: of {_ATTEMPTS} stories none is as short as asked for"
+    )
+
+
+def distinct_words(*texts: str) -> tuple[str, ...]:
+    """The plain words of texts, in order, each once."""
+    return tuple(sorted({word for text in texts for word in plain_words(text)}))
 
 
 def plain(sample: Sample) -> tuple[str, str]:

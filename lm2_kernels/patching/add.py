@@ -24,7 +24,7 @@ from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 
 # the attribute of a host's config that save_pretrained writes for load_memory
-_OPTIONS = "lm2_memory"
+OPTIONS = "lm2_memory"
 _MEMORY_KEY = r"(\d+)\.memory\.(.+)$"
 
 
@@ -219,7 +219,7 @@ def add_memory(
         blocks[index].memory = layer
     setattr(decoder, MEMORY, memory)
     if hasattr(model, "config"):
-        setattr(model.config, _OPTIONS, options)
+        setattr(model.config, OPTIONS, options)
     for name, function in _REPLACED.items():
         if hasattr(model, name):
             setattr(model, name, _Replaced(function, model))
@@ -286,12 +286,12 @@ def load_memory(
                 f"add_memory with the options that it had, then PeftModel.from_pretrained"
             )
         raise FileNotFoundError(f"load_memory: no such file: {config}")
-    options = files.read_json(config).get(_OPTIONS)
+    options = files.read_json(config).get(OPTIONS)
     if options is None:
-        raise ValueError(f"load_memory: {config} has no '{_OPTIONS}'")
+        raise ValueError(f"load_memory: {config} has no '{OPTIONS}'")
     known = set(inspect.signature(add_memory).parameters) - {"model", "freeze", "backend", "host"}
     if not isinstance(options, dict) or not set(options) <= known:
-        raise ValueError(f"load_memory: '{_OPTIONS}' in {config} holds no options of add_memory")
+        raise ValueError(f"load_memory: '{OPTIONS}' in {config} holds no options of add_memory")
     saved = _saved_layers(place)
     report = add_memory(model, **options, freeze=freeze, backend=backend, host=host)
     try:
@@ -342,8 +342,8 @@ def remove_memory(model: nn.Module) -> Report:
     for module in added:
         getattr(module, MEMORY).remove()
         delattr(module, MEMORY)
-    if added and hasattr(getattr(model, "config", None), _OPTIONS):
-        delattr(model.config, _OPTIONS)
+    if added and hasattr(getattr(model, "config", None), OPTIONS):
+        delattr(model.config, OPTIONS)
     for module in model.modules():
         for name in _REPLACED:
             if isinstance(module.__dict__.get(name), _Replaced):

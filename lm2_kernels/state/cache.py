@@ -201,6 +201,10 @@ class SegmentCache:
         starts, lengths = self.starts or [0] * batch, self.lengths or [self.num_tokens] * batch
         return [start + length for start, length in zip(starts, lengths, strict=True)]
 
+    def kept(self, name: str) -> Tensor | None:
+        """What is kept under a name, the piece's own once its layer has run; None if nothing is."""
+        return self.tensors.get(self._prefix + name)
+
     def extend(self, name: str, new: Tensor) -> Tensor:
         """Keep the piece's entries.
 

@@ -14,6 +14,7 @@ from lm2_kernels.state.hub import Place
 
 __all__ = [
     "CONFIG",
+    "FORMAT",
     "WEIGHTS",
     "check_keys",
     "is_own",
@@ -31,7 +32,7 @@ __all__ = [
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-_FORMAT = "lm2_kernels"
+FORMAT = "lm2_kernels"
 
 
 def save(
@@ -53,7 +54,7 @@ def save(
             f"lm2_kernels): save into another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {CONFIG: json.dumps({"format": _FORMAT, **config}, indent=1) + "\n", **(texts or {})}
+    texts = {CONFIG: json.dumps({"format": FORMAT, **config}, indent=1) + "\n", **(texts or {})}
     writes = {
         folder / name: lambda path, text=text: path.write_text(text, encoding="utf-8")
         for name, text in texts.items()
@@ -141,7 +142,7 @@ def load_config(place: Place) -> dict[str, object]:
     """The configuration alone, as :func:`load`."""
     path = place.existing(CONFIG)
     config = read_json(path)
-    if config.pop("format", None) != _FORMAT:
+    if config.pop("format", None) != FORMAT:
         raise ValueError(f"{path} is not the configuration of an lm2_kernels model")
     return config
 

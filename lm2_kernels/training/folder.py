@@ -1,7 +1,8 @@
 """A run's folder: who may write there, and what it holds.
 
 ``run.json`` has a run's options, its configuration and the digests of its data; ``progress`` what
-it goes on from. The model is there when it is whole.
+it goes on from; ``telemetry.jsonl`` and ``tensorboard`` what the memory did. The model is there
+when it is whole.
 """
 
 import contextlib
@@ -24,6 +25,8 @@ from lm2_kernels.training.data import TOKENIZER, Tokenizer, tokenizer_text
 from lm2_kernels.training.distributed import is_step, last_progress
 
 PROGRESS = "progress"
+TELEMETRY = "telemetry.jsonl"
+EVENTS = "tensorboard"
 _RUN = "run.json"
 _FORMAT = "lm2_kernels run"
 # what a kill leaves of :func:`replace_files`; once without the second number
@@ -123,11 +126,46 @@ def remove_progress(folder: Path, keep: Path | None = None) -> None:
         place.rmdir()
 
 
+def keep_telemetry(folder: Path, step: int) -> None:
+    """Cut a run's telemetry behind a step, from which the run goes on: what came later, or in part.
+
+    Raises:
+        OSError: it cannot be.
+    """
+    path, size = folder / TELEMETRY, 0
+    if not path.exists():
+        return
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (KeyError, TypeError, ValueError):
+            is_kept = False
+        if not is_kept:
+            break
+        size += len(line)
+    os.truncate(path, size)
+
+
+def _remove_telemetry(folder: Path) -> None:
+    """Remove the telemetry of an earlier run, and nothing else."""
+    if not os.path.lexists(folder / TELEMETRY):
+        return
+    (folder / TELEMETRY).unlink()
+    place = folder / EVENTS
+    if place.is_symlink():
+        return
+    for path in place.glob("events.out.tfevents.*"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        place.rmdir()
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, *, is_locked: bool, resume: bool, overwrite: bool) -> Iterator[bool]:
     """Make the folder and hold it alone; a run that leaves nothing of value leaves no trace.
 
-    Without ``resume`` the progress of an earlier run goes. Yields whether there is progress.
+    Without ``resume`` progress and telemetry of an earlier run go. Yields whether there is
+    progress.
 
     Args:
         folder: of the run.
@@ -146,6 +184,7 @@ def claimed(folder: Path, *, is_locked: bool, resume: bool, overwrite: bool) -> 
             if not resume:
                 check_new(folder, overwrite)
                 remove_progress(folder)
+                _remove_telemetry(folder)
             yield last_progress(folder / PROGRESS) is not None
         finally:
             own = {path.name for path in folder.iterdir()}
@@ -204,12 +243,24 @@ def _foreign(folder: Path) -> str | None:
             read_run(folder)
         except ValueError:
             return _RUN
+    if os.path.lexists(folder / TELEMETRY) and not _is_telemetry(folder):
+        return TELEMETRY
     place = folder / PROGRESS
     if not os.path.lexists(place):
         return None
     # every run has written its run.json before its progress, and that into a folder of its own
     is_own = (folder / _RUN).exists() and place.is_dir() and not place.is_symlink()
     return None if is_own else PROGRESS
+
+
+def _is_telemetry(folder: Path) -> bool:
+    """Whether a run wrote the telemetry that is there."""
+    path = folder / TELEMETRY
+    if path.is_symlink() or not path.is_file() or not (folder / _RUN).exists():
+        return False
+    with path.open("rb") as file:
+        begin = file.read(8)
+    return begin in (b"", b'{"step":')
 
 
 def _is_worthless(path: Path) -> bool:

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from lm2_kernels.checks import SEEDS
 from lm2_kernels.model.config import LM2Config
-from lm2_kernels.training.data import Bytes, Corpus
+from lm2_kernels.training.data import Ids
 from lm2_kernels.training.distributed import last_progress
 from lm2_kernels.training.folder import PROGRESS, check_new, locked, read_run, write_run
+from lm2_kernels.training.sources import Data
 
 # What a run remembers, and what it is unless given. The parser of the command knows no defaults:
 # a run that goes on has to see what was given.
@@ -26,34 +27,41 @@ DEFAULTS = {
     "weight_decay": 0.1,
     "clip": 1.0,
     "dtype": "float32",
-    "validation": 0.05,
+    "validation": None,
     "save_every": None,
+    "telemetry": None,
     "parallel": "ddp",
     "seed": 0,
+    "tasks": None,
+    "lengths": None,
+    "segments": None,
+    "curriculum": None,
+    "loss": None,
+    "layout": None,
+    "tokenizer": None,
+    "babi": None,
+    "background": None,
 }
 # what a run that goes on may be told anew
-_CHANGEABLE = ("steps", "save_every", "parallel")
+_CHANGEABLE = ("steps", "save_every", "telemetry", "parallel")
+# where its data are now, whose digests say whether they are the same
+_MOVABLE = ("babi", "background")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A run as ``run.json`` has it."""
 
-    options: dict  # by the names of DEFAULTS, and warmup and length in numbers
+    options: dict  # by the names of DEFAULTS, with what is None there in numbers, if it is used
     config: LM2Config
-    data: list[dict]  # of each file: its path and digest
+    data: list[dict]  # of each file or task: its path or name, and digest
     tokenizer: str
     is_finished: bool = False
 
     @classmethod
-    def on(cls, paths: Sequence[Path], data: Corpus, options: dict, config: LM2Config) -> "Run":
-        """A run on the data of these paths, which are read for their digests."""
-        names = [str(path.resolve()) for path in paths]
-        entries = [
-            {"path": name, "digest": digest}
-            for name, digest in zip(names, data.digests(), strict=True)
-        ]
-        return cls(options, config, entries, data.tokenizer.kind)
+    def on(cls, data: Data, options: dict, config: LM2Config) -> "Run":
+        """A run on these data, which are read for their digests."""
+        return cls(options, config, data.entries(), data.tokenizer.kind)
 
     @classmethod
     def read(cls, folder: Path) -> "Run":
@@ -108,7 +116,7 @@ class Run:
 
 
 def _kind(tokenizer: str) -> str:
-    return "text" if tokenizer == Bytes.kind else "token ids"
+    return "token ids" if tokenizer == Ids.kind else "text"
 
 
 @contextlib.contextmanager
@@ -147,7 +155,7 @@ def chosen_options(given: dict, folder: Path, stored: Run | None) -> dict:
         _check(chosen)
         return chosen
     for name, value in given.items():
-        if value != stored.options[name] and name not in _CHANGEABLE:
+        if value != stored.options[name] and name not in (*_CHANGEABLE, *_MOVABLE):
             raise ValueError(
                 f"{flag(name)} of this run is {stored.options[name]}, got {value}: --resume takes "
                 f"the run's own options ({', '.join(map(flag, _CHANGEABLE))} may be others)"
@@ -163,7 +171,7 @@ def chosen_options(given: dict, folder: Path, stored: Run | None) -> dict:
 def _check(chosen: dict) -> None:
     """Raise ValueError for options that nothing would refuse before the folder is touched."""
     lows = {"vocab_size": 1, "steps": 1, "batch": 1, "length": 2, "bptt_segments": 1}
-    lows |= {"save_every": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
+    lows |= {"save_every": 1, "telemetry": 1, "warmup": 0, "lr": 0.0, "weight_decay": 0.0}
     for name, low in lows.items():
         value = chosen[name]
         if value is not None and not low <= value < math.inf:

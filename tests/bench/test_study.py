@@ -152,6 +152,29 @@ def test_a_loss_that_is_not_finite_is_a_result(small, monkeypatch):
     assert result["failure"] == "the loss is nan"
 
 
+def test_tasks_fill_their_segments(small, monkeypatch):
+    block = dataclasses.replace(study.block_named("learning"), name="qa1")
+    block = dataclasses.replace(block, task=study.Told("qa1", (1, 2), (1, 3), rows=4), steps=6)
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    task = block.task
+    first, again = (list(task.batches(0, 6)) for _ in range(2))
+    assert [batch["input_ids"].shape for batch in first] == [
+        (4, 64 * (segments + 1)) for segments in (1, 1, 1, 2, 1, 2)
+    ]
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one["input_ids"], two["input_ids"])
+        # an answer each, in the last segment
+        assert ((one["labels"] != -100).sum(1) == 1).all()
+        assert (one["labels"][:, :-64] == -100).all()
+    assert [(name, known) for name, known, _ in task.tests()] == [
+        ("1 segments", True),
+        ("3 segments", False),
+    ]
+    result = study.run_cell(study.Cell("qa1", study.Contender(), 1e-3, 0))
+    assert list(result["answers"]) == ["1 segments", "1 segments, shuffled", "3 segments"]
+    assert result["answers"]["3 segments"][1] == study.TESTED
+
+
 def test_text_is_held_out(small, monkeypatch, tmp_path):
     block = dataclasses.replace(
         study.block_named("learning"), name="text", task=study.Text(), steps=2, measure="loss"

@@ -110,9 +110,13 @@ def test_token_arrays_train_and_generate(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ("ddp", "fsdp"))
 def test_two_processes_are_one(text, tmp_path, kind):
     """Two processes with half of each batch give the weights of one process."""
-    _run(_arguments(text, tmp_path / "two", "--parallel", kind), processes=2)
+    options = ("--parallel", kind, "--telemetry", "3")
+    _run(_arguments(text, tmp_path / "two", *options), processes=2)
     _run(_arguments(text, tmp_path / "one"))
     _same(tmp_path / "two", tmp_path / "one")
+    # of the first process alone
+    lines = (tmp_path / "two" / "telemetry.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6]
 
 
 def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypatch):

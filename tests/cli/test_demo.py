@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 
-from lm2_kernels import LM2ForCausalLM, cli
+from lm2_kernels import LM2ForCausalLM, cli, telemetry
 from lm2_kernels.bench.peers import ReleasedStyleMemory
 from lm2_kernels.cli import demo
 from lm2_kernels.evaluation.accuracy import Accuracy
@@ -32,7 +32,14 @@ def test_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "VALIDATION", 20)
     assert cli.main(["demo", "--out", str(tmp_path), "--steps", "3"]) == 0
     printed = capsys.readouterr().out
-    for text in ("with memory", "without", "commonest answer", "place named last", "losses.png"):
+    for text in (
+        "with memory",
+        "without",
+        "commonest answer",
+        "place named last",
+        "losses.png",
+        "reads.png",
+    ):
         assert text in printed
     assert "about 20 stories" in printed
     (ours, start, data, options), (plain, same_start, same, same_options) = seen
@@ -47,8 +54,9 @@ def test_run(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert [model["name"] for model in report["models"]] == ["with memory", "without"]
     assert len(report["models"][0]["losses"]) == 3
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in (tmp_path / "losses.svg").read_text("utf-8")
+    for name in ("losses", "reads"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / f"{name}.svg").read_text("utf-8")
     # the printed command asks the saved model
     command = next(line for line in printed.splitlines() if "--prompt" in line)
     prompt = command.split("'")[1]
@@ -65,9 +73,39 @@ def test_run(tmp_path, monkeypatch, capsys):
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = demo.run(tmp_path, steps=1, validation=5)
-    assert report.plot is None
+    assert report.plots == []
     assert 'pip install "lm2_kernels[demo]"' in demo.render(report)
-    assert not (tmp_path / "losses.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "report.json"}
+
+
+def test_the_picture_of_reads_says_which_sentence_is_read(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = []
+    monkeypatch.setattr(demo.figures, "save", lambda figure, path: drawn.append(figure))
+    model, _ = demo._models(0)
+    example = next(demo.TASK.examples(5, hops=2))
+    (question,) = example.questions
+    said = demo.Answer("", "", f"lucy {question.answer[1]}", "", "")
+    demo._plot_reads(model, example, said, tmp_path / "reads")
+    (figure,) = drawn
+    assert figure.get_suptitle() == f"where is {question.subject}? {said.answer}"
+    # the question's segment with the answer as it was said
+    ids = demo.TASK.collate([example])["input_ids"]
+    ids[0, -2] = demo.TASK.vocabulary.encode("lucy")[0]
+    words = demo.TASK.vocabulary.decode(ids[0].tolist()).split()
+    with telemetry.watch(model) as record:
+        model(ids)
+    assert [axes.get_title("left") for axes in figure.axes] == ["block 0", "block 1"]
+    for axes, weights in zip(figure.axes, record.reads().values(), strict=True):
+        rows = [label.get_text() for label in axes.get_yticklabels()]
+        assert rows == words[-4:-1] == ["where", question.subject, "lucy"]
+        texts = [text.get_text() for text in axes.texts]
+        wanted = weights[-4:-1].flatten().tolist()
+        assert texts == [f"{weight:.2f}" for weight in wanted]
+    # three tokens of the story's segment to a slot
+    told = [" ".join(words[i : i + 3]) for i in range(0, 24, 3)]
+    slots = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
+    assert slots == [text if "<pad>" not in text else "(nothing)" for text in told]
 
 
 def test_accuracy_follows_the_models_own_first_word():
@@ -119,7 +157,7 @@ def test_swapped_layer_is_equal(size):
         assert_round_off(got, want)
 
 
-@pytest.mark.parametrize("name", ("report.json", "losses.png", "losses.svg", "model"))
+@pytest.mark.parametrize("name", ("report.json", "losses.png", "losses.svg", "reads.svg", "model"))
 def test_what_no_demo_wrote_stays(tmp_path, capsys, name):
     path = tmp_path / name
     if name == "model":

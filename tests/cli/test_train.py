@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.distributed.checkpoint import filesystem
 
 from lm2_kernels import LM2ForCausalLM, cli, disk, training
 from lm2_kernels.cli import train as command
-from lm2_kernels.training import folder
+from lm2_kernels.training import folder, sources
 from tools.rounding import assert_round_off
 
 TEXT = "the memory reads what it wrote, and writes what it read. " * 20
@@ -186,6 +187,11 @@ def _notes(out):
     (out / "notes.txt").write_text("mine")
 
 
+def _others_telemetry(out):
+    out.mkdir()
+    (out / "telemetry.jsonl").write_text('{"step": 1}\n')
+
+
 def _file(out):
     out.write_text("mine")
 
@@ -193,6 +199,7 @@ def _file(out):
 THERE = [
     _own_model, _hub_model, _weights_alone, _shards, _damaged_config, _others_run, _notes,
     _others_progress, _linked_progress, _own_model_beside_an_index, _others_lock, _tokenizer,
+    _others_telemetry,
 ]  # fmt: skip
 # which --overwrite leaves beside its own
 BESIDE = {_notes: "notes.txt", _others_lock: "run.lock"}
@@ -764,7 +771,7 @@ def test_an_ignored_signal_ends_nothing(text, tmp_path):
 
 
 def test_a_perplexity_without_end_ends_nothing(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: 1e4)
+    monkeypatch.setattr(sources, "mean_loss", lambda *_, **__: 1e4)
     assert cli.main(_arguments(text, tmp_path / "out")) == 0
     assert "perplexity inf" in capsys.readouterr().out
 
@@ -788,7 +795,7 @@ def test_a_models_own_configuration_is_taken(model, text, tmp_path, capsys):
 
 
 def test_a_signal_while_the_model_is_validated(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "mean_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(sources, "mean_loss", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     out = tmp_path / "out"
     assert cli.main(_arguments(text, out)) == 130
     assert f"the model is in {out}" in capsys.readouterr().err.splitlines()[-1]
@@ -831,3 +838,102 @@ def test_raw_token_ids(tmp_path, text, capsys):
     with pytest.raises(SystemExit):
         cli.main(_arguments(tmp_path / "train.bin", raw, "--dtype", "uint16"))
     assert "for data it is --data-dtype" in capsys.readouterr().err
+
+
+def _lines(out):
+    return [json.loads(line) for line in (out / "telemetry.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("rule", ([], FEW_SLOTS))
+def test_telemetry_changes_nothing(rule, text, tmp_path):
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    assert cli.main(_arguments(text, plain, *rule)) == 0
+    assert cli.main(_arguments(text, watched, *rule, "--telemetry", "2")) == 0
+    _equal(watched, plain)
+    lines = _lines(watched)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:
+        # rows of 20 tokens, in segments of eight or nine
+        assert (line["segments"], line["tokens"]) == (3, 80)
+        assert 1.0 <= line["rank"] <= 9.0 and 0.0 < line["model.layers.1.memory/input_gate"] < 1.0
+    assert lines[0]["input_gate"] != lines[1]["input_gate"]
+    assert {p.name for p in watched.iterdir()} - {p.name for p in plain.iterdir()} == {
+        "telemetry.jsonl"
+    }
+
+
+@pytest.mark.parametrize("save_every", ([], ["--save-every", "3"]))
+def test_telemetry_goes_on(save_every, text, tmp_path, monkeypatch, capsys):
+    """A run that was cut and gone on with has the lines of one that was not."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("--telemetry", "1", *save_every)
+    assert cli.main(_arguments(text, whole, *options)) == 0
+    if save_every:
+        # killed: lines are ahead of the progress, and the last one is there in part
+
+        def stop():
+            raise FloatingPointError("no more")
+
+        with monkeypatch.context() as patch:
+            _during(patch, 6, stop)
+            assert cli.main(_arguments(text, cut, *options)) == 2
+        assert [line["step"] for line in _lines(cut)] == [1, 2, 3, 4, 5]
+        with (cut / "telemetry.jsonl").open("a") as file:
+            file.write('{"step": 6, "segm')
+    else:
+        _cut(_arguments(text, cut, *options), monkeypatch, 4)
+        assert [line["step"] for line in _lines(cut)] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert cli.main(["train", "--out", str(cut), "--resume"]) == 0
+    assert (cut / "telemetry.jsonl").read_bytes() == (whole / "telemetry.jsonl").read_bytes()
+    _equal(cut, whole)
+    # how often may be another; and what is begun anew has none of before
+    steps = ["train", "--out", str(cut), "--resume", "--steps", "8", "--telemetry", "4"]
+    if save_every:
+        assert cli.main(steps) == 0
+        assert "--telemetry is 4, was 1" in capsys.readouterr().out
+        assert [line["step"] for line in _lines(cut)] == [1, 2, 3, 4, 5, 6, 8]
+    (cut / "tensorboard").mkdir()
+    for name in ("events.out.tfevents.1", "mine"):
+        (cut / "tensorboard" / name).touch()
+    assert cli.main(_arguments(text, cut, "--overwrite")) == 0
+    assert not (cut / "telemetry.jsonl").exists()
+    assert [path.name for path in (cut / "tensorboard").iterdir()] == ["mine"]
+
+
+def test_telemetry_of_nothing_is_refused(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    for more, message in (
+        (["--no-memory"], "--telemetry: the model has no memory layers"),
+        (["--telemetry", "0"], "--telemetry must be at least 1"),
+    ):
+        line = _refused(_arguments(text, out, "--telemetry", *more), capsys)
+        assert message in line and not out.exists()
+
+
+def test_telemetry_for_tensorboard(text, tmp_path, monkeypatch):
+    """A stand-in for what is not installed everywhere: what it is asked for."""
+    asked = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            asked.append((Path(folder).name, purge_step))
+            self.steps = set()
+
+        def add_scalar(self, tag, value, step):
+            self.steps.add(step)
+
+        def add_image(self, tag, values, step, dataformats):
+            assert values.min() >= 0.0 and step in self.steps
+
+        def close(self):
+            asked.append(sorted(self.steps))
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setitem(sys.modules, "PIL", types.ModuleType("PIL"))
+    out = tmp_path / "out"
+    _cut(_arguments(text, out, "--telemetry", "2"), monkeypatch, 5)
+    assert cli.main(["train", "--out", str(out), "--resume"]) == 0
+    assert asked == [("tensorboard", 1), [2, 4], ("tensorboard", 6), [6]]

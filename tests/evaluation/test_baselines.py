@@ -163,16 +163,17 @@ class _Next(nn.Module):
 
 
 def test_answers_count_in_full():
-    # two words, one, and one in the middle; what stands in the answers' places is not read
-    ids = torch.tensor([[1, 2, 9, 9], [7, 7, 4, 9], [3, 9, 0, 0]])
+    # two words, one, and one in the middle; the last words' places hold something else
+    ids = torch.tensor([[1, 2, 3, 9], [7, 7, 4, 9], [3, 9, 0, 0]])
     labels = torch.tensor([[-100, -100, 3, 4], [-100, -100, -100, 5], [-100, 4, -100, -100]])
     batch = {"input_ids": ids, "labels": labels}
     model = _Next().train()
     got = answer_accuracy(model, [batch, batch])
     assert (got.right, got.total) == (6, 6)
     assert model.training
-    # the second word follows from the first as it was said: 0, then 1
-    wrong = answer_accuracy(_Next(wrong_after=2), [batch])
-    assert (wrong.right, wrong.total) == (2, 3)
+    # one word of two is not enough
+    for word in (2, 3):
+        wrong = answer_accuracy(_Next(wrong_after=word), [batch])
+        assert (wrong.right, wrong.total) == ((2, 3) if word == 2 else (1, 3))
     labels[0, 3] = 5
     assert answer_accuracy(_Next(), [batch]).right == 2

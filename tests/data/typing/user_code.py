@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import assert_type
 
 import lm2_kernels as lm2
+from lm2_kernels import telemetry
 
 
 def ops() -> None:
@@ -116,6 +117,15 @@ def patching(host: nn.Module) -> None:
     assert_type(added.layers, list[lm2.PaperMemory | lm2.ReleaseMemory])
     report = lm2.remove_memory(host)  # of the same type
     print(report)
+
+
+def watched(layer: lm2.PaperMemory) -> None:
+    with telemetry.watch(layer) as record:
+        layer(torch.randn(2, 4, 16), lm2.initial_memory(2, 8, 16))
+    assert_type(record, telemetry.Record)
+    assert_type(record.summary(), dict[str, float | int | None])
+    assert_type(record.segments(), dict[str, list[dict[str, float | None]]])
+    assert_type(record.table(by_segment=True), str)
 
 
 def saved(host: nn.Module, folder: Path) -> None:
