@@ -132,11 +132,62 @@ def difference_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def told_table(block: study.Block) -> str:
+    """A line a contender: what it answers by segments, and with another row's memory."""
+    task = block.task
+    rows = [["model", *(f"{s} segments, %" for s in task.tested), "shuffled, %"]]
+    for contender, results in final_results(block).items():
+        known = [name for name, (segments,) in task.kinds().items() if segments in task.segments]
+        mixed = [f"{name}, shuffled" for name in known if contender.kind == "lm2"]
+        rows.append(
+            [
+                contender.name,
+                *(_percent(shares(results, name)) for name in task.kinds()),
+                _percent(shares(results, *mixed)) if mixed else "",
+            ]
+        )
+    return _markdown(rows)
+
+
+def text_table(block: study.Block) -> str:
+    """A line a contender: its loss, and by how much that is more than without a memory."""
+    rows = [["model", "rate, base", "nats a byte", "more than no memory", "shuffled"]]
+    found = final_results(block)
+    losses = {
+        contender: [result["loss"]["held out"] for result in results.values()]
+        for contender, results in found.items()
+    }
+    plain = next((own for contender, own in losses.items() if contender.kind == "none"), None)
+    for contender, own in losses.items():
+        first, *_ = found[contender].values()
+        change = mixed = ""
+        if plain is not None and contender.kind != "none":
+            change = _interval([one - other for one, other in zip(own, plain, strict=True)])
+        if contender.kind == "lm2":
+            shuffled = [r["loss"]["held out, shuffled"] for r in found[contender].values()]
+            mixed = f"{statistics.fmean(shuffled):.4f}"
+        place = "{rate:g}, {theta:g}".format(**first["cell"])
+        rows.append([contender.name, place, f"{statistics.fmean(own):.4f}", change, mixed])
+    return _markdown(rows)
+
+
+def _interval(values: Sequence[float]) -> str:
+    low, high = bootstrap(values)
+    return f"{statistics.fmean(values):+.4f} ({low:+.4f} to {high:+.4f})"
+
+
+_TOLD = [block.name for block in study.BLOCKS if isinstance(block.task, study.Told)]
 TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     "learning": ("learning", learning_table),
     "learning_differences": ("learning", difference_table),
     "length": ("length", length_table),
     "length_differences": ("length", difference_table),
+    "all_words": ("all_words", learning_table),
+    "no_curriculum": ("no_curriculum", length_table),
+    "slots": ("slots", learning_table),
+    **{name: (name, told_table) for name in _TOLD},
+    **{f"{name}_differences": (name, difference_table) for name in _TOLD},
+    "text": ("text", text_table),
 }
 
 

@@ -226,6 +226,37 @@ def test_tables_say_what_the_lines_say(small):
     assert line.endswith("| +56 (+28 to +70) | +66 (+38 to +80) |")
 
 
+@pytest.mark.parametrize("name", report.TABLES)
+def test_every_table_of_the_committed_lines(name):
+    head, rule, *rows = report.table(name).splitlines()
+    assert rule == "|" + "---|" * (head.count("|") - 1)
+    assert all(row.count("|") == head.count("|") for row in rows)
+
+
+def test_the_table_of_text(small, monkeypatch):
+    contenders = (study.Contender("none"), study.Contender())
+    block = dataclasses.replace(study.block_named("learning"), name="text", measure="loss")
+    block = dataclasses.replace(block, task=study.Text(), contenders=contenders)
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+
+    def line(cell, loss):
+        losses = {"held out": loss, "held out, shuffled": 2.0}
+        return {"cell": dataclasses.asdict(cell), "loss": losses, "failure": None}
+
+    for contender, loss in zip(contenders, (1.5, 1.25), strict=True):
+        cells, results = [], {}
+        while not cells:
+            place, pilots = study.tuned(block, contender, results)
+            results |= {cell.key: line(cell, loss) for cell in pilots}
+            if place is not None:
+                rate, theta = place
+                cells = [study.Cell("text", contender, rate, s, theta) for s in study.SEEDS]
+        _write_lines([*results.values(), *(line(cell, loss) for cell in cells)])
+    _, _, none, memory = report.text_table(block).splitlines()
+    assert none.endswith("| 1.5000 |  |  |")
+    assert memory.endswith("| 1.2500 | -0.2500 (-0.2500 to -0.2500) | 2.0000 |")
+
+
 def test_a_row_without_all_seeds_is_left_out(small):
     contender = study.Contender("none")
     cells = [study.Cell("learning", contender, 1e-3, seed) for seed in (0, 1, 2, 3)]
