@@ -16,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 from lm2_kernels import figures
 
@@ -246,6 +247,13 @@ FIGURES: dict[str, tuple[str, Callable[[study.Block], object]]] = {
 }
 
 
+def draw(name: str, file: IO[str]) -> None:
+    """Write a picture as SVG."""
+    block, make = FIGURES[name]
+    with figures.style():
+        make(study.block_named(block)).savefig(file, format="svg", metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="a document whose tables are made anew")
@@ -257,8 +265,8 @@ def main() -> None:
     if options.plots is not None:
         options.plots.mkdir(parents=True, exist_ok=True)
         with figures.style():
-            for name, (block, draw) in FIGURES.items():
-                figures.save(draw(study.block_named(block)), options.plots / name)
+            for name, (block, make) in FIGURES.items():
+                figures.save(make(study.block_named(block)), options.plots / name)
     if options.write is None and options.plots is None:
         for name in TABLES:
             print(f"{name}\n\n{table(name)}")

@@ -14,7 +14,7 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 MAX_README_LINES = 220
 # what a build of the site imports
-_MKDOCS = ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml")
+_MKDOCS = ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml", "matplotlib")
 
 
 def _name(path: Path) -> str:
@@ -150,6 +150,7 @@ def test_site_builds(tmp_path):
     assert not [load for page in pages for load in re.findall(loads, page)]
     layers = (tmp_path / "layers.html").read_text("utf-8")
     assert "<math" in layers and "\\begin" not in layers
+    assert "</svg>" in (tmp_path / "study.html").read_text("utf-8").partition('class="picture"')[2]
     reference = (tmp_path / "api" / "layers.html").read_text("utf-8")
     assert "Shapes, used everywhere" in reference
     # a class with its defaults

@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import io
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -224,6 +226,23 @@ def test_tables_say_what_the_lines_say(small):
     assert "| 76 (48 to 90) | 76 (48 to 90) | 10 (10 to 10) | 4 of 5 |" in memory
     *_, line = report.table("learning_differences").splitlines()
     assert line.endswith("| +56 (+28 to +70) | +66 (+38 to +80) |")
+
+
+def test_the_page_has_the_tables_of_the_committed_lines():
+    text = (ROOT / "docs" / "study.md").read_text("utf-8")
+    assert text == report.rewritten(text)
+    shown = re.findall(r"<!-- study: (\w+) -->", text)
+    assert len(shown) == text.count("<!-- study:") == len(set(shown)) and set(shown) <= set(
+        report.TABLES
+    )
+
+
+def test_pictures_are_drawn():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in report.FIGURES:
+        written = io.StringIO()
+        report.draw(name, written)
+        assert "</svg>" in written.getvalue()
 
 
 @pytest.mark.parametrize("name", report.TABLES)
