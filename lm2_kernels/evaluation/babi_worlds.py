@@ -59,7 +59,7 @@ _GIVING = (
 _QUESTIONS = 5
 # statements before every question, and those that one is about
 _PACE, _RECENT = 2, 5
-# of five, how many say "there" where not all do
+# how many say "there" where not all do
 _THERE = 0.2
 
 

@@ -99,14 +99,27 @@ def test_places_are_even():
     source = Needles()
     places = Counter()
     for number in range(440):
-        context = InBackground(source).sample(number, 150).context
-        (place,), _ = _split(context, source.story(number).facts)
-        before = len(sentences(context[:place]))
-        places["first" if place == 0 else "last" if context.endswith(".") else before] += 1
-    numbers = [count for place, count in places.items() if place not in ("first", "last")]
-    assert places["first"] > 15
-    assert len(numbers) >= 9
-    assert max(numbers) < 80
+        context, (fact,) = (
+            InBackground(source).sample(number, 150).context,
+            source.story(number).facts,
+        )
+        before = len(sentences(context.partition(fact)[0]))
+        places["last" if context.endswith(fact) else before] += 1
+    assert set(places) >= {"last", *range(10)}
+    assert min(places[place] for place in ("last", *range(9))) > 20
+    assert max(places.values()) < 70
+
+
+def test_places_are_sorted():
+    """Of four facts the first comes after a fifth of the background, the last before a fifth."""
+    source, shares = Needles(4), []
+    for number in range(100):
+        context = InBackground(source).sample(number, 400).context
+        places, _ = _split(context, source.story(number).facts)
+        shares.append((places[0] / len(context), places[-1] / len(context)))
+    first, last = (sum(share) / len(shares) for share in zip(*shares, strict=True))
+    assert 0.1 < first < 0.3
+    assert 0.7 < last < 0.9
 
 
 def test_no_room_for_background():
