@@ -23,6 +23,7 @@ from lm2_kernels import figures
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 
+_MARKS = "osD^vPX*<>phd8"
 _MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -230,7 +231,7 @@ def draw_lengths(block: study.Block) -> object:
                 bars,
                 label=contender.name,
                 color=figures.COLOURS[number % len(figures.COLOURS)],
-                marker="osD^vPX*<>"[number],
+                marker=_MARKS[number % len(_MARKS)],
                 linestyle="-" if contender.kind == "lm2" else ":",
                 capsize=2.0,
             )
