@@ -4,6 +4,7 @@
     python benchmarks/study.py run --blocks learning
     LM2_STUDY_TEXT=book.txt python benchmarks/study.py run --blocks text
     python benchmarks/study.py list
+    python benchmarks/study.py costs                            # on a machine that is idle
 
 A *cell* is one model, trained and tested: its block, contender, learning rate, base and seed. Each
 takes half a minute to some minutes in one thread. Results are lines of
@@ -42,6 +43,8 @@ from torch import nn
 
 import lm2_kernels as lm2
 from lm2_kernels import reference
+from lm2_kernels.bench import measure
+from lm2_kernels.bench.works import Row
 from lm2_kernels.evaluation import QATask, answer_accuracy, tasks
 from lm2_kernels.evaluation.baselines import (
     RecurrentMemoryTransformer,
@@ -713,6 +716,38 @@ def _line(cell: Cell, result: dict) -> str:
     return f"{name}: {found} ({result['minutes']:.1f} min)"
 
 
+def costs() -> dict:
+    """What a step of training costs each contender of the longest block: in turns, in one thread.
+
+    Milliseconds of forward and backward pass (the median of 15 rounds), the median ratio to the
+    decoder without a memory, and what is kept for backward.
+    """
+    block = block_named("length")
+    stories = block.task.task(block.task.segments[-1], block.task.noises[0])
+    batch = next(stories.batches(BATCH, 0, questions=QUESTIONS))
+    rows, counts = {}, {}
+    for contender in block.contenders:
+        model = build(contender, block.task, 0)
+        parameters = list(model.parameters())
+        counts[contender.name] = num_parameters(model)
+        rows[contender.name] = Row(lambda model=model: (model(**batch).loss,), parameters)
+    plain = Contender("none").name
+    times = measure.measure(rows, "both", (torch.ones(()),), "cpu", budget=0.0, fewest=15)
+    return {
+        "batch": list(batch["input_ids"].shape),
+        "machine": machine(),
+        "contenders": {
+            name: {
+                "parameters": counts[name],
+                "milliseconds": round(1e3 * statistics.median(times[name]), 2),
+                "ratio": round(measure.ratio(times[name], times[plain]), 3),
+                "kept_bytes": measure.saved_bytes(row),
+            }
+            for name, row in rows.items()
+        },
+    }
+
+
 def machine() -> dict:
     """What the results come from."""
     return {
@@ -733,7 +768,7 @@ def _git(*arguments: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "list"))
+    parser.add_argument("what", choices=("run", "list", "costs"))
     names = [block.name for block in BLOCKS]
     parser.add_argument("--blocks", nargs="+", choices=names, default=names)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
@@ -742,6 +777,11 @@ def main() -> None:
     blocks = [block_named(name) for name in options.blocks]
     if options.what == "run":
         run(blocks, options.workers, options.minutes)
+        return
+    if options.what == "costs":
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+        (FOLDER / "costs.json").write_text(json.dumps(costs(), indent=1) + "\n")
         return
     results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     for block in blocks:

@@ -11,6 +11,7 @@ are 5^5 resamples: all are taken, and nothing is random.
 
 import argparse
 import itertools
+import json
 import re
 import statistics
 import sys
@@ -173,6 +174,20 @@ def text_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def costs_table(block: study.Block) -> str:
+    """A line a contender: parameters, time of a step, memory kept for backward."""
+    rows = [["model", "parameters", "ms a step", "times no memory", "kept, MiB"]]
+    path = study.FOLDER / "costs.json"
+    found = json.loads(path.read_text("utf-8"))["contenders"] if path.exists() else {}
+    for contender in block.contenders:
+        if contender.name in found:
+            own = found[contender.name]
+            numbers = f"{own['milliseconds']:.0f}", f"{own['ratio']:.2f}"
+            kept = f"{own['kept_bytes'] / 2**20:.0f}"
+            rows.append([contender.name, f"{own['parameters']:,}", *numbers, kept])
+    return _markdown(rows)
+
+
 def _interval(values: Sequence[float]) -> str:
     low, high = bootstrap(values)
     return f"{statistics.fmean(values):+.4f} ({low:+.4f} to {high:+.4f})"
@@ -190,6 +205,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     **{name: (name, told_table) for name in _TOLD},
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
+    "costs": ("length", costs_table),
 }
 
 

@@ -365,6 +365,20 @@ def test_the_table_of_text(small, monkeypatch):
     assert memory.endswith("| 1.2500 | -0.2500 (-0.2500 to -0.2500) | 2.0000 |")
 
 
+def test_costs(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    contenders = (study.Contender("none"), study.Contender())
+    block = dataclasses.replace(study.block_named("length"), contenders=contenders, steps=5)
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    found = study.costs()
+    assert found["batch"] == [32, 72]
+    plain, memory = found["contenders"].values()
+    assert plain["ratio"] == 1.0 and 0 < plain["kept_bytes"] < memory["kept_bytes"]
+    (tmp_path / "costs.json").write_text(json.dumps(found))
+    *_, line = report.table("costs").splitlines()
+    assert f"{memory['parameters']:,}" in line and f"{memory['ratio']:.2f}" in line
+
+
 def test_a_row_without_all_seeds_is_left_out(small):
     contender = study.Contender("none")
     cells = [study.Cell("learning", contender, 1e-3, seed) for seed in (0, 1, 2, 3)]
