@@ -93,6 +93,11 @@ class Variables:
     labels = _KEYS
     size = None
 
+    @property
+    def listed(self) -> int:
+        """How many variables hold one value."""
+        return self.hops + 1
+
     def __post_init__(self):
         check_int("Variables", "chains", self.chains, 1, len(_VALUES))
         check_int("Variables", "hops", self.hops, 0)
