@@ -58,10 +58,10 @@ def ask(
         samples: of each task at each length; fewer where a task has fewer (its ``available``), or
             where some are the same.
         batch: samples that are read together; answers do not depend on it, to rounding.
-        tokens: of an answer at most, with prompt "babilong". In the other forms it is as many as
-            the right answer has, which is thereby told: a model of these forms was trained on
-            nothing that would end an answer. Lists end (``samples.spoken``), and there it is as
-            many as the task's longest list has.
+        tokens: of an answer at most, with prompt "babilong", or as many as the task's longest
+            answer has. In the other forms it is as many as the right answer has, which is thereby
+            told: a model of these forms was trained on nothing that would end an answer. Lists end
+            (``samples.spoken``), and there it is as many as the task's longest list has.
         prompt: "babilong", with an instruction and examples, "plain", or "aligned" by the segments
             of an :class:`LM2ForCausalLM` (:class:`~lm2_kernels.evaluation.layout.Layout`); unless
             given as the model was trained, if the reader knows, or else "plain" for a model of
@@ -149,9 +149,10 @@ class _Questions:
 
     def count(self, text: str) -> int:
         """How many tokens a text has within another, as the model reads it."""
-        if self._kind == "babilong":
-            return self.reader.count(text)
-        # as a Layout counts
+        return self.reader.count(text) if self._kind == "babilong" else self.plain_count(text)
+
+    def plain_count(self, text: str) -> int:
+        """How many a text has behind another in its plain form, as a Layout counts."""
         return self.reader.count(" " + " ".join(plain_words(text)))
 
     def available(self, task: Task, length: int, samples: int) -> int:
@@ -165,7 +166,8 @@ class _Questions:
         """Of a task."""
         sample = task.sample(number, length, self.count)
         if self._kind == "babilong":
-            return _Question(number, sample, prompts.prompt(task.name, sample), self._tokens)
+            tokens = max(self._tokens, longest_answer(sample, self.plain_count))
+            return _Question(number, sample, prompts.prompt(task.name, sample), tokens)
         text, answer = plain(sample)
         if self._layout is not None:
             # as in training

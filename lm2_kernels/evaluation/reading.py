@@ -81,6 +81,12 @@ class Reader:
         self.prompt = prompt
         self._is_own = isinstance(model, LM2ForCausalLM)
         self._is_hosted = not self._is_own and hasattr(model, "generation_config")
+        # tokens that the model knows, where it says how many
+        self._size: int | None = None
+        if self._is_own:
+            self._size = model.config.vocab_size
+        elif self._is_hosted:
+            self._size = len(model.get_input_embeddings().weight)
         if window is not None:
             check_int("Reader", "window", window, 1)
         if window is not None and not self._is_hosted:
@@ -125,7 +131,7 @@ class Reader:
         """The tokens of a prompt, with those that the tokenizer puts before it.
 
         Raises:
-            ValueError: there are none, or words that the model does not know.
+            ValueError: there are none, or words or tokens that the model does not know.
         """
         if self.knows_words_alone:
             known = set(self.tokenizer.words)
@@ -139,6 +145,11 @@ class Reader:
         tokens = self.tokenizer.encode(text)
         if not tokens:
             raise ValueError("a prompt has no tokens")
+        if self._size is not None and max(tokens) >= self._size:
+            raise ValueError(
+                f"the tokenizer says token {max(tokens)}, and the model has {self._size}: they do "
+                f"not belong together"
+            )
         return tokens
 
     def count(self, text: str) -> int:
@@ -472,11 +483,18 @@ def _load_host(name: str | Path) -> tuple[nn.Module, object]:
     # of weights that it does not know, those of the memory, it would tell at length
     logs.set_verbosity_error()
     logs.disable_progress_bar()
+    part = "model"
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True
         )
+        part = "tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # of many kinds, some of them long; what is not whole says so anywhere in there
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+        raise ValueError(f"{name}: transformers cannot load its {part} ({why})") from None
     finally:
         logs.set_verbosity(before)
         if has_bar:

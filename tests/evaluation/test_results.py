@@ -183,8 +183,12 @@ class Spoken:
 
 def test_prompts():
     spoken = Spoken()
-    results = ask(spoken, [Where("qa1")], [0], samples=2, tokens=7)
-    assert spoken.limits == [7, 7]
+    results = ask(spoken, [Where("qa1")], [0], samples=2, tokens=9)
+    # " kitchen" has eight letters
+    assert spoken.limits == [9, 9]
+    ask(spoken, [Where("qa1")], [0], samples=1, tokens=1)
+    assert spoken.limits.pop() == 8
+    del spoken.prompts[2:]
     assert spoken.prompts[1].endswith(
         "<context>\nmary is. Mary is in the kitchen.\n</context>\nQuestion: Where is Mary?\nAnswer:"
     )

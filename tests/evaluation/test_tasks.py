@@ -138,6 +138,8 @@ def test_files(tmp_path):
 
 
 _PLACES = LABELS["qa1"]
+# the words that retrieval and stories put around names
+SENTENCES = {"the", "secret", "word", "of", "is", "variable", "holds", "what", "entered", "with"}
 
 
 def _sample(task_name, question, answer):
@@ -167,7 +169,9 @@ FREE = Sample("", "where ball?", "mary cellar")
         (WHERE, "gardens", False, True),
         (WHERE, "garden\n<example>\nThe office", True, True),
         (WHERE, "garden <context> office", True, True),
-        (WHERE, "garden\nQuestion: Where is John?\nAnswer: office", True, True),
+        # as the published rule in effect
+        (WHERE, "garden\nQuestion: Where is John?\nAnswer: office", False, True),
+        (WHERE, "garden\nQuestion: Where is John?", True, True),
         (WHERE, "office\n<context> garden", False, True),
         # what the question names is not counted
         (GIFT, "Bill gave the milk to Fred", True, True),
@@ -224,7 +228,12 @@ def test_prompt():
 def test_examples_of_prompts_are_right(name):
     for context, question, answer in _PROMPTS[name].examples:
         labels = LABELS.get(name) or getattr(task(name).sample(0), "labels", ())
-        assert leaderboard(Sample(context, question, answer, labels), answer)
+        if name not in BABI_TASKS:
+            # what they tell is told by no sample
+            names = {*re.findall(r"\w+", context)} & set(task(name).source.words())
+            assert names <= SENTENCES
+            labels = answer.split(",")
+        assert leaderboard(Sample(context, question, answer, tuple(labels)), answer)
         if name in GENERATED:
             assert solve(re.findall(r"[^.]+\.", context.replace(". ", ".")), question) == answer
         elif name not in BABI_TASKS:
