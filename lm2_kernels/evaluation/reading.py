@@ -14,7 +14,7 @@ What a row is answered depends on no other row, to rounding: the batch is for sp
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 from lm2_kernels.training.data import Bytes, Ids, Words, load_tokenizer
 from lm2_kernels.training.folder import read_run
+from lm2_kernels.training.loop import evaluating
 
 __all__ = ["Reader", "load_reader"]
 
@@ -304,17 +305,9 @@ class Reader:
         decoder = next((module for module in modules if hasattr(module, MEMORY)), None)
         return decoder, getattr(decoder, MEMORY, None)
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """In evaluation mode, and then as before."""
-        is_training = isinstance(self.model, nn.Module) and self.model.training
-        if is_training:
-            self.model.eval()
-        try:
-            yield
-        finally:
-            if is_training:
-                self.model.train()
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        is_module = isinstance(self.model, nn.Module)
+        return evaluating(self.model) if is_module else contextlib.nullcontext()
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         """Rows of tokens as (B, L), and where they are."""
@@ -358,12 +351,14 @@ class Reader:
         decoder, memory = self._memory()
         size = self.window or max(map(len, rows))
         said: list[list[int]] = [[]] * len(rows)
+        # without a memory the last window alone is read
+        counts = [1 if memory is None else math.ceil(len(row) / size) for row in rows]
         # rows of as many windows together: no row has a window of padding alone
-        for places in _grouped(math.ceil(len(row) / size) for row in rows):
+        for places in _grouped(counts):
             group = [rows[place] for place in places]
-            windows = math.ceil(len(group[0]) / size)
+            windows = counts[places[0]]
             with _fresh(memory, carry=windows > 1):
-                for back in range(windows if memory is not None else 1, 0, -1):
+                for back in range(windows, 0, -1):
                     # counted from the end: the question stands in a whole window
                     parts = [
                         row[max(len(row) - back * size, 0) : len(row) - (back - 1) * size]
@@ -398,7 +393,7 @@ class Reader:
         return sequences[:, ids.shape[1] :].tolist()
 
 
-def _grouped(keys: Iterator[int]) -> list[list[int]]:
+def _grouped(keys: Iterable[int]) -> list[list[int]]:
     """The places of equal keys."""
     groups: dict[int, list[int]] = {}
     for place, key in enumerate(keys):

@@ -117,6 +117,10 @@ def test_names():
     with pytest.raises(ValueError, match="qa11 is not generated: give the folder"):
         task("qa11")
     assert task("qa20", babi=DATASET) == BabilongDataset("qa20")
+    with pytest.raises(ValueError, match="has backgrounds of its own"):
+        task("qa20", babi=DATASET, background="prose.txt")
+    with pytest.raises(ValueError, match="has samples for tests alone"):
+        task("qa20", babi=DATASET, validation=False)
 
 
 def test_files(tmp_path):
