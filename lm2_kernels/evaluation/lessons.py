@@ -40,7 +40,7 @@ class Lessons:
 
     Args:
         tasks: for training.
-        questions: the same for validation; they share no story with the others.
+        questions: the same for validation; they ask nothing after the same facts as the others do.
         tokenizer: words, with those of all tasks, or bytes.
         files: texts that the tasks were made of.
     """
