@@ -508,11 +508,13 @@ class Oracle(Reader):
     def learn(self, task, length, samples):
         segments = -(-length // 64) or None
         for number in range(samples):
-            row = self.aligned.row(task.sample(number, length, self.aligned.count), segments)
+            sample = task.sample(number, length, self.aligned.count)
+            assert sample.answer.count(",") < sample.listed
+            row = self.aligned.row(sample, segments)
             self.said[self.tokenizer.decode(row.prompt)] = row.answer
 
     def answer(self, prompts, tokens):
-        more = self.tokenizer.encode(" garden") * 99
+        more = self.tokenizer.encode(" , milk , apple , football") * 99
         return [
             self.tokenizer.decode([*self.said[prompt], *more][:most])
             for prompt, most in zip(prompts, tokens, strict=True)
