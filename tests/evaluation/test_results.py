@@ -509,7 +509,6 @@ class Oracle(Reader):
         segments = -(-length // 64) or None
         for number in range(samples):
             sample = task.sample(number, length, self.aligned.count)
-            assert sample.answer.count(",") < sample.listed
             row = self.aligned.row(sample, segments)
             self.said[self.tokenizer.decode(row.prompt)] = row.answer
 
@@ -528,13 +527,14 @@ def test_what_was_learnt_is_right(tokenizer, kind):
     oracle = Oracle(tokenizer, kind)
     asked = [task(name) for name in (*GENERATED, "niah", "niah_multikey", "vt", "mqar", "stories")]
     for some in asked:
+        assert some.sample(0).listed == {"qa8": 3, "vt": 5}.get(some.name, 1)
         for length in (0, 900):
-            oracle.learn(some, length, 3)
+            oracle.learn(some, length, 2)
     prompt = {"running": "plain", "aligned": "aligned"}[kind]
-    results = ask(oracle, asked, (0, 900), samples=3, tokens=1, prompt=prompt)
+    results = ask(oracle, asked, (0, 900), samples=2, tokens=1, prompt=prompt)
     for cell in results.cells:
         assert (cell.leaderboard, cell.harness) == (cell.asked, cell.asked), cell
-        assert cell.asked >= 2
+        assert cell.asked == 2
 
 
 class Carried:
