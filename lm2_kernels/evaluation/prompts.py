@@ -309,8 +309,8 @@ _PROMPTS = {
         "Answer with the secret word and nothing else.",
         (
             (
-                "The secret word of heather is bottle.",
-                "What is the secret word of heather?",
+                "The secret word of heather slate is bottle.",
+                "What is the secret word of heather slate?",
                 "bottle",
             ),
         ),
@@ -321,8 +321,9 @@ _PROMPTS = {
         "Answer with the secret word and nothing else.",
         (
             (
-                "The secret word of slate is bottle. The secret word of heather is needle.",
-                "What is the secret word of slate?",
+                "The secret word of slate daisy is bottle. The secret word of heather tin is "
+                "needle.",
+                "What is the secret word of slate daisy?",
                 "bottle",
             ),
         ),
