@@ -21,7 +21,7 @@ from lm2_kernels.model.config import LM2Config
 from lm2_kernels.training import distributed
 from lm2_kernels.training.curriculum import SCHEDULES, Curriculum, curriculum
 from lm2_kernels.training.data import Bytes, Words
-from lm2_kernels.training.loop import Batch, autocast_in, moved
+from lm2_kernels.training.loop import Batch, autocast_in, evaluating, moved
 
 __all__ = ["TOKENIZERS", "Lessons", "TaskBatches"]
 
@@ -40,7 +40,7 @@ class Lessons:
 
     Args:
         tasks: for training.
-        questions: the same for validation; they share no story with the others.
+        questions: the same for validation; they ask nothing after the same facts as the others do.
         tokenizer: words, with those of all tasks, or bytes.
         files: texts that the tasks were made of.
     """
@@ -229,10 +229,8 @@ def _judged(
     then, it is what the model says greedily.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = moved(batch, device)
             targets = inputs["labels"][:, 1:]
@@ -249,8 +247,6 @@ def _judged(
                     torch.tensor(len(targets), device=device),
                 ]
             )
-    finally:
-        model.train(was_training)
     return tuple(sums.tolist())
 
 
