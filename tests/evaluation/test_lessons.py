@@ -170,7 +170,6 @@ def test_an_answer_is_right_as_a_whole(monkeypatch):
         ({"lengths": [0], "segments": [1]}, "not both"),
         ({"segments": [0]}, "segments must be"),
         ({"lengths": [10]}, "none fits into 10 tokens"),
-        ({"lengths": [0, 50], "curriculum": "ramp"}, "above 0"),
         ({"tokenizer": "letters"}, "words, bytes, got letters"),
     ),
 )
