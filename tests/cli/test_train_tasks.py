@@ -164,7 +164,7 @@ def test_what_a_run_on_tasks_remembers(config, tmp_path, monkeypatch, capsys):
     assert "or --tasks, not both" in _refused([*resumed, str(text)], capsys)
     # a place may be another, but what is there counts
     line = _refused([*resumed, "--background", str(text)], capsys)
-    assert "was trained on 2 files, got 3" in line
+    assert f"--background of this run is None, got {text}: --resume takes the run's own" in line
     with monkeypatch.context() as patch:
         # what another version makes of a name
         patch.setattr(retrieval, "_VALUES", ("anchor", "basket"))
