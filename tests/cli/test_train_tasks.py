@@ -240,6 +240,8 @@ def test_two_processes_take_what_one_takes(config, tmp_path, monkeypatch, capsys
         assert cli.main(arguments) == 0
     assert len(whole) == 6
     for step, batch in enumerate(whole):
+        weights = [parts[rank][step].pop("weight") for rank in range(2)]
+        assert min(weights) > 0.0 and round(sum(weights), 3) == 2.0
         for rank in range(2):
             for name, tensor in batch.items():
                 assert parts[rank][step][name] == tensor[rank::2].tolist()
