@@ -862,6 +862,27 @@ def test_telemetry_changes_nothing(rule, text, tmp_path):
     }
 
 
+def test_a_line_without_its_end_is_cut(tmp_path):
+    """The next one would be glued to it."""
+    lines = ['{"step": 1}\n', '{"step": 2}\n', '{"step": 3}']
+    (tmp_path / "telemetry.jsonl").write_text("".join(lines))
+    folder.keep_telemetry(tmp_path, 3)
+    assert (tmp_path / "telemetry.jsonl").read_text() == "".join(lines[:2])
+
+
+def test_telemetry_of_a_failed_run_stays(text, tmp_path, monkeypatch, capsys):
+    """It may say why; the line says how to do without."""
+    out = tmp_path / "out"
+    arguments = _arguments(text, out, "--telemetry", "1")
+    with monkeypatch.context() as patch:
+        _during(patch, 3, _failing)
+        assert cli.main(arguments) == 2
+    assert [line["step"] for line in _lines(out)] == [1, 2]
+    line = _refused(arguments, capsys)
+    assert "the telemetry of a run that left nothing else" in line and "--overwrite" in line
+    assert cli.main([*arguments, "--overwrite"]) == 0
+
+
 @pytest.mark.parametrize("save_every", ([], ["--save-every", "3"]))
 def test_telemetry_goes_on(save_every, text, tmp_path, monkeypatch, capsys):
     """A run that was cut and gone on with has the lines of one that was not."""
