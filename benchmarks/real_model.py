@@ -13,11 +13,14 @@ everything in one window. Of a trained memory, the answers are counted with it a
 another row, given to it before the question.
 
 Each cell is a line of --out. What a cell has done is kept in a folder beside it, and after so many
-minutes (or a kill) the next call goes on from there, to the same result.
+minutes (or a kill) the next call goes on from there, to the same result. Another model, another
+--dtype, or what another version of this script asks, takes another --out.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import json
 import resource
 import shlex
@@ -42,6 +45,7 @@ from lm2_kernels.evaluation.samples import Story, distinct_words
 from lm2_kernels.evaluation.tasks import Source
 from lm2_kernels.model.output import LM2Output
 from lm2_kernels.patching import Report
+from lm2_kernels.patching.prints import fingerprint
 from lm2_kernels.training import train
 from lm2_kernels.training.loop import Batch, autocast_in
 
@@ -258,27 +262,62 @@ def batches(reader: Reader, seed: int, first: int) -> Iterator[Batch]:
 
 @dataclasses.dataclass
 class Kept:
-    """What a cell has done, in a file."""
+    """What a cell has done, in a file.
+
+    Args:
+        path: of the file.
+        kind: by what it was done (:func:`kind_of`).
+
+    Raises:
+        ValueError: what is there is of another kind.
+    """
 
     path: Path
-    notes: dict = dataclasses.field(
-        default_factory=lambda: {"losses": [], "answers": {}, "train_seconds": 0.0, "seconds": 0.0}
-    )
+    kind: dict[str, str]
+    notes: dict = dataclasses.field(init=False)
     tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        self.notes = {"kind": self.kind, "losses": [], "answers": {}, "train_seconds": 0.0}
+        self.notes |= {"seconds": 0.0, "peak_bytes": 0}
         if self.path.exists():
             with safetensors.safe_open(self.path, "pt") as file:
                 self.notes = json.loads(file.metadata()["notes"])
                 self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        check_kind(self.path, self.notes.get("kind"), self.kind)
         self._last = time.monotonic()
+        # the peak of what this process did before; elsewhere than on Linux it counts too
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
     def save(self) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.notes["peak_bytes"] = max(peak, self.notes["peak_bytes"])
         now = time.monotonic()
         self.notes["seconds"] += now - self._last
         self._last = now
         notes = {"notes": json.dumps(self.notes)}
         replace_file(self.path, lambda part: safetensors.torch.save_file(self.tensors, part, notes))
+
+
+def kind_of(reader: Reader, options: argparse.Namespace) -> dict[str, str]:
+    """What a cell's result depends on, beside its name: the model, the dtype, what it is asked."""
+    told: list[object] = [CURRICULUM, LENGTHS, WINDOW, BATCH, RATE, WARMUP, TESTED]
+    for name, lengths in LENGTHS.items():
+        for validation in (False, True):
+            some = task_named(name, TEST_SEED, validation=validation)
+            for number in range(4):
+                sample = some.sample(number, lengths[-1])
+                told += [sample, asking(sample)]
+    study = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
+    return {"model": fingerprint(reader.model), "dtype": options.dtype, "study": study}
+
+
+def check_kind(path: Path, stored: dict[str, str] | None, kind: dict[str, str]) -> None:
+    """Raise ValueError unless what a file has is of a kind."""
+    others = [name for name, value in kind.items() if (stored or {}).get(name) != value]
+    if others:
+        raise ValueError(f"{path} is of another {' and '.join(others)}: take another --out")
 
 
 class TimeIsUpError(Exception):
@@ -307,7 +346,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
     model = reader.model
     probe = reader.asked([task_named("qa1", TEST_SEED, validation=True).sample(0)])
     question = probe["question_ids"], probe["question_mask"]
-    with torch.no_grad(), autocast_in(torch.device("cpu"), options.dtype):
+    with torch.no_grad(), autocast_in(torch.device("cpu"), options.autocast):
         before = reader.following(*question)
         report = give_memory(model, seed)
         reader.read(probe["input_ids"], probe["attention_mask"])
@@ -345,7 +384,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             lr=RATE,
             warmup=WARMUP,
             optimizer=optimizer,
-            autocast=options.dtype,
+            autocast=options.autocast,
             progress=progress,
         )
     if len(kept.notes["losses"]) < steps:
@@ -373,6 +412,14 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
     }
 
 
+def answers(reader: Reader, name: str) -> Tensor:
+    """The first tokens of all of a task's answers, which tell them apart."""
+    labels = reader.first_tokens(task_named(name, TEST_SEED, validation=True).source.labels)
+    if len(set(labels.tolist())) < len(labels):
+        raise ValueError(f"{name}: two answers begin with one token of this model")
+    return labels
+
+
 # what the model says next, by what it was given (B, V)
 Answer = Callable[[list[Sample]], dict[str, Tensor]]
 
@@ -386,15 +433,13 @@ def ask_all(reader: Reader, kept: Kept, options: argparse.Namespace, answer: Ans
     left = [cell for cell in cells if "{} {}".format(*cell) not in kept.notes["answers"]]
     for name, length in left:
         asked = task_named(name, TEST_SEED, validation=True)
-        labels = reader.first_tokens(asked.source.labels)
-        if len(set(labels.tolist())) < len(labels):
-            raise ValueError(f"{name}: two answers begin with one token of this model")
+        labels = answers(reader, name)
         right: dict[str, int] = {}
         for first in range(0, TESTED, BATCH):
             numbers = range(first, min(first + BATCH, TESTED))
             samples = [asked.sample(number, length, reader.count) for number in numbers]
             wanted = reader.first_tokens(tuple(sample.answer for sample in samples))
-            with autocast_in(torch.device("cpu"), options.dtype):
+            with autocast_in(torch.device("cpu"), options.autocast):
                 found = answer(samples)
             for how, logits in found.items():
                 chosen = labels[logits[:, labels].argmax(-1)]
@@ -412,25 +457,36 @@ def run(cell: str | int, options: argparse.Namespace) -> dict:
     """A cell, from where it was."""
     folder = options.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    kept = Kept(folder / f"{cell}.safetensors")
     options.until = time.monotonic() + 60.0 * options.minutes
     reader = load(options.model, options.gguf)
+    for name in LENGTHS:
+        answers(reader, name)
+    kind = kind_of(reader, options)
+    for line in lines_of(options.out):
+        check_kind(options.out, line.get("kind"), kind)
+    kept = Kept(folder / f"{cell}.safetensors", kind)
     if cell == "plain":
         result = run_plain(reader, kept, options)
     else:
         result = run_seed(reader, cell, kept, options)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    kept.save()
     return {
         "cell": cell,
+        "kind": kind,
         "command": shlex.join(["python", *sys.argv]),
         **result,
         "answers": kept.notes["answers"],
-        "dtype": str(options.dtype).removeprefix("torch."),
+        "dtype": options.dtype,
         "minutes": round(kept.notes["seconds"] / 60.0, 2),
-        "peak_bytes": peak,
+        "peak_bytes": kept.notes["peak_bytes"],  # of the process, at this cell
         "machine": machine.versions() | {"transformers": transformers.__version__},
         "devices": machine.devices(),
     }
+
+
+def lines_of(out: Path) -> list[dict]:
+    """The results that are there."""
+    return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
 
 def snapshot(own: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -468,10 +524,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     # of autocast; weights are float32
-    options.dtype = torch.bfloat16 if options.dtype == "bfloat16" else None
+    options.autocast = torch.bfloat16 if options.dtype == "bfloat16" else None
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.touch()
-    done = [json.loads(line)["cell"] for line in options.out.read_text("utf-8").splitlines()]
+    done = [line["cell"] for line in lines_of(options.out)]
     for cell in (*options.seeds, "plain"):
         if cell in done:
             continue

@@ -1,5 +1,6 @@
 """The documents are true: their Python runs, and the commands, files and links in them exist."""
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -47,19 +48,42 @@ def test_page_runs(page, tmp_path, monkeypatch):
         exec(compile(block, f"{_name(page)}, block {number}", "exec"), names)
 
 
-def test_commands_exist():
-    """What the documents ask `python -m lm2_kernels` for is what it takes."""
-    from lm2_kernels.cli import _parser
-
+def _commands() -> list[list[str]]:
+    """The arguments of all commands of the documents."""
     commands = []
     for document in DOCUMENTS:
         for block in _blocks(document, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"-m lm2_kernels( .*|$)", line.split("#")[0])
                 commands += [found[1]] if found else []
+    return [[part.strip("\"'") for part in _split(command)] for command in commands]
+
+
+def test_commands_exist():
+    """What the documents ask `python -m lm2_kernels` for is what it takes."""
+    from lm2_kernels.cli import _parser
+
+    commands = _commands()
     assert commands
     for command in commands:
-        _parser().parse_args([part.strip("\"'") for part in _split(command)])
+        _parser().parse_args(command)
+
+
+def test_tasks_can_be_trained_on(tmp_path, monkeypatch):
+    """A run of the documents that takes no file is planned as it stands; nothing is trained."""
+    from lm2_kernels.cli import _parser, train
+
+    monkeypatch.chdir(tmp_path)
+    planned = 0
+    for command in _commands():
+        options = _parser().parse_args(command)
+        if command[:1] != ["train"] or not options.tasks or options.babi or options.background:
+            continue
+        with contextlib.ExitStack() as held:
+            train._planned(options, held, 0, 1)
+        planned += 1
+    assert planned >= 2
+    assert not list(tmp_path.iterdir())
 
 
 def _split(command: str) -> list[str]:

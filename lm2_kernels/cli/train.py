@@ -294,6 +294,7 @@ def _train(
     bar = StepBar("train", first) if rank == 0 else None
     done, is_saved = first, False
     batches_of_run = seeded(batches(first=first), chosen["seed"], first, rank)
+    batches_of_run = distributed.weighted(batches_of_run, device)
     telemetry = None
     if chosen["telemetry"] and rank == 0:
         telemetry = Telemetry(out, model, chosen["telemetry"], first)

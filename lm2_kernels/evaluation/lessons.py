@@ -14,13 +14,14 @@ from torch import nn
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.evaluation.accuracy import Accuracy
+from lm2_kernels.evaluation.babilong import BabilongDataset
 from lm2_kernels.evaluation.layout import LAYOUTS, LOSSES, Layout, words
-from lm2_kernels.evaluation.samples import Sample, Task
+from lm2_kernels.evaluation.samples import Sample, Task, count_words
 from lm2_kernels.evaluation.tasks import task
 from lm2_kernels.model.config import LM2Config
 from lm2_kernels.training import distributed
 from lm2_kernels.training.curriculum import SCHEDULES, Curriculum, curriculum
-from lm2_kernels.training.data import Bytes, Words
+from lm2_kernels.training.data import Bytes, Words, tokenizer_text
 from lm2_kernels.training.loop import Batch, autocast_in, evaluating, moved
 
 __all__ = ["TOKENIZERS", "Lessons", "TaskBatches"]
@@ -28,8 +29,10 @@ __all__ = ["TOKENIZERS", "Lessons", "TaskBatches"]
 TOKENIZERS = ("words", "bytes")
 # samples of a task and a size that a trained model is asked, or some more: whole batches
 _ASKED = 100
-# of a task, samples that its digest is of, unless all that it has
-_KNOWN_BY = 8
+# of a task, samples that its digest is of; and words that these have beyond twice their facts
+_KNOWN_BY, _WORDS = 8, 200
+# tokens of rows that are judged together, all of which have logits
+_TOGETHER = 2**17
 # numbers of samples: more than any run sees
 _NUMBERS = 2**48
 
@@ -56,7 +59,7 @@ class Lessons:
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: there is no such task, or one is named twice.
+            ValueError: there is no such task, or none for training, or one is named twice.
         """
         names, background = options["tasks"], options["background"]
         if len(set(names)) < len(names):
@@ -67,6 +70,10 @@ class Lessons:
             [task(name, seed=seed, validation=validation, **texts) for name in names]
             for seed, validation in ((options["seed"], False), (0, True))
         )
+        if any(isinstance(some, BabilongDataset) for some in tasks):
+            raise ValueError(
+                f"{options['babi']} is for evaluation alone: give a folder of bAbI's files"
+            )
         kind = options["tokenizer"] or ("words" if background is None else "bytes")
         if kind not in TOKENIZERS:
             raise ValueError(f"--tokenizer must be one of {', '.join(TOKENIZERS)}, got {kind}")
@@ -98,7 +105,8 @@ class Lessons:
         for path in self.files:
             content = hashlib.blake2b(Path(path).read_bytes(), digest_size=16)
             found.append({"path": path, "digest": content.hexdigest()})
-        return found
+        known = hashlib.blake2b(tokenizer_text(self.tokenizer).encode(), digest_size=16)
+        return [*found, {"path": "the tokenizer", "digest": known.hexdigest()}]
 
     def batches(self, options: dict, config: LM2Config) -> "TaskBatches":
         """See :class:`~lm2_kernels.training.sources.Data`."""
@@ -190,10 +198,13 @@ class TaskBatches:
         # of answers, whatever was trained on
         layout = dataclasses.replace(self.layout, loss="answers")
         made, own = self._shares(rank, world)
+        # by the size that is asked for: all processes, whose rows may differ, make as many parts
+        rows = max(_TOGETHER // max(self._tokens(size), 1), 1)
         for first in range(0, _ASKED, self.options["batch"]):
             samples = [self._sample(some, first + row, size) for row in made]
             batch = self._collated(samples, size, layout)
-            yield {name: tensor[own] for name, tensor in batch.items()}
+            parts = (tensor[own].split(rows) for tensor in batch.values())
+            yield from (dict(zip(batch, part, strict=True)) for part in zip(*parts, strict=True))
 
     def _shares(self, rank: int, world: int) -> tuple[range, slice]:
         """Which rows of a batch a process makes, and which of these are its own."""
@@ -209,8 +220,10 @@ class TaskBatches:
         return f"{size} tokens" if size else "facts alone"
 
     def _sample(self, some: Task, number: int, size: int) -> Sample:
-        length = size * self.layout.segment_length if self.is_segments else size
-        return some.sample(number, length, self.layout.count)
+        return some.sample(number, self._tokens(size), self.layout.count)
+
+    def _tokens(self, size: int) -> int:
+        return size * self.layout.segment_length if self.is_segments else size
 
     def _collated(self, samples: list[Sample], size: int, layout: Layout | None = None) -> Batch:
         layout = layout or self.layout
@@ -223,7 +236,7 @@ class TaskBatches:
 def _judged(
     model: nn.Module, batches: Iterable[Batch], autocast: torch.dtype | None
 ) -> tuple[float, float, float, float]:
-    """Sums over batches: losses of tokens and how many these are, answers right in full, rows.
+    """Sums over batches: losses of tokens and how many these are, answers right in full, answers.
 
     An answer is right if each of its tokens is the likeliest behind those before it; then, and only
     then, it is what the model says greedily.
@@ -238,21 +251,27 @@ def _judged(
                 output = model(**inputs, return_logits=True)
             counted = targets != -100
             is_right = (output.logits[:, :-1].argmax(-1) == targets) | ~counted
-            tokens = counted.sum()
+            tokens, has_answer = counted.sum(), counted.any(1)
             sums += torch.stack(
                 [
                     output.loss.double() * tokens,
                     tokens,
-                    is_right.all(1).sum(),
-                    torch.tensor(len(targets), device=device),
+                    (is_right.all(1) & has_answer).sum(),
+                    has_answer.sum(),
                 ]
             )
     return tuple(sums.tolist())
 
 
 def _digest(some: Task) -> str:
-    """Of a task's samples: all of those that come from files, or the first few."""
+    """Of a task's samples: facts, of all that come from files or the first few, and what they are
+    in background.
+    """
     found = hashlib.blake2b(digest_size=16)
     for number in range(some.available() or _KNOWN_BY):
-        found.update(repr(some.sample(number)).encode())
+        sample = some.sample(number)
+        found.update(repr(sample).encode())
+        if number < _KNOWN_BY:
+            length = 2 * count_words(sample.context) + _WORDS
+            found.update(repr(some.sample(number, length)).encode())
     return found.hexdigest()

@@ -75,7 +75,8 @@ def curriculum(name: str, sizes: Sequence[int]) -> Curriculum:
       steps have its own size, the other half one of those before.
     - ``"ramp"``: the largest size grows evenly from the smallest to the last of ``sizes`` over the
       first half of the run. Each step has any size between the smallest and the largest so far,
-      those between ``sizes`` as well.
+      those between ``sizes`` as well. From 0 there is no way up: it is a first stage of its own,
+      and the next of ``sizes`` is the smallest.
     - ``"mixed"``: all sizes from the first step on.
 
     With one size all are the same.
@@ -85,7 +86,7 @@ def curriculum(name: str, sizes: Sequence[int]) -> Curriculum:
         sizes: the number of segments of a context, or of its tokens.
 
     Raises:
-        ValueError: there is no such schedule, or sizes are not ascending, or a ramp begins at 0.
+        ValueError: there is no such schedule, or sizes are not ascending.
     """
     if name not in SCHEDULES:
         raise ValueError(f"a curriculum is one of {', '.join(SCHEDULES)}, got {name}")
@@ -101,10 +102,11 @@ def curriculum(name: str, sizes: Sequence[int]) -> Curriculum:
                 for number in range(len(sizes))
             )
         )
-    low, high = sizes[0], sizes[-1]
-    if low == 0:
-        raise ValueError("a ramp needs a first size above 0: facts alone have no length to grow")
+    # facts alone, which are as long as they are
+    alone = [(0,)] if sizes[0] == 0 else []
+    low, high = sizes[len(alone)], sizes[-1]
     levels = min(high - low, _LEVELS)
     tops = [low + (high - low) * level // levels for level in range(levels)]
-    slope = [Stage(_RAMP / levels, range(low, top + 1)) for top in tops]
-    return Curriculum((*slope, Stage(1.0 - _RAMP, range(low, high + 1))))
+    slope = [*alone, *(range(low, top + 1) for top in tops)]
+    stages = [Stage(_RAMP / len(slope), some) for some in slope]
+    return Curriculum((*stages, Stage(1.0 - _RAMP, range(low, high + 1))))

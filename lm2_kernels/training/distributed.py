@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lm2_kernels import machine
 from lm2_kernels.model.decoder import LM2ForCausalLM
+from lm2_kernels.training.loop import Batch
 
 __all__ = [
     "by_first",
@@ -29,6 +30,7 @@ __all__ = [
     "mean",
     "process_group",
     "save_progress",
+    "weighted",
     "wrap",
 ]
 
@@ -84,6 +86,26 @@ def mean(value: float, device: torch.device) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.item() / dist.get_world_size()
+
+
+def weighted(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches with the weight of a process's loss: its labels n of the N of all P processes.
+
+    A loss is a mean over the labels of a process, and gradients are means over processes. With
+    ``weight = P n / N`` they are those of the mean over all labels, as one process has them.
+
+    Args:
+        batches: with "labels" (B, L), of which -100 are none, nor is the first of a row.
+        device: of this process.
+    """
+    for batch in batches:
+        if not dist.is_initialized():
+            yield batch
+            continue
+        own = (batch["labels"][:, 1:] != -100).sum().to(device)
+        total = own.clone()
+        dist.all_reduce(total)
+        yield {**batch, "weight": dist.get_world_size() * own.double() / total}
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

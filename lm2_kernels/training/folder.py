@@ -66,6 +66,11 @@ def check_new(folder: Path, overwrite: bool) -> None:
             f"--resume, or begin anew by --overwrite"
         )
     others = sorted(path.name for path in folder.iterdir() if not _is_worthless(path))
+    if TELEMETRY in others and {*others} <= {TELEMETRY, EVENTS}:
+        raise ValueError(
+            f"--out {folder} holds the telemetry of a run that left nothing else: take another "
+            f"folder, or begin anew by --overwrite"
+        )
     if others:
         raise ValueError(
             f"--out {folder} is not empty (it holds {others[0]}): take another folder, or "
@@ -137,7 +142,8 @@ def keep_telemetry(folder: Path, step: int) -> None:
         return
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            is_kept = json.loads(line)["step"] <= step
+            # what was cut off may be the end of the line alone
+            is_kept = line.endswith(b"\n") and json.loads(line)["step"] <= step
         except (KeyError, TypeError, ValueError):
             is_kept = False
         if not is_kept:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lm2_kernels.checks import check_int, check_scale
 
-Batch = dict[str, Tensor]  # the arguments of the model
+Batch = dict[str, Tensor]  # the arguments of the model, and perhaps "weight"
 
 
 def learning_rate(step: int, steps: int, warmup: int, floor: float = 0.1) -> float:
@@ -70,7 +70,8 @@ def train(
     Args:
         model: called as ``model(**batch, bptt_segments=bptt_segments)``; its result has ``loss``.
         batches: dicts of tensors with "input_ids" and "labels", at least as many as there are steps
-            to do. They are moved to where the parameters are.
+            to do. They are moved to where the parameters are. A "weight" is not the model's: the
+            loss is multiplied by it before its gradients are computed, and reported without.
         steps: of the whole run, a batch each.
         lr: the peak learning rate.
         first: steps of the run that were done before.
@@ -115,11 +116,13 @@ def train(
                 )
             for group in optimizer.param_groups:
                 group["lr"] = lr * learning_rate(step, steps, warmup, floor)
+            inputs = moved(batch, device)
+            weight = inputs.pop("weight", None)
             with autocast_in(device, autocast):
-                loss = model(**moved(batch, device), bptt_segments=bptt_segments).loss
+                loss = model(**inputs, bptt_segments=bptt_segments).loss
             fetched = _Fetched(loss)
             optimizer.zero_grad()
-            loss.backward()
+            (loss if weight is None else loss * weight).backward()
             # now that the device has the backward pass to do
             value = fetched.value()
             if not math.isfinite(value):

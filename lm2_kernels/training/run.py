@@ -94,8 +94,9 @@ class Run:
         if was != now:
             raise ValueError(f"the run was trained on {was}, got {now}")
         if len(self.data) != len(other.data):
+            kind = "files" if self.options["tasks"] is None else "tasks and texts"
             raise ValueError(
-                f"the run was trained on {len(self.data)} files, got {len(other.data)}"
+                f"the run was trained on {len(self.data)} {kind}, got {len(other.data)}"
             )
         digests = [[entry["digest"] for entry in run.data] for run in (self, other)]
         is_reordered = sorted(digests[0]) == sorted(digests[1])
@@ -154,8 +155,9 @@ def chosen_options(given: dict, folder: Path, stored: Run | None) -> dict:
         chosen = DEFAULTS | given
         _check(chosen)
         return chosen
+    movable = [name for name in _MOVABLE if stored.options[name] is not None]
     for name, value in given.items():
-        if value != stored.options[name] and name not in (*_CHANGEABLE, *_MOVABLE):
+        if value != stored.options[name] and name not in (*_CHANGEABLE, *movable):
             raise ValueError(
                 f"{flag(name)} of this run is {stored.options[name]}, got {value}: --resume takes "
                 f"the run's own options ({', '.join(map(flag, _CHANGEABLE))} may be others)"

@@ -34,8 +34,8 @@ class Batches(Protocol):
     def train(self, *, first: int = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """Batches, at least as many as the run has steps from ``first`` on.
 
-        Batch ``first + n`` is a function of the run's seed and its number alone, and the processes
-        together see what one alone would see.
+        A batch is a function of the run's options and its number alone, and the processes together
+        see what one alone would see.
         """
 
     def validate(

@@ -53,9 +53,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(study, monkeypatch, folder, out, minutes):
+def run(study, monkeypatch, folder, out, minutes, dtype="float32"):
     arguments = ("--model", folder, "--seeds", 1, "--minutes", minutes, "--out", out)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--dtype", "float32"])
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--dtype", dtype])
     study.main()
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
 
@@ -64,6 +64,7 @@ def test_a_cell_that_was_cut_ends_as_one_that_was_not(study, monkeypatch, folder
     seed, plain = run(study, monkeypatch, folder, tmp_path / "whole.jsonl", 10)
     assert (plain["cell"], seed["cell"]) == ("plain", 1)
     assert seed["unchanged before"] is True
+    assert seed["dtype"] == plain["dtype"] == "float32"
     assert list(plain["answers"]) == list(seed["answers"]) == [
         "place 32", "niah 32", "qa1 0", "qa1 64",
     ]  # fmt: skip
@@ -81,8 +82,31 @@ def test_a_cell_that_was_cut_ends_as_one_that_was_not(study, monkeypatch, folder
         assert result["answers"] == whole["answers"]
         assert result.get("losses") == whole.get("losses")
     # and what was trained is the same, to the last bit
-    tensors = [study.Kept(tmp_path / n / "1.safetensors").tensors for n in ("whole", "cut")]
+    files = [tmp_path / name / "1.safetensors" for name in ("whole", "cut")]
+    tensors = [study.Kept(file, seed["kind"]).tensors for file in files]
     assert all(torch.equal(tensor, tensors[1][name]) for name, tensor in tensors[0].items())
+
+
+def test_a_cell_goes_on_as_what_it_was(study, monkeypatch, folder, tmp_path):
+    """In the same dtype, and on the same study; neither a checkpoint nor a line joins others."""
+    out = tmp_path / "out.jsonl"
+    assert run(study, monkeypatch, folder, out, 0) == []
+    with pytest.raises(ValueError, match=r"1\.safetensors is of another dtype: take another --out"):
+        run(study, monkeypatch, folder, out, 0, "bfloat16")
+    monkeypatch.setattr(study, "asking", lambda sample: f"{sample.question} It is")
+    with pytest.raises(ValueError, match=r"1\.safetensors is of another study"):
+        run(study, monkeypatch, folder, out, 0)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"cell": 2}\n')
+    with pytest.raises(ValueError, match=r"other\.jsonl is of another model and dtype and study"):
+        run(study, monkeypatch, folder, other, 0)
+
+
+def test_answers_that_begin_alike_are_refused_first(study, monkeypatch, folder, tmp_path):
+    monkeypatch.setattr(study.Reader, "first_tokens", lambda self, answers: torch.ones(9).long())
+    monkeypatch.setattr(study, "train", None)
+    with pytest.raises(ValueError, match="place: two answers begin with one token"):
+        run(study, monkeypatch, folder, tmp_path / "out.jsonl", 10)
 
 
 def test_a_context_of_fewer_windows_is_read_as_alone(study, folder):

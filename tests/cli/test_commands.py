@@ -1,5 +1,6 @@
 """``train`` and ``generate``: own data, one process and two, runs that go on."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,8 +8,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from lm2_kernels import LM2ForCausalLM, cli, training
+from lm2_kernels.cli import train
+from tools.processes import run_processes
 
 TEXT = "the memory reads what it wrote, and writes what it read. " * 40
 _LR = 0.01
@@ -39,13 +44,12 @@ def _arguments(text, out, *more):
     return ["train", *data, "--config", str(config), "--out", str(out), *options]
 
 
-def _run(arguments, processes=1):
-    command = [sys.executable, "-m"]
-    if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+def _run_by_torchrun(arguments):
+    """In two processes, as a user starts them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [*command, "lm2_kernels", *arguments],
+        [*command, "-m", "lm2_kernels", *arguments],
         capture_output=True,
         check=False,
         text=True,
@@ -53,7 +57,13 @@ def _run(arguments, processes=1):
         env=environment,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    return run.stdout
+
+
+def _train(arguments):
+    """What a process of :func:`run_processes` does of a command."""
+    options = cli._parser().parse_args(arguments)
+    with contextlib.ExitStack() as held:
+        train._train(options, held, dist.get_rank(), 2, torch.device("cpu"))
 
 
 def _weights(folder):
@@ -110,9 +120,13 @@ def test_token_arrays_train_and_generate(tmp_path, capsys):
 @pytest.mark.parametrize("kind", ("ddp", "fsdp"))
 def test_two_processes_are_one(text, tmp_path, kind):
     """Two processes with half of each batch give the weights of one process."""
-    options = ("--parallel", kind, "--telemetry", "3")
-    _run(_arguments(text, tmp_path / "two", *options), processes=2)
-    _run(_arguments(text, tmp_path / "one"))
+    assert cli.main(_arguments(text, tmp_path / "one")) == 0
+    arguments = _arguments(text, tmp_path / "two", "--parallel", kind, "--telemetry", "3")
+    if kind == "fsdp":
+        _run_by_torchrun(arguments)
+    else:
+        # processes that begin anew take ten times as long
+        run_processes(_train, arguments, folder=tmp_path / "processes")
     _same(tmp_path / "two", tmp_path / "one")
     # of the first process alone
     lines = (tmp_path / "two" / "telemetry.jsonl").read_text().splitlines()
@@ -135,7 +149,8 @@ def test_a_run_goes_on_with_another_number_of_processes(text, tmp_path, monkeypa
     monkeypatch.setattr(training, "train", stopped)
     assert cli.main(_arguments(text, cut, "--save-every", "2")) == 130
     monkeypatch.undo()
-    _run(["train", "--out", str(cut), "--resume", "--parallel", "fsdp"], processes=2)
+    resumed = ["train", "--out", str(cut), "--resume", "--parallel", "fsdp"]
+    run_processes(_train, resumed, folder=tmp_path / "processes")
     _same(cut, whole)
 
 

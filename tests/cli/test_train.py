@@ -55,19 +55,39 @@ FEW_SLOTS = (
 )  # fmt: skip
 
 
-@pytest.fixture
-def text(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    path = tmp_path / "text.txt"
+@pytest.fixture(autouse=True)
+def short_validation(monkeypatch):
+    monkeypatch.setattr(sources, "_VALIDATION", 2)
+
+
+def _written(folder):
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    path = folder / "text.txt"
     path.write_text(TEXT)
     return path
 
 
 @pytest.fixture
-def model(tmp_path, text):
-    """What a finished run leaves, at ``tmp_path / "out"``."""
+def text(tmp_path):
+    return _written(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run beside its text, made once."""
+    place = tmp_path_factory.mktemp("finished")
+    assert cli.main(_arguments(_written(place), place / "out", "--save-every", "2")) == 0
+    return place
+
+
+@pytest.fixture
+def model(tmp_path, text, finished):
+    """What a finished run on the text leaves, at ``tmp_path / "out"``."""
     out = tmp_path / "out"
-    assert cli.main(_arguments(text, out, "--save-every", "2")) == 0
+    shutil.copytree(finished / "out", out)
+    run = (out / "run.json").read_text()
+    assert str(finished) in run
+    (out / "run.json").write_text(run.replace(str(finished), str(tmp_path)))
     return out
 
 
@@ -581,19 +601,19 @@ def _forked(act) -> int:
 
 def test_a_kill_leaves_what_goes_on(text, tmp_path):
     """At each moment at which a file or folder gets its name or loses it."""
-    whole = tmp_path / "whole"
-    assert cli.main(_arguments(text, whole, "--save-every", "4")) == 0
+    whole, options = tmp_path / "whole", ("--steps", "3", "--save-every", "2")
+    assert cli.main(_arguments(text, whole, *options)) == 0
     for moment in itertools.count():
         cut = tmp_path / f"cut{moment}"
-        if not _killed(text, cut, moment):
+        new = _arguments(text, cut, *options)
+        if not _killed(new, moment):
             break
-        arguments = ["train", "--out", str(cut), "--resume"]
-        if not (cut / "run.json").exists():
-            arguments = _arguments(text, cut, "--save-every", "4")
+        is_begun = (cut / "run.json").exists()
+        arguments = ["train", "--out", str(cut), "--resume"] if is_begun else new
         assert cli.main(arguments) == 0, moment
         _equal(cut, whole)
         assert {path.name for path in cut.iterdir()} == {path.name for path in whole.iterdir()}
-        assert [path.name for path in (cut / "progress").iterdir()] == ["step-6"]
+        assert [path.name for path in (cut / "progress").iterdir()] == ["step-3"]
     # the last moments are those of the model
     assert moment > 8
 
@@ -604,13 +624,13 @@ def test_a_kill_while_a_model_is_replaced(moment, model, text, tmp_path):
     new = tmp_path / "new"
     assert cli.main(_arguments(text, new, "--seed", "8")) == 0
     options = [*_arguments(text, model, "--seed", "8"), "--overwrite"]
-    is_cut = _killed(text, model, moment, options)
+    is_cut = _killed(options, moment)
     if is_cut:
         assert cli.main(["train", "--out", str(model), "--resume"]) == 0
     _equal(model, new)
 
 
-def _killed(text, cut, moment, arguments=None) -> bool:
+def _killed(arguments, moment) -> bool:
     """Whether a run came to that moment, at which it was killed."""
     left = [moment]
 
@@ -626,7 +646,7 @@ def _killed(text, cut, moment, arguments=None) -> bool:
     def run() -> int:
         os.replace, Path.rename = killing(os.replace), killing(Path.rename)
         shutil.rmtree = killing(shutil.rmtree)
-        return cli.main(arguments or _arguments(text, cut, "--save-every", "4"))
+        return cli.main(arguments)
 
     code = os.waitstatus_to_exitcode(_forked(run))
     assert code in (0, -signal.SIGKILL)
@@ -860,6 +880,27 @@ def test_telemetry_changes_nothing(rule, text, tmp_path):
     assert {p.name for p in watched.iterdir()} - {p.name for p in plain.iterdir()} == {
         "telemetry.jsonl"
     }
+
+
+def test_a_line_without_its_end_is_cut(tmp_path):
+    """The next one would be glued to it."""
+    lines = ['{"step": 1}\n', '{"step": 2}\n', '{"step": 3}']
+    (tmp_path / "telemetry.jsonl").write_text("".join(lines))
+    folder.keep_telemetry(tmp_path, 3)
+    assert (tmp_path / "telemetry.jsonl").read_text() == "".join(lines[:2])
+
+
+def test_telemetry_of_a_failed_run_stays(text, tmp_path, monkeypatch, capsys):
+    """It may say why; the line says how to do without."""
+    out = tmp_path / "out"
+    arguments = _arguments(text, out, "--telemetry", "1")
+    with monkeypatch.context() as patch:
+        _during(patch, 3, _failing)
+        assert cli.main(arguments) == 2
+    assert [line["step"] for line in _lines(out)] == [1, 2]
+    line = _refused(arguments, capsys)
+    assert "the telemetry of a run that left nothing else" in line and "--overwrite" in line
+    assert cli.main([*arguments, "--overwrite"]) == 0
 
 
 @pytest.mark.parametrize("save_every", ([], ["--save-every", "3"]))

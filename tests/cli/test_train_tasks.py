@@ -164,7 +164,7 @@ def test_what_a_run_on_tasks_remembers(config, tmp_path, monkeypatch, capsys):
     assert "or --tasks, not both" in _refused([*resumed, str(text)], capsys)
     # a place may be another, but what is there counts
     line = _refused([*resumed, "--background", str(text)], capsys)
-    assert "was trained on 2 files, got 3" in line
+    assert f"--background of this run is None, got {text}: --resume takes the run's own" in line
     with monkeypatch.context() as patch:
         # what another version makes of a name
         patch.setattr(retrieval, "_VALUES", ("anchor", "basket"))
@@ -240,6 +240,8 @@ def test_two_processes_take_what_one_takes(config, tmp_path, monkeypatch, capsys
         assert cli.main(arguments) == 0
     assert len(whole) == 6
     for step, batch in enumerate(whole):
+        weights = [parts[rank][step].pop("weight") for rank in range(2)]
+        assert min(weights) > 0.0 and round(sum(weights), 3) == 2.0
         for rank in range(2):
             for name, tensor in batch.items():
                 assert parts[rank][step][name] == tensor[rank::2].tolist()

@@ -4,6 +4,7 @@ several, of the sizes that a curriculum says; and how a trained model is judged.
 import collections
 import dataclasses
 import itertools
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from lm2_kernels import LM2Config
-from lm2_kernels.evaluation import lessons
+from lm2_kernels.evaluation import babilong, background, lessons, stories
 from lm2_kernels.evaluation.layout import Layout, words
 from lm2_kernels.evaluation.lessons import Lessons
-from lm2_kernels.evaluation.samples import Sample, plain
+from lm2_kernels.evaluation.samples import Sample, Story, plain
+from lm2_kernels.training.data import Words
 from lm2_kernels.training.run import DEFAULTS
 
 CONFIG = LM2Config(9, 16, 32, 1, 2, memory_slots=32, memory_heads=2)
@@ -85,16 +87,47 @@ def test_a_run_that_goes_on_sees_what_was_left():
     assert again.samples(0, range(4))[0] != batches.samples(0, range(4))[0]
 
 
-@pytest.mark.parametrize("name", ("qa1", "mqar", "vt", "stories"))
+def _is_validation(name, sample):
+    """What the split says of a sample of facts alone."""
+    if name == "stories":
+        told = sample.context.split()
+        sentences = tuple(tuple(told[first : first + 3]) for first in range(0, len(told), 3))
+        return stories._is_validation(stories.Example(sentences, ()))
+    facts = tuple(re.split(r"(?<=\.) ", sample.context))
+    return Story(facts, sample.question, sample.answer).is_validation
+
+
+@pytest.mark.parametrize("name", ("qa1", "mqar", "vt", "stories", "niah"))
 def test_no_story_for_validation_is_trained_on(name):
     """Whatever the seeds; and every step has samples of its own."""
     batches = _batches((name,), lengths=[0], batch=25)
     seen = [sample for samples, _ in _drawn(batches) for sample in samples]
-    facts = {(frozenset(s.context.split(".")), s.question) for s in seen}
-    assert len(facts) > len(seen) // 2
     (other,) = _batches((name,), lengths=[0], seed=7).questions
     asked = [other.sample(number) for number in range(200)]
-    assert not facts & {(frozenset(s.context.split(".")), s.question) for s in asked}
+    assert not any(_is_validation(name, sample) for sample in seen)
+    assert all(_is_validation(name, sample) for sample in asked)
+    if name == "niah":
+        # of so few that the same would come
+        assert not set(seen) & set(asked)
+    else:
+        assert len(set(seen)) > len(seen) // 2
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    (
+        (background, "_SENTENCES", background._SENTENCES[::-1]),
+        (babilong, "_join", lambda facts, _, filling: " ".join((*facts, *filling))),
+        (lessons, "words", lambda *lists: Words(words(*lists).words[::-1])),
+    ),
+)
+def test_what_else_is_told_counts(place, name, value, monkeypatch):
+    """Beside the facts: what is around them, where they are put, the order of the vocabulary."""
+    options = {**DEFAULTS, "tasks": ["qa1"]}
+    before = Lessons.open(options).entries()
+    assert Lessons.open(options).entries() == before
+    monkeypatch.setattr(place, name, value)
+    assert Lessons.open(options).entries() != before
 
 
 def test_every_task_has_its_share():
@@ -161,16 +194,37 @@ def test_an_answer_is_right_as_a_whole(monkeypatch):
     assert model.training
 
 
+def test_long_rows_are_judged_in_parts(monkeypatch):
+    """All logits of a batch would take more memory than the training did."""
+    batches = _batches(segments=[2], batch=4)
+    rows = list(batches._asked(batches.questions[0], 2, 0, 1))
+    assert len(rows) == 25 and rows[0]["input_ids"].shape == (4, 96)
+    monkeypatch.setattr(lessons, "_TOGETHER", 3 * 64)
+    parts = list(batches._asked(batches.questions[0], 2, 0, 1))
+    assert [len(part["input_ids"]) for part in parts[:3]] == [3, 1, 3]
+    for name in ("input_ids", "labels"):
+        whole, together = (torch.cat([some[name] for some in made]) for made in (rows, parts))
+        assert torch.equal(whole, together)
+
+
+def test_a_row_without_an_answer_is_not_right():
+    model = _Knowing(list(range(4))).train()
+    ids = torch.tensor([[1, 1], [2, 2]])
+    labels = torch.tensor([[-100, 1], [-100, -100]])
+    _, _, right, answers = lessons._judged(model, [{"input_ids": ids, "labels": labels}], None)
+    assert (right, answers) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     (
         ({"tasks": ["qa1", "qa1"]}, "named twice"),
         ({"tasks": ["qa21"]}, "no task 'qa21'"),
         ({"tasks": ["qa11"]}, "qa11 is not generated"),
+        ({"tasks": ["qa1"], "babi": babilong.DATASET}, "for evaluation alone"),
         ({"lengths": [0], "segments": [1]}, "not both"),
         ({"segments": [0]}, "segments must be"),
         ({"lengths": [10]}, "none fits into 10 tokens"),
-        ({"lengths": [0, 50], "curriculum": "ramp"}, "above 0"),
         ({"tokenizer": "letters"}, "words, bytes, got letters"),
     ),
 )

@@ -35,6 +35,14 @@ def test_a_ramp_grows_evenly():
     assert max(long.stage(0, 10).sizes) == 1000 and max(long.stage(9, 10).sizes) == 100_000
 
 
+def test_a_ramp_begins_with_facts_alone():
+    """Which are of no length that could grow: the next size is where it begins."""
+    schedule = curriculum("ramp", (0, 4, 7))
+    stages = [schedule.stage(step, 80).sizes for step in (0, 9, 10, 20, 30, 39, 40)]
+    assert list(map(tuple, stages)) == [(0,), (0,), (4,), (4, 5), *[(4, 5, 6)] * 2, (4, 5, 6, 7)]
+    assert _sizes("ramp", (0, 5), 4) == [0, 0, 5, 5]
+
+
 def test_mixed_has_all_from_the_start():
     drawn = _sizes("mixed", (0, 7, 9), 60)
     assert set(drawn[:30]) == set(drawn[30:]) == {0, 7, 9}
@@ -63,7 +71,6 @@ def test_a_size_is_a_function_of_seed_and_step():
         ("stairs", (), "must ascend"),
         ("stairs", (2, 1), "must ascend, got 2 1"),
         ("mixed", (2, 2), "must ascend"),
-        ("ramp", (0, 5), "above 0"),
     ),
 )
 def test_what_is_no_curriculum(name, sizes, message):

@@ -31,7 +31,7 @@ from torch.distributed.tensor.parallel import (
 import lm2_kernels as lm2
 from lm2_kernels import LM2ForCausalLM
 from lm2_kernels.model.decoder import Block
-from lm2_kernels.training import distributed
+from lm2_kernels.training import distributed, train
 from tools.models import random_ids, small_model
 from tools.processes import run_processes
 from tools.rounding import assert_round_off
@@ -154,6 +154,37 @@ def _train_and_save(kind, host, formulation, folder):
     distributed.save_progress(folder, model, optimizer, STEPS)
     _train(model, optimizer, _batches(STEPS, STEPS + 1)[:, half])
     return _whole_state(model)
+
+
+def _uneven() -> list[dict[str, torch.Tensor]]:
+    """Batches of which the processes have 1 + 6 and 3 + 2 labels."""
+    found = []
+    for ids in _batches(0, STEPS):
+        labels = torch.full_like(ids, -100)
+        for row, count in enumerate((1, 3, 6, 2)):
+            labels[row, 14 - count :] = ids[row, 14 - count :]
+        found.append({"input_ids": ids, "labels": labels})
+    return found
+
+
+def _fit(model: nn.Module, batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    batches = distributed.weighted(batches, CPU)
+    train(model, batches, steps=STEPS, lr=0.1, optimizer=_optimizer(model))
+    return _whole_state(model)
+
+
+def _fit_both():
+    rows = slice(dist.get_rank(), None, 2)
+    own = [{name: tensor[rows] for name, tensor in batch.items()} for batch in _uneven()]
+    return [_fit(_wrap(_model("lm2", "release"), kind), own) for kind in ("ddp", "fsdp")]
+
+
+def test_every_label_counts_as_much(tmp_path):
+    """Also where one process has more of them than the other."""
+    states, _ = run_processes(_fit_both, folder=tmp_path)
+    for name, tensor in _fit(_model("lm2", "release"), _uneven()).items():
+        for state in states:
+            assert_round_off(state[name], tensor, name)
 
 
 KINDS = ("ddp", "fsdp", "fsdp1", "fsdp1-flat", "hybrid", "every layer", "every Linear", "root",
