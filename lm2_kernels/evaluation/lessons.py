@@ -14,7 +14,6 @@ from torch import nn
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.evaluation.accuracy import Accuracy
-from lm2_kernels.evaluation.babilong import BabilongDataset
 from lm2_kernels.evaluation.layout import LAYOUTS, LOSSES, Layout, words
 from lm2_kernels.evaluation.samples import Sample, Task, count_words
 from lm2_kernels.evaluation.tasks import task
@@ -70,10 +69,6 @@ class Lessons:
             [task(name, seed=seed, validation=validation, **texts) for name in names]
             for seed, validation in ((options["seed"], False), (0, True))
         )
-        if any(isinstance(some, BabilongDataset) for some in tasks):
-            raise ValueError(
-                f"{options['babi']} is for evaluation alone: give a folder of bAbI's files"
-            )
         kind = options["tokenizer"] or ("words" if background is None else "bytes")
         if kind not in TOKENIZERS:
             raise ValueError(f"--tokenizer must be one of {', '.join(TOKENIZERS)}, got {kind}")
