@@ -113,9 +113,10 @@ def task_named(name: str, seed: int, *, validation: bool) -> InBackground:
 
 def asking(sample: Sample) -> str:
     """The question, and how the answer begins: what a model that is not instructed goes on with."""
-    *question, subject = sample.question.rstrip("?").split()
-    begun = {"Where": f"{subject} is in the", "What": f"The secret word of {subject} is"}
-    return f"{sample.question} {begun[question[0]]}"
+    question = sample.question.rstrip("?")
+    person, name = question.split()[-1], question.rpartition(" of ")[2]
+    begun = {"Where": f"{person} is in the", "What": f"The secret word of {name} is"}
+    return f"{sample.question} {begun[question.split()[0]]}"
 
 
 # --- reading -----------------------------------------------------------------------------------

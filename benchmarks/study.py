@@ -4,22 +4,26 @@
     python benchmarks/study.py run --blocks learning
     LM2_STUDY_TEXT=book.txt python benchmarks/study.py run --blocks text
     python benchmarks/study.py list
+    python benchmarks/study.py costs                            # on a machine that is idle
 
-A *cell* is one model, trained and tested: its block, task, contender, learning rate and seed. Each
-takes a minute or so in one thread. Results are lines of ``benchmarks/results/study/BLOCK.jsonl``,
-each with its cell, so a run that was cut goes on with the cells that are not there yet.
+A *cell* is one model, trained and tested: its block, contender, learning rate, base and seed. Each
+takes half a minute to some minutes in one thread. Results are lines of
+``benchmarks/results/study/BLOCK.jsonl``, each with its cell, so a run that was cut goes on with the
+cells that are not there yet. A line of another protocol (other steps, questions or data than its
+block has now) counts for nothing.
 
 Every contender of a block has the same decoder, data, batches and steps, and its parameters are
 brought within 2 % of one another by the width of the MLP. Its learning rate and the base of its
 rotary positions are chosen by pilots, from the same grid for all: one seed each, a second seed for
 the two best, and rates beyond the grid for whom the best is at its edge. What is claimed comes from
-other seeds.
+other seeds, and from other questions than the pilots were asked.
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -28,6 +32,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +43,8 @@ from torch import nn
 
 import lm2_kernels as lm2
 from lm2_kernels import reference
+from lm2_kernels.bench import measure
+from lm2_kernels.bench.works import Row
 from lm2_kernels.evaluation import QATask, answer_accuracy, tasks
 from lm2_kernels.evaluation.baselines import (
     RecurrentMemoryTransformer,
@@ -61,7 +68,10 @@ LOWEST, HIGHEST = 2.5e-4, 1.6e-2
 # who answers this share has no better rate
 ALL = 0.995
 BATCH, QUESTIONS, TESTED = 32, 4, 500
-_TEST_SEED = 1_000_003
+# of questions: of what is claimed, and of pilots
+_TEST_SEED, _PILOT_SEED = 1_000_003, 2_000_003
+# raised by hand where cells come out otherwise for a reason that no option shows
+_PROTOCOL = 1
 # what a run has that has left the plateau of guessing among the places of a story
 ESCAPED = 0.5
 
@@ -109,8 +119,8 @@ class Asked(Protocol):
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         """Training batches, the same for all contenders."""
 
-    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
-        """Names, whether of a size that is trained on, and batches; the same for all seeds."""
+    def tests(self, seed: int) -> Iterator[tuple[str, bool, list[Batch]]]:
+        """Names, whether of a size that is trained on, and the questions of a seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +175,10 @@ class Stories:
                 batch = batch | {"labels": torch.where(labels == -100, read, labels)}
             yield batch
 
-    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
+    def tests(self, seed: int) -> Iterator[tuple[str, bool, list[Batch]]]:
         for name, (segments, noise, hops) in self.kinds().items():
             task = self.task(segments, noise)
-            source = task.examples(_TEST_SEED, hops=hops, validation=True)
+            source = task.examples(seed, hops=hops, validation=True)
             examples = list(itertools.islice(source, TESTED))
             parts = [examples[i : i + 100] for i in range(0, TESTED, 100)]
             yield name, segments in self.segments, [task.collate(part) for part in parts]
@@ -223,8 +233,8 @@ class Told:
             numbers = range(step * self.rows, (step + 1) * self.rows)
             yield self._batch(source, numbers, known[step % len(known)])
 
-    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
-        source = tasks.task(self.name, seed=_TEST_SEED, validation=True)
+    def tests(self, seed: int) -> Iterator[tuple[str, bool, list[Batch]]]:
+        source = tasks.task(self.name, seed=seed, validation=True)
         for name, (segments,) in self.kinds().items():
             parts = [range(i, min(i + 50, TESTED)) for i in range(0, TESTED, 50)]
             asked = [self._batch(source, numbers, segments) for numbers in parts]
@@ -255,16 +265,21 @@ class Text:
     def longest(self) -> int:
         return self.segments * self.segment_length
 
+    def _corpus(self) -> Corpus:
+        return Corpus.open([Path(os.environ["LM2_STUDY_TEXT"])])
+
     def _parts(self) -> tuple[Corpus, Corpus]:
-        if "LM2_STUDY_TEXT" not in os.environ:
-            raise SystemExit("the block text wants a file of text in LM2_STUDY_TEXT")
-        return Corpus.open([Path(os.environ["LM2_STUDY_TEXT"])]).split(0.05, self.longest)
+        return self._corpus().split(0.05, self.longest)
+
+    def digest(self) -> str:
+        """Of the text."""
+        return self._corpus().digests()[0]
 
     def batches(self, seed: int, steps: int) -> Iterator[Batch]:
         return itertools.islice(self._parts()[0].batches(self.rows, self.longest, seed), steps)
 
-    def tests(self) -> Iterator[tuple[str, bool, list[Batch]]]:
-        held_out = self._parts()[1].batches(self.rows, self.longest, _TEST_SEED)
+    def tests(self, seed: int) -> Iterator[tuple[str, bool, list[Batch]]]:
+        held_out = self._parts()[1].batches(self.rows, self.longest, seed)
         yield "held out", True, list(itertools.islice(held_out, TESTED // self.rows))
 
 
@@ -278,6 +293,11 @@ class Block:
     steps: int = 900
     measure: str = "answers"  # or "loss"
     tuned_by: str | None = None  # the block whose pilots choose for this one
+
+    def protocol(self) -> str:
+        """What makes two lines of the same cell comparable."""
+        content = (_PROTOCOL, self.task, self.steps, self.measure, TESTED, BATCH, QUESTIONS)
+        return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,7 +365,6 @@ BLOCKS = (
         "all_words",
         Stories(loss="all"),
         (*BASELINES, Contender(), Contender(candidate="read")),
-        tuned_by="learning",
     ),
     # long stories from the first step on
     Block(
@@ -521,7 +540,7 @@ def run_cell(cell: Cell) -> dict:
     model = build(cell.contender, task, cell.seed, cell.theta)
     batches = list(task.batches(cell.seed, block.steps))
     torch.manual_seed(cell.seed)
-    trained = time.monotonic()
+    trained = time.process_time()
     failure = None
     try:
         losses = train(
@@ -529,9 +548,9 @@ def run_cell(cell: Cell) -> dict:
         )
     except FloatingPointError as error:
         losses, failure = [], str(error)
-    seconds = time.monotonic() - trained
+    seconds = time.process_time() - trained
     measured, count = {}, mean_loss if block.measure == "loss" else _answered
-    for name, is_trained, asked in task.tests():
+    for name, is_trained, asked in task.tests(_PILOT_SEED if cell.seed in PILOTS else _TEST_SEED):
         measured[name] = count(model, asked)
         if cell.contender.kind == "lm2" and is_trained:
             measured[f"{name}, shuffled"] = count(ShuffledMemory(model), asked)
@@ -543,7 +562,9 @@ def run_cell(cell: Cell) -> dict:
         "losses": [round(mean, 4) for mean in means],
         "failure": failure,
         block.measure: measured,
-        "train_seconds": round(seconds, 1),
+        **({"text": task.digest()} if isinstance(task, Text) else {}),
+        "train_cpu_seconds": round(seconds, 1),
+        "protocol": block.protocol(),
         "minutes": round((time.monotonic() - begun) / 60.0, 2),
     }
 
@@ -564,11 +585,23 @@ def score(result: dict) -> float:
 
 
 def load(name: str) -> list[dict]:
-    """A block's results."""
-    path = FOLDER / f"{name}.jsonl"
+    """A block's results by its protocol; a last line that a kill cut is left out."""
+    path, protocol = FOLDER / f"{name}.jsonl", block_named(name).protocol()
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    results = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [result for result in results if result["protocol"] == protocol]
+
+
+def _append(name: str, result: dict) -> None:
+    path = FOLDER / f"{name}.jsonl"
+    there = path.read_bytes() if path.exists() else b""
+    whole = there[: there.rfind(b"\n") + 1]
+    if whole != there:
+        path.write_bytes(whole)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def cell_of(result: dict) -> Cell:
@@ -585,7 +618,7 @@ def tuned(
         slots = 24 if contender.write == "position" else 8
         like = dataclasses.replace(contender, slots=slots)
         return tuned(block_named(block.tuned_by), like, results)
-    if contender.kind == "none":
+    if contender.kind == "none" and block.measure == "answers":
         # it cannot know: any will do
         return (RATES[0], THETAS[0]), []
 
@@ -628,8 +661,19 @@ def plan(blocks: list[Block], results: dict[str, dict]) -> Iterator[Cell]:
 
 
 def run(blocks: list[Block], workers: int, minutes: float) -> None:
-    """Run what is not there yet, and write each result as it comes."""
+    """Run what is not there yet, and write each result as it comes.
+
+    A cell that fails ends the run when what runs beside it is written.
+    """
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if "LM2_STUDY_TEXT" not in os.environ and any(isinstance(b.task, Text) for b in blocks):
+        print("left out: the block text, as LM2_STUDY_TEXT names no file")
+        blocks = [block for block in blocks if not isinstance(block.task, Text)]
+    for block in blocks:
+        if isinstance(block.task, Text):
+            others = {result["text"] for result in load(block.name)} - {block.task.digest()}
+            if others:
+                raise SystemExit(f"the lines of the block {block.name} are of another text")
     where, until = machine(), time.monotonic() + 60.0 * minutes
     results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     context = multiprocessing.get_context("spawn")
@@ -637,10 +681,11 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
         workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
         running: dict[concurrent.futures.Future, Cell] = {}
+        failed: BaseException | None = None
         while True:
             taken = {cell.key for cell in running.values()}
             ready = (c for c in plan(blocks, results) if c.key not in results.keys() | taken)
-            if time.monotonic() < until:
+            if time.monotonic() < until and failed is None:
                 for cell in itertools.islice(ready, workers - len(running)):
                     running[pool.submit(run_cell, cell)] = cell
             if not running:
@@ -650,11 +695,15 @@ def run(blocks: list[Block], workers: int, minutes: float) -> None:
             )
             for future in done:
                 cell = running.pop(future)
+                if future.exception() is not None:
+                    failed = future.exception()
+                    continue
                 result = future.result() | {"machine": where}
                 results[cell.key] = result
-                with (FOLDER / f"{cell.block}.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
+                _append(cell.block, result)
                 print(_line(cell, result), flush=True)
+        if failed is not None:
+            raise failed
 
 
 def _line(cell: Cell, result: dict) -> str:
@@ -667,19 +716,44 @@ def _line(cell: Cell, result: dict) -> str:
     return f"{name}: {found} ({result['minutes']:.1f} min)"
 
 
+def costs() -> dict:
+    """What a step of training costs each contender of the longest block: in turns, in one thread.
+
+    Milliseconds of forward and backward pass (the median of 15 rounds), the median ratio to the
+    decoder without a memory, and what is kept for backward.
+    """
+    block = block_named("length")
+    stories = block.task.task(block.task.segments[-1], block.task.noises[0])
+    batch = next(stories.batches(BATCH, 0, questions=QUESTIONS))
+    rows, counts = {}, {}
+    for contender in block.contenders:
+        model = build(contender, block.task, 0)
+        parameters = list(model.parameters())
+        counts[contender.name] = num_parameters(model)
+        rows[contender.name] = Row(lambda model=model: (model(**batch).loss,), parameters)
+    plain = Contender("none").name
+    times = measure.measure(rows, "both", (torch.ones(()),), "cpu", budget=0.0, fewest=15)
+    return {
+        "batch": list(batch["input_ids"].shape),
+        "machine": machine(),
+        "contenders": {
+            name: {
+                "parameters": counts[name],
+                "milliseconds": round(1e3 * statistics.median(times[name]), 2),
+                "ratio": round(measure.ratio(times[name], times[plain]), 3),
+                "kept_bytes": measure.saved_bytes(row),
+            }
+            for name, row in rows.items()
+        },
+    }
+
+
 def machine() -> dict:
     """What the results come from."""
-    folder = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
+        "command": " ".join(sys.argv),
         "lm2_kernels": lm2.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": _git("describe", "--always", "--dirty", "--exclude=*"),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -687,16 +761,27 @@ def machine() -> dict:
     }
 
 
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "list"))
-    parser.add_argument("--blocks", nargs="*", default=[block.name for block in BLOCKS])
+    parser.add_argument("what", choices=("run", "list", "costs"))
+    names = [block.name for block in BLOCKS]
+    parser.add_argument("--blocks", nargs="+", choices=names, default=names)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after them")
     options = parser.parse_args()
     blocks = [block_named(name) for name in options.blocks]
     if options.what == "run":
         run(blocks, options.workers, options.minutes)
+        return
+    if options.what == "costs":
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        torch.set_num_threads(1)
+        (FOLDER / "costs.json").write_text(json.dumps(costs(), indent=1) + "\n")
         return
     results = {cell_of(r).key: r for block in BLOCKS for r in load(block.name)}
     for block in blocks:

@@ -11,6 +11,7 @@ are 5^5 resamples: all are taken, and nothing is random.
 
 import argparse
 import itertools
+import json
 import re
 import statistics
 import sys
@@ -23,6 +24,7 @@ from lm2_kernels import figures
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 
+_MARKS = "osD^vPX*<>phd8"
 _MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -172,6 +174,20 @@ def text_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def costs_table(block: study.Block) -> str:
+    """A line a contender: parameters, time of a step, memory kept for backward."""
+    rows = [["model", "parameters", "ms a step", "times no memory", "kept, MiB"]]
+    path = study.FOLDER / "costs.json"
+    found = json.loads(path.read_text("utf-8"))["contenders"] if path.exists() else {}
+    for contender in block.contenders:
+        if contender.name in found:
+            own = found[contender.name]
+            numbers = f"{own['milliseconds']:.0f}", f"{own['ratio']:.2f}"
+            kept = f"{own['kept_bytes'] / 2**20:.0f}"
+            rows.append([contender.name, f"{own['parameters']:,}", *numbers, kept])
+    return _markdown(rows)
+
+
 def _interval(values: Sequence[float]) -> str:
     low, high = bootstrap(values)
     return f"{statistics.fmean(values):+.4f} ({low:+.4f} to {high:+.4f})"
@@ -189,6 +205,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     **{name: (name, told_table) for name in _TOLD},
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
+    "costs": ("length", costs_table),
 }
 
 
@@ -230,7 +247,7 @@ def draw_lengths(block: study.Block) -> object:
                 bars,
                 label=contender.name,
                 color=figures.COLOURS[number % len(figures.COLOURS)],
-                marker="osD^vPX*<>"[number],
+                marker=_MARKS[number % len(_MARKS)],
                 linestyle="-" if contender.kind == "lm2" else ":",
                 capsize=2.0,
             )

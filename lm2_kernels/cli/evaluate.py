@@ -58,7 +58,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         type=length,
         default=(0,),
         metavar="LENGTH",
-        help="tokens of the context, 4k is 4000; 0k is the facts alone (0k)",
+        help="tokens of the context as it is read, 4k is 4000; 0k is the facts alone (0k)",
     )
     parser.add_argument(
         "--babi",
@@ -69,9 +69,19 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--background", type=Path, metavar="FILE", help="text between the facts; else it is made"
     )
-    parser.add_argument("--samples", type=int, default=500, help="of each task and length (500)")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=500,
+        help="of each task and length; fewer where there are no more different ones (500)",
+    )
     parser.add_argument("--batch", type=int, default=8, help="prompts that are read together (8)")
-    parser.add_argument("--tokens", type=int, default=20, help="of an answer, at most (20)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=20,
+        help="of an answer, at most, where the prompt has an instruction (20)",
+    )
     parser.add_argument(
         "--prompt",
         choices=PROMPTS,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from lm2_kernels.training.loop import Batch, autocast_in, moved
+from lm2_kernels.training.loop import Batch, autocast_in, evaluating, moved
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +70,9 @@ def evaluate(
         autocast: run the model under autocast in this dtype; None does not.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     # on the device, which the loop need not wait for
     right = total = torch.zeros((), dtype=torch.int64, device=device)
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = moved(batch, device)
             targets = inputs.pop("labels")[:, 1:]
@@ -83,8 +81,6 @@ def evaluate(
             counted = targets != -100
             right = right + ((predicted == targets) & counted).sum()
             total = total + counted.sum()
-    finally:
-        model.train(was_training)
     return Accuracy(int(right), int(total))
 
 
@@ -104,10 +100,8 @@ def answer_accuracy(
         autocast: as of :func:`evaluate`.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     right = total = 0
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = moved(batch, device)
             targets = inputs["labels"][:, 1:]
@@ -115,6 +109,4 @@ def answer_accuracy(
                 said = model(inputs["input_ids"]).logits[:, :-1].argmax(-1)
             right += int(((said == targets) | (targets == -100)).all(1).sum())
             total += len(targets)
-    finally:
-        model.train(was_training)
     return Accuracy(right, total)

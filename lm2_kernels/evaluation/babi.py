@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lm2_kernels.evaluation.samples import Story, distinct_words
 
-__all__ = ["BABI_TASKS", "LABELS", "BabiFiles", "read_babi"]
+__all__ = ["BABI_TASKS", "LABELS", "LISTED", "BabiFiles", "read_babi"]
 
 _PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
 _YES_NO = ("yes", "no")
@@ -39,6 +39,8 @@ LABELS: dict[str, tuple[str, ...]] = {
     "qa20": ("bedroom", "garden", "kitchen", "bored", "hungry", "thirsty", "tired"),
 }
 BABI_TASKS = tuple(LABELS)
+# how many labels an answer has at most, where that is a list
+LISTED = {"qa8": 3}
 # 10 thousand questions, or the file of one thousand where there is no other
 _ENDINGS = {"train": ("train", "train_10k", "train_1k"), "test": ("test",)}
 
@@ -96,11 +98,13 @@ class BabiFiles:
             into.
         name: of the task, ``qa1`` to ``qa20``.
         validation: the test file; or else the training file (of 10 thousand questions, or
-            ``_train_1k`` where that is missing).
+            ``_train_1k`` where that is missing), without what the test file beside it asks too: the
+            same question after the same facts, in any order.
 
     Raises:
         FileNotFoundError: the folder has no such file.
-        ValueError: there is no such task, or the file is damaged.
+        ValueError: there is no such task, or a file is damaged, or has nothing that the test file
+            does not ask.
     """
 
     folder: str | Path
@@ -111,10 +115,23 @@ class BabiFiles:
     def __post_init__(self):
         if self.name not in LABELS:
             raise ValueError(f"bAbI has the tasks qa1 to qa20, not {self.name!r}")
-        object.__setattr__(self, "stories", tuple(read_babi(self._path())))
+        path = self._path("test" if self.validation else "train")
+        stories = tuple(read_babi(path))
+        if not self.validation:
+            stories = self._untested(stories)
+            if not stories:
+                raise ValueError(f"{path} has no question that the test file does not ask")
+        object.__setattr__(self, "stories", stories)
 
-    def _path(self) -> Path:
-        endings = _ENDINGS["test" if self.validation else "train"]
+    def _untested(self, stories: tuple[Story, ...]) -> tuple[Story, ...]:
+        try:
+            tested = {story.told for story in read_babi(self._path("test"))}
+        except FileNotFoundError:
+            return stories
+        return tuple(story for story in stories if story.told not in tested)
+
+    def _path(self, kind: str) -> Path:
+        endings = _ENDINGS[kind]
         for folder in (Path(self.folder), Path(self.folder, "en-10k"), Path(self.folder, "en")):
             for ending in endings:
                 for path in sorted(folder.glob(f"{self.name}_*_{ending}.txt")):
@@ -128,6 +145,11 @@ class BabiFiles:
     def labels(self) -> tuple[str, ...]:
         """All answers of the task."""
         return LABELS[self.name]
+
+    @property
+    def listed(self) -> int:
+        """How many labels an answer has at most."""
+        return LISTED.get(self.name, 1)
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from lm2_kernels.evaluation.babi import LABELS
+from lm2_kernels.evaluation.babi import LABELS, LISTED
 from lm2_kernels.evaluation.samples import Dice, Story, distinct_words, draw_story
 
 __all__ = ["GENERATED", "BabiWorld"]
@@ -404,17 +404,10 @@ class BabiWorld:
         """All answers of the task, the single ones where they are lists."""
         return LABELS[self.name]
 
-    def lines(self, number: int) -> list[_Line]:
-        """A whole story as the published files have it: statements, and questions with answers."""
-        told = _TASKS[self.name][0]
-        lines: list[_Line] = []
-        left = told.questions
-        for line in told.tell(Dice(f"{self.name} {self.seed} whole {number}")):
-            lines.append(line)
-            left -= isinstance(line, tuple)
-            if not left:
-                break
-        return lines
+    @property
+    def listed(self) -> int:
+        """How many labels an answer has at most."""
+        return LISTED.get(self.name, 1)
 
     def story(self, number: int) -> Story:
         """Story ``number``: all statements before a question, and the question.

@@ -8,7 +8,7 @@ import dataclasses
 import importlib
 from collections.abc import Sequence
 
-from lm2_kernels.evaluation.babi import LABELS
+from lm2_kernels.evaluation.babi import LABELS, LISTED
 from lm2_kernels.evaluation.babi_worlds import BabiWorld
 from lm2_kernels.evaluation.background import Background, NeutralText
 from lm2_kernels.evaluation.samples import Count, Dice, Sample, Source, Story, count_words
@@ -70,24 +70,33 @@ class InBackground:
         as few less as whole words allow.
         """
         story = self._story(number, length, count)
+        # answers of most sources are no lists
+        alone = story.sample(self.source.labels, getattr(self.source, "listed", 1))
         if not length:
-            return story.sample(self.source.labels)
+            return alone
         dice = Dice(f"{self.name} background {self.seed} {number}")
-        filling = self._filling(length - count(" ".join(story.facts)), dice, count)
+        filling = self._filling(story.facts, length, dice, count)
         places = sorted(dice.below(len(filling) + 1) for _ in story.facts)
         context = _join(story.facts, places, filling)
         # tokens of joined sentences may be more than those of each
         while filling and count(context) > length:
             filling = _shorter(filling)
             context = _join(story.facts, places, filling)
-        return dataclasses.replace(story.sample(self.source.labels), context=context)
+        return dataclasses.replace(alone, context=context)
 
-    def _filling(self, room: int, dice: Dice, count: Count) -> list[str]:
-        found = []
+    def _filling(self, facts: Sequence[str], length: int, dice: Dice, count: Count) -> list[str]:
+        last = facts[-1]
+        before = count(last)
+
+        def behind(text: str) -> int:
+            # some tokenizers begin every text with a token, which sentences within one have not
+            return count(f"{last} {text}") - before
+
+        found, room = [], length - count(" ".join(facts))
         for sentence in self.background.sentences(dice, count):
-            needed = count(" " + sentence)
+            needed = behind(sentence)
             if needed > room:
-                found += _cut(sentence, room, count)
+                found += _cut(sentence, room, behind)
                 return found
             found.append(sentence)
             room -= needed
@@ -136,7 +145,7 @@ def _cut(sentence: str, room: int, count: Count) -> list[str]:
     low, high = 0, len(words) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if count(" " + " ".join(words[:middle])) <= room:
+        if count(" ".join(words[:middle])) <= room:
             low = middle
         else:
             high = middle - 1
@@ -200,7 +209,8 @@ class BabilongDataset:
         """
         rows = self._split(length)
         row = rows[number % len(rows)]
-        return Sample(row["input"], row["question"], row["target"], LABELS[self.name])
+        labels, listed = LABELS[self.name], LISTED.get(self.name, 1)
+        return Sample(row["input"], row["question"], row["target"], labels, listed)
 
     def _split(self, length: int):
         names = [name for name, k in _SPLITS.items() if length in (1000 * k, 1024 * k)]

@@ -59,8 +59,9 @@ def widened(config: LM2Config, parameters: int) -> LM2Config:
 class ShuffledMemory(nn.Module):
     """A model whose rows swap their memories at every border of segments.
 
-    Row b goes on with what row ``b - 1`` has written. What a model answers by its memory falls to
-    chance by it, and what it answers by other ways does not.
+    Row b goes on with what row ``b - 1`` has written, from border to border. What a model answers
+    by its memory falls to chance by it, and what it answers by other ways does not. There must be
+    more rows than borders: else a row would meet again what it has written itself.
 
     Args:
         model: with memory layers; its parameters are shared, not copied.
@@ -85,12 +86,16 @@ class ShuffledMemory(nn.Module):
         """As of :class:`LM2ForCausalLM`, from the model's initial memory.
 
         Raises:
-            ValueError: there is but one row, or an input does not fit the model.
+            ValueError: there are not more rows than borders, or an input does not fit the model.
         """
-        model, batch = self.model, input_ids.shape[0]
+        model, (batch, length) = self.model, input_ids.shape
         model.check_inputs(input_ids, labels, None, None)
-        if batch < 2:
-            raise ValueError("ShuffledMemory: one row has no other to swap its memory with")
+        borders = (length - 1) // model.config.segment_length
+        if batch <= borders:
+            raise ValueError(
+                f"ShuffledMemory: with {borders} borders of segments there must be more than as "
+                f"many rows, got {batch}"
+            )
         state = model.initial_state(batch, input_ids.device)
         others, parts = [batch - 1, *range(batch - 1)], []
         for number, piece in enumerate(input_ids.split(model.config.segment_length, dim=1)):

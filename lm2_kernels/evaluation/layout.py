@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lm2_kernels.evaluation.samples import Sample, plain, plain_words
+from lm2_kernels.evaluation.samples import Sample, longest_answer, plain, plain_words, spoken
 from lm2_kernels.training.data import Bytes, Words
 from lm2_kernels.training.loop import Batch
 
@@ -34,7 +34,10 @@ _IGNORED = -100
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Tokens of one sample: those up to the answer, the answer's, and padding behind."""
+    """Tokens of one sample: those up to the answer, the answer's, and padding behind.
+
+    An answer that is a list has its end too (:func:`~lm2_kernels.evaluation.samples.spoken`).
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -89,7 +92,7 @@ class Layout:
         Raises:
             ValueError: the context does not fit into so many segments, or a word is not known.
         """
-        answer = self._encode(sample.answer, " ")
+        answer = self._encode(spoken(sample), " ")
         if self.kind == "running":
             return Row(self.tokenizer.encode(plain(sample)[0]), answer, 0)
         context, question = self._encode(sample.context), self._encode(sample.question)
@@ -101,7 +104,7 @@ class Layout:
                 f"{size}"
             )
         # a place for the longest answer: where the question ends must not tell which it is
-        room = max(len(answer), *map(self.count, sample.labels), 0)
+        room = longest_answer(sample, self.count)
         behind = (segments or filled) * size - len(context)
         front = -(len(question) + room) % size
         gap = [self.pad] * (behind + front)

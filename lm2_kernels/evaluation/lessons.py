@@ -14,7 +14,6 @@ from torch import nn
 
 from lm2_kernels.checks import check_int
 from lm2_kernels.evaluation.accuracy import Accuracy
-from lm2_kernels.evaluation.babilong import BabilongDataset
 from lm2_kernels.evaluation.layout import LAYOUTS, LOSSES, Layout, words
 from lm2_kernels.evaluation.samples import Sample, Task, count_words
 from lm2_kernels.evaluation.tasks import task
@@ -22,7 +21,7 @@ from lm2_kernels.model.config import LM2Config
 from lm2_kernels.training import distributed
 from lm2_kernels.training.curriculum import SCHEDULES, Curriculum, curriculum
 from lm2_kernels.training.data import Bytes, Words, tokenizer_text
-from lm2_kernels.training.loop import Batch, autocast_in, moved
+from lm2_kernels.training.loop import Batch, autocast_in, evaluating, moved
 
 __all__ = ["TOKENIZERS", "Lessons", "TaskBatches"]
 
@@ -43,7 +42,7 @@ class Lessons:
 
     Args:
         tasks: for training.
-        questions: the same for validation; they share no story with the others.
+        questions: the same for validation; they ask nothing after the same facts as the others do.
         tokenizer: words, with those of all tasks, or bytes.
         files: texts that the tasks were made of.
     """
@@ -70,10 +69,6 @@ class Lessons:
             [task(name, seed=seed, validation=validation, **texts) for name in names]
             for seed, validation in ((options["seed"], False), (0, True))
         )
-        if any(isinstance(some, BabilongDataset) for some in tasks):
-            raise ValueError(
-                f"{options['babi']} is for evaluation alone: give a folder of bAbI's files"
-            )
         kind = options["tokenizer"] or ("words" if background is None else "bytes")
         if kind not in TOKENIZERS:
             raise ValueError(f"--tokenizer must be one of {', '.join(TOKENIZERS)}, got {kind}")
@@ -242,10 +237,8 @@ def _judged(
     then, it is what the model says greedily.
     """
     device = next(model.parameters()).device
-    was_training = model.training
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             inputs = moved(batch, device)
             targets = inputs["labels"][:, 1:]
@@ -262,8 +255,6 @@ def _judged(
                     has_answer.sum(),
                 ]
             )
-    finally:
-        model.train(was_training)
     return tuple(sums.tolist())
 
 

@@ -15,9 +15,11 @@ __all__ = ["NAME", "harness_class", "harness_model"]
 NAME = "lm2_kernels"
 # what the harness takes where a task says nothing
 _TOKENS = 256
+# requests that are read together, where nobody says how many
+_BATCH = 8
 
 
-def harness_model(reader: Reader, batch_size: int = 8) -> object:
+def harness_model(reader: Reader, batch_size: int = _BATCH) -> object:
     """A reader as the harness takes models.
 
     Args:
@@ -52,7 +54,7 @@ def harness_class() -> type:
             pretrained: Reader | str,
             memory: str | None = None,
             window: int | None = None,
-            batch_size: int | str = 8,
+            batch_size: int | str = _BATCH,
             device: str | None = None,
             **_: object,
         ):
@@ -63,7 +65,9 @@ def harness_class() -> type:
                 raise ValueError("the harness asks in free text, and the model knows words alone")
             self.reader = pretrained
             self.tokenizer = pretrained.tokenizer
-            self.batch_size = int(batch_size)
+            # what the harness would find by trying, nothing here tries
+            is_auto = str(batch_size).startswith("auto")
+            self.batch_size = _BATCH if is_auto else int(batch_size)
 
         @property
         def eot_token_id(self) -> int:

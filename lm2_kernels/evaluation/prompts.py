@@ -309,9 +309,9 @@ _PROMPTS = {
         "Answer with the secret word and nothing else.",
         (
             (
-                "The secret word of cedar is lantern.",
-                "What is the secret word of cedar?",
-                "lantern",
+                "The secret word of heather slate is bottle.",
+                "What is the secret word of heather slate?",
+                "bottle",
             ),
         ),
     ),
@@ -321,9 +321,10 @@ _PROMPTS = {
         "Answer with the secret word and nothing else.",
         (
             (
-                "The secret word of opal is wagon. The secret word of fern is button.",
-                "What is the secret word of opal?",
-                "wagon",
+                "The secret word of slate daisy is bottle. The secret word of heather tin is "
+                "needle.",
+                "What is the secret word of slate daisy?",
+                "bottle",
             ),
         ),
     ),
@@ -333,10 +334,10 @@ _PROMPTS = {
         "Answer with all their names, a comma between them, and no other word.",
         (
             (
-                "The variable reed holds candle. The variable iris holds mirror. The variable moss "
-                "holds what the variable reed holds.",
-                "Which variables hold candle?",
-                "reed,moss",
+                "The variable slate holds bottle. The variable daisy holds needle. The variable "
+                "heather holds what the variable slate holds.",
+                "Which variables hold bottle?",
+                "slate,heather",
             ),
         ),
     ),
@@ -344,7 +345,7 @@ _PROMPTS = {
         "Somewhere in the text there are pairs of two words, a key and its value. The question "
         "names a key.",
         "Answer with its value and nothing else.",
-        (("coral drum. pine saddle. lotus kettle.", "pine?", "saddle"),),
+        (("heather bottle. slate needle. daisy shovel.", "slate?", "needle"),),
     ),
     "stories": _Prompt(
         "Somewhere in the text it says which place somebody entered, and with whom a "
@@ -353,9 +354,9 @@ _PROMPTS = {
         "Answer with these one or two words and nothing else.",
         (
             (
-                "mary entered garden. ball with mary. mary entered cellar.",
-                "where ball?",
-                "mary cellar",
+                "ann entered barn. coin with ann. ann entered tower.",
+                "where coin?",
+                "ann tower",
             ),
         ),
     ),

@@ -14,7 +14,7 @@ What a row is answered depends on no other row, to rounding: the batch is for sp
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lm2_kernels.state import files
 from lm2_kernels.state.hub import Place
 from lm2_kernels.training.data import Bytes, Ids, Words, load_tokenizer
 from lm2_kernels.training.folder import read_run
+from lm2_kernels.training.loop import evaluating
 
 __all__ = ["Reader", "load_reader"]
 
@@ -81,6 +82,12 @@ class Reader:
         self.prompt = prompt
         self._is_own = isinstance(model, LM2ForCausalLM)
         self._is_hosted = not self._is_own and hasattr(model, "generation_config")
+        # tokens that the model knows, where it says how many
+        self._size: int | None = None
+        if self._is_own:
+            self._size = model.config.vocab_size
+        elif self._is_hosted:
+            self._size = len(model.get_input_embeddings().weight)
         if window is not None:
             check_int("Reader", "window", window, 1)
         if window is not None and not self._is_hosted:
@@ -125,7 +132,7 @@ class Reader:
         """The tokens of a prompt, with those that the tokenizer puts before it.
 
         Raises:
-            ValueError: there are none, or words that the model does not know.
+            ValueError: there are none, or words or tokens that the model does not know.
         """
         if self.knows_words_alone:
             known = set(self.tokenizer.words)
@@ -139,6 +146,11 @@ class Reader:
         tokens = self.tokenizer.encode(text)
         if not tokens:
             raise ValueError("a prompt has no tokens")
+        if self._size is not None and max(tokens) >= self._size:
+            raise ValueError(
+                f"the tokenizer says token {max(tokens)}, and the model has {self._size}: they do "
+                f"not belong together"
+            )
         return tokens
 
     def count(self, text: str) -> int:
@@ -293,17 +305,9 @@ class Reader:
         decoder = next((module for module in modules if hasattr(module, MEMORY)), None)
         return decoder, getattr(decoder, MEMORY, None)
 
-    @contextlib.contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """In evaluation mode, and then as before."""
-        is_training = isinstance(self.model, nn.Module) and self.model.training
-        if is_training:
-            self.model.eval()
-        try:
-            yield
-        finally:
-            if is_training:
-                self.model.train()
+    def _evaluating(self) -> contextlib.AbstractContextManager[None]:
+        is_module = isinstance(self.model, nn.Module)
+        return evaluating(self.model) if is_module else contextlib.nullcontext()
 
     def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
         """Rows of tokens as (B, L), and where they are."""
@@ -347,12 +351,14 @@ class Reader:
         decoder, memory = self._memory()
         size = self.window or max(map(len, rows))
         said: list[list[int]] = [[]] * len(rows)
+        # without a memory the last window alone is read
+        counts = [1 if memory is None else math.ceil(len(row) / size) for row in rows]
         # rows of as many windows together: no row has a window of padding alone
-        for places in _grouped(math.ceil(len(row) / size) for row in rows):
+        for places in _grouped(counts):
             group = [rows[place] for place in places]
-            windows = math.ceil(len(group[0]) / size)
+            windows = counts[places[0]]
             with _fresh(memory, carry=windows > 1):
-                for back in range(windows if memory is not None else 1, 0, -1):
+                for back in range(windows, 0, -1):
                     # counted from the end: the question stands in a whole window
                     parts = [
                         row[max(len(row) - back * size, 0) : len(row) - (back - 1) * size]
@@ -387,7 +393,7 @@ class Reader:
         return sequences[:, ids.shape[1] :].tolist()
 
 
-def _grouped(keys: Iterator[int]) -> list[list[int]]:
+def _grouped(keys: Iterable[int]) -> list[list[int]]:
     """The places of equal keys."""
     groups: dict[int, list[int]] = {}
     for place, key in enumerate(keys):
@@ -472,11 +478,18 @@ def _load_host(name: str | Path) -> tuple[nn.Module, object]:
     # of weights that it does not know, those of the memory, it would tell at length
     logs.set_verbosity_error()
     logs.disable_progress_bar()
+    part = "model"
     try:
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True
         )
+        part = "tokenizer"
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        # of many kinds, some of them long; what is not whole says so anywhere in there
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+        raise ValueError(f"{name}: transformers cannot load its {part} ({why})") from None
     finally:
         logs.set_verbosity(before)
         if has_bar:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,12 +34,12 @@ class Cell:
 
     task: str
     length: int
-    samples: int  # to be asked
+    samples: int  # to be asked, each of another prompt
     asked: int = 0
     leaderboard: int = 0  # right by each score
     harness: int = 0
     minutes: float = 0.0
-    first: str = ""  # a digest of the first prompt: the same tasks, texts and tokenizer
+    prompts: str = ""  # a digest of them: the same tasks, texts and seed
     answers: list[dict] = dataclasses.field(default_factory=list)
 
     @property
@@ -69,8 +70,15 @@ class Cell:
         values = {field.name: content[field.name] for field in dataclasses.fields(cls)[:-1]}
         values |= {score: content[score]["right"] for score in SCORES}
         cell = cls(**values, answers=list(content.get("answers", ())))
-        if not (0 <= cell.leaderboard <= cell.asked and 0 <= cell.harness <= cell.asked):
-            raise ValueError(f"{cell.task} has more right answers than answers")
+        for field in dataclasses.fields(cls)[:-1]:
+            value, kinds = values[field.name], (int, float) if field.type is float else field.type
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise TypeError(f"{field.name} is {value!r}")
+        right = max(cell.leaderboard, cell.harness)
+        if not 0 <= min(cell.leaderboard, cell.harness) <= right <= cell.asked <= cell.samples:
+            raise ValueError(
+                f"of {cell.task} {right} are right of {cell.asked} asked of {cell.samples}"
+            )
         return cell
 
 
@@ -88,10 +96,15 @@ class Results:
         Raises:
             KeyError: it was not asked.
         """
-        for cell in self.cells:
-            if (cell.task, cell.length) == (task, length):
-                return cell
-        raise KeyError(f"no answers to {task} at {length_name(length)}")
+        cell = self.found(task, length)
+        if cell is None:
+            raise KeyError(f"no answers to {task} at {length_name(length)}")
+        return cell
+
+    def found(self, task: str, length: int) -> Cell | None:
+        """The answers to a task at a length, if it was asked."""
+        same = (cell for cell in self.cells if (cell.task, cell.length) == (task, length))
+        return next(same, None)
 
     def check(self, options: dict) -> None:
         """Raise ValueError unless answers under these options may join."""
@@ -167,7 +180,7 @@ class Results:
             figure = figures.new_figure(size, title, foot)
             panels = figure.subplots(2, 1, sharex=True)
             for axes, score in zip(panels, SCORES, strict=True):
-                cells = [[self._found(task, length) for length in lengths] for task in tasks]
+                cells = [[self.found(task, length) for length in lengths] for task in tasks]
                 shares = [[self._share(cell, score) for cell in row] for row in cells]
                 texts = [[_text(cell, score) for cell in row] for row in cells]
                 image = figures.draw_heat(axes, shares, texts=texts)
@@ -184,15 +197,11 @@ class Results:
     def _lengths(self) -> list[int]:
         return sorted({cell.length for cell in self.cells})
 
-    def _found(self, task: str, length: int) -> Cell | None:
-        same = (cell for cell in self.cells if (cell.task, cell.length) == (task, length))
-        return next(same, None)
-
     def _share(self, cell: Cell | None, score: str) -> float:
         return math.nan if cell is None else cell.accuracy(score).share
 
     def _shown(self, task: str, length: int, score: str) -> str:
-        cell = self._found(task, length)
+        cell = self.found(task, length)
         if cell is None or cell.asked == 0:
             return "-"
         low, high = _interval(cell, score)
@@ -213,5 +222,10 @@ def _text(cell: Cell | None, score: str) -> str:
 def check_plots(folder: str | Path) -> None:
     """Raise ValueError unless :meth:`Results.plot` may draw into a folder."""
     figures.figure_class()
-    if Path(folder).exists() and not Path(folder).is_dir():
-        raise ValueError(f"--plots {folder} is no folder")
+    # what is there of it, or where it would be made
+    path = Path(folder).absolute()
+    there = next(path for path in (path, *path.parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--plots {folder}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--plots {folder}: nothing can be written into {there}")

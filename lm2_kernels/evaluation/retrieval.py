@@ -31,10 +31,11 @@ class Needles:
     """One fact is asked after: ``niah`` tells one, ``niah_multikey`` more of other keys.
 
     After RULER (https://arxiv.org/abs/2404.06654), niah_single and niah_multikey, where keys, and
-    values of seven digits, are drawn anew and the background is repeated noise or essays.
+    values of seven digits, are drawn anew and the background is repeated noise or essays. A key has
+    two words, no two keys of a story share one, and a value is one word: 31 744 facts.
 
     Args:
-        needles: how many facts are told, at most 32.
+        needles: how many facts are told, at most 16.
         seed: of everything random.
         validation: whether stories for validation are told, or those for training.
     """
@@ -46,7 +47,7 @@ class Needles:
     size = None
 
     def __post_init__(self):
-        check_int("Needles", "needles", self.needles, 1, len(_KEYS))
+        check_int("Needles", "needles", self.needles, 1, len(_KEYS) // 2)
 
     @property
     def name(self) -> str:
@@ -54,11 +55,12 @@ class Needles:
         return "niah" if self.needles == 1 else "niah_multikey"
 
     def story(self, number: int) -> Story:
-        """Facts such as "The secret word of cedar is lantern.", and a question about one."""
+        """Facts such as "The secret word of cedar moss is lantern.", and a question about one."""
         return draw_story(f"{self.name} {self.seed} {number}", self.validation, self._tell)
 
     def _tell(self, dice: Dice) -> Story:
-        keys, values = dice.several(_KEYS, self.needles), dice.several(_VALUES, self.needles)
+        words, values = dice.several(_KEYS, 2 * self.needles), dice.several(_VALUES, self.needles)
+        keys = [" ".join(words[first : first + 2]) for first in range(0, len(words), 2)]
         facts = [
             f"The secret word of {key} is {value}." for key, value in zip(keys, values, strict=True)
         ]
@@ -92,6 +94,11 @@ class Variables:
     name = "vt"
     labels = _KEYS
     size = None
+
+    @property
+    def listed(self) -> int:
+        """How many variables hold one value."""
+        return self.hops + 1
 
     def __post_init__(self):
         check_int("Variables", "chains", self.chains, 1, len(_VALUES))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 __all__ = [
+    "LIST_END",
     "Count",
     "Dice",
     "Sample",
@@ -21,8 +22,11 @@ __all__ = [
     "count_words",
     "distinct_words",
     "draw_story",
+    "is_for_validation",
+    "longest_answer",
     "plain",
     "plain_words",
+    "spoken",
 ]
 
 _T = TypeVar("_T")
@@ -31,6 +35,8 @@ _T = TypeVar("_T")
 Count = Callable[[str], int]
 
 _TOKEN = re.compile(r"[\w'-]+|[^\w\s]")
+# what ends a list that is said in plain words
+LIST_END = "."
 # one story in so many is for validation
 _VALIDATION_SHARE = 8
 # stories that are begun to find one of the right split, and of few facts where that is asked for
@@ -45,6 +51,7 @@ class Sample:
     question: str
     answer: str
     labels: tuple[str, ...] = ()  # all answers that the task knows; () where they are not few
+    listed: int = 1  # how many of the labels an answer has at most; above 1 answers are lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +62,27 @@ class Story:
     question: str
     answer: str
 
-    def sample(self, labels: tuple[str, ...]) -> Sample:
+    def sample(self, labels: tuple[str, ...], listed: int = 1) -> Sample:
         """The facts alone, as a sample."""
-        return Sample(" ".join(self.facts), self.question, self.answer, labels)
+        return Sample(" ".join(self.facts), self.question, self.answer, labels, listed)
+
+    @property
+    def told(self) -> str:
+        """Facts, in any order, and question: by which training and validation are kept apart.
+
+        A story that was trained on is not asked after in another order either.
+        """
+        return " ".join((*sorted(self.facts), self.question))
 
     @property
     def is_validation(self) -> bool:
-        """Whether it is for validation: a checksum of facts and question says so.
+        """Whether it is for validation: a checksum of what is :attr:`told` says so."""
+        return is_for_validation(self.told)
 
-        The facts' order does not count: a story that was trained on is not asked after in another
-        order either.
-        """
-        text = " ".join((*sorted(self.facts), self.question))
-        return zlib.crc32(text.encode()) % _VALIDATION_SHARE == 0
+
+def is_for_validation(text: str) -> bool:
+    """Whether a checksum says so of a text: of one in eight."""
+    return zlib.crc32(text.encode()) % _VALIDATION_SHARE == 0
 
 
 def plain_words(text: str) -> list[str]:
@@ -178,3 +193,18 @@ def plain(sample: Sample) -> tuple[str, str]:
     """
     words = (" ".join(plain_words(text)) for text in (sample.context, sample.question))
     return " ".join(words), " ".join(plain_words(sample.answer))
+
+
+def spoken(sample: Sample) -> str:
+    """The answer as a model learns to say it in plain words: a list ends with :data:`LIST_END`.
+
+    Any other answer ends with its last word.
+    """
+    return sample.answer + LIST_END if sample.listed > 1 else sample.answer
+
+
+def longest_answer(sample: Sample, count: Count) -> int:
+    """Tokens of the longest answer of a sample's task, :func:`spoken`; as far as labels tell."""
+    longest = sorted(sample.labels, key=count)[-sample.listed :]
+    other = dataclasses.replace(sample, answer=",".join(longest))
+    return max(count(spoken(sample)), count(spoken(other)) if longest else 0)

@@ -6,19 +6,20 @@ from lm2_kernels.evaluation.samples import Sample
 
 __all__ = ["harness", "leaderboard"]
 
-# where a model goes on with a prompt of its own
-_MARKS = ("<example>", "<context>", "question:")
+# where a model goes on with a prompt of its own, in lower case
+_MARKS = ("<example>", "<context>")
 
 
 def leaderboard(sample: Sample, prediction: str) -> bool:
-    """BABILong's own rule: exactly the target among the task's labels.
+    """BABILong's own rule, as its code has it: exactly the target among the task's labels.
 
-    Of the prediction counts the first sentence, up to the next mark of an example, a context or a
-    question, in lower case. The labels in it, without those that the question names, must be the
+    Of the prediction counts the first sentence, up to the next mark of an example or a context, in
+    lower case. The labels in it, without those that the question names, must be the
     target, or where that is a list, exactly its members in any order.
 
-    Labels are whole words here, so that "nothing" holds no "no". A sample without labels is right
-    if the answer stands in that sentence.
+    BABILong's code would cut at "Question", too, but of a text in lower case, which has no such
+    word: what a model goes on to ask counts, there as here. Labels are whole words here, so that
+    "nothing" holds no "no". A sample without labels is right if the answer stands in that sentence.
     """
     text = _tidy(prediction)
     for mark in _MARKS:

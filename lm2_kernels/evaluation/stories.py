@@ -16,13 +16,13 @@ fact together with a question; only memory carries one to the other.
 import dataclasses
 import itertools
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lm2_kernels.checks import check_int
+from lm2_kernels.evaluation.samples import is_for_validation
 from lm2_kernels.training.data import Words
 
 __all__ = ["PAD", "Example", "QATask", "Question"]
@@ -38,8 +38,6 @@ _NOISE = tuple(
 _WORDS = (PAD, "where", "is", "entered", "with")
 # words of a sentence, and of a question of two hops with its answer
 _SENTENCE, _QUESTION = 3, 4
-# one story in so many is for validation
-_VALIDATION_SHARE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,5 +215,4 @@ class QATask:
 
 def _is_validation(example: Example) -> bool:
     # sorted: a story that was trained on is not asked after in another order either
-    text = " ".join(itertools.chain.from_iterable(sorted(example.sentences)))
-    return zlib.crc32(text.encode()) % _VALIDATION_SHARE == 0
+    return is_for_validation(" ".join(itertools.chain.from_iterable(sorted(example.sentences))))

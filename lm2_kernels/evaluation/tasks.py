@@ -34,7 +34,7 @@ class Stories:
     validation: bool = False
     task: QATask = dataclasses.field(default_factory=QATask)
     name = "stories"
-    labels: tuple[str, ...] = ()
+    labels = ()
     size = None
 
     def story(self, number: int) -> Story:
@@ -88,12 +88,17 @@ def task(
 
     Raises:
         OSError: a file cannot be read.
-        ValueError: there is no such task, or not without ``babi``; or a file is damaged.
+        ValueError: there is no such task, or not without ``babi``; or a file is damaged, or does
+            not go with ``babi``.
     """
     if name not in NAMES:
         raise ValueError(f"there is no task {name!r}; there are {', '.join(NAMES)}")
     if name in BABI_TASKS and babi is not None:
         if str(babi) == DATASET and not Path(babi).exists():
+            if background is not None:
+                raise ValueError(f"{DATASET} has backgrounds of its own, and none is put into it")
+            if not validation:
+                raise ValueError(f"{DATASET} has samples for tests alone; bAbI's files have others")
             return BabilongDataset(name)
         source: Source = BabiFiles(babi, name, validation)
     elif name in _SOURCES:

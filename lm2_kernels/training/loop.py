@@ -163,17 +163,24 @@ def mean_loss(
     model: nn.Module, batches: Iterable[Batch], *, autocast: torch.dtype | None = None
 ) -> float:
     """The mean of the batches' losses; arguments as of :func:`lm2_kernels.evaluation.evaluate`."""
-    device = next(model.parameters()).device
-    was_training, losses = model.training, []
-    model.eval()
-    try:
+    device, losses = next(model.parameters()).device, []
+    with evaluating(model):
         for batch in batches:
             with autocast_in(device, autocast):
                 losses.append(model(**moved(batch, device)).loss)
-    finally:
-        model.train(was_training)
     # all at once: a GPU waits for each number that is read
     return torch.stack(losses).cpu().double().mean().item() if losses else math.nan
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model is in evaluation mode, and then as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

@@ -1,5 +1,6 @@
 """The study: fair to all contenders, resumable, and its documents say what its lines say."""
 
+import concurrent.futures
 import dataclasses
 import importlib
 import io
@@ -24,7 +25,9 @@ def _result(cell, right):
     tests = study.block_named(cell.block).task.kinds()
     answers = {name: [right, 1000] for name in tests}
     answers |= {f"{name}, shuffled": [100, 1000] for name in tests}
-    return {"cell": dataclasses.asdict(cell), "answers": answers}
+    protocol = study.block_named(cell.block).protocol()
+    known = {"protocol": protocol, "minutes": 1.0}
+    return {"cell": dataclasses.asdict(cell), "answers": answers, **known}
 
 
 def _run_all(contender, right, block=LEARNING):
@@ -60,6 +63,76 @@ def test_pilots_go_on_beyond_an_edge_and_stop():
     place, results = _run_all(study.Contender("rmt"), lambda rate, theta: 1000)
     assert place == (min(study.RATES), min(study.THETAS))
     assert {json.loads(key)["rate"] for key in results} == set(study.RATES)
+
+
+def test_no_memory_is_tuned_where_the_loss_is_compared():
+    block = study.block_named("text")
+    assert not study.tuned(LEARNING, study.Contender("none"), {})[1]
+    pilots = {len(study.tuned(block, contender, {})[1]) for contender in block.contenders}
+    assert pilots == {len(study.RATES) * len(study.THETAS)}
+
+
+def test_pilots_are_asked_other_questions(small):
+    asked = {}
+    for seed in (0, study.PILOTS[0]):
+        test_seeds = []
+        real = study.Stories.tests
+
+        def tests(task, test_seed, test_seeds=test_seeds, real=real):
+            test_seeds.append(test_seed)
+            return real(task, test_seed)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(study.Stories, "tests", tests)
+            study.run_cell(study.Cell("learning", study.Contender("none"), 1e-3, seed))
+        (asked[seed],) = test_seeds
+    assert len(set(asked.values())) == 2
+    questions = [
+        [batch["input_ids"] for _, _, asked in small.task.tests(seed) for batch in asked]
+        for seed in asked.values()
+    ]
+    assert not torch.equal(questions[0][0], questions[1][0])
+
+
+def test_lines_of_another_protocol_or_cut_count_for_nothing(small, monkeypatch):
+    cell = study.Cell("learning", study.Contender("none"), 1e-3, 0)
+    study._append("learning", _result(cell, 200))
+    with (study.FOLDER / "learning.jsonl").open("a") as file:
+        file.write('{"cell": {"blo')
+    assert len(study.load("learning")) == 1
+    study._append("learning", _result(dataclasses.replace(cell, seed=1), 200))
+    assert len(study.load("learning")) == 2
+    monkeypatch.setattr(study, "BLOCKS", (dataclasses.replace(small, steps=3),))
+    (study.FOLDER / "learning.jsonl").write_text(json.dumps(_result(cell, 200)) + "\n")
+    assert len(study.load("learning")) == 1
+    monkeypatch.setattr(study, "BLOCKS", (dataclasses.replace(small, steps=4),))
+    assert not study.load("learning")
+
+
+def test_a_cell_that_fails_leaves_the_others(small, monkeypatch):
+    class Pool:
+        def __init__(self, *_, **__):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, cell):
+            future = concurrent.futures.Future()
+            if cell.contender.kind == "rmt":
+                future.set_exception(RuntimeError("no room"))
+            else:
+                future.set_result(_result(cell, 200))
+            return future
+
+    monkeypatch.setattr(study.concurrent.futures, "ProcessPoolExecutor", Pool)
+    with pytest.raises(RuntimeError, match="no room"):
+        study.run([small], 20, 1.0)
+    kinds = [result["cell"]["contender"]["kind"] for result in study.load("learning")]
+    assert kinds and "rmt" not in kinds
 
 
 def test_the_second_pilot_decides():
@@ -139,7 +212,7 @@ def test_a_cell_is_a_function_of_itself(small, number):
     for result in results:
         json.dumps(result)
         assert study.cell_of(result) == cell
-        for name in ("train_seconds", "minutes"):
+        for name in ("train_cpu_seconds", "minutes"):
             del result[name]
         assert len(result["answers"]) == (4 if cell.contender.kind == "lm2" else 2)
     assert results[0] == results[1]
@@ -168,7 +241,7 @@ def test_tasks_fill_their_segments(small, monkeypatch):
         # an answer each, in the last segment
         assert ((one["labels"] != -100).sum(1) == 1).all()
         assert (one["labels"][:, :-64] == -100).all()
-    assert [(name, known) for name, known, _ in task.tests()] == [
+    assert [(name, known) for name, known, _ in task.tests(0)] == [
         ("1 segments", True),
         ("3 segments", False),
     ]
@@ -177,7 +250,7 @@ def test_tasks_fill_their_segments(small, monkeypatch):
     assert result["answers"]["3 segments"][1] == study.TESTED
 
 
-def test_text_is_held_out(small, monkeypatch, tmp_path):
+def test_text_is_held_out(small, monkeypatch, tmp_path, capsys):
     block = dataclasses.replace(
         study.block_named("learning"), name="text", task=study.Text(), steps=2, measure="loss"
     )
@@ -185,19 +258,25 @@ def test_text_is_held_out(small, monkeypatch, tmp_path):
     monkeypatch.setattr(study, "TESTED", 16)
     cell = study.Cell("text", study.Contender(), 1e-3, 0)
     monkeypatch.delenv("LM2_STUDY_TEXT", raising=False)
-    with pytest.raises(SystemExit, match="LM2_STUDY_TEXT"):
-        study.run_cell(cell)
+    study.run([block], 1, 0.0)
+    assert "left out: the block text" in capsys.readouterr().out
     text = tmp_path / "text"
     # all but the last 500 of 10000 bytes are seen in training
     text.write_text("a" * 9500 + "b" * 500)
     monkeypatch.setenv("LM2_STUDY_TEXT", str(text))
     seen = torch.cat([batch["input_ids"] for batch in block.task.batches(0, 4)])
     assert set(seen.unique().tolist()) == {ord("a")}
-    ((_, _, held_out),) = block.task.tests()
+    ((_, _, held_out),) = block.task.tests(0)
     assert set(torch.cat([b["input_ids"] for b in held_out]).unique().tolist()) == {ord("b")}
     result = study.run_cell(cell)
     assert set(result["loss"]) == {"held out", "held out, shuffled"}
     assert study.score(result) == -result["loss"]["held out"]
+    # lines of one text are not gone on with on another
+    _write_lines([result])
+    study.run([block], 1, 0.0)
+    text.write_text("a" * 9000 + "b" * 1000)
+    with pytest.raises(SystemExit, match="another text"):
+        study.run([block], 1, 0.0)
 
 
 def test_all_resamples_of_a_few():
@@ -237,9 +316,18 @@ def test_the_page_has_the_tables_of_the_committed_lines():
     )
 
 
-def test_pictures_are_drawn():
+def test_pictures_are_drawn(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for name in report.FIGURES:
+    for name, (block, _) in report.FIGURES.items():
+        # as if all had been run
+        results = {}
+        while cells := [c for c in study.plan([study.block_named(block)], results)]:
+            cells = [cell for cell in cells if cell.key not in results]
+            if not cells:
+                break
+            results |= {cell.key: _result(cell, 500) for cell in cells}
+        _write_lines(results.values())
         written = io.StringIO()
         report.draw(name, written)
         assert "</svg>" in written.getvalue()
@@ -260,7 +348,8 @@ def test_the_table_of_text(small, monkeypatch):
 
     def line(cell, loss):
         losses = {"held out": loss, "held out, shuffled": 2.0}
-        return {"cell": dataclasses.asdict(cell), "loss": losses, "failure": None}
+        known = {"failure": None, "protocol": block.protocol()}
+        return {"cell": dataclasses.asdict(cell), "loss": losses, **known}
 
     for contender, loss in zip(contenders, (1.5, 1.25), strict=True):
         cells, results = [], {}
@@ -274,6 +363,21 @@ def test_the_table_of_text(small, monkeypatch):
     _, _, none, memory = report.text_table(block).splitlines()
     assert none.endswith("| 1.5000 |  |  |")
     assert memory.endswith("| 1.2500 | -0.2500 (-0.2500 to -0.2500) | 2.0000 |")
+
+
+def test_costs(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    contenders = (study.Contender("none"), study.Contender())
+    block = dataclasses.replace(study.block_named("length"), contenders=contenders, steps=5)
+    monkeypatch.setattr(study, "BLOCKS", (block,))
+    found = study.costs()
+    assert found["batch"] == [32, 72]
+    plain, memory = found["contenders"].values()
+    assert plain["ratio"] == 1.0
+    assert min(memory["kept_bytes"], plain["kept_bytes"]) > 0
+    (tmp_path / "costs.json").write_text(json.dumps(found))
+    *_, line = report.table("costs").splitlines()
+    assert f"{memory['parameters']:,}" in line and f"{memory['ratio']:.2f}" in line
 
 
 def test_a_row_without_all_seeds_is_left_out(small):

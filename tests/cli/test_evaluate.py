@@ -56,6 +56,7 @@ def test_a_model_folder(texts, capsys):
 
 
 def test_words_at_several_lengths(words, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     path, plots = tmp_path / "a.json", tmp_path / "plots"
     arguments = [words, "--tasks", "qa1", "mqar", "niah", "--lengths", "0k", "80", *_FEW]
     assert _run(*arguments, "--json", path, "--answers", "--plots", plots, "--seed", 5) == 0
@@ -149,7 +150,7 @@ def test_what_is_interrupted_goes_on(words, tmp_path, capsys, monkeypatch, numbe
         (["--samples", "0"], "samples must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--tokens", "0"], "tokens must be at least 1"),
-        (["--prompt", "babilong"], "it takes plain prompts"),
+        (["--prompt", "babilong"], "it takes the prompts plain and aligned"),
         (["--window", "8"], "reads in segments of 6"),
         (["--memory", "elsewhere"], "has its own memory"),
         (["--babi", "nowhere"], "nowhere"),
@@ -181,7 +182,7 @@ def test_user_errors_of_the_parser(capsys):
 def test_models_that_cannot_be_asked(words, tmp_path, capsys, monkeypatch):
     few = _save(tmp_path / "few", Words(["mary"]), 1)
     assert _run(few, "--tasks", "qa1", *_FEW) == 2
-    assert "qa1 at 0k: the model knows 1 words, and not " in capsys.readouterr().err
+    assert "qa1 at 0k, sample 0: the model knows 1 words, and not " in capsys.readouterr().err
     ids = _save(tmp_path / "ids", Ids(), 9)
     assert _run(ids, *_FEW) == 2
     assert "text cannot be asked of it: in Python, give the tokenizer" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from lm2_kernels.evaluation import babi_worlds
 from lm2_kernels.evaluation.babi import BABI_TASKS, LABELS, BabiFiles, read_babi
 from lm2_kernels.evaluation.babi_worlds import GENERATED, BabiWorld
-from lm2_kernels.evaluation.samples import Story, plain_words
+from lm2_kernels.evaluation.samples import Dice, Story, plain_words
 from tools.babi_solver import UnsolvedError, solve
 from tools.published import babi_folder, babi_reason
 
@@ -98,8 +98,18 @@ def test_folder(tmp_path):
     assert "Mary" in files.story(0).question
     assert {"mary", "milk", ",", "?"} <= set(files.words())
     assert "John" in BabiFiles(tmp_path, "qa1", validation=False).story(0).question
-    _write(tmp_path / "en-10k", "qa1_single-supporting-fact_train.txt", one)
-    assert "Mary" in BabiFiles(tmp_path, "qa1", validation=False).story(0).question
+    train = "qa1_single-supporting-fact_train.txt"
+    _write(tmp_path / "en-10k", train, FILE.replace("Mary", "Bill"))
+    assert "Bill" in BabiFiles(tmp_path, "qa1", validation=False).story(0).question
+    # what the test file asks is not trained on, in no order of its facts
+    lines = FILE.splitlines()
+    swapped = [f"1{lines[6][1:]}", f"2{lines[5][1:]}", lines[7]]
+    _write(tmp_path / "en-10k", train, "\n".join([*other.splitlines()[:5], *swapped]))
+    asked = [story.question for story in BabiFiles(tmp_path, "qa1", validation=False).stories]
+    assert asked == ["What is John carrying?"] * 2
+    _write(tmp_path / "en-10k", train, one)
+    with pytest.raises(ValueError, match="has no question that the test file does not ask"):
+        BabiFiles(tmp_path, "qa1", validation=False)
 
 
 def _answers(task, text):
@@ -277,9 +287,16 @@ COUNTS = dict.fromkeys(GENERATED, 500) | {"qa3": 200, "qa4": 2500}
 
 
 def _generated_lines(task, seed=0):
-    world = BabiWorld(task, seed)
+    """Whole stories, as the published files have them."""
+    told = babi_worlds._TASKS[task][0]
     for number in range(COUNTS[task]):
-        yield [line if isinstance(line, str) else line[0] for line in world.lines(number)]
+        lines, left = [], told.questions
+        for line in told.tell(Dice(f"{task} {seed} whole {number}")):
+            lines.append(line if isinstance(line, str) else line[0])
+            left -= isinstance(line, tuple)
+            if not left:
+                break
+        yield lines
 
 
 def _published_lines(task):

@@ -96,8 +96,13 @@ def test_shuffled_refuses_what_has_no_other():
     config = without_memory(small_model().config)
     with pytest.raises(ValueError, match="no memory layer"):
         ShuffledMemory(lm2.LM2ForCausalLM(config))
-    with pytest.raises(ValueError, match="no other"):
-        ShuffledMemory(small_model())(_ids(1, 4))
+    shuffled = ShuffledMemory(small_model())
+    # 6 tokens are a segment
+    shuffled(_ids(1, 6))
+    shuffled(_ids(3, 18))
+    for rows, length in ((1, 7), (2, 18), (2, 13)):
+        with pytest.raises(ValueError, match="more than as many rows"):
+            shuffled(_ids(rows, length))
 
 
 def _with_tokens(model, memory):

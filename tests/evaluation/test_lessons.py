@@ -221,7 +221,7 @@ def test_a_row_without_an_answer_is_not_right():
         ({"tasks": ["qa1", "qa1"]}, "named twice"),
         ({"tasks": ["qa21"]}, "no task 'qa21'"),
         ({"tasks": ["qa11"]}, "qa11 is not generated"),
-        ({"tasks": ["qa1"], "babi": babilong.DATASET}, "for evaluation alone"),
+        ({"tasks": ["qa1"], "babi": babilong.DATASET}, "samples for tests alone"),
         ({"lengths": [0], "segments": [1]}, "not both"),
         ({"segments": [0]}, "segments must be"),
         ({"lengths": [10]}, "none fits into 10 tokens"),

@@ -185,6 +185,7 @@ def test_folders(registered, tmp_path):
     asked = kind(pretrained=str(tmp_path), batch_size="4", max_batch_size=None, device="cpu")
     assert isinstance(asked.reader.model, LM2ForCausalLM)
     assert asked.batch_size == 4
+    assert kind(pretrained=asked.reader, batch_size="auto:4").batch_size == 8
     with pytest.raises(ValueError, match="the model knows words alone"):
         adapter.harness_model(Reader(len, Words(["a"])))
 

@@ -1,6 +1,7 @@
 """Readers: what a row is answered is what it is answered alone, whatever was read before it."""
 
 import functools
+import json
 import math
 
 import pytest
@@ -338,3 +339,52 @@ def test_load_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(ValueError, match=r'pip install "lm2_kernels\[transformers\]"'):
         load_reader(tmp_path)
+
+
+def _cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def _other_shapes(folder):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+
+
+def _no_tokenizer(folder):
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+def _empty_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+@hosted
+@pytest.mark.parametrize(
+    "damage, part",
+    [
+        (_cut, "model"),
+        (_other_shapes, "model"),
+        (_no_tokenizer, "tokenizer"),
+        (_empty_tokenizer, "tokenizer"),
+    ],
+)
+def test_damaged_hosts(tmp_path, damage, part):
+    _save_llama(bare_llama(), tmp_path)
+    damage(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"{tmp_path}: transformers cannot load its {part} "
+    ) as got:
+        load_reader(tmp_path, device="cpu")
+    assert len(str(got.value).splitlines()) == 1
+
+
+@hosted
+def test_a_tokenizer_of_another_host():
+    reader = Reader(bare_llama(), _words(hosts.VOCABULARY + 1))
+    assert reader.encode("w1")
+    last = f"w{hosts.VOCABULARY}"
+    with pytest.raises(ValueError, match=f"token {hosts.VOCABULARY}, .* has {hosts.VOCABULARY}:"):
+        reader.check(last)

@@ -11,14 +11,18 @@ import torch
 
 from lm2_kernels.evaluation.accuracy import Accuracy
 from lm2_kernels.evaluation.asking import ask
+from lm2_kernels.evaluation.babi_worlds import GENERATED
+from lm2_kernels.evaluation.layout import Layout, words
 from lm2_kernels.evaluation.reading import Reader
 from lm2_kernels.evaluation.results import Cell, Results, length_name
 from lm2_kernels.evaluation.samples import Sample
+from lm2_kernels.evaluation.tasks import all_words, task
 from lm2_kernels.training.data import Bytes, Words
 
 PLACES = ("garden", "kitchen", "office")
 WORDS = Words((*PLACES, "mary", "is", "in", "the", "where", "?", ".", "rain", "and"))
 COMMAS = Words((*WORDS.words, ","))
+MARKS = [word for word in WORDS.words if word.isalpha() and word not in PLACES]
 
 
 class Where:
@@ -29,7 +33,9 @@ class Where:
 
     def sample(self, number, length=0, count=None):
         self.numbers.append(number)
-        facts = f"Mary is in the {PLACES[(number + self.shift) % 3]}."
+        # no two are the same
+        facts = f"{MARKS[number // 7 % 7]} {MARKS[number % 7]}. "
+        facts += f"Mary is in the {PLACES[(number + self.shift) % 3]}."
         if number % 10 >= 8:
             # rows of unequal lengths
             facts += " Rain and rain." * 3
@@ -124,6 +130,27 @@ def test_no_sample_is_asked_twice():
     _ask((0, 12), [task], results=results)
 
 
+class Repeated(Where):
+    def sample(self, number, *args):
+        return super().sample(number // 3, *args)
+
+
+def test_no_prompt_is_counted_twice():
+    """Of those that are the same the first is asked, also where a run goes on."""
+    wanted = [0, 3, 6, 9, 12, 15, 18]
+    for batches in (1, 9):
+        results = _ask(
+            tasks=[Repeated()],
+            batch=2,
+            keep_answers=True,
+            after=lambda results, _, most=batches: results.cells[0].asked >= 2 * most,
+        )
+        _ask(tasks=[Repeated()], keep_answers=True, results=results)
+        (cell,) = results.cells
+        assert [answer["number"] for answer in cell.answers] == wanted
+        assert (cell.samples, cell.asked) == (7, 7)
+
+
 def test_the_plain_form_ends_where_the_answer_does():
     model = LastPlace()
     results = _ask(model=model, batch=1, samples=4, keep_answers=True)
@@ -156,19 +183,21 @@ class Spoken:
 
 def test_prompts():
     spoken = Spoken()
-    results = ask(spoken, [Where("qa1")], [0], samples=2, tokens=7)
-    assert spoken.limits == [7, 7]
+    results = ask(spoken, [Where("qa1")], [0], samples=2, tokens=9)
+    # " kitchen" has eight letters
+    assert spoken.limits == [9, 9]
+    ask(spoken, [Where("qa1")], [0], samples=1, tokens=1)
+    assert spoken.limits.pop() == 8
+    del spoken.prompts[2:]
     assert spoken.prompts[1].endswith(
-        "<context>\nMary is in the kitchen.\n</context>\nQuestion: Where is Mary?\nAnswer:"
+        "<context>\nmary is. Mary is in the kitchen.\n</context>\nQuestion: Where is Mary?\nAnswer:"
     )
     assert "<example>" in spoken.prompts[1]
     assert results.options["prompt"] == "babilong"
     ask(spoken, [Where()], [0], samples=2, tokens=7, prompt="plain")
-    assert spoken.prompts[-1] == "mary is in the kitchen . where is mary ?"
+    assert spoken.prompts[-1] == "mary is . mary is in the kitchen . where is mary ?"
     # " garden" has seven letters, " kitchen" eight
-    assert spoken.limits[2:] == [7, 7]
-    ask(spoken, [Where()], [0], samples=2, prompt="plain")
-    assert spoken.limits[4:] == [7, 8]
+    assert spoken.limits[2:] == [7, 8]
 
 
 # --- going on ----------------------------------------------------------------------------------
@@ -206,9 +235,9 @@ def test_what_was_cut_goes_on(tmp_path):
 
         task = Where()
         _ask((0, 12), [task], batch=3, keep_answers=True, results=cut, after=after)
-        # the first sample of each cell is looked at, and what is done is not asked again
-        assert task.numbers[:2] == [0, 0]
-        assert task.numbers[2:] == list(range(asked[1], min(asked[1] + 3 * batches, 20)))
+        # all samples are looked at, and what is done is not asked again
+        assert task.numbers[:40] == [*range(20)] * 2
+        assert task.numbers[40:] == list(range(asked[1], min(asked[1] + 3 * batches, 20)))
     again = Results.read(path)
     _ask((0, 12), keep_answers=True, results=again)
     _same(Results.read(path), cut)
@@ -231,6 +260,13 @@ def _joined(one, other):
     return Results(one.options, [*one.runs, *other.runs], [*one.cells, *other.cells])
 
 
+class Late(Where):
+    """Whose last sample is another, as of a file that has changed."""
+
+    def sample(self, number, *args):
+        return super().sample(number + number // 19, *args)
+
+
 @pytest.mark.parametrize(
     "options, text",
     [
@@ -238,6 +274,8 @@ def _joined(one, other):
         ({"tokens": 3}, "of tokens 20, not 3"),
         ({"notes": {"seed": 1}}, "of seed 0, not 1"),
         ({"tasks": [Where(shift=1)]}, "of other samples of where at 0k"),
+        ({"tasks": [Late()]}, "of other samples of where at 0k"),
+        ({"keep_answers": True}, "lack answers of where at 0k"),
     ],
 )
 def test_other_options_are_refused(options, text):
@@ -268,7 +306,7 @@ def test_another_model_is_refused():
         ({"tokens": 0}, "tokens must be at least 1"),
         ({"lengths": (-1,)}, "lengths must be at least 0"),
         ({"prompt": "other"}, "one of babilong, plain.* got 'other'"),
-        ({"prompt": "babilong"}, "it takes plain prompts"),
+        ({"prompt": "babilong"}, "it takes the prompts plain and aligned"),
     ],
 )
 def test_what_cannot_be_asked(options, text):
@@ -276,26 +314,29 @@ def test_what_cannot_be_asked(options, text):
         _ask(**options)
 
 
-def test_the_first_samples_are_looked_at_before_the_work():
-    model = LastPlace()
-    with pytest.raises(ValueError, match="no story fits"):
+def test_all_samples_are_looked_at_before_the_work():
+    model, results = LastPlace(), _ask()
+    asked = list(model.calls)
+    with pytest.raises(ValueError, match=r"^where at 5, sample 0: no story fits"):
         _ask((0, 5), model=model)
 
     class Strange(Where):
-        def sample(self, *args):
-            sample = super().sample(*args)
-            return Sample(sample.context + " Snow.", sample.question, "garden")
+        def sample(self, number, *args):
+            sample = super().sample(number, *args)
+            return dataclasses.replace(sample, context="Snow.") if number == 9 else sample
 
-    with pytest.raises(ValueError, match=r"^strange at 0k: the model knows .* and not snow"):
-        _ask((0,), [Where(), Strange("strange")], model=model)
+    with pytest.raises(ValueError, match=r"^strange at 0k, sample 9: .* knows .* and not snow"):
+        _ask((0, 12), [Where(), Strange("strange")], model=model, results=results)
+    # not by half
+    assert [(cell.task, cell.length) for cell in results.cells] == [("where", 0)]
 
     class Unsayable(Where):
         def sample(self, *args):
             return dataclasses.replace(super().sample(*args), answer="Attic")
 
-    with pytest.raises(ValueError, match=r"^attic at 0k: the model knows .* and not attic"):
+    with pytest.raises(ValueError, match=r"^attic at 0k, sample 0: .* knows .* and not attic"):
         _ask((0,), [Where(), Unsayable("attic")], model=model)
-    assert not model.calls
+    assert model.calls == asked
 
 
 # --- what is shown -----------------------------------------------------------------------------
@@ -351,6 +392,10 @@ def test_json_holds_what_is_needed_to_trust_it(tmp_path):
     [
         lambda content: content["cells"][0].pop("asked"),
         lambda content: content["cells"][0].update(asked="2"),
+        lambda content: content["cells"][0].update(asked=3),
+        lambda content: content["cells"][0].update(samples="2"),
+        lambda content: content["cells"][0].update(minutes=None),
+        lambda content: content["cells"][0].update(task=1),
         lambda content: content["cells"][0]["harness"].update(right=3),
         lambda content: content["cells"][0].update(leaderboard=3),
         lambda content: content.update(cells=3),
@@ -389,11 +434,15 @@ def test_progress():
             shown.append("closed")
 
     _ask((0, 12), samples=4, batch=3, progress=Bar)
-    assert shown[:4] == [("where 0k", 0), (3, 4, "right 100.0 %"), (4, 4, "right 75.0 %"), "closed"]
-    assert shown[4] == ("where 12", 0)
+    looked = [("looking at prompts", 0), (1, 2, "where 0k"), (2, 2, "where 12"), "closed"]
+    assert shown[:4] == looked
+    asked = [("where 0k", 0), (3, 4, "right 100.0 %"), (4, 4, "right 75.0 %"), "closed"]
+    assert shown[4:8] == asked
+    assert shown[8] == ("where 12", 0)
 
 
 def test_table_and_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     cells = [
         Cell("qa1", 0, 20, 20, leaderboard=5, harness=10),
         Cell("qa1", 1000, 20, 4, leaderboard=4),
@@ -415,8 +464,9 @@ def test_table_and_picture(tmp_path):
     results.cells[0].leaderboard += 1
     results.plot(tmp_path / "new")
     assert files[1].read_bytes() != first
-    with pytest.raises(ValueError, match="is no folder"):
-        results.plot(files[0])
+    for path in (files[0], files[0] / "new" / "er"):
+        with pytest.raises(ValueError, match=r"answers.png is no folder"):
+            results.plot(path)
 
 
 def test_no_matplotlib(tmp_path, monkeypatch):
@@ -440,3 +490,75 @@ def test_bytes_read_the_published_form():
     assert (results.cells[0].leaderboard, results.cells[0].asked) == (0, 2)
     with pytest.raises(ValueError, match="no prompt for 'where'"):
         ask(Reader(model, Bytes()), [Where()], [0])
+
+
+# --- what was learnt is right -------------------------------------------------------------------
+
+
+class Oracle(Reader):
+    """Says what a layout's rows would teach, and then more, as long as it may."""
+
+    def __init__(self, tokenizer, kind):
+        super().__init__(len, tokenizer)
+        self.aligned, self.said = Layout(tokenizer, 64, kind), {}
+
+    def layout(self):
+        return self.aligned
+
+    def learn(self, task, length, samples):
+        segments = -(-length // 64) or None
+        for number in range(samples):
+            sample = task.sample(number, length, self.aligned.count)
+            row = self.aligned.row(sample, segments)
+            self.said[self.tokenizer.decode(row.prompt)] = row.answer
+
+    def answer(self, prompts, tokens):
+        more = self.tokenizer.encode(" , milk , apple , football") * 99
+        return [
+            self.tokenizer.decode([*self.said[prompt], *more][:most])
+            for prompt, most in zip(prompts, tokens, strict=True)
+        ]
+
+
+@pytest.mark.parametrize("kind", ("running", "aligned"))
+@pytest.mark.parametrize("tokenizer", (Bytes(), words(all_words())), ids=("bytes", "words"))
+def test_what_was_learnt_is_right(tokenizer, kind):
+    """Of every task; of the same samples as in training, and however long the answers are."""
+    oracle = Oracle(tokenizer, kind)
+    asked = [task(name) for name in (*GENERATED, "niah", "niah_multikey", "vt", "mqar", "stories")]
+    for some in asked:
+        assert some.sample(0).listed == {"qa8": 3, "vt": 5}.get(some.name, 1)
+        for length in (0, 900):
+            oracle.learn(some, length, 2)
+    prompt = {"running": "plain", "aligned": "aligned"}[kind]
+    results = ask(oracle, asked, (0, 900), samples=2, tokens=1, prompt=prompt)
+    for cell in results.cells:
+        assert (cell.leaderboard, cell.harness) == (cell.asked, cell.asked), cell
+        assert cell.asked == 2
+
+
+class Carried:
+    """Lists of one to three things."""
+
+    name = "carried"
+    answers = ("milk", "milk,apple", "apple,milk,football", "nothing")
+
+    def sample(self, number, length=0, count=None):
+        labels = ("nothing", "apple", "football", "milk")
+        question = f"What is {('Mary', 'John', 'Sandra', 'Daniel')[number]} carrying?"
+        return Sample("Mary went back.", question, self.answers[number], labels, 3)
+
+
+@pytest.mark.parametrize("kind", ("running", "aligned"))
+def test_a_list_is_right_up_to_its_end(kind):
+    """Whoever names three things is right where there are three; nothing tells how many."""
+    oracle, carried = Oracle(words(all_words()), kind), Carried()
+    oracle.learn(carried, 0, 4)
+    places = {prompt.split().index("carrying") for prompt in oracle.said}
+    assert len(places) == 1
+    said = oracle.tokenizer.encode("milk , football , apple .")
+    oracle.said = dict.fromkeys(oracle.said, said)
+    prompt = {"running": "plain", "aligned": "aligned"}[kind]
+    (cell,) = ask(oracle, [carried], [0], samples=4, prompt=prompt, keep_answers=True).cells
+    assert {answer["answer"] for answer in cell.answers} == {"milk , football , apple"}
+    assert [answer["leaderboard"] for answer in cell.answers] == [False, False, True, False]
