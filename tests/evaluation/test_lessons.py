@@ -97,7 +97,7 @@ def _is_validation(name, sample):
     return Story(facts, sample.question, sample.answer).is_validation
 
 
-@pytest.mark.parametrize("name", ("qa1", "mqar", "vt", "stories", "niah"))
+@pytest.mark.parametrize("name", ("qa1", "qa4", "mqar", "vt", "niah", "stories"))
 def test_no_story_for_validation_is_trained_on(name):
     """Whatever the seeds; and every step has samples of its own."""
     batches = _batches((name,), lengths=[0], batch=25)
@@ -106,11 +106,9 @@ def test_no_story_for_validation_is_trained_on(name):
     asked = [other.sample(number) for number in range(200)]
     assert not any(_is_validation(name, sample) for sample in seen)
     assert all(_is_validation(name, sample) for sample in asked)
-    if name == "niah":
-        # of so few that the same would come
-        assert not set(seen) & set(asked)
-    else:
-        assert len(set(seen)) > len(seen) // 2
+    assert len(set(seen)) > len(seen) // 2
+    # of qa4 there are so few that some would be the same
+    assert not set(seen) & set(asked)
 
 
 @pytest.mark.parametrize(
