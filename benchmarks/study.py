@@ -70,7 +70,16 @@ ALL = 0.995
 BATCH, QUESTIONS, TESTED = 32, 4, 500
 # of questions: of what is claimed, and of pilots
 _TEST_SEED, _PILOT_SEED = 1_000_003, 2_000_003
-# raised by hand where cells come out otherwise for a reason that no option shows
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "memory_heads": 4,
+    "initializer_range": 0.125,
+}
+_TRAINING = {"warmup": 30, "floor": 0.3, "clip": 1.0}
+# raised by hand where cells come out otherwise for a reason that no option shows, as a task's words
 _PROTOCOL = 1
 # what a run has that has left the plateau of guessing among the places of a story
 ESCAPED = 0.5
@@ -279,7 +288,10 @@ class Text:
         return itertools.islice(self._parts()[0].batches(self.rows, self.longest, seed), steps)
 
     def tests(self, seed: int) -> Iterator[tuple[str, bool, list[Batch]]]:
-        held_out = self._parts()[1].batches(self.rows, self.longest, seed)
+        # pilots are asked the first half, claims the second
+        halves = self._parts()[1].split(0.5, self.longest)
+        half = halves[0 if seed == _PILOT_SEED else 1]
+        held_out = half.batches(self.rows, self.longest, seed)
         yield "held out", True, list(itertools.islice(held_out, TESTED // self.rows))
 
 
@@ -297,6 +309,7 @@ class Block:
     def protocol(self) -> str:
         """What makes two lines of the same cell comparable."""
         content = (_PROTOCOL, self.task, self.steps, self.measure, TESTED, BATCH, QUESTIONS)
+        content += (_TEST_SEED, _PILOT_SEED, _SIZES, _TRAINING)
         return hashlib.blake2b(repr(content).encode(), digest_size=8).hexdigest()
 
 
@@ -436,20 +449,15 @@ def configuration(contender: Contender, task: Asked, theta: float = 10.0) -> lm2
     """The model with memory; baselines are made from it."""
     return lm2.LM2Config(
         vocab_size=task.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         rope_theta=theta,
         memory_slots=contender.slots,
         segment_length=task.segment_length,
-        memory_heads=4,
         formulation=contender.formulation,
         flow=contender.flow,
         write=contender.write,
         candidate=contender.candidate,
         memory_init="learned",
-        initializer_range=0.125,
+        **_SIZES,
     )
 
 
@@ -543,9 +551,7 @@ def run_cell(cell: Cell) -> dict:
     trained = time.process_time()
     failure = None
     try:
-        losses = train(
-            model, batches, steps=block.steps, lr=cell.rate, warmup=30, floor=0.3, clip=1.0
-        )
+        losses = train(model, batches, steps=block.steps, lr=cell.rate, **_TRAINING)
     except FloatingPointError as error:
         losses, failure = [], str(error)
     seconds = time.process_time() - trained
@@ -591,7 +597,7 @@ def load(name: str) -> list[dict]:
         return []
     lines = path.read_text("utf-8").splitlines(keepends=True)
     results = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [result for result in results if result["protocol"] == protocol]
+    return [result for result in results if result.get("protocol") == protocol]
 
 
 def _append(name: str, result: dict) -> None:
@@ -750,10 +756,12 @@ def costs() -> dict:
 
 def machine() -> dict:
     """What the results come from."""
+    # but for the results themselves
+    changed = ("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
     return {
         "command": " ".join(sys.argv),
         "lm2_kernels": lm2.__version__,
-        "commit": _git("describe", "--always", "--dirty", "--exclude=*"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git(*changed) else ""),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "capability": torch.backends.cpu.get_cpu_capability(),

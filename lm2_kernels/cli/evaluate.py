@@ -73,7 +73,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--samples",
         type=int,
         default=500,
-        help="of each task and length; fewer where there are no more different ones (500)",
+        help="of each task and length; fewer where some of these are the same (500)",
     )
     parser.add_argument("--batch", type=int, default=8, help="prompts that are read together (8)")
     parser.add_argument(

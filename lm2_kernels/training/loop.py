@@ -174,13 +174,14 @@ def mean_loss(
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in evaluation mode, and then as before."""
-    was_training = model.training
+    """The model is in evaluation mode, and then each of its parts as before."""
+    was = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, is_training in was:
+            module.training = is_training
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:

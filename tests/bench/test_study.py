@@ -22,11 +22,13 @@ LEARNING = study.block_named("learning")
 
 
 def _result(cell, right):
-    tests = study.block_named(cell.block).task.kinds()
+    task = study.block_named(cell.block).task
+    tests = {} if isinstance(task, study.Text) else task.kinds()
     answers = {name: [right, 1000] for name in tests}
     answers |= {f"{name}, shuffled": [100, 1000] for name in tests}
     protocol = study.block_named(cell.block).protocol()
-    known = {"protocol": protocol, "minutes": 1.0}
+    known = {"protocol": protocol, "minutes": 1.0, "failure": None}
+    known["loss"] = {"held out": 1.5, "held out, shuffled": 2.0}
     return {"cell": dataclasses.asdict(cell), "answers": answers, **known}
 
 
@@ -101,6 +103,9 @@ def test_lines_of_another_protocol_or_cut_count_for_nothing(small, monkeypatch):
         file.write('{"cell": {"blo')
     assert len(study.load("learning")) == 1
     study._append("learning", _result(dataclasses.replace(cell, seed=1), 200))
+    older = _result(dataclasses.replace(cell, seed=2), 200)
+    del older["protocol"]
+    study._append("learning", older)
     assert len(study.load("learning")) == 2
     monkeypatch.setattr(study, "BLOCKS", (dataclasses.replace(small, steps=3),))
     (study.FOLDER / "learning.jsonl").write_text(json.dumps(_result(cell, 200)) + "\n")
@@ -261,20 +266,21 @@ def test_text_is_held_out(small, monkeypatch, tmp_path, capsys):
     study.run([block], 1, 0.0)
     assert "left out: the block text" in capsys.readouterr().out
     text = tmp_path / "text"
-    # all but the last 500 of 10000 bytes are seen in training
-    text.write_text("a" * 9500 + "b" * 500)
+    # all but the last twentieth is seen in training; pilots are asked its first half
+    text.write_text("a" * 19000 + "c" * 500 + "b" * 500)
     monkeypatch.setenv("LM2_STUDY_TEXT", str(text))
     seen = torch.cat([batch["input_ids"] for batch in block.task.batches(0, 4)])
     assert set(seen.unique().tolist()) == {ord("a")}
-    ((_, _, held_out),) = block.task.tests(0)
-    assert set(torch.cat([b["input_ids"] for b in held_out]).unique().tolist()) == {ord("b")}
+    for seed, byte in ((study._TEST_SEED, "b"), (study._PILOT_SEED, "c")):
+        ((_, _, held_out),) = block.task.tests(seed)
+        assert set(torch.cat([b["input_ids"] for b in held_out]).unique().tolist()) == {ord(byte)}
     result = study.run_cell(cell)
     assert set(result["loss"]) == {"held out", "held out, shuffled"}
     assert study.score(result) == -result["loss"]["held out"]
     # lines of one text are not gone on with on another
     _write_lines([result])
     study.run([block], 1, 0.0)
-    text.write_text("a" * 9000 + "b" * 1000)
+    text.write_text("a" * 20000)
     with pytest.raises(SystemExit, match="another text"):
         study.run([block], 1, 0.0)
 
@@ -311,9 +317,8 @@ def test_the_page_has_the_tables_of_the_committed_lines():
     text = (ROOT / "docs" / "study.md").read_text("utf-8")
     assert text == report.rewritten(text)
     shown = re.findall(r"<!-- study: (\w+) -->", text)
-    assert len(shown) == text.count("<!-- study:") == len(set(shown)) and set(shown) <= set(
-        report.TABLES
-    )
+    assert len(shown) == text.count("<!-- study:") == len(set(shown))
+    assert set(shown) == set(report.TABLES)
 
 
 def test_pictures_are_drawn(monkeypatch, tmp_path):
@@ -333,11 +338,21 @@ def test_pictures_are_drawn(monkeypatch, tmp_path):
         assert "</svg>" in written.getvalue()
 
 
-@pytest.mark.parametrize("name", report.TABLES)
-def test_every_table_of_the_committed_lines(name):
-    head, rule, *rows = report.table(name).splitlines()
-    assert rule == "|" + "---|" * (head.count("|") - 1)
-    assert all(row.count("|") == head.count("|") for row in rows)
+def test_every_table_of_a_whole_study(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    results = {}
+    while cells := [c for c in study.plan(list(study.BLOCKS), results) if c.key not in results]:
+        results |= {cell.key: _result(cell, 500) for cell in cells}
+    _write_lines(results.values())
+    for name, (block, _) in report.TABLES.items():
+        head, rule, *rows = report.table(name).splitlines()
+        assert rule == "|" + "---|" * (head.count("|") - 1)
+        assert all(row.count("|") == head.count("|") for row in rows)
+        named = {row.split(" | ")[0].removeprefix("| ") for row in rows}
+        contenders = study.block_named(block).contenders
+        if name.endswith("_differences"):
+            contenders = [contender for contender in contenders if contender.kind == "lm2"]
+        assert name == "costs" or named == {contender.name for contender in contenders}, name
 
 
 def test_the_table_of_text(small, monkeypatch):
