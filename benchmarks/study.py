@@ -468,12 +468,11 @@ def build(contender: Contender, task: Asked, seed: int, theta: float = 10.0) -> 
     torch.manual_seed(seed)
     if contender.kind == "lm2" and contender.write.startswith("query"):
         chunk = dataclasses.replace(contender, write="chunk")
-        config, extra = configuration(chunk, task, theta), 0
-        for _ in config.memory_layers:
-            extra += num_parameters(SlotQueryMemory(config, "")) - num_parameters(
-                lm2.PaperMemory(config.hidden_size, candidate=config.candidate)
-            )
-        model = lm2.LM2ForCausalLM(widened(config, count - extra))
+        config = configuration(chunk, task, theta)
+        with torch.device("meta"):
+            ours = lm2.PaperMemory(config.hidden_size, candidate=config.candidate)
+            extra = num_parameters(SlotQueryMemory(config, "")) - num_parameters(ours)
+        model = lm2.LM2ForCausalLM(widened(config, count - extra * len(config.memory_layers)))
         for block in model.model.layers:
             block.memory = SlotQueryMemory(config, contender.write)
         return model

@@ -232,6 +232,19 @@ def _linear(x: Tensor, parameters: dict[str, Tensor], name: str) -> Tensor:
     return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))
 
 
+def _read(
+    query: Tensor,  # (B, T, D)
+    bank: Tensor,  # (B, N, D)
+    parameters: dict[str, Tensor],
+    num_heads: int,
+    **options: object,
+) -> Tensor:
+    """What projected queries read of a bank, (B, T, D); options of :func:`memory_attention`."""
+    key, value = (_linear(bank, parameters, f"{name}_proj") for name in ("key", "value"))
+    query, key, value = (_heads(rows, num_heads) for rows in (query, key, value))
+    return memory_attention(query, key, value, **options).flatten(-2)
+
+
 def _candidate(read: Tensor, x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     """What is written, before the tanh: what was read, and the token's own term if there is one."""
     if "candidate_proj.weight" not in parameters:
@@ -271,10 +284,11 @@ def paper_memory(
         output (B, T, D), new memory (B, N, D)
     """
     # equations 1 and 2: cross-attention of the tokens over the slots
-    read = memory_attention(
-        _heads(_linear(x, parameters, "query_proj"), num_heads),
-        _heads(_linear(memory, parameters, "key_proj"), num_heads),
-        _heads(_linear(memory, parameters, "value_proj"), num_heads),
+    read = _read(
+        _linear(x, parameters, "query_proj"),
+        memory,
+        parameters,
+        num_heads,
         causal=causal,
         slot_offset=slot_offset,
         slot_mask=slot_mask,
@@ -282,7 +296,7 @@ def paper_memory(
         top_k=top_k,
         dropout_p=dropout_p,
         keep_mask=keep_mask,
-    ).flatten(-2)
+    )
     rows = memory[:, slot_offset : slot_offset + math.ceil(x.shape[1] / tokens_per_slot)]
     # equation 3 (output gate), 4 (input gate), 5 (forget gate), 6 (update)
     out, new_rows = memory_update(
@@ -332,14 +346,15 @@ def release_memory(
     """
     end = slot_offset + math.ceil(x.shape[1] / tokens_per_slot)
     rows = memory[:, slot_offset:end]
-    query = _heads(_linear(x, parameters, "query_proj"), num_heads)
+    query = _linear(x, parameters, "query_proj")
     bank = memory
     candidate = _by_token(rows, tokens_per_slot, x.shape[1])
     for block in range(num_blocks):
-        read = memory_attention(
+        read = _read(
             query,
-            _heads(_linear(bank, parameters, "key_proj"), num_heads),
-            _heads(_linear(bank, parameters, "value_proj"), num_heads),
+            bank,
+            parameters,
+            num_heads,
             causal=causal,
             slot_offset=slot_offset,
             slot_mask=slot_mask,
@@ -347,7 +362,7 @@ def release_memory(
             top_k=top_k,
             dropout_p=dropout_p,
             keep_mask=None if keep_masks is None else keep_masks[block],
-        ).flatten(-2)
+        )
         attended = residual_layer_norm(
             read,
             candidate,
@@ -419,12 +434,7 @@ def slot_query_memory(
     Returns:
         output (B, T, D), new memory (B, N, D)
     """
-    read = memory_attention(
-        _heads(_linear(x, parameters, "query_proj"), num_heads),
-        _heads(_linear(memory, parameters, "key_proj"), num_heads),
-        _heads(_linear(memory, parameters, "value_proj"), num_heads),
-        causal=False,
-    ).flatten(-2)
+    read = _read(_linear(x, parameters, "query_proj"), memory, parameters, num_heads, causal=False)
     query = _linear(memory + parameters["slot_embedding"], parameters, "slot_query_proj")
     query = _heads(query, num_heads)
     key = _heads(_linear(x, parameters, "token_key_proj"), num_heads)

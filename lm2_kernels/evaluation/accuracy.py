@@ -100,13 +100,13 @@ def answer_accuracy(
         autocast: as of :func:`evaluate`.
     """
     device = next(model.parameters()).device
-    right = total = 0
+    right, total = torch.zeros((), dtype=torch.int64, device=device), 0
     with evaluating(model):
         for batch in batches:
             inputs = moved(batch, device)
             targets = inputs["labels"][:, 1:]
             with autocast_in(device, autocast):
                 said = model(inputs["input_ids"]).logits[:, :-1].argmax(-1)
-            right += int(((said == targets) | (targets == -100)).all(1).sum())
+            right = right + ((said == targets) | (targets == -100)).all(1).sum()
             total += len(targets)
-    return Accuracy(right, total)
+    return Accuracy(int(right), total)

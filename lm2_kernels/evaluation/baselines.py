@@ -16,6 +16,7 @@ from lm2_kernels.model.config import LM2Config
 from lm2_kernels.model.decoder import LM2ForCausalLM
 from lm2_kernels.model.output import LM2Output
 from lm2_kernels.state.cache import SegmentCache
+from lm2_kernels.state.segments import is_cut
 
 __all__ = [
     "RecurrentMemoryTransformer",
@@ -101,7 +102,7 @@ class ShuffledMemory(nn.Module):
         for number, piece in enumerate(input_ids.split(model.config.segment_length, dim=1)):
             if number > 0:
                 state = state.select(others)
-            if bptt_segments is not None and number > 0 and number % bptt_segments == 0:
+            if is_cut(number, bptt_segments):
                 state = state.detach()
             hidden, state = model.read(piece, state, keep=False)
             parts.append(hidden)
@@ -152,7 +153,7 @@ class RecurrentMemoryTransformer(nn.Module):
         memory = self.initial_memory.expand(input_ids.shape[0], -1, -1)
         m, parts = self.initial_memory.shape[0], []
         for number, piece in enumerate(input_ids.split(self.config.segment_length, dim=1)):
-            if bptt_segments is not None and number > 0 and number % bptt_segments == 0:
+            if is_cut(number, bptt_segments):
                 memory = memory.detach()
             x = torch.cat([memory, model.model.embed_tokens(piece), memory], dim=1)
             length = x.shape[1]

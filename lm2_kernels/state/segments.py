@@ -13,7 +13,7 @@ from torch import Tensor
 from lm2_kernels.state.cache import SegmentCache, on_device
 from lm2_kernels.state.memory import MemoryState
 
-__all__ = ["Rule", "compress", "gather", "leave_graph", "run_segments", "spread"]
+__all__ = ["Rule", "compress", "gather", "is_cut", "leave_graph", "run_segments", "spread"]
 
 # (piece (B, T, ...), what it reads of each bank, cache) -> (output (B, T, D), what it writes);
 # see MemoryState.piece and MemoryState.after
@@ -26,6 +26,11 @@ class Rule(NamedTuple):
     segment_length: int
     tokens_per_slot: int = 1
     causal: bool = True
+
+
+def is_cut(segments: int, bptt_segments: int | None) -> bool:
+    """Whether gradients end before a segment of which so many came before in the call."""
+    return bptt_segments is not None and segments > 0 and segments % bptt_segments == 0
 
 
 def leave_graph(text: str) -> None:
@@ -126,7 +131,7 @@ def _run(
     """:func:`run_segments` after so many segments of the call."""
     outputs, segment_length = [], rule.segment_length
     while inputs.shape[1] > 0:
-        if bptt_segments is not None and segments > 0 and segments % bptt_segments == 0:
+        if is_cut(segments, bptt_segments):
             state = state.detach()
         if state.start is None and inputs.shape[1] > 1:
             output, state = _run_groups(
