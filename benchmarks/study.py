@@ -356,6 +356,14 @@ BLOCKS = (
             *_QUERIES,
         ),
     ),
+    # four times the steps, for whom most seeds stay on the plateau
+    Block(
+        "patience",
+        Stories(),
+        (Contender("rmt"), Contender("full"), Contender(candidate="read")),
+        steps=3600,
+        tuned_by="learning",
+    ),
     # longer stories, facts among noise, and many times as many segments as were trained on
     Block(
         "length",

@@ -197,6 +197,7 @@ _TOLD = [block.name for block in study.BLOCKS if isinstance(block.task, study.To
 TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     "learning": ("learning", learning_table),
     "learning_differences": ("learning", difference_table),
+    "patience": ("patience", learning_table),
     "length": ("length", length_table),
     "length_differences": ("length", difference_table),
     "all_words": ("all_words", learning_table),
