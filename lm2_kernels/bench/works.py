@@ -385,6 +385,8 @@ def _model(shape: Shape, device: str, **options: object) -> LM2ForCausalLM:
         memory_slots=shape.slots,
         segment_length=shape.tokens,
         memory_heads=shape.heads,
+        # as the peers have it
+        candidate="read",
         **MODEL,
         **options,
     )

@@ -88,7 +88,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--candidate",
         choices=("read", "token"),
-        help="what is written; as --config has it (read there), else token",
+        help="what is written (token)",
     )
     parser.add_argument(
         "--no-memory", action="store_true", default=None, help="the same model without memory"
@@ -224,7 +224,6 @@ def _configuration(options: argparse.Namespace, data: Data) -> LM2Config:
         values = {**_SIZES[options.size or "small"], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
         values["tie_word_embeddings"] = True
-        values["candidate"] = "token"
     values.setdefault("vocab_size", vocab_size)
     if options.write not in (None, values.get("write", "position")):
         # a saved model has what its own rule takes

@@ -56,7 +56,8 @@ class LM2Config:
             neighbouring tokens, a whole number; needs ``flow="time"``.
         memory_causal: whether a token sees the slots up to its own alone; None is True for
             "position" and False for "chunk", which refuses True. False needs ``flow="time"``.
-        candidate: what is written: "read", or "token" for a candidate with a term of the token.
+        candidate: what is written: "token", what was read and a term of the token, or "read", LM2's
+            own, which from plain weights seldom learns to remember (docs/study.md).
         pooled_gate: of the release formulation, "prefix" (causal) or "segment" (released).
         memory_init: what a bank starts from: "identity", "zeros" (release formulation alone) or
             "learned" (initially the identity).
@@ -91,7 +92,7 @@ class LM2Config:
     flow: str = "depth"
     write: str = "position"
     memory_causal: bool | None = None
-    candidate: str = "read"
+    candidate: str = "token"
     pooled_gate: str = "prefix"
     memory_init: str = "identity"
     memory_dropout: float = 0.0
@@ -186,8 +187,8 @@ class LM2Config:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         # of pickles from before there were such options
-        state = {"segment_length": state["memory_slots"], "memory_causal": True, **state}
-        self.__dict__.update(state)
+        old = {"segment_length": state["memory_slots"], "memory_causal": True, "candidate": "read"}
+        self.__dict__.update(old | state)
 
     def __setattr__(self, name: str, value: object) -> None:
         # other names are free, for programs that keep notes on a model's configuration
@@ -214,7 +215,7 @@ class LM2Config:
 
     @classmethod
     def published(cls, **changes: object) -> "LM2Config":
-        """The sizes of the paper's model: Llama-3.2-1B's, a memory layer in each of 16 blocks.
+        """The paper's model: Llama-3.2-1B's sizes, a memory layer in each of 16 blocks.
 
         Not for Llama-3.2's weights: those want scaled rotary frequencies, which are not here.
         """
@@ -228,6 +229,7 @@ class LM2Config:
             "tie_word_embeddings": True,
             "memory_slots": 2048,
             "memory_heads": 32,
+            "candidate": "read",
         }
         return cls(**{**sizes, **changes})
 

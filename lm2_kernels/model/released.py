@@ -9,8 +9,8 @@ def release_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Its memory modules become ``memory``, their two biases get the shape (1,); its second names of
     the self-attention's weights and the stored ``memory_bank`` (state, not a parameter) are left
-    out. The model is
-    ``LM2Config(..., formulation="release", flow="depth", pooled_gate="segment")``.
+    out. The model is ``LM2Config(..., formulation="release", flow="depth", candidate="read",
+    pooled_gate="segment")``.
 
     Args:
         state_dict: of the released ``model``, its tensors as they are.

@@ -54,6 +54,7 @@ def _released_model(config, backend) -> LM2ForCausalLM:
             memory_heads=config["num_mem_heads"],
             formulation="release",
             flow="depth",
+            candidate="read",
             pooled_gate="segment",
             backend=backend,
         )
@@ -136,6 +137,11 @@ def test_published_sizes(options, billions):
     with torch.device("meta"):
         model = LM2ForCausalLM(LM2Config.published(**options))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_new_models_write_something_of_the_token():
+    model = LM2ForCausalLM(LM2Config(**SMALL))
+    assert all(hasattr(layer, "candidate_proj") for layer in model.memory_layers())
 
 
 @every_kind

@@ -20,14 +20,14 @@ SMALL = {
 # names for a flow and what is written and seen in it; in all of them a segment has 6 tokens
 FLOWS = {
     "depth": {"flow": "depth"},
-    "time": {"flow": "time"},
+    "time": {"flow": "time", "candidate": "read"},
     # three tokens a slot
     "chunk": {"write": "chunk", "memory_slots": 2, "segment_length": 6},
     # more slots than tokens, and every token sees them all
     "all": {"memory_causal": False, "memory_slots": 8, "segment_length": 6},
 }
 for name in ("chunk", "all"):
-    FLOWS[name] |= {"flow": "time", "candidate": "token"}
+    FLOWS[name] |= {"flow": "time"}
 # (formulation, name of a flow), all of which stream
 KINDS = [(a, b) for a in ("paper", "release") for b in ("depth", "time")]
 KINDS += [("release", "chunk"), ("paper", "all"), ("paper", "chunk")]
