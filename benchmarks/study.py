@@ -395,19 +395,30 @@ BLOCKS = (
         steps=1500,
         tuned_by="learning",
     ),
-    # how many slots 64 tokens need
+    # how many slots 24 words need
     Block(
         "slots",
+        Stories(),
+        (
+            *(Contender(slots=slots) for slots in (2, 4, 12, 24)),
+            *(Contender("rmt", slots=slots) for slots in (2, 16)),
+        ),
+        tuned_by="learning",
+    ),
+    # and 64 words, most of which say nothing
+    Block(
+        "slots_64",
         Stories(
-            options=(("segment_length", 64), ("sentences", 20), ("people", 4), ("objects", 4)),
+            noises=(0.8,),
+            options=(("segment_length", 64), ("sentences", 20)),
         ),
         (
             *(Contender(slots=slots) for slots in (4, 16, 64)),
             Contender(write="position", slots=64),
             *(Contender("rmt", slots=slots) for slots in (4, 16)),
-            Contender("none"),
             Contender("full"),
         ),
+        steps=2400,
         tuned_by="learning",
     ),
     # the tasks that others know, in few words

@@ -108,7 +108,7 @@ def learning_table(block: study.Block) -> str:
 def length_table(block: study.Block) -> str:
     """A line a contender and noise: both kinds of question together, by segments of facts."""
     task = block.task
-    rows = [["model", "facts among", *(f"{s} segments, %" for s in task.tested)]]
+    rows = [["model", "facts among", *(_segments(s) for s in task.tested)]]
     for contender, results in final_results(block).items():
         for noise in task.noises:
             cells = []
@@ -135,10 +135,14 @@ def difference_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def _segments(count: int) -> str:
+    return f"{count} segment, %" if count == 1 else f"{count} segments, %"
+
+
 def told_table(block: study.Block) -> str:
     """A line a contender: what it answers by segments, and with another row's memory."""
     task = block.task
-    rows = [["model", *(f"{s} segments, %" for s in task.tested), "shuffled, %"]]
+    rows = [["model", *(_segments(s) for s in task.tested), "shuffled, %"]]
     for contender, results in final_results(block).items():
         known = [name for name, (segments,) in task.kinds().items() if segments in task.segments]
         mixed = [f"{name}, shuffled" for name in known if contender.kind == "lm2"]
@@ -203,6 +207,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     "all_words": ("all_words", learning_table),
     "no_curriculum": ("no_curriculum", length_table),
     "slots": ("slots", learning_table),
+    "slots_64": ("slots_64", learning_table),
     **{name: (name, told_table) for name in _TOLD},
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
@@ -222,8 +227,12 @@ def rewritten(text: str) -> str:
 
 
 def draw_lengths(block: study.Block) -> object:
-    """Right answers by segments of facts, a panel a noise, a line a contender with its interval."""
-    task = block.task
+    """Right answers by segments of facts, a panel a noise, a line a contender with its interval.
+
+    Without starts and experiments of which a better known one is there.
+    """
+    task, drawn = block.task, final_results(block)
+    drawn = {c: r for c, r in drawn.items() if c.start == "plain" and "query" not in c.write}
     title = "Right answers, by how many segments the facts are in"
     foot = [
         f"Trained on {' and '.join(map(str, task.segments))} segments; mean of both kinds of "
@@ -233,7 +242,7 @@ def draw_lengths(block: study.Block) -> object:
     panels = figure.subplots(1, len(task.noises), sharey=True)
     for axes, noise in zip(panels, task.noises, strict=True):
         axes.set_title("facts among noise" if noise == 1.0 else "facts among other facts")
-        for number, (contender, results) in enumerate(final_results(block).items()):
+        for number, (contender, results) in enumerate(drawn.items()):
             values = []
             for segments in task.tested:
                 named = task.kinds().items()
@@ -242,8 +251,10 @@ def draw_lengths(block: study.Block) -> object:
             means = [100.0 * statistics.fmean(value) for value in values]
             ends = [[100.0 * end for end in bootstrap(value)] for value in values]
             bars = [[abs(m - e[i]) for m, e in zip(means, ends, strict=True)] for i in (0, 1)]
+            # side by side, so that no interval hides another
+            aside = 1.04 ** (number - (len(drawn) - 1) / 2)
             axes.errorbar(
-                task.tested,
+                [aside * segments for segments in task.tested],
                 means,
                 bars,
                 label=contender.name,
