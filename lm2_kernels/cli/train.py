@@ -217,13 +217,14 @@ def _configuration(options: argparse.Namespace, data: Data) -> LM2Config:
         try:
             values = files.read_json(options.config)
             # which a saved model has beside the options
-            values.pop("format", None)
+            make = LM2Config.from_saved if values.pop("format", None) else LM2Config.from_dict
         except ValueError as error:
             raise ValueError(f"--config: {error}") from None
     else:
         values = {**_SIZES[options.size or "small"], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
         values["tie_word_embeddings"] = True
+        make = LM2Config.from_dict
     values.setdefault("vocab_size", vocab_size)
     if options.write not in (None, values.get("write", "position")):
         # a saved model has what its own rule takes
@@ -235,7 +236,7 @@ def _configuration(options: argparse.Namespace, data: Data) -> LM2Config:
     if options.no_memory:
         values["memory_layers"] = ()
     try:
-        config = LM2Config.from_dict(values)
+        config = make(values)
     except ValueError as error:
         raise ValueError(_in_flags(str(error))) from None
     if config.vocab_size < vocab_size:

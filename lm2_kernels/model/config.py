@@ -20,6 +20,8 @@ _SIZES = (
     "memory_slots",
     "memory_heads",
 )
+# what earlier versions did not say of a model: it was always so
+_UNSAID = {"candidate": "read"}
 # beyond it torch counts elements wrongly or not at all
 _LARGEST = 2**31 - 1
 _MOST_BLOCKS = 2**16
@@ -187,8 +189,8 @@ class LM2Config:
 
     def __setstate__(self, state: dict[str, object]) -> None:
         # of pickles from before there were such options
-        old = {"segment_length": state["memory_slots"], "memory_causal": True, "candidate": "read"}
-        self.__dict__.update(old | state)
+        old = {"segment_length": state["memory_slots"], "memory_causal": True}
+        self.__dict__.update(_UNSAID | old | state)
 
     def __setattr__(self, name: str, value: object) -> None:
         # other names are free, for programs that keep notes on a model's configuration
@@ -251,6 +253,14 @@ class LM2Config:
         if unknown or missing:
             raise ValueError(f"LM2Config: unknown options {unknown}, missing options {missing}")
         return cls(**values)
+
+    @classmethod
+    def from_saved(cls, values: Mapping[str, object]) -> "LM2Config":
+        """:meth:`from_dict` for a model that was saved, perhaps by an earlier version.
+
+        What that did not know is as it was, and not as it is of new models.
+        """
+        return cls.from_dict({**_UNSAID, **values} if isinstance(values, Mapping) else values)
 
     def to_dict(self) -> dict[str, object]:
         """The options by their names."""

@@ -466,7 +466,7 @@ class LM2ForCausalLM(nn.Module):
             "LM2ForCausalLM.load", folder, revision=revision, token=token, cache_dir=cache_dir
         )
         values, tensors = files.load(place)
-        config = LM2Config.from_dict({**values, "backend": backend})
+        config = LM2Config.from_saved({**values, "backend": backend})
         with torch.device("meta"):
             model = cls(config)
         if config.tie_word_embeddings:

@@ -73,7 +73,7 @@ class Run:
         content = read_run(folder)
         try:
             stored = {**DEFAULTS, **content["options"]}
-            config = LM2Config.from_dict(content["config"])
+            config = LM2Config.from_saved(content["config"])
             data = [{"path": str(d["path"]), "digest": str(d["digest"])} for d in content["data"]]
             return cls(stored, config, data, content["tokenizer"], content["is_finished"])
         except (KeyError, TypeError, ValueError) as error:

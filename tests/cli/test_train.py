@@ -430,14 +430,20 @@ def test_few_slots_generate(text, tmp_path, capsys):
 
 
 def test_who_has_a_token_in_its_candidate(text, tmp_path):
-    """Whom nothing else is said of, and who has no configuration."""
+    """Whom nothing else is said of, unless a version saved it that knew of none."""
     config = ["--config", str(text.with_name("config.json"))]
+    saved = tmp_path / "saved.json"
+    values = json.loads(text.with_name("config.json").read_text())
+    assert "candidate" not in values
+    saved.write_text(json.dumps(values | {"format": "lm2_kernels.LM2ForCausalLM"}))
     size = ["--size", "tiny", "--slots", "8"]
     arguments = ["train", str(text), "--steps", "1", "--batch", "2", "--length", "8", "--out"]
     for number, (more, wanted) in enumerate(
         (
-            (config, "read"),
-            ([*config, "--candidate", "token"], "token"),
+            (config, "token"),
+            ([*config, "--candidate", "read"], "read"),
+            (["--config", str(saved)], "read"),
+            (["--config", str(saved), "--candidate", "token"], "token"),
             (size, "token"),
             ([*size, "--candidate", "read"], "read"),
         )

@@ -445,6 +445,18 @@ def test_a_state_file_says_how_tokens_are_bound(tmp_path):
             MemoryState.load(path)
 
 
+def test_a_model_saved_before_there_were_candidates(tmp_path):
+    model, ids = small_model(candidate="read"), random_ids(2, 14)
+    model.save(tmp_path)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    del values["candidate"]
+    path.write_text(json.dumps(values))
+    again = LM2ForCausalLM.load(tmp_path)
+    assert again.config == model.config
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 def test_a_pickled_model_from_before_there_were_rules():
     model, ids = small_model(flow="time"), random_ids(2, 14)
     config = LM2Config.from_dict(model.config.to_dict())
