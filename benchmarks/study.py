@@ -344,6 +344,7 @@ BLOCKS = (
             Contender(candidate="read"),
             Contender(candidate="read", start="open"),
             Contender(start="forget"),
+            Contender(start="open"),
             Contender(**_POSITION),
             Contender(candidate="read", **_POSITION),
             Contender(candidate="read", start="open", **_POSITION),

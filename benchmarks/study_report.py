@@ -12,6 +12,7 @@ are 5^5 resamples: all are taken, and nothing is random.
 import argparse
 import itertools
 import json
+import math
 import re
 import statistics
 import sys
@@ -24,6 +25,8 @@ from lm2_kernels import figures
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 
+# nats: where the losses of all contenders stay for a while
+_PLATEAU = 0.9
 _MARKS = "osD^vPX*<>phd8"
 _MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -79,6 +82,18 @@ def escaped(results: dict[int, dict], tests: Sequence[str]) -> int:
     )
 
 
+def left_after(results: dict[int, dict]) -> str:
+    """After how many steps the seeds have left the plateau, by their losses: the first hundred
+    steps whose mean is below half of what guessing among the places of a story costs.
+    """
+    ends = []
+    for result in results.values():
+        below = (place for place, loss in enumerate(result["losses"]) if loss < _PLATEAU / 2)
+        ends.append(100 * (next(below, math.inf) + 1))
+    names = [f"{end:g}" if end < math.inf else "never" for end in (min(ends), max(ends))]
+    return " to ".join(dict.fromkeys(names))
+
+
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
@@ -88,6 +103,7 @@ def learning_table(block: study.Block) -> str:
     """A line a contender: what it answers, with its own memory and with another row's."""
     tests = list(block.task.kinds())
     rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
+    rows[0].append("left it after, steps")
     for contender, results in final_results(block).items():
         mixed = ["" for _ in tests]
         if contender.kind == "lm2":
@@ -100,6 +116,7 @@ def learning_table(block: study.Block) -> str:
                 _percent(shares(results, tests[1])),
                 _percent(shares(results, *mixed)) if all(mixed) else "",
                 f"{escaped(results, tests)} of {len(results)}",
+                left_after(results),
             ]
         )
     return _markdown(rows)

@@ -27,7 +27,7 @@ def _result(cell, right):
     answers = {name: [right, 1000] for name in tests}
     answers |= {f"{name}, shuffled": [100, 1000] for name in tests}
     protocol = study.block_named(cell.block).protocol()
-    known = {"protocol": protocol, "minutes": 1.0, "failure": None}
+    known = {"protocol": protocol, "minutes": 1.0, "failure": None, "losses": [0.9, 0.4]}
     known["loss"] = {"held out": 1.5, "held out, shuffled": 2.0}
     return {"cell": dataclasses.asdict(cell), "answers": answers, **known}
 
@@ -296,6 +296,15 @@ def _write_lines(results):
         path = study.FOLDER / f"{result['cell']['block']}.jsonl"
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
+
+
+def test_when_the_plateau_is_left():
+    early, late, never = [2.0, 0.9, 0.3], [2.0, 0.9, 0.9, 0.46, 0.44], [1.0, 0.5]
+    runs = {seed: {"losses": losses} for seed, losses in enumerate((late, early))}
+    assert report.left_after(runs) == "300 to 500"
+    assert report.left_after({0: {"losses": early}}) == "300"
+    assert report.left_after({0: {"losses": never}, 1: {"losses": []}}) == "never"
+    assert report.left_after(runs | {2: {"losses": never}}) == "300 to never"
 
 
 def test_tables_say_what_the_lines_say(small):
