@@ -25,8 +25,10 @@ from lm2_kernels import figures
 sys.path.insert(0, str(Path(__file__).parent))
 import study
 
-# nats: where the losses of all contenders stay for a while
+# nats: where the losses of all contenders stay for a while in these blocks; the loss of the others
+# is of other words, or of stories with more places
 _PLATEAU = 0.9
+_OF_PLATEAU = ("learning", "patience", "slots")
 _MARKS = "osD^vPX*<>phd8"
 _MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -103,7 +105,9 @@ def learning_table(block: study.Block) -> str:
     """A line a contender: what it answers, with its own memory and with another row's."""
     tests = list(block.task.kinds())
     rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
-    rows[0].append("left it after, steps")
+    is_known = block.name in _OF_PLATEAU
+    if is_known:
+        rows[0].append("left it after, steps")
     for contender, results in final_results(block).items():
         mixed = ["" for _ in tests]
         if contender.kind == "lm2":
@@ -116,7 +120,7 @@ def learning_table(block: study.Block) -> str:
                 _percent(shares(results, tests[1])),
                 _percent(shares(results, *mixed)) if all(mixed) else "",
                 f"{escaped(results, tests)} of {len(results)}",
-                left_after(results),
+                *([left_after(results)] if is_known else []),
             ]
         )
     return _markdown(rows)
@@ -219,6 +223,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     "learning": ("learning", learning_table),
     "learning_differences": ("learning", difference_table),
     "patience": ("patience", learning_table),
+    "patience_differences": ("patience", difference_table),
     "length": ("length", length_table),
     "length_differences": ("length", difference_table),
     "all_words": ("all_words", learning_table),

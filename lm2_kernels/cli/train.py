@@ -213,18 +213,19 @@ def _data(paths: list[Path], chosen: dict, stored: Run | None) -> Data:
 
 def _configuration(options: argparse.Namespace, data: Data) -> LM2Config:
     vocab_size, is_text = data.vocab_size, not isinstance(data.tokenizer, Ids)
+    make = LM2Config.from_dict
     if options.config is not None:
         try:
             values = files.read_json(options.config)
-            # which a saved model has beside the options
-            make = LM2Config.from_saved if values.pop("format", None) else LM2Config.from_dict
+            # of a saved model
+            if values.pop("format", None):
+                make = LM2Config.from_saved
         except ValueError as error:
             raise ValueError(f"--config: {error}") from None
     else:
         values = {**_SIZES[options.size or "small"], "memory_slots": 128, "memory_heads": 4}
         values["intermediate_size"] = 4 * values["hidden_size"]
         values["tie_word_embeddings"] = True
-        make = LM2Config.from_dict
     values.setdefault("vocab_size", vocab_size)
     if options.write not in (None, values.get("write", "position")):
         # a saved model has what its own rule takes

@@ -59,7 +59,7 @@ class LM2Config:
         memory_causal: whether a token sees the slots up to its own alone; None is True for
             "position" and False for "chunk", which refuses True. False needs ``flow="time"``.
         candidate: what is written: "token", what was read and a term of the token, or "read", LM2's
-            own, which learns to remember later (docs/study.md).
+            own, which in small models learns to remember later (docs/study.md).
         pooled_gate: of the release formulation, "prefix" (causal) or "segment" (released).
         memory_init: what a bank starts from: "identity", "zeros" (release formulation alone) or
             "learned" (initially the identity).
