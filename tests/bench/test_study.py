@@ -332,7 +332,7 @@ def test_the_page_has_the_tables_of_the_committed_lines():
 
 def test_pictures_are_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "FOLDER", tmp_path)
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     for name, (block, _) in report.FIGURES.items():
         # as if all had been run
         results = {}
@@ -343,8 +343,13 @@ def test_pictures_are_drawn(monkeypatch, tmp_path):
             results |= {cell.key: _result(cell, 500) for cell in cells}
         _write_lines(results.values())
         written = io.StringIO()
-        report.draw(name, written)
-        assert "</svg>" in written.getvalue()
+        # letters as letters, not as outlines
+        with matplotlib.rc_context({"svg.fonttype": "none"}):
+            report.draw(name, written)
+        shown = set(re.findall(r">([^<>]+)<", written.getvalue()))
+        for contender in study.block_named(block).contenders:
+            is_variant = contender.start != "plain" or contender.write.startswith("query")
+            assert (contender.name in shown) != is_variant, contender.name
 
 
 def test_every_table_of_a_whole_study(monkeypatch, tmp_path):
