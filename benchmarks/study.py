@@ -396,7 +396,7 @@ BLOCKS = (
         steps=1500,
         tuned_by="learning",
     ),
-    # how many slots 24 words need
+    # how many slots six sentences in 24 tokens need
     Block(
         "slots",
         Stories(),
@@ -406,7 +406,7 @@ BLOCKS = (
         ),
         tuned_by="learning",
     ),
-    # and 64 words, most of which say nothing
+    # and twenty in 64 tokens, most of which say nothing
     Block(
         "slots_64",
         Stories(

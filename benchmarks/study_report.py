@@ -105,8 +105,8 @@ def learning_table(block: study.Block) -> str:
     """A line a contender: what it answers, with its own memory and with another row's."""
     tests = list(block.task.kinds())
     rows = [["model", "rate, base", "one hop, %", "two hops, %", "shuffled, %", "escaped"]]
-    is_known = block.name in _OF_PLATEAU
-    if is_known:
+    has_plateau = block.name in _OF_PLATEAU
+    if has_plateau:
         rows[0].append("left it after, steps")
     for contender, results in final_results(block).items():
         mixed = ["" for _ in tests]
@@ -120,7 +120,7 @@ def learning_table(block: study.Block) -> str:
                 _percent(shares(results, tests[1])),
                 _percent(shares(results, *mixed)) if all(mixed) else "",
                 f"{escaped(results, tests)} of {len(results)}",
-                *([left_after(results)] if is_known else []),
+                *([left_after(results)] if has_plateau else []),
             ]
         )
     return _markdown(rows)
@@ -251,7 +251,7 @@ def rewritten(text: str) -> str:
 def draw_lengths(block: study.Block) -> object:
     """Right answers by segments of facts, a panel a noise, a line a contender with its interval.
 
-    Without starts and experiments of which a better known one is there.
+    Without other starts and experiments, which the table has.
     """
     task, drawn = block.task, final_results(block)
     drawn = {c: r for c, r in drawn.items() if c.start == "plain" and "query" not in c.write}

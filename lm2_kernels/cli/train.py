@@ -88,7 +88,7 @@ def add_train(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--candidate",
         choices=("read", "token"),
-        help="what is written (token)",
+        help="what is written; as --config has it, else token",
     )
     parser.add_argument(
         "--no-memory", action="store_true", default=None, help="the same model without memory"
