@@ -5,6 +5,7 @@ for need (dK and dV come from one, as do all gates, and weight with bias), and r
 cannot differentiate: double backward, forward mode and vmap raise NotImplementedError.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -50,12 +51,12 @@ class _FirstOrderOnly(_Refusals, torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(backend, function, *args):
-        return run(backend, function, *args)
+    def forward(op, function, *args):
+        return function(*args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.op = inputs[1].removesuffix("_backward")
+        ctx.op = inputs[0]
 
     @staticmethod
     def backward(ctx, *grads):
@@ -78,17 +79,28 @@ def _forward(op: str, *args) -> tuple[Tensor, ...]:
 _is_legacy_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
 
 
-def _run_backward(ctx, function: str, *args):
-    # is_grads_batched and vectorize=True map over the backward by an older vmap, which no Function
-    # is told of
-    if any(isinstance(arg, Tensor) and _is_legacy_batched(arg) for arg in args):
-        _refuse_vmap()
-    if getattr(ctx, "is_of_operator", False):
-        return getattr(torch.ops.lm2_kernels, function)(*args, ctx.backend)
+def first_order(op: str, function: Callable, *args):
+    """``function(*args)`` within a backward, which refuses to be differentiated again."""
     # grad mode is on in a backward only under create_graph=True
     if torch.is_grad_enabled():
-        return _FirstOrderOnly.apply(ctx.backend, function, *args)
-    return run(ctx.backend, function, *args)
+        return _FirstOrderOnly.apply(op, function, *args)
+    return function(*args)
+
+
+def refuse_mapped(args: tuple) -> None:
+    """is_grads_batched and vectorize=True map over a backward by an older vmap, which no Function
+    is told of.
+    """
+    if any(isinstance(arg, Tensor) and _is_legacy_batched(arg) for arg in args):
+        _refuse_vmap()
+
+
+def _run_backward(ctx, function: str, *args):
+    refuse_mapped(args)
+    if getattr(ctx, "is_of_operator", False):
+        return getattr(torch.ops.lm2_kernels, function)(*args, ctx.backend)
+    backward = functools.partial(run, ctx.backend, function)
+    return first_order(function.removesuffix("_backward"), backward, *args)
 
 
 # Function -> the same with refusals, and what applies that fast

@@ -66,13 +66,27 @@ def apply_linear(x: Tensor, layer: nn.Module, *, relu: bool = False) -> Tensor:
     return apply(_LinearFunction, x.to(computed_dtype(x)), *parameters, relu)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Tensor:
+    """What :func:`apply_linear` computes of a plain layer in one dtype, bit for bit, as a product
+    that has no derivative.
+    """
+    if x.is_cpu and _is_large(x, x.dtype):
+        return cpu_products.product(x, weight.t(), bias, relu=relu)
+    y = F.linear(x, weight, bias)
+    return y.relu_() if relu else y
+
+
+def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether there may be a faster way: as if the layer were square, exact is not needed."""
+    return cpu_products.is_large(dtype, x.shape[:-1].numel(), x.shape[-1] ** 2)
+
+
 def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias if there may be a faster way than to call the layer."""
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None
     dtype = computed_dtype(x)
-    # as if the layer were square: exact is not needed
-    if not cpu_products.is_large(dtype, x.shape[:-1].numel(), x.shape[-1] ** 2):
+    if not _is_large(x, dtype):
         return None
     # modes count products, trace them or give them meaning, by the names that they know
     if torch._C._len_torch_dispatch_stack() > 0:

@@ -31,33 +31,53 @@ def plain_parameters(
         module: the submodule.
         kind: ``nn.Linear`` or ``nn.LayerNorm``.
     """
-    if (
-        type(module) is not kind
-        or kind.forward is not _FORWARD[kind]
-        or kind.__call__ is not _CALL
-        or kind._call_impl is not _CALL_IMPL
-        or F.linear is not _LINEAR
-        or F.layer_norm is not _LAYER_NORM
-        or "forward" in module.__dict__
-        or module._compiled_call_impl is not None
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-        or _is_watched()
-    ):
+    return parameters_of_plain(module, kind) if calls_are_plain() else None
+
+
+def calls_are_plain() -> bool:
+    """Whether nobody watches all modules, or the functions that Linear and LayerNorm end in."""
+    return (
+        nn.Module.__call__ is _CALL
+        and nn.Module._call_impl is _CALL_IMPL
+        and F.linear is _LINEAR
+        and F.layer_norm is _LAYER_NORM
+        and not _has_any_global_hook()
+        and not _is_watched()
+    )
+
+
+def parameters_of_plain(
+    module: nn.Module, kind: type[nn.Module]
+) -> tuple[Tensor, Tensor | None] | None:
+    """:func:`plain_parameters` where :func:`calls_are_plain`."""
+    if type(module) is not kind or kind.forward is not _FORWARD[kind] or not is_plain(module):
         return None
     # as module.weight finds them: FSDP1 sets plain attributes
     own, parameters = module.__dict__, module._parameters
     weight = own["weight"] if "weight" in own else parameters.get("weight")
     bias = own["bias"] if "bias" in own else parameters.get("bias", _MISSING)
-    if _is_ordinary(weight) and (bias is None or _is_ordinary(bias)):
+    if is_ordinary(weight) and (bias is None or is_ordinary(bias)):
         return weight, bias
     return None
 
 
-def _is_ordinary(parameter: object) -> bool:
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling a module runs its class's forward and nothing else, of what it has itself."""
+    kind, own = type(module), module.__dict__
+    return (
+        kind.__call__ is _CALL
+        and kind._call_impl is _CALL_IMPL
+        and "forward" not in own
+        and module._compiled_call_impl is None
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not own["_backward_hooks"]
+        and not own["_backward_pre_hooks"]
+    )
+
+
+def is_ordinary(parameter: object) -> bool:
+    """Whether a parameter is a dense tensor of no class of its own."""
     return type(parameter) in ORDINARY and parameter.layout == torch.strided
 
 

@@ -19,9 +19,14 @@ from lm2_kernels.autograd import (
 from lm2_kernels.backends import select
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def contiguous_rows(tensor: Tensor) -> Tensor:
     """The tensor with a contiguous last axis: itself, or a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def default_scale(query: Tensor) -> float:
+    """What ``scale=None`` is, of queries (B, T, H, K)."""
+    return 1.0 / math.sqrt(query.shape[-1])
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -48,15 +53,15 @@ def memory_attention(
     name = select("memory_attention", (query, key, value), backend)
     out, _ = apply(
         MemoryAttentionFunction,
-        _rows(query),
-        _rows(key),
-        _rows(value),
+        contiguous_rows(query),
+        contiguous_rows(key),
+        contiguous_rows(value),
         slot_mask,
         draw_seed(query.device) if dropout_p > 0.0 else None,
         causal,
         # further on every token sees every slot, and a kernel's 32-bit sums stay small
         min(slot_offset, key.shape[1]),
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        default_scale(query) if scale is None else float(scale),
         top_k,
         float(dropout_p),
         name,
@@ -82,14 +87,14 @@ def memory_update(
     name = select("memory_update", (hidden, candidate, memory), backend)
     return apply(
         MemoryUpdateFunction,
-        _rows(hidden),
-        _rows(candidate),
-        _rows(memory),
-        _rows(input_gate),
-        _rows(forget_gate),
-        None if output_gate is None else _rows(output_gate),
-        None if gate_bias is None else _rows(gate_bias),
-        None if read is None else _rows(read),
+        contiguous_rows(hidden),
+        contiguous_rows(candidate),
+        contiguous_rows(memory),
+        contiguous_rows(input_gate),
+        contiguous_rows(forget_gate),
+        None if output_gate is None else contiguous_rows(output_gate),
+        None if gate_bias is None else contiguous_rows(gate_bias),
+        None if read is None else contiguous_rows(read),
         output,
         tokens_per_slot,
         name,
@@ -107,7 +112,12 @@ def residual_layer_norm(
 ) -> Tensor:
     """See :func:`lm2_kernels.functional.residual_layer_norm`."""
     name = select("residual_layer_norm", (x, residual, weight, bias), backend)
-    rows = (_rows(x), _rows(residual), _rows(weight), _rows(bias))
+    rows = (
+        contiguous_rows(x),
+        contiguous_rows(residual),
+        contiguous_rows(weight),
+        contiguous_rows(bias),
+    )
     out, _, _ = apply(ResidualLayerNormFunction, *rows, eps, name)
     return out
 
@@ -123,5 +133,13 @@ def pooled_gate(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lm2_kernels.functional.pooled_gate`."""
     name = select("pooled_gate", (x, weight), backend)
-    pooled_sum = None if pooled_sum is None else _rows(pooled_sum)
-    return apply(PooledGateFunction, _rows(x), _rows(weight), pooled_sum, prefix, num_pooled, name)
+    pooled_sum = None if pooled_sum is None else contiguous_rows(pooled_sum)
+    return apply(
+        PooledGateFunction,
+        contiguous_rows(x),
+        contiguous_rows(weight),
+        pooled_sum,
+        prefix,
+        num_pooled,
+        name,
+    )

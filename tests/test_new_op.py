@@ -91,7 +91,7 @@ def toy_gate_backward(
 def toy_gate(x: Tensor, weight: Tensor, *, backend: str | None) -> Tensor:
     name = select("toy_gate", (x, weight), backend)
     from lm2_kernels.autograd import ToyGateFunction
-    return apply(ToyGateFunction, _rows(x), _rows(weight), name)
+    return apply(ToyGateFunction, contiguous_rows(x), contiguous_rows(weight), name)
 """,
     ),
     "functional.py": (

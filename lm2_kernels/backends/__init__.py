@@ -25,6 +25,8 @@ NAMES: tuple[str, ...] = ("triton", "cpp", "eager")
 ENVIRONMENT_VARIABLE = "LM2_KERNELS_BACKEND"
 
 _BUILT_IN = NAMES
+# how often a backend came or went: what was chosen before may be another by now
+revision = 0
 # modules, and the objects that were registered
 _modules: dict[str, Any] = {}
 _import_errors: dict[str, str] = {}
@@ -119,7 +121,7 @@ class register:  # noqa: N801 - used like a function, as use_backend is
     """
 
     def __init__(self, name: str, backend: object, *, before: str | None = None):
-        global NAMES
+        global NAMES, revision
         if not (isinstance(name, str) and name.isidentifier()):
             raise ValueError(f"register: the name must be an identifier, got {name!r}")
         if name in (*NAMES, "auto"):
@@ -142,6 +144,7 @@ class register:  # noqa: N801 - used like a function, as use_backend is
         place = 0 if before is None else NAMES.index(before)
         _modules[name] = backend
         NAMES = (*NAMES[:place], name, *NAMES[place:])
+        revision += 1
         self._name, self._backend = name, backend
 
     def __enter__(self) -> None:
@@ -159,11 +162,12 @@ def unregister(name: str) -> None:
     Raises:
         ValueError: no such backend was registered.
     """
-    global NAMES, _default
+    global NAMES, _default, revision
     if name not in NAMES or name in _BUILT_IN:
         raise ValueError(f"unregister: there is no registered backend {name!r}")
     NAMES = tuple(other for other in NAMES if other != name)
     del _modules[name]
+    revision += 1
     if _default == name:
         _default = "auto"
 
@@ -243,8 +247,6 @@ def _warn_once(op: str, text: str) -> None:
 
 def call(name: str, function: str, *args):
     """Run ``<op>_forward`` or ``<op>_backward`` of a backend, and record that it ran."""
-    record(function, name)
-    implementation = getattr(get(name), function)
     for arg in args:
         # the gradient of an output that was not used is None
         if isinstance(arg, Tensor):
@@ -253,8 +255,16 @@ def call(name: str, function: str, *args):
     if autocast_dtype(device) is not None:
         # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
         with torch.autocast(device, enabled=False):
-            return implementation(*args)
-    return implementation(*args)
+            return call_without_autocast(name, function, *args)
+    return call_without_autocast(name, function, *args)
+
+
+def call_without_autocast(name: str, function: str, *args):
+    """:func:`call` where no autocast is in force."""
+    if _recordings:
+        record(function, name)
+    module = _modules.get(name)
+    return getattr(get(name) if module is None else module, function)(*args)
 
 
 def record(function: str, name: str) -> None:

@@ -18,6 +18,7 @@ GPUs"}``; None is any. It is given nothing that lies elsewhere.
 
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
+It goes by their shapes, dtypes and devices alone: of a layer it is asked once for each combination.
 torch.compile traces it: what it cannot trace goes into a
 :func:`lm2_kernels.backends.constant_when_compiled`.
 """

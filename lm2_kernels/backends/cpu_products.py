@@ -56,6 +56,8 @@ def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _torch(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None and a.dim() == 2:
+        return torch.mm(a, b)
     return F.linear(a, b.t(), bias)
 
 
@@ -91,23 +93,54 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = Fa
         bias: (L,) or None.
         relu: whether negative results become 0, in place.
     """
-    num_rows = a.shape[:-1].numel()
-    # of what differs in dtype, torch's own says so
-    is_choice = a.device.type == "cpu" and a.dtype == b.dtype
-    is_choice = is_choice and (bias is None or bias.dtype == a.dtype)
-    # neither way has a derivative: a backward under create_graph takes torch's
-    is_choice = is_choice and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
     result = None
-    if is_choice and is_large(a.dtype, num_rows, b.numel()):
+    if _is_choice(a, b, bias):
         rows = a if a.dim() == 2 else a.flatten(0, -2)
-        # what is expanded, or strided along both axes, torch's own copies
-        is_plain = _is_matrix(rows) and _is_matrix(b)
-        if is_plain and _ratio(a.dtype, rows.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-            result = _other(a.dtype)(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
+        way = _faster(rows, b)
+        if way is not None:
+            result = way(rows, b, bias).view(*a.shape[:-1], b.shape[-1])
     if result is None:
         result = _torch(a, b, bias)
     # oneDNN could do it with the product, but makes 0 of a NaN
     return result.relu_() if relu else result
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tensor:
+    """``total + a @ b``, all of one dtype: by the product itself where that is torch's.
+
+    Args:
+        total: (I, L).
+        a: (I, J).
+        b: (J, L).
+        in_place: whether the result may be ``total``.
+    """
+    way = _faster(a, b) if _is_choice(a, b) else None
+    if way is None:
+        # modes that count know the product that is not in place
+        in_place = in_place and torch._C._len_torch_dispatch_stack() == 0
+        return total.addmm_(a, b) if in_place else torch.addmm(total, a, b)
+    product = way(a, b, None)
+    return total.add_(product) if in_place else product.add_(total)
+
+
+def _is_choice(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether ``a @ b`` is on a CPU, and large enough for another way than torch's own."""
+    if not (a.is_cpu and is_large(a.dtype, a.shape[:-1].numel(), b.numel())):
+        return False
+    # neither way has a derivative: a backward under create_graph takes torch's
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # of what differs in dtype, torch's own says so
+    return a.dtype == b.dtype and (bias is None or bias.dtype == a.dtype)
+
+
+def _faster(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """The other way for two matrices, if it is the faster one."""
+    # what is expanded, or strided along both axes, torch's own copies
+    is_plain = _is_matrix(a) and _is_matrix(b)
+    if is_plain and _ratio(a.dtype, a.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
+        return _other(a.dtype)
+    return None
 
 
 def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:

@@ -6,8 +6,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from lm2_kernels import unchecked
+from lm2_kernels import backends, unchecked
 from lm2_kernels.backends import (
     autocast_dtype,
     check_choice,
@@ -31,15 +32,22 @@ from lm2_kernels.checks import (
     go_together,
 )
 from lm2_kernels.chunks import num_rows
+from lm2_kernels.layers import function
 from lm2_kernels.linear import apply_linear
-from lm2_kernels.plain import ORDINARY, plain_parameters
+from lm2_kernels.plain import ORDINARY, calls_are_plain, is_ordinary, plain_parameters
 from lm2_kernels.state.cache import SegmentCache, write_rows
+
+# what layers were called with -> what their Functions are, or None where one is made of ops
+_known: dict[tuple, function.Options | None] = {}
+# so many at most: lengths and offsets may be any
+_MOST_KNOWN = 1024
 
 
 class MemoryLayer(nn.Module):
     """What both layers share: their options, the checks of their inputs, reading and writing."""
 
     OPS: tuple[str, ...] = ()
+    FUNCTION: type[function.LayerFunction]
 
     # layers that were pickled when there was nothing else have none of their own
     tokens_per_slot: int = 1
@@ -161,6 +169,165 @@ class MemoryLayer(nn.Module):
                 raise ValueError(f"{op}: top_k must be between 1 and N = {there}, got {self.top_k}")
         if slot_offset != 0 or slot_mask is not None:
             raise ValueError(f"{op}: a piece with a cache takes no slot_offset and no slot_mask")
+
+    def _parts(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]] | None:
+        """Parameters in the order in which :attr:`FUNCTION` takes them, and the options that the
+        other layer has not; None if a part is not plain, given that calls are.
+        """
+        raise NotImplementedError
+
+    def _fits(self, parameters: tuple[Tensor | None, ...], x: Tensor) -> bool:
+        """Whether the Function takes parameters of these shapes and dtypes."""
+        raise NotImplementedError
+
+    def _more_options(
+        self, x: Tensor, memory: Tensor, slot_offset: int, *more_inputs: Tensor | None
+    ) -> object:
+        """What :class:`function.Options` has as ``more``, the other inputs checked."""
+        raise NotImplementedError
+
+    def _as_one(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        slot_mask: Tensor | None,
+        slot_offset: int,
+        *more_inputs: Tensor | None,
+        cache: SegmentCache | None = None,
+    ) -> tuple[Tensor, ...] | None:
+        """The layer as one Function, where every part of it is plain; else None.
+
+        A piece with a cache is one if it is a whole segment: its memory is what it reads, and of
+        that the rows come back that it writes.
+
+        What was called before with these options, and tensors of these shapes, dtypes and devices,
+        is not checked again.
+        """
+        piece = None
+        if cache is not None:
+            if cache.is_open or cache.lengths is not None or slot_offset or slot_mask is not None:
+                return None
+            piece = cache.num_tokens, cache.causal, cache.tokens_per_slot
+        if (
+            torch.compiler.is_compiling()
+            or not calls_are_plain()
+            # whoever counts or transforms ops knows them by their names
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+            or getattr(forward_ad, "_current_level", 0) >= 0
+        ):
+            return None
+        inputs = (x, memory, slot_mask, *more_inputs)
+        for tensor in inputs:
+            if tensor is not None and (not is_ordinary(tensor) or tensor.is_nested):
+                return None
+        parts = self._parts() if _is_as_written(type(self)) else None
+        if parts is None:
+            return None
+        parameters, more = parts
+        tensors = (*inputs, *parameters)
+        values = (
+            slot_offset,
+            self.num_heads,
+            self.causal,
+            self.scale,
+            self.top_k,
+            self.dropout,
+            self.training,
+            self.write,
+            self.tokens_per_slot,
+            self.candidate,
+            self.recompute,
+            requested_backend() if self.backend is None else self.backend,
+            *more,
+        )
+        key = (
+            type(self),
+            piece,
+            values,
+            # True is not 1 to the checks
+            tuple(map(type, values)),
+            autocast_dtype(x.device.type),
+            backends.revision,
+            tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors]),
+        )
+        try:
+            options = _known.get(key, _known)
+        except TypeError:
+            # an option that cannot be one, as the checks will say
+            return None
+        if options is _known:
+            if len(_known) >= _MOST_KNOWN:
+                _known.clear()
+            if cache is None:
+                self._check(x, memory, slot_offset, slot_mask)
+            else:
+                self._check_piece(x, memory, cache, slot_offset, slot_mask)
+            options = self._options(
+                parameters, x, memory, slot_offset, *more_inputs, gives_rows=cache is not None
+            )
+            _known[key] = options
+        if options is None:
+            return None
+        seed = unchecked.draw_seed(x.device) if options.read.dropout > 0.0 else None
+        return self.FUNCTION.of(options, x, memory, slot_mask, seed, *more_inputs, *parameters)
+
+    def _options(
+        self,
+        parameters: tuple[Tensor | None, ...],
+        x: Tensor,
+        memory: Tensor,
+        slot_offset: int,
+        *more_inputs: Tensor | None,
+        gives_rows: bool,
+    ) -> function.Options | None:
+        """What the layer's Function is called with, inputs that were checked; None where the
+        parameters do not fit: of what happens then the layer made of ops knows.
+        """
+        same_device = all(p is None or p.device == x.device for p in parameters)
+        if not same_device or not self._fits(parameters, x):
+            return None
+        more = self._more_options(x, memory, slot_offset, *more_inputs)
+        batch, num_tokens, _ = x.shape
+        num_slots, dtype = memory.shape[1], computed_dtype(x)
+        num_seen = slot_offset + num_tokens if self.causal else num_slots
+        heads = (self.num_heads, self.dim // self.num_heads)
+        query = x.new_empty(batch, num_tokens, *heads, dtype=dtype)
+        key = x.new_empty(batch, num_seen, *heads, dtype=dtype)
+        rows = memory[:, : num_rows(num_tokens, self.tokens_per_slot)]
+        read = function.Read(
+            num_heads=self.num_heads,
+            num_slots=num_slots,
+            causal=self.causal,
+            slot_offset=slot_offset,
+            scale=unchecked.default_scale(query) if self.scale is None else float(self.scale),
+            # of fewer slots all are kept
+            top_k=None if self.top_k is None or self.top_k >= num_seen else self.top_k,
+            dropout=float(self.dropout) if self.training else 0.0,
+            backend=select("memory_attention", (query, key, key), self.backend),
+        )
+        return function.Options(
+            layer=type(self).__name__,
+            read=read,
+            tokens_per_slot=self.tokens_per_slot,
+            dtype=dtype,
+            is_cast=any(t is not None and t.dtype != dtype for t in (x, memory, *parameters)),
+            recompute=self.recompute,
+            gives_rows=gives_rows,
+            update=select("memory_update", (x, query.flatten(-2), rows), self.backend),
+            more=more,
+        )
+
+    def _linear_fits(self, weight: Tensor, bias: Tensor | None, x: Tensor, width: int) -> bool:
+        """Whether a Linear to this width computes in the dtype of x."""
+        shape, dtype = (width, self.dim), computed_dtype(x)
+        is_cast = autocast_dtype(x.device.type) is not None
+        return all(
+            p.shape == wanted and (p.dtype == dtype or (is_cast and go_together(dtype, p.dtype)))
+            for p, wanted in ((weight, shape), (bias, shape[:1]))
+            if p is not None
+        )
 
     def any_parameter(self) -> Tensor | None:
         """A parameter whose dtype and device stand for the layer's; None if it has none.
@@ -328,6 +495,21 @@ class MemoryLayer(nn.Module):
         return read.flatten(-2)
 
 
+@functools.cache
+def _is_as_written(kind: type[MemoryLayer]) -> bool:
+    """Whether a layer's class, or the one of ours that it extends, computes what its Function does.
+
+    Somebody's own may change how the layer is made of ops, by the methods that do it.
+    """
+    own = [c for c in kind.__mro__ if not c.__module__.startswith(f"{__package__}.")]
+    ours = next(c for c in kind.__mro__ if c not in own)
+    return not any(
+        hasattr(ours, name) and name.startswith("_") and not name.startswith("__")
+        for c in own[: own.index(nn.Module)]
+        for name in vars(c)
+    )
+
+
 def default_causal(write: str) -> bool:
     """What ``causal=None`` is."""
     return write == "position"
@@ -463,7 +645,7 @@ class BankReader:
     def __init__(
         self,
         layer: MemoryLayer,
-        bank: Tensor,  # (B, N, D), a matrix operand
+        bank: Tensor,  # (B, N, D)
         slot_offset: int,
         slot_mask: Tensor | None,  # (B, N)
     ):
@@ -485,6 +667,7 @@ class BankReader:
         if slot_mask is not None:
             # 0 * NaN is NaN in the gradients of the projections too
             bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
+        bank = layer._operand(bank, query)
         key = layer._heads(layer._project("key_proj", bank, layer.key_proj))
         value = layer._heads(layer._project("value_proj", bank, layer.value_proj))
         return layer._attention(query, key, value, layer.causal, self._slot_offset, slot_mask)

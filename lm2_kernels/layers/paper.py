@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from lm2_kernels import unchecked
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers.base import BankReader, MemoryLayer, Reader, unrounded
+from lm2_kernels.layers.paper_function import PROJECTIONS, PaperMemoryFunction
+from lm2_kernels.plain import parameters_of_plain
 from lm2_kernels.state.cache import SegmentCache, write_rows
 
 
@@ -51,13 +53,14 @@ class PaperMemory(MemoryLayer):
         tokens_per_slot: of "chunk", c.
         candidate: "read", or "token" for a candidate with a term of the token, by
             ``candidate_proj``.
-        recompute: keep x and memory alone for backward, instead of about 9 tensors of their size
-            (T = N), and compute the rest again there: the same gradients bit for bit, for a second
-            forward pass. Options and ``training`` must then be in backward what they were in
-            forward. A submodule that changes its own buffers in forward, as a spectral norm does
-            while training, is refused in backward. A segment fed in pieces with ``cache``, which
-            holds keys and values anyway, is not recomputed; one fed whole is. With dropout, not
-            under ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
+        recompute: keep x and memory alone for backward, instead of about 9 tensors of their size (T
+            = N), and compute the rest again there: the same gradients bit for bit, for a second
+            forward pass. Where a part of the layer is not plain (hooked, adapted, ...), options and
+            ``training`` must be in backward what they were in forward. A submodule that changes its
+            own buffers in forward, as a spectral norm does while training, is refused in backward.
+            A segment fed in pieces with ``cache``, which holds keys and values anyway, is not
+            recomputed; one fed whole is. With dropout, not under
+            ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
             backward (its others do not).
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
@@ -68,6 +71,7 @@ class PaperMemory(MemoryLayer):
     """
 
     OPS = ("memory_attention", "memory_update")
+    FUNCTION = PaperMemoryFunction
 
     def __init__(
         self,
@@ -161,6 +165,9 @@ class PaperMemory(MemoryLayer):
         Raises:
             TypeError, ValueError: an input does not fit; the text names it.
         """
+        whole = self._as_one(x, memory, slot_mask, slot_offset, cache=cache)
+        if whole is not None:
+            return whole
         if cache is not None:
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
             return self._run(self._forward_piece, (x, memory), cache)
@@ -179,11 +186,33 @@ class PaperMemory(MemoryLayer):
             cache: SegmentCache | None = None,
         ) -> tuple[Tensor, Tensor]: ...
 
+    def _parts(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]] | None:
+        parameters: list[Tensor | None] = []
+        for name in PROJECTIONS:
+            if name == "candidate_proj" and self.candidate == "read":
+                parameters += (None, None)
+                continue
+            module = self._modules.get(name)
+            pair = None if module is None else parameters_of_plain(module, nn.Linear)
+            if pair is None:
+                return None
+            parameters += pair
+        return tuple(parameters), (self.output,)
+
+    def _fits(self, parameters: tuple[Tensor | None, ...], x: Tensor) -> bool:
+        pairs = zip(parameters[::2], parameters[1::2], strict=True)
+        return all(
+            weight is None or self._linear_fits(weight, bias, x, self.dim) for weight, bias in pairs
+        )
+
+    def _more_options(self, x: Tensor, memory: Tensor, slot_offset: int) -> str:
+        return self.output
+
     def _forward(
         self, x: Tensor, memory: Tensor, slot_mask: Tensor | None, slot_offset: int
     ) -> tuple[Tensor, Tensor]:
         """:meth:`forward` without a cache, its inputs checked."""
-        reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
+        reader = BankReader(self, memory, slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], self.tokens_per_slot)]
         output, new_rows = self._rewrite(x, rows, reader, self.tokens_per_slot)
         return output, write_rows(memory, new_rows, slot_offset)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
+from lm2_kernels.backends import autocast_dtype, computed_dtype, select
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -17,6 +18,7 @@ from lm2_kernels.checks import (
     check_pooled_sum,
     check_shape,
     check_tensors,
+    go_together,
 )
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers.base import (
@@ -29,7 +31,19 @@ from lm2_kernels.layers.base import (
     shallow_copy,
     unrounded,
 )
-from lm2_kernels.plain import ORDINARY, plain_parameters
+from lm2_kernels.layers.release_function import (
+    LINEARS,
+    ReleaseMemoryFunction,
+    ReleaseOptions,
+    ReleaseParameters,
+)
+from lm2_kernels.plain import (
+    ORDINARY,
+    is_ordinary,
+    is_plain,
+    parameters_of_plain,
+    plain_parameters,
+)
 from lm2_kernels.state.cache import SegmentCache, is_known, read_rows, write_rows
 
 
@@ -195,6 +209,12 @@ class _MemoryGateProjector(nn.Module):
         return project(name, torch.tanh(rows), self.linear, width)
 
 
+# as they are defined here: somebody may patch them
+_SHARED_FORWARD = _Shared.forward
+_INPUT_GATE_FORWARD = _InputGateProjector.forward
+_MEMORY_GATE_FORWARD = _MemoryGateProjector.forward
+
+
 class ReleaseMemory(MemoryLayer):
     """The memory layer that the LM2 authors' released code computes, at any shape.
 
@@ -245,11 +265,12 @@ class ReleaseMemory(MemoryLayer):
             ``candidate_proj``.
         recompute: keep x and memory alone for backward, instead of about 13 tensors of their size
             (T = N), and compute the rest again there: the same gradients bit for bit, for a second
-            forward pass. Options and ``training`` must then be in backward what they were in
-            forward. A submodule that changes its own buffers in forward, as a spectral norm does
-            while training, is refused in backward. A segment fed in pieces with ``cache``, which
-            holds keys and values anyway, is not recomputed; one fed whole is. With dropout, not
-            under ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
+            forward pass. Where a part of the layer is not plain (hooked, adapted, ...), options and
+            ``training`` must be in backward what they were in forward. A submodule that changes its
+            own buffers in forward, as a spectral norm does while training, is refused in backward.
+            A segment fed in pieces with ``cache``, which holds keys and values anyway, is not
+            recomputed; one fed whole is. With dropout, not under
+            ``torch.compile(backend="eager")``: PyTorch's debug backend draws another mask in
             backward (its others do not).
         backend: force a backend for this layer; None takes the default (``use_backend``).
         device: of the parameters.
@@ -260,6 +281,7 @@ class ReleaseMemory(MemoryLayer):
     """
 
     OPS = ("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
+    FUNCTION = ReleaseMemoryFunction
 
     def __init__(
         self,
@@ -399,19 +421,18 @@ class ReleaseMemory(MemoryLayer):
                     "ReleaseMemory: causal=False cannot stream with num_blocks above 1: a second "
                     "block reads rows that later tokens have rewritten"
                 )
+            whole = self._as_one(x, memory, slot_mask, slot_offset, None, cache=cache)
+            if whole is not None:
+                return whole[:2]
             self._check_piece(x, memory, cache, slot_offset, slot_mask)
             return self._run(self._forward_piece, (x, memory), cache)
-        self._check(x, memory, slot_offset, slot_mask)
-        if pooled_sum is not None:
-            if self.pooled_gate != "prefix":
-                raise ValueError(
-                    "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole "
-                    "segment cannot be continued in pieces"
-                )
-            check_pooled_sum("ReleaseMemory", pooled_sum, x)
-        output, new_memory, new_sum = self._run(
-            self._forward, (x, memory, slot_mask, pooled_sum), slot_offset
-        )
+        whole = self._as_one(x, memory, slot_mask, slot_offset, pooled_sum)
+        if whole is None:
+            self._check(x, memory, slot_offset, slot_mask)
+            self._check_pooled_sum(x, pooled_sum)
+            tensors = (x, memory, slot_mask, pooled_sum)
+            whole = self._run(self._forward, tensors, slot_offset)
+        output, new_memory, new_sum = whole
         return (output, new_memory, new_sum) if return_pooled_sum else (output, new_memory)
 
     if TYPE_CHECKING:
@@ -455,6 +476,113 @@ class ReleaseMemory(MemoryLayer):
             return_pooled_sum: bool,
         ) -> tuple[Tensor, ...]: ...
 
+    def _check_pooled_sum(self, x: Tensor, pooled_sum: Tensor | None) -> None:
+        if pooled_sum is not None:
+            if self.pooled_gate != "prefix":
+                raise ValueError(
+                    "ReleaseMemory: pooled_sum needs pooled_gate='prefix': the gate of a whole "
+                    "segment cannot be continued in pieces"
+                )
+            check_pooled_sum("ReleaseMemory", pooled_sum, x)
+
+    def _parts(self) -> tuple[tuple[Tensor | None, ...], tuple[object, ...]] | None:
+        modules = self._modules
+        mlp, pool = modules.get("attention_mlp"), modules.get("input_gate_projector")
+        of_rows = modules.get("memory_gate_projector")
+        for module, kind, forward in (
+            (mlp, _Shared, _SHARED_FORWARD),
+            (pool, _InputGateProjector, _INPUT_GATE_FORWARD),
+            (of_rows, _MemoryGateProjector, _MEMORY_GATE_FORWARD),
+        ):
+            if type(module) is not kind or kind.forward is not forward or not is_plain(module):
+                return None
+        linears = [
+            modules.get("query_proj"),
+            modules.get("key_proj"),
+            modules.get("value_proj"),
+            mlp._modules.get("0"),
+            pool._modules.get("linear"),
+            of_rows._modules.get("linear"),
+        ]
+        parameters: list[Tensor | None] = []
+        if self.candidate == "token":
+            linears.append(modules.get("candidate_proj"))
+        names = "attended_memory_layernorm", "attended_memory_layernorm2"
+        norms = [modules.get(name) for name in names]
+        for module, kind in (
+            *((linear, nn.Linear) for linear in linears),
+            *((norm, nn.LayerNorm) for norm in norms),
+        ):
+            pair = None if module is None else parameters_of_plain(module, kind)
+            if pair is None:
+                return None
+            parameters += pair
+        if self.candidate != "token":
+            parameters[LINEARS - 2 : LINEARS - 2] = (None, None)
+        for owner, name in (
+            (pool, "w"),
+            (self, "input_bias"),
+            (self, "forget_bias"),
+        ):
+            # as FSDP1 sets plain attributes
+            vector = owner.__dict__.get(name, owner._parameters.get(name))
+            if not is_ordinary(vector):
+                return None
+            parameters.append(vector)
+        more = self.num_blocks, self.pooled_gate, mlp.places, norms[0].eps, norms[1].eps
+        return tuple(parameters), more
+
+    def _fits(self, parameters: tuple[Tensor | None, ...], x: Tensor) -> bool:
+        p, dim = ReleaseParameters(*parameters), self.dim
+        pairs = zip(parameters[:LINEARS:2], parameters[1:LINEARS:2], strict=True)
+        widths = (dim,) * 4 + (2 * dim,) * 2 + (dim,)
+        vectors = (
+            p.first_norm_weight,
+            p.first_norm_bias,
+            p.second_norm_weight,
+            p.second_norm_bias,
+            p.pool_weight,
+        )
+        return (
+            self.num_blocks == 1
+            and all(vector is not None and vector.shape == (dim,) for vector in vectors)
+            and all(
+                weight.dtype == bias.dtype and go_together(computed_dtype(x), weight.dtype)
+                for weight, bias in (vectors[:2], vectors[2:4])
+            )
+            and go_together(x.dtype, p.pool_weight.dtype)
+            and all(bias.numel() == 1 for bias in (p.input_bias, p.forget_bias))
+            and all(
+                weight is None or self._linear_fits(weight, bias, x, width)
+                for (weight, bias), width in zip(pairs, widths, strict=True)
+            )
+        )
+
+    def _more_options(
+        self, x: Tensor, memory: Tensor, slot_offset: int, pooled_sum: Tensor | None
+    ) -> ReleaseOptions:
+        self._check_pooled_sum(x, pooled_sum)
+        first, second = self.attended_memory_layernorm, self.attended_memory_layernorm2
+        check_eps("ReleaseMemory.attended_memory_layernorm", first.eps)
+        check_eps("ReleaseMemory.attended_memory_layernorm2", second.eps)
+        weight, computed = (
+            self.input_gate_projector.w,
+            x.new_empty(x.shape, dtype=computed_dtype(x)),
+        )
+        rows = memory[:, : num_rows(x.shape[1], self.tokens_per_slot)]
+        is_cast = autocast_dtype(x.device.type) is not None
+        normed = (computed, rows, first.weight, first.bias)
+        return ReleaseOptions(
+            prefix=self.pooled_gate == "prefix",
+            num_pooled=0 if pooled_sum is None else slot_offset * self.tokens_per_slot,
+            applications=self.attention_mlp.places,
+            tanh_dtype=memory.dtype if is_cast else x.dtype,
+            first_eps=first.eps,
+            second_eps=second.eps,
+            norm=select("residual_layer_norm", normed, self.backend),
+            pool=select("pooled_gate", (x, weight), self.backend),
+        )
+
     def _forward(
         self,
         x: Tensor,
@@ -467,7 +595,7 @@ class ReleaseMemory(MemoryLayer):
         c = self.tokens_per_slot
         pool = functools.partial(self._pool, pooled_sum=pooled_sum, num_pooled=slot_offset * c)
         gate_bias, new_sum = self._gate_bias(x, pool)
-        reader = BankReader(self, self._operand(memory, x), slot_offset, slot_mask)
+        reader = BankReader(self, memory, slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], c)]
         gates = self.memory_gate_projector(self._operand(rows, x))
         output, new_rows = self._rewrite(x, rows, gates, gate_bias, reader, c)

@@ -18,74 +18,12 @@ from lm2_kernels import backends, reference, testing
 from tools import golden
 from tools.emulated_avx512 import every_level
 from tools.interpreter import run_python
+from tools.layers import B, D, H, N, T, draw, every_layer, make_inputs, make_layer, options_id
 from tools.native import cpu_default, needs_cpp
 from tools.products import large_products
 from tools.rounding import assert_round_off, assert_rule
 
-B, T, N, D, H = 2, 4, 6, 12, 3
-
-PAPER_OPTIONS = [
-    {},
-    {"bias": True},
-    {"output": "memory"},
-    {"causal": False},
-    {"scale": -0.4},
-    {"top_k": 2},
-    {"top_k": 6, "bias": True, "causal": False, "output": "memory"},
-    {"candidate": "token", "bias": True},
-    {"write": "chunk", "tokens_per_slot": 3, "candidate": "token"},
-    {"write": "chunk", "tokens_per_slot": 2, "output": "memory", "top_k": 2},
-]
-RELEASE_OPTIONS = [
-    {},
-    {"num_blocks": 2},
-    {"attention_mlp_layers": 1},
-    {"attention_mlp_layers": 3, "num_blocks": 2},
-    {"pooled_gate": "prefix"},
-    {"causal": False},
-    {"scale": 0.9, "eps": 1e-3},
-    {"top_k": 2},
-    {"num_blocks": 2, "top_k": 3, "causal": False, "pooled_gate": "prefix"},
-    {"candidate": "token", "num_blocks": 2},
-    {"write": "chunk", "tokens_per_slot": 2},
-    {"write": "chunk", "tokens_per_slot": 3, "candidate": "token", "pooled_gate": "prefix"},
-]
-LAYERS = [
-    *((lm2.PaperMemory, options) for options in PAPER_OPTIONS),
-    *((lm2.ReleaseMemory, options) for options in RELEASE_OPTIONS),
-]
-
-
-def options_id(value) -> str:
-    if isinstance(value, dict):
-        return "-".join(f"{name}={option}" for name, option in value.items()) or "default"
-    return value.__name__
-
-
-every_layer = pytest.mark.parametrize(("kind", "options"), LAYERS, ids=options_id)
 both_layers = pytest.mark.parametrize("kind", [lm2.PaperMemory, lm2.ReleaseMemory])
-
-
-def make_layer(kind, dtype=torch.float64, dim=D, **options) -> nn.Module:
-    """A layer whose every parameter is drawn, biases included."""
-    layer = kind(dim, H, dtype=dtype, **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(drawn * 1.4 / math.sqrt(dim))
-    return layer
-
-
-def draw(*shape, seed=0, dtype=torch.float64) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def make_inputs(tokens=T, slots=N, dtype=torch.float64, dim=D, seed=0):
-    x = draw(B, tokens, dim, seed=seed, dtype=dtype)
-    memory = draw(B, slots, dim, seed=seed + 1, dtype=dtype)
-    return x.requires_grad_(), memory.requires_grad_()
 
 
 def oracle(layer, parameters, x, memory, **arguments):

@@ -1,0 +1,400 @@
+"""What both layers are made of as one ``torch.autograd.Function`` each.
+
+A layer whose every part is plain (:mod:`lm2_kernels.plain`) is one node of autograd's graph for a
+whole segment: its forward is that of its ops bit for bit, its backward is derived by hand from
+theirs, and sums of gradients are made by the products that they are sums of. Kernels are the
+backends', called as the ops call them.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lm2_kernels.autograd import first_order, refuse_mapped
+from lm2_kernels.backends import autocast_dtype, cpu_products
+from lm2_kernels.backends import call_without_autocast as call
+from lm2_kernels.backends.contract import accumulation_dtype
+from lm2_kernels.chunks import num_rows
+from lm2_kernels.linear import linear
+from lm2_kernels.state.cache import write_rows
+
+# the name of all that is kept behind what has names
+REST = "rest"
+# one for each tensor of a call, and for each result: None where there is none
+Tensors = tuple[Tensor | None, ...]
+
+
+class Read(NamedTuple):
+    """Options of reading a bank, checked.
+
+    Args:
+        num_heads: H.
+        num_slots: N.
+        causal: whether the slots of later tokens are hidden.
+        slot_offset: the slot that row 0 is bound to.
+        scale: factor on the scores.
+        top_k: None where all slots are kept.
+        dropout: 0 unless training.
+        backend: of the attention.
+    """
+
+    num_heads: int
+    num_slots: int
+    causal: bool
+    slot_offset: int
+    scale: float
+    top_k: int | None
+    dropout: float
+    backend: str
+
+
+class Options(NamedTuple):
+    """What a layer is called with besides tensors, checked.
+
+    Args:
+        layer: its name, for errors.
+        read: of reading.
+        tokens_per_slot: c.
+        dtype: in which products are computed.
+        is_cast: whether anything has another dtype.
+        recompute: whether the inputs alone are kept for backward.
+        gives_rows: whether the rows that were written come back, not the whole bank.
+        update: the backend of the update.
+        more: what the other layer has not.
+    """
+
+    layer: str
+    read: Read
+    tokens_per_slot: int
+    dtype: torch.dtype
+    is_cast: bool
+    recompute: bool
+    gives_rows: bool
+    update: str
+    more: Any
+
+    def rows_of(self, memory: Tensor, num_tokens: int) -> Tensor:
+        """The rows (B, R, D) that the tokens are bound to."""
+        first, count = self.read.slot_offset, num_rows(num_tokens, self.tokens_per_slot)
+        return memory if count == memory.shape[1] else memory.narrow(1, first, count)
+
+    def new_memory(self, memory: Tensor, new_rows: Tensor) -> Tensor:
+        """What comes back of the memory."""
+        return new_rows if self.gives_rows else write_rows(memory, new_rows, self.read.slot_offset)
+
+    def gradients_of_rows(
+        self, dnew_memory: Tensor | None, num_tokens: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """That of the rows that were written, and of the bank that came back beside them."""
+        if dnew_memory is None or self.gives_rows:
+            return dnew_memory, None
+        return self.rows_of(dnew_memory, num_tokens), dnew_memory
+
+    def operand(self, x: Tensor) -> Tensor:
+        """A tensor as products take it."""
+        return x.to(self.dtype) if self.is_cast else x
+
+    def operands(self, *parameters: Tensor | None) -> Tensors:
+        """Parameters as they are computed with: themselves, or under autocast copies."""
+        if not self.is_cast:
+            return parameters
+        return tuple(None if p is None else p.to(self.dtype) for p in parameters)
+
+
+class Reading(NamedTuple):
+    """What a read keeps for backward."""
+
+    bank: Tensor  # (B, N, D)
+    query: Tensor  # (B, T, H, K)
+    key: Tensor  # (B, N, H, K)
+    value: Tensor  # (B, N, H, K)
+    by_head: Tensor  # (B, T, H, K), what was read
+    statistics: Tensor  # (B, H, 2, T)
+    slot_mask: Tensor | None
+    seed: Tensor | None
+
+
+class LayerFunction(torch.autograd.Function):
+    """``(options, *tensors) -> results`` of a layer.
+
+    Keeps for backward what its subclass says, all by reference; with ``recompute`` the tensors that
+    it is given alone, from which the others are computed again.
+    """
+
+    # (options, *tensors) -> results, what is kept for backward
+    compute: Callable[..., tuple[Tensors, Tensors]]
+    # (options, which tensors need a gradient, gradients of results, what was kept) -> gradients
+    differentiate: Callable[..., Tensors]
+    # parts of what is kept, and the places of the tensors one of which must need a gradient for a
+    # part to be of use
+    uses: tuple[tuple[slice, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, options: Options, *tensors: Tensor | None) -> Tensors:
+        """The layer, as a node of a graph if there is one."""
+        if not torch.is_grad_enabled() or not any(
+            [tensor is not None and tensor.requires_grad for tensor in tensors]
+        ):
+            return _without_autocast(tensors[0], cls.compute, options, *tensors)[0]
+        # Function.apply without its detour for torch.func, under which nobody gets here
+        return super(torch.autograd.Function, cls).apply(options, *tensors)
+
+    @classmethod
+    def forward(cls, ctx, options, *tensors):
+        results, kept = _without_autocast(tensors[0], cls.compute, options, *tensors)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        if options.recompute:
+            ctx.save_for_backward(*tensors)
+            return results
+        useful = list(kept)
+        for place in _useless(cls, ctx.needs_input_grad[1:]):
+            useful[place] = [None] * len(useful[place])
+        ctx.save_for_backward(*useful)
+        return results
+
+    @classmethod
+    def backward(cls, ctx, *gradients):
+        needs = ctx.needs_input_grad[1:]
+        if all(gradient is None for gradient in gradients):
+            return (None,) * (1 + len(needs))
+        refuse_mapped(gradients)
+        # read once: checkpointing unpacks what was saved a single time
+        saved = ctx.saved_tensors
+        backward = functools.partial(_backward, cls, ctx.options, needs, len(gradients))
+        return None, *first_order(ctx.options.layer, backward, *gradients, *saved)
+
+
+@functools.cache
+def _useless(cls: type[LayerFunction], needs: tuple[bool, ...]) -> list[slice]:
+    """Which parts of what is kept are of no use if these tensors need a gradient."""
+    return [place for place, users in cls.uses if not any(needs[user] for user in users)]
+
+
+def places(
+    kept: tuple[str, ...], tensors: tuple[str, ...], **uses: str
+) -> tuple[tuple[slice, tuple[int, ...]], ...]:
+    """:attr:`LayerFunction.uses` by names: of what is kept, and of tensors between blanks."""
+    found = []
+    for name, users in uses.items():
+        place = kept.index(name)
+        part = slice(place, None if name == REST else place + 1)
+        found.append((part, tuple(map(tensors.index, users.split()))))
+    return tuple(found)
+
+
+def _backward(
+    cls: type[LayerFunction],
+    options: Options,
+    needs: tuple[bool, ...],
+    num_results: int,
+    *tensors: Tensor | None,
+) -> Tensors:
+    gradients, saved = tensors[:num_results], tensors[num_results:]
+    some = next(gradient for gradient in gradients if gradient is not None)
+
+    def run() -> Tensors:
+        kept = cls.compute(options, *saved)[1] if options.recompute else saved
+        return cls.differentiate(options, needs, gradients, kept)
+
+    return _without_autocast(some, run)
+
+
+def _without_autocast(tensor: Tensor, function: Callable, *args):
+    """``function(*args)``, which casts by itself."""
+    device = tensor.device.type
+    if autocast_dtype(device) is None:
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read(
+    options: Options,
+    query: Tensor,  # (B, T, D)
+    memory: Tensor,  # (B, N, D)
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    key_weight: Tensor,
+    key_bias: Tensor | None,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+) -> tuple[Tensor, Reading]:
+    """What projected queries read of a bank, (B, T, D), and what backward needs besides."""
+    how, bank = options.read, memory
+    if how.causal:
+        # later slots are hidden from every token: no need to project them
+        end = how.slot_offset + query.shape[1]
+        bank = bank if end == how.num_slots else bank[:, :end]
+        slot_mask = None if slot_mask is None else slot_mask[:, :end]
+    if slot_mask is not None:
+        # 0 * NaN is NaN in the gradients of the projections too
+        bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
+    bank = options.operand(bank)
+    query = heads(query, how)
+    key = heads(linear(bank, key_weight, key_bias), how)
+    value = heads(linear(bank, value_weight, value_bias), how)
+    out, statistics = call(
+        how.backend,
+        "memory_attention_forward",
+        query,
+        key,
+        value,
+        slot_mask,
+        seed,
+        how.causal,
+        # further on every token sees every slot, and a kernel's 32-bit sums stay small
+        min(how.slot_offset, key.shape[1]),
+        how.scale,
+        how.top_k,
+        how.dropout,
+    )
+    return out.flatten(-2), Reading(bank, query, key, value, out, statistics, slot_mask, seed)
+
+
+def read_backward(
+    options: Options, dread: Tensor, reading: Reading, needs_dquery: bool, needs_dkey_value: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of query (B T, D), key and value (B, N, D), given that of what was read."""
+    how = options.read
+    _, query, key, value, out, statistics, slot_mask, seed = reading
+    dquery, dkey_value = call(
+        how.backend,
+        "memory_attention_backward",
+        dread.view(out.shape),
+        query,
+        key,
+        value,
+        slot_mask,
+        seed,
+        out,
+        statistics,
+        how.causal,
+        min(how.slot_offset, key.shape[1]),
+        how.scale,
+        how.top_k,
+        how.dropout,
+        needs_dquery,
+        needs_dkey_value,
+    )
+    dkey, dvalue = dkey_value.flatten(-2).unbind(2) if needs_dkey_value else (None, None)
+    return dquery.flatten(-2).flatten(0, 1) if needs_dquery else None, dkey, dvalue
+
+
+def heads(x: Tensor, how: Read) -> Tensor:
+    """(B, T, H, K)"""
+    # Tensor.unflatten is longer in Python than this in C++
+    return x.view(*x.shape[:-1], how.num_heads, x.shape[-1] // how.num_heads)
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+class Sum:
+    """A sum of gradients of one tensor (..., D), to which a product is added as it is computed.
+
+    Args:
+        term: the first one, which is not written to; None: there is none so far.
+    """
+
+    def __init__(self, term: Tensor | None = None):
+        self.total = term
+        self._is_own = False
+
+    def add(self, term: Tensor | None) -> None:
+        """Add a tensor that is ours, and which nobody reads again."""
+        if term is None:
+            return
+        if self.total is None:
+            self.total = term
+        elif self._is_own:
+            self.total += term
+        else:
+            self.total = self.total + term
+        self._is_own = True
+
+    def add_product(self, dy: Tensor | None, weight: Tensor) -> None:
+        """Add ``dy @ weight``, of (..., L) and (L, D)."""
+        if dy is None:
+            return
+        if self.total is None:
+            self.add(times(dy, weight))
+        elif self.total.dtype != dy.dtype:
+            self.add(times(dy, weight).view(self.total.shape))
+        else:
+            shape = self.total.shape
+            # of what is ours a view, which is written to
+            total = matrix(self.total)
+            total = cpu_products.add_product(total, matrix(dy), weight, in_place=self._is_own)
+            self.total, self._is_own = total.view(shape), True
+
+
+def matrix(x: Tensor) -> Tensor:
+    """All but the last axis as one."""
+    return x if x.dim() == 2 else x.flatten(0, -2)
+
+
+def times(dy: Tensor, weight: Tensor) -> Tensor:
+    """``dy @ weight``, (..., D)."""
+    rows = cpu_products.product(matrix(dy), weight)
+    return rows if dy.dim() == 2 else rows.view(*dy.shape[:-1], weight.shape[1])
+
+
+def of_linear(
+    dy: Tensor | None,  # (..., L)
+    x: Tensor,  # (..., D)
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of weight (L, D) and bias (L,); autograd casts them to their dtypes."""
+    if dy is None:
+        return None, None
+    dweight = cpu_products.product(matrix(dy).t(), matrix(x)) if needs_dweight else None
+    return dweight, sum_of_rows(dy) if needs_dbias else None
+
+
+def sum_of_rows(x: Tensor) -> Tensor:
+    """The sum (D,) over all but the last axis, in the dtype of sums."""
+    return matrix(x).sum(dim=0, dtype=accumulation_dtype(x))
+
+
+def of_memory(
+    options: Options,
+    rows: Tensor,  # (B, R, D)
+    drows: Tensor | None,  # (B, R, D), ours
+    dbank: Tensor | None,  # (B, N, D), of the bank that came back
+    reading: Reading,
+    dkey: Tensor | None,  # (B, N or fewer, D)
+    dvalue: Tensor | None,
+    key_weight: Tensor,
+    value_weight: Tensor,
+) -> Tensor | None:
+    """The gradient of a memory: of what was kept, of the rows that were rewritten, of the read."""
+    num_slots, total = options.read.num_slots, Sum()
+    shape = (rows.shape[0], num_slots, rows.shape[2])
+    if rows.shape[1] == num_slots:
+        total.add(drows)
+    elif drows is not None or dbank is not None:
+        whole = rows.new_zeros(shape) if dbank is None else dbank.clone()
+        place = options.read.slot_offset, rows.shape[1]
+        whole.narrow(1, *place).copy_(whole.new_zeros(()) if drows is None else drows)
+        total.add(whole)
+    if dkey is None:
+        return total.total
+    seen, slot_mask = dkey.shape[1], reading.slot_mask
+    of_read = total if seen == num_slots and slot_mask is None else Sum()
+    of_read.add_product(dkey, key_weight)
+    of_read.add_product(dvalue, value_weight)
+    if of_read is not total:
+        if slot_mask is not None:
+            of_read.total.masked_fill_(~slot_mask[:, :, None], 0.0)
+        if total.total is None:
+            total.add(rows.new_zeros(shape))
+        total.total[:, :seen] += of_read.total
+    return total.total

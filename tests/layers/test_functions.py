@@ -1,0 +1,532 @@
+"""A layer as one Function is the layer made of ops: the same bits, and gradients to round-off."""
+
+import contextlib
+import copy
+import itertools
+import pickle
+import types
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
+
+import lm2_kernels as lm2
+from lm2_kernels import backends, testing
+from lm2_kernels.layers import base
+from tools.layers import (
+    LAYERS,
+    B,
+    D,
+    N,
+    T,
+    draw,
+    every_layer,
+    made_of_ops,
+    make_inputs,
+    make_layer,
+    options_id,
+)
+from tools.models import random_ids, small_model
+from tools.native import needs_cpp
+from tools.products import large_products
+from tools.rounding import assert_round_off, assert_rule
+
+NODE = {lm2.PaperMemory: "PaperMemoryFunction", lm2.ReleaseMemory: "ReleaseMemoryFunction"}
+both_layers = pytest.mark.parametrize("kind", NODE)
+MASK = torch.rand(B, N, generator=torch.Generator().manual_seed(3)) < 0.6
+
+ARGUMENTS = {
+    "whole": {},
+    "offset": {"slot_offset": 2},
+    "mask": {"slot_offset": 1, "slot_mask": MASK},
+}
+
+
+def is_whole(options) -> bool:
+    """Whether a layer with these options can be one Function."""
+    return options.get("num_blocks", 1) == 1
+
+
+def is_one(output: torch.Tensor) -> bool:
+    """Whether a result is a layer's Function's."""
+    return type(output.grad_fn).__name__.removesuffix("Backward") in NODE.values()
+
+
+def run(layer, inputs, used=None, autocast=False, **arguments):
+    """Results, and the gradients of all leaves for drawn cotangents of the results used."""
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = layer(*inputs, **arguments)
+    leaves = [*inputs, *arguments.values(), *layer.parameters()]
+    leaves = [t for t in leaves if isinstance(t, torch.Tensor) and t.requires_grad]
+    used = [o for i, o in enumerate(outputs) if (used is None or i in used) and o.requires_grad]
+    cotangents = [draw(*o.shape, seed=7 + i, dtype=o.dtype) for i, o in enumerate(used)]
+    gradients = torch.autograd.grad(used, leaves, cotangents, allow_unused=True)
+    return outputs, gradients, is_one(next(o for o in outputs if o.requires_grad))
+
+
+def assert_agree(layer, inputs, **arguments) -> None:
+    """As one and as ops: the same bits, the same gradients to round-off, of the same tensors."""
+    outputs, gradients, one = run(layer, inputs, **arguments)
+    assert one
+    with made_of_ops():
+        wanted, wanted_gradients, one = run(layer, inputs, **arguments)
+    assert not one
+    for got, want in zip(outputs, wanted, strict=True):
+        assert torch.equal(got, want)
+        assert got.dtype == want.dtype
+        assert got.stride() == want.stride()
+    for got, want in zip(gradients, wanted_gradients, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert_round_off(got, want)
+
+
+@every_layer
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_it_is_the_layer_made_of_ops(kind, options, arguments):
+    layer, inputs = make_layer(kind, **options), make_inputs()
+    if not is_whole(options):
+        assert not is_one(layer(*inputs)[0])
+        return
+    assert_agree(layer, inputs, **ARGUMENTS[arguments])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "used"),
+    [
+        (kind, options, used)
+        for kind, options in LAYERS
+        for used in ((0,), (1,), (2,), (0, 2))
+        if is_whole(options) and (kind is lm2.ReleaseMemory or max(used) < 2)
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else options_id(value),
+)
+def test_results_that_are_not_used(kind, options, used):
+    arguments = {"return_pooled_sum": True} if kind is lm2.ReleaseMemory else {}
+    assert_agree(make_layer(kind, **options), make_inputs(), used=used, slot_offset=1, **arguments)
+
+
+@pytest.mark.parametrize("offset", [0, 2])
+def test_a_pooled_sum_that_goes_on(offset):
+    layer = make_layer(lm2.ReleaseMemory, pooled_gate="prefix")
+    arguments = {"pooled_sum": draw(B, D, seed=4).requires_grad_(), "return_pooled_sum": True}
+    assert_agree(layer, make_inputs(), slot_offset=offset, **arguments)
+
+
+@every_layer
+@pytest.mark.parametrize("used", [None, (0,), (1,)], ids=["", "output", "rows"])
+def test_a_whole_segment_of_a_state(kind, options, used):
+    """As models feed them: the rows come back, or of a bank that all see those written."""
+    layer, (x, memory) = make_layer(kind, **options), make_inputs()
+    if not is_whole(options):
+        return
+    state = lm2.MemoryState([memory])
+    options = {"tokens_per_slot": layer.tokens_per_slot, "causal": layer.causal}
+    (seen,), cache = state.piece(T, T, keep=False, **options)
+    assert_agree(layer, (x, seen.detach().requires_grad_()), used=used, cache=cache)
+
+
+def test_a_model_of_whole_segments_is_made_of_functions():
+    model = small_model(flow="chunk")
+    with mock.patch.object(lm2.PaperMemory, "_run") as run:
+        model(random_ids(2, 12))
+    run.assert_not_called()
+
+
+SOME = [
+    (lm2.PaperMemory, {"candidate": "token", "bias": True}),
+    (lm2.PaperMemory, {"output": "memory"}),
+    (lm2.PaperMemory, {"write": "chunk", "tokens_per_slot": 2}),
+    (lm2.ReleaseMemory, {"candidate": "token"}),
+    (lm2.ReleaseMemory, {"write": "chunk", "tokens_per_slot": 3, "pooled_gate": "prefix"}),
+]
+some_layers = pytest.mark.parametrize(("kind", "options"), SOME, ids=str)
+
+
+@some_layers
+@pytest.mark.parametrize("used", [None, (0,), (1,)], ids=["", "output", "memory"])
+def test_one_leaf_alone_or_all_but_one(kind, options, used):
+    """Gradients are computed where they are asked for, and no others are."""
+    layer, (x, memory) = make_layer(kind, **options), make_inputs()
+    leaves = [x, memory, *layer.parameters()]
+    for leaf, is_asked in itertools.product(leaves, (True, False)):
+        for other in leaves:
+            other.requires_grad_((other is leaf) == is_asked)
+        with made_of_ops():
+            depends = any(
+                o.requires_grad for i, o in enumerate(layer(x, memory)) if not used or i in used
+            )
+        if depends:
+            assert_agree(layer, (x, memory), used=used)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@some_layers
+def test_no_more_is_kept(kind, options, autocast):
+    """Bytes of storages that are neither inputs nor parameters, whatever is frozen."""
+    layer, (x, memory) = (
+        make_layer(kind, torch.float32, **options),
+        make_inputs(dtype=torch.float32),
+    )
+    modules = [m for m in layer.modules() if isinstance(m, nn.Linear | nn.LayerNorm)]
+    every = set(layer.parameters())
+    # which parameters are trained: all, none, all but a module's, one alone
+    trained = [every, set(), *(every - set(m.parameters()) for m in modules)]
+    trained += [{parameter} for parameter in every]
+    for needed, own in itertools.product(((x, memory), (x,), (memory,), ()), trained):
+        for tensor in (x, memory, *every):
+            tensor.requires_grad_(tensor in own or any(tensor is other for other in needed))
+        found = []
+        for context in (contextlib.nullcontext(), made_of_ops()):
+            with context, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found.append(bytes_kept(lambda: layer(x, memory), every))
+        assert found[0] <= found[1], (len(needed), len(own))
+
+
+@both_layers
+def test_autocast_keeps_no_copy_of_weights_a_call(kind):
+    """Its own cache has one for all calls."""
+    layer, x, found = kind(64, 2), torch.randn(1, 2, 64), []
+
+    def calls():
+        return [result for _ in range(4) for result in layer(x, x)]
+
+    for context in (contextlib.nullcontext(), made_of_ops()):
+        with context, torch.autocast("cpu", torch.bfloat16):
+            found.append(bytes_kept(calls, layer.parameters()))
+    assert found[0] <= found[1]
+
+
+def bytes_kept(run, own) -> int:
+    """Of what backward keeps, but for ``own`` tensors and for what ``run`` returns."""
+    alive = []
+
+    def pack(tensor):
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        own = [*own, *run()]
+    known = {tensor.untyped_storage()._cdata for tensor in own}
+    storages = {s._cdata: s.nbytes() for s in (tensor.untyped_storage() for tensor in alive)}
+    return sum(size for key, size in storages.items() if key not in known)
+
+
+@both_layers
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("cpp", marks=needs_cpp)])
+def test_dropout_and_backends(kind, dropout, backend):
+    layer = make_layer(kind, dropout=dropout, backend=backend)
+    with backends.recording() as recorded:
+        assert_agree(layer, make_inputs())
+    assert {name for _, name in recorded} == {backend}
+
+
+@both_layers
+def test_the_other_way_of_products(kind):
+    with large_products():
+        assert_agree(make_layer(kind, candidate="token"), make_inputs())
+
+
+@both_layers
+def test_a_batch_of_nothing_and_strides(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    assert_agree(layer, (x[:0], memory[:0]))
+    x, memory = draw(D, T, B).requires_grad_(), draw(N, D, B).requires_grad_()
+    strided = x.permute(2, 1, 0), memory.permute(2, 0, 1)
+    for got, want in zip(layer(*strided), layer(*(t.contiguous() for t in strided)), strict=True):
+        assert_round_off(got, want)
+    assert_agree(layer, strided)
+
+
+LOW = {
+    "bfloat16": (torch.bfloat16, {}, {}),
+    "float16": (torch.float16, {}, {}),
+    "float32 memory": (torch.bfloat16, {"memory": torch.float32}, {}),
+    "autocast": (torch.float32, {}, {"autocast": True}),
+    "autocast of 16 bits": (torch.float32, {"x": torch.bfloat16}, {"autocast": True}),
+}
+
+
+@both_layers
+@pytest.mark.parametrize("way", LOW)
+@pytest.mark.parametrize(
+    "options", [{"candidate": "token"}, {"write": "chunk", "tokens_per_slot": 2}], ids=str
+)
+def test_low_precision(kind, options, way):
+    """Forward bits are those of ops; gradients by the rule, ops being what they are held to."""
+    dtype, dtypes, arguments = LOW[way]
+
+    def compare(seed: int) -> list[testing.Comparison]:
+        exact, (x, memory) = make_layer(kind, **options), make_inputs(seed=seed)
+        layer = copy.deepcopy(exact).to(dtype)
+        inputs = [
+            t.detach().to(dtypes.get(name, dtype)).requires_grad_()
+            for name, t in (("x", x), ("memory", memory))
+        ]
+        found = run(layer, inputs, **arguments)
+        with made_of_ops():
+            wanted = run(layer, inputs, **arguments)
+            rounded = [t.detach().double().requires_grad_() for t in inputs]
+            exact.load_state_dict({n: t.double() for n, t in layer.state_dict().items()})
+            truth = run(exact, rounded)
+        assert (found[2], wanted[2]) == (True, False)
+        for got, want in zip(found[0], wanted[0], strict=True):
+            assert torch.equal(got, want)
+        names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
+        gradients = [dict(zip(names, one[1], strict=True)) for one in (found, truth, wanted)]
+        # vectors as one: a single number, or one that is 0 but for rounding, is right by luck
+        for one in gradients:
+            vectors = [one.pop(name) for name in names if one[name].dim() == 1]
+            one["vectors"] = torch.cat(vectors) if vectors else torch.zeros(0)
+        return [
+            testing.compare(f"d{name}", *(one[name] for one in gradients)) for name in gradients[0]
+        ]
+
+    assert_rule(compare)
+
+
+@both_layers
+def test_recomputed_it_keeps_its_inputs_and_gives_the_same_bits(kind):
+    found = []
+    for recompute in (False, True):
+        layer = make_layer(kind, recompute=recompute, dropout=0.4, candidate="token")
+        found.append(run(layer, make_inputs(), slot_offset=1))
+    assert found[1][2]
+    for got, want in zip(found[1][1], found[0][1], strict=True):
+        assert torch.equal(got, want)
+
+
+# --- when it is not one ---------------------------------------------------------------------------
+
+
+class _Own(torch.Tensor):
+    pass
+
+
+@both_layers
+def test_whoever_looks_into_it_finds_ops(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    assert is_one(layer(x, memory)[0])
+    with FlopCounterMode(display=False):
+        assert not is_one(layer(x, memory)[0])
+    assert not is_one(layer(x.as_subclass(_Own), memory)[0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        layer(forward_ad.make_dual(x, x), memory)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.func.vmap(layer)(x[:, None], memory[:, None])
+    gradient = torch.func.grad(lambda x: layer(x, memory)[0].sum())(x.detach())
+    (wanted,) = torch.autograd.grad(layer(x, memory)[0].sum(), x)
+    assert_round_off(gradient, wanted)
+    handle = layer.value_proj.register_forward_hook(lambda *_: None)
+    assert not is_one(layer(x, memory)[0])
+    handle.remove()
+    assert is_one(layer(x, memory)[0])
+    state = lm2.MemoryState([memory])
+    (rows,), cache = state.piece(T, N, keep=True)
+    assert not is_one(layer(x, rows, cache=cache)[0])
+
+
+@both_layers
+def test_a_trace_is_of_ops(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    traced = torch.jit.trace(layer, (x, memory), check_trace=False)
+    assert_round_off(traced(x, memory)[0], layer(x, memory)[0])
+
+
+@both_layers
+def test_somebody_elses_methods_are_called(kind):
+    layer, inputs, seen = make_layer(kind), make_inputs(), []
+    extended = type("Extended", (kind,), {"forward": kind.forward, "_own": 1})
+    changed = type("Changed", (kind,), {"_candidate": lambda self, read, x: seen.append(1) or read})
+    layer.__class__ = extended
+    assert is_one(layer(*inputs)[0])
+    layer.__class__ = changed
+    assert not is_one(layer(*inputs)[0])
+    assert seen
+
+
+@both_layers
+def test_flops_are_counted_within_backward(kind):
+    layer, inputs = make_layer(kind), make_inputs()
+    counts = []
+    for context in (contextlib.nullcontext(), made_of_ops()):
+        with context:
+            output = layer(*inputs)[0]
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+@both_layers
+def test_frozen_layers_of_inference_mode(kind):
+    with torch.inference_mode():
+        layer, (x, memory) = kind(D, 3), (torch.randn(1, T, D), torch.randn(1, N, D))
+    want = made_of(layer, x, memory)
+    with torch.inference_mode():
+        assert torch.equal(layer(x, memory)[0], want)
+    layer = kind(D, 3).requires_grad_(False)
+    assert layer(x, memory)[0].grad_fn is None
+
+
+def made_of(layer, *inputs):
+    with made_of_ops(), torch.inference_mode():
+        return layer(*inputs)[0]
+
+
+@both_layers
+def test_refusals_of_derivatives(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    output, _ = layer(x, memory)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{kind.__name__}: double backward"):
+        gradient.sum().backward()
+    output, _ = layer(x, memory)
+    cotangents = torch.ones(3, *output.shape, dtype=output.dtype)
+    with pytest.raises(NotImplementedError, match="vmap"):
+        torch.autograd.grad(output, x, cotangents, is_grads_batched=True)
+
+
+# --- what is remembered ---------------------------------------------------------------------------
+
+
+@both_layers
+def test_what_was_checked_is_not_checked_again(kind):
+    layer, inputs = make_layer(kind), make_inputs()
+    base._known.clear()
+    with mock.patch.object(kind, "_check", wraps=kind._check, autospec=True) as check:
+        for _ in range(3):
+            layer(*inputs)
+        assert check.call_count == 1
+        # another layer of the same kind
+        copy.deepcopy(layer)(*inputs)
+        assert check.call_count == 1
+        layer(*make_inputs(T - 1))
+        assert check.call_count == 2
+
+
+CHANGES = {
+    "causal": (1, TypeError),
+    "scale": (True, TypeError),
+    "top_k": (2.0, TypeError),
+    "dropout": (1.0, ValueError),
+    "write": ("chunks", ValueError),
+    "tokens_per_slot": ([1], TypeError),
+    "candidate": ("token", ValueError),
+}
+
+
+@both_layers
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_options_are_checked(kind, name):
+    layer, inputs = make_layer(kind, scale=1.0, top_k=2), make_inputs()
+    layer(*inputs)
+    value, error = CHANGES[name]
+    setattr(layer, name, value)
+    with pytest.raises(error, match=kind.__name__):
+        layer(*inputs)
+
+
+@both_layers
+def test_a_weight_of_another_shape_is_checked(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    layer(x, memory)
+    for module in layer.modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        kept = module.weight
+        for shape in ((D - 1, D), (D, D + 1)):
+            module.weight = nn.Parameter(torch.zeros(shape, dtype=x.dtype))
+            with pytest.raises((ValueError, RuntimeError)):
+                layer(x, memory)
+        module.weight = nn.Parameter(kept.detach().float())
+        with pytest.raises(TypeError, match="float32"):
+            layer(x, memory)
+        module.weight = kept
+    layer(x, memory)
+
+
+@both_layers
+def test_it_is_forgotten_before_it_is_much(kind, monkeypatch):
+    monkeypatch.setattr(base, "_MOST_KNOWN", 4)
+    layer = make_layer(kind)
+    for tokens in range(1, N + 1):
+        layer(*make_inputs(tokens))
+        assert len(base._known) <= 4
+
+
+@both_layers
+def test_a_backend_that_comes_and_goes(kind):
+    layer, inputs = make_layer(kind), make_inputs()
+    layer(*inputs)
+    eager = backends.get("eager")
+    with lm2.use_backend("eager"), backends.recording() as recorded:
+        layer(*inputs)
+    assert {name for _, name in recorded} == {"eager"}
+    with backends.register("mine", eager), backends.recording() as recorded:
+        layer(*inputs)
+    assert {name for _, name in recorded} == {"mine"}
+    with backends.recording() as recorded:
+        layer(*inputs)
+    assert "mine" not in {name for _, name in recorded}
+
+
+@both_layers
+def test_another_backend_of_the_same_name(kind):
+    """What runs on CPUs, and then what does not."""
+    layer, inputs = make_layer(kind), make_inputs()
+    eager = backends.get("eager")
+    with backends.register("mine", eager):
+        layer(*inputs)
+    elsewhere = types.SimpleNamespace(**vars(eager))
+    elsewhere.DEVICES = {"cuda": "GPUs"}
+    with backends.register("mine", elsewhere), backends.recording() as recorded:
+        layer(*inputs)
+    assert "mine" not in {name for _, name in recorded}
+
+
+def test_a_norm_without_bias_is_no_tensor_to_a_backend():
+    layer, inputs = make_layer(lm2.ReleaseMemory), make_inputs()
+    layer.attended_memory_layernorm = nn.LayerNorm(D, bias=False, dtype=torch.float64)
+    choosy = types.SimpleNamespace(**vars(backends.get("eager")))
+    choosy.unsupported_reason = lambda op, *tensors: str([t.dtype for t in tensors]) and None
+    with backends.register("choosy", choosy):
+        assert not is_one(layer(*inputs)[0])
+
+
+@both_layers
+def test_layouts_are_checked_each_time(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    mask = torch.ones(B, N, dtype=torch.bool)
+    layer(x, memory, slot_mask=mask)
+    for layout in ("to_sparse", "to_mkldnn"):
+        for inputs in ((x, memory), (memory[:, :T], x)):
+            sparse = getattr(inputs[0].detach().float(), layout)()
+            with pytest.raises(TypeError, match="dense strided"):
+                kind(D, 3)(sparse, inputs[1].float())
+    with pytest.raises(TypeError, match="dense strided"):
+        layer(x, memory, slot_mask=mask.to_sparse())
+
+
+@both_layers
+def test_nothing_is_pickled_or_copied_with_a_layer(kind):
+    layer, inputs = make_layer(kind), make_inputs()
+    before = pickle.dumps(layer)
+    layer(*inputs)
+    assert pickle.dumps(layer) == before
+
+
+@both_layers
+def test_parameters_that_hooks_read(kind):
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    seen = []
+    for name, parameter in layer.named_parameters():
+        parameter.register_hook(lambda gradient, name=name: seen.append(name))
+    output, new_memory = layer(x, memory)
+    (output.sum() + new_memory.sum()).backward()
+    assert sorted(seen) == sorted(name for name, _ in layer.named_parameters())
