@@ -29,6 +29,8 @@ import study
 # is of other words, or of stories with more places
 _PLATEAU = 0.9
 _OF_PLATEAU = ("learning", "patience", "slots")
+# of benchmarks/real_model.py
+_REAL_SEEDS = range(3)
 _MARKS = "osD^vPX*<>phd8"
 _MARKERS = re.compile(r"(<!-- study: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -213,13 +215,45 @@ def costs_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def real_table() -> str:
+    """A line a task and length: the pretrained model as it came, and with its memory, trained."""
+    path = study.FOLDER / "real.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    cells = {line["cell"]: line["answers"] for line in map(json.loads, lines)}
+    plain, seeds = cells.get("plain"), [cells[seed] for seed in _REAL_SEEDS if seed in cells]
+    rows = [
+        ["task", "tokens", "last window alone, %", "one window, %", "memory, %", "another's, %"]
+    ]
+    if plain is not None and len(seeds) == len(_REAL_SEEDS):
+        for name in seeds[0]:
+            found = [
+                _range([one[name][how] for one in group])
+                for group, how in (
+                    ([plain], "last window"),
+                    ([plain], "one window"),
+                    (seeds, "memory"),
+                    (seeds, "another's"),
+                )
+            ]
+            rows.append([*name.split(), *found])
+    return _markdown(rows)
+
+
+def _range(counts: Sequence[tuple[int, int]]) -> str:
+    """The mean of shares, and the least and the largest of several."""
+    values = [100.0 * right / total for right, total in counts]
+    mean = f"{statistics.fmean(values):.0f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.0f} to {max(values):.0f})"
+
+
 def _interval(values: Sequence[float]) -> str:
     low, high = bootstrap(values)
     return f"{statistics.fmean(values):+.4f} ({low:+.4f} to {high:+.4f})"
 
 
 _TOLD = [block.name for block in study.BLOCKS if isinstance(block.task, study.Told)]
-TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
+# by its name in a document: the block, if it is of one, and what makes it
+TABLES: dict[str, tuple[str | None, Callable[..., str]]] = {
     "learning": ("learning", learning_table),
     "learning_differences": ("learning", difference_table),
     "patience": ("patience", learning_table),
@@ -233,6 +267,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
     **{name: (name, told_table) for name in _TOLD},
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
+    "real": (None, real_table),
     "costs": ("length", costs_table),
 }
 
@@ -240,7 +275,7 @@ TABLES: dict[str, tuple[str, Callable[[study.Block], str]]] = {
 def table(name: str) -> str:
     """A table in Markdown by its name in a document."""
     block, make = TABLES[name]
-    return make(study.block_named(block))
+    return make() if block is None else make(study.block_named(block))
 
 
 def rewritten(text: str) -> str:

@@ -362,6 +362,8 @@ def test_every_table_of_a_whole_study(monkeypatch, tmp_path):
         head, rule, *rows = report.table(name).splitlines()
         assert rule == "|" + "---|" * (head.count("|") - 1)
         assert all(row.count("|") == head.count("|") for row in rows)
+        if block is None:
+            continue
         named = {row.split(" | ")[0].removeprefix("| ") for row in rows}
         contenders = study.block_named(block).contenders
         if name.endswith("_differences"):
@@ -392,6 +394,22 @@ def test_the_table_of_text(small, monkeypatch):
     _, _, none, memory = report.text_table(block).splitlines()
     assert none.endswith("| 1.5000 |  |  |")
     assert memory.endswith("| 1.2500 | -0.2500 (-0.2500 to -0.2500) | 2.0000 |")
+
+
+def test_the_table_of_the_real_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    assert len(report.table("real").splitlines()) == 2
+    plain = {"last window": [3, 12], "one window": [12, 12], "last window, any word": [0, 12]}
+    lines = [{"cell": "plain", "answers": {"qa1 32": plain}}]
+    for seed, right in enumerate((6, 9, 12)):
+        # a run that is cut is in no table
+        (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        assert len(report.table("real").splitlines()) == 2
+        answers = {"memory": [right, 12], "another's": [3, 12]}
+        lines.append({"cell": seed, "answers": {"qa1 32": answers}})
+    (tmp_path / "real.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    *_, row = report.table("real").splitlines()
+    assert row == "| qa1 | 32 | 25 | 100 | 75 (50 to 100) | 25 (25 to 25) |"
 
 
 def test_costs(monkeypatch, tmp_path):
