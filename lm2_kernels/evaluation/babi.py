@@ -89,8 +89,24 @@ def read_babi(path: str | Path) -> list[Story]:
     return found
 
 
+class OfBabi:
+    """What every source of a task of bAbI knows by the task's name."""
+
+    name: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All answers of the task, the single ones where they are lists."""
+        return LABELS[self.name]
+
+    @property
+    def listed(self) -> int:
+        """How many labels an answer has at most."""
+        return LISTED.get(self.name, 1)
+
+
 @dataclasses.dataclass(frozen=True)
-class BabiFiles:
+class BabiFiles(OfBabi):
     """The questions of one task in a folder of published files, in their order.
 
     Args:
@@ -140,16 +156,6 @@ class BabiFiles:
             f"{self.folder} has no file {self.name}_*_{endings[0]}.txt; bAbI's are in the folder "
             f"en-10k of tasks_1-20_v1-2"
         )
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """All answers of the task."""
-        return LABELS[self.name]
-
-    @property
-    def listed(self) -> int:
-        """How many labels an answer has at most."""
-        return LISTED.get(self.name, 1)
 
     @property
     def size(self) -> int:

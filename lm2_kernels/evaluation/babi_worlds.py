@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from lm2_kernels.evaluation.babi import LABELS, LISTED
+from lm2_kernels.evaluation.babi import OfBabi
 from lm2_kernels.evaluation.samples import Dice, Story, distinct_words, draw_story
 
 __all__ = ["GENERATED", "BabiWorld"]
@@ -370,7 +370,7 @@ GENERATED = tuple(_TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
-class BabiWorld:
+class BabiWorld(OfBabi):
     """Generator of one of the tasks ``qa1`` to ``qa10``.
 
     A story is cut at one of its five questions, which all are equally likely. Training and
@@ -398,16 +398,6 @@ class BabiWorld:
                 f"bAbI's tasks qa1 to qa10 are generated, not {self.name!r}; all 20 are read from "
                 f"the published files"
             )
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """All answers of the task, the single ones where they are lists."""
-        return LABELS[self.name]
-
-    @property
-    def listed(self) -> int:
-        """How many labels an answer has at most."""
-        return LISTED.get(self.name, 1)
 
     def story(self, number: int) -> Story:
         """Story ``number``: all statements before a question, and the question.
