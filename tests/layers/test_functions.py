@@ -4,7 +4,9 @@ import contextlib
 import copy
 import itertools
 import pickle
+import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -449,6 +451,38 @@ def test_a_weight_of_another_shape_is_checked(kind):
             layer(x, memory)
         module.weight = kept
     layer(x, memory)
+
+
+# calls of this package's Python functions at most: in forward, and with backward
+CALLS = {lm2.PaperMemory: (75, 200), lm2.ReleaseMemory: (125, 300)}
+
+
+@both_layers
+def test_how_much_python_a_call_takes(kind):
+    layer, inputs = make_layer(kind), make_inputs()
+    leaves, package = [*inputs, *layer.parameters()], str(Path(lm2.__file__).parent)
+
+    def count(work) -> int:
+        calls = 0
+
+        def profile(frame, event, _):
+            nonlocal calls
+            calls += event == "call" and frame.f_code.co_filename.startswith(package)
+
+        sys.setprofile(profile)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    def both():
+        torch.autograd.grad([output.sum() for output in layer(*inputs)], leaves)
+
+    both()
+    most_forward, most_both = CALLS[kind]
+    assert 0 < count(lambda: layer(*inputs)) <= most_forward
+    assert count(both) <= most_both
 
 
 @both_layers
