@@ -1,11 +1,14 @@
 """When a submodule's own call may be replaced by a kernel that computes the same."""
 
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 # as PyTorch defines them: what calling a module runs, and the functions that it ends in
 _CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
@@ -76,9 +79,23 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def is_ordinary(parameter: object) -> bool:
-    """Whether a parameter is a dense tensor of no class of its own."""
-    return type(parameter) in ORDINARY and parameter.layout == torch.strided
+def is_ordinary(tensor: object) -> bool:
+    """Whether a parameter, or an input, is a dense tensor of no class of its own; a fake one is."""
+    is_known = type(tensor) in ORDINARY or type(tensor) is _fake("FakeTensor")
+    return is_known and tensor.layout == torch.strided
+
+
+def ops_are_watched() -> bool:
+    """Whether a mode sees every operator; one that computes shapes alone changes none of these."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    fake = _fake("FakeTensorMode")
+    return any(type(mode) is not fake for mode in _get_current_dispatch_mode_stack())
+
+
+def _fake(name: str) -> type | None:
+    """A class of PyTorch's fake tensors; None where nobody has imported them, which takes long."""
+    return getattr(sys.modules.get("torch._subclasses.fake_tensor"), name, None)
 
 
 def _is_watched() -> bool:

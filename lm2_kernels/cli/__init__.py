@@ -1,6 +1,6 @@
 """``python -m lm2_kernels``: ``info`` says what runs here, ``verify`` whether it is right, ``demo``
-what a memory is good for, ``bench`` how fast it is; ``train`` and ``generate`` are for models of
-your own, and ``evaluate`` asks any what they remember.
+what a memory is good for, ``bench`` how fast it is, ``plan`` what a model takes; ``train`` and
+``generate`` are for models of your own, and ``evaluate`` asks any what they remember.
 
 Exit codes: 0 all right, 1 a check failed, 2 what was asked for cannot be done, 130 Ctrl-C ended
 it, 143 SIGTERM or 129 SIGHUP ended ``train`` or ``evaluate``, 141 who read the output stopped
@@ -20,6 +20,7 @@ from lm2_kernels.cli.demo import add_demo
 from lm2_kernels.cli.evaluate import add_evaluate
 from lm2_kernels.cli.generate import add_generate
 from lm2_kernels.cli.info import add_info
+from lm2_kernels.cli.plan import add_plan
 from lm2_kernels.cli.train import add_train
 from lm2_kernels.cli.verify import add_verify
 from lm2_kernels.terminal import say
@@ -83,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROGRAM, description="LM2 memory layers for PyTorch.")
     parser.add_argument("--version", action="version", version=f"lm2_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_info, add_verify, add_demo, add_train, add_generate, add_evaluate, add_bench):
+    adders = (add_info, add_verify, add_demo, add_plan, add_train, add_generate, add_evaluate)
+    for add in (*adders, add_bench):
         add(commands)
     return parser

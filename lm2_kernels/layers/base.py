@@ -34,7 +34,13 @@ from lm2_kernels.checks import (
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers import function
 from lm2_kernels.linear import apply_linear
-from lm2_kernels.plain import ORDINARY, calls_are_plain, is_ordinary, plain_parameters
+from lm2_kernels.plain import (
+    ORDINARY,
+    calls_are_plain,
+    is_ordinary,
+    ops_are_watched,
+    plain_parameters,
+)
 from lm2_kernels.state.cache import SegmentCache, write_rows
 
 # what layers were called with -> what their Functions are, or None where one is made of ops
@@ -212,7 +218,7 @@ class MemoryLayer(nn.Module):
             torch.compiler.is_compiling()
             or not calls_are_plain()
             # whoever counts or transforms ops knows them by their names
-            or torch._C._len_torch_dispatch_stack() > 0
+            or ops_are_watched()
             or torch._C._are_functorch_transforms_active()
             or torch._C._get_tracing_state() is not None
             or getattr(forward_ad, "_current_level", 0) >= 0

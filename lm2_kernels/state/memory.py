@@ -113,6 +113,11 @@ class MemoryState:
         return self._batch
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the banks, and of what is kept within a segment."""
+        return sum(tensor.nbytes for tensor in (*self._incoming, *self._cache.values()))
+
+    @property
     def position(self) -> Tensor:
         """(B,) int64 on the CPU: how many tokens of its segment each row has read."""
         return torch.tensor(self._starts or [0] * self.batch, dtype=torch.int64)

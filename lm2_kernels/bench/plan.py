@@ -1,0 +1,326 @@
+"""What a model of a configuration takes, before anything is run: :func:`plan`.
+
+The model itself runs, on tensors that have shapes, dtypes and nothing else (PyTorch's fake
+tensors), so that what is counted is what a run does: parameters, floating-point operations, bytes
+kept for backward, the state of a text. No time is measured; bounds follow from ceilings.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lm2_kernels import backends
+from lm2_kernels.backends import eager
+from lm2_kernels.backends.contract import RESULTS
+from lm2_kernels.checks import check_int
+from lm2_kernels.layers.base import MemoryLayer
+from lm2_kernels.model.config import LM2Config
+from lm2_kernels.model.decoder import MLP, LM2ForCausalLM, SelfAttention
+
+__all__ = ["CEILINGS", "Ceiling", "Part", "Plan", "plan"]
+
+# the parts of a model, in the order of a table
+SELF_ATTENTION, MEMORY, MLPS, LOSS = "self-attention", "memory", "MLP", "logits and loss"
+REST = "embedding, norms, residuals"
+_KINDS = {SelfAttention: SELF_ATTENTION, MemoryLayer: MEMORY, MLP: MLPS}
+# float32 weights, their gradients, and the two averages of AdamW
+_STATES = {"weights": 1, "gradients": 1, "optimizer": 2}
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What a device can do at most, by its maker's data sheet.
+
+    Args:
+        flops: of dense products a second, by the dtype of the operands ("float32" without tensor
+            cores).
+        bandwidth: bytes of memory a second.
+        memory: bytes.
+    """
+
+    flops: dict[str, float]
+    bandwidth: float
+    memory: float
+
+
+# dense figures of NVIDIA's data sheets; nothing here was measured
+CEILINGS = {
+    "a100": Ceiling({"float32": 19.5e12, "bfloat16": 312e12}, 2.039e12, 80e9),
+    "h100": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 3.35e12, 80e9),
+    "h200": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 4.8e12, 141e9),
+}
+
+
+@dataclasses.dataclass
+class Part:
+    """A part of a model.
+
+    Args:
+        parameters: that it has; what is shared counts once.
+        forward, backward: floating-point operations of matrix products and attention; of pairs of a
+            token and a slot that it does not see, none.
+        kept: bytes that autograd keeps of its forward pass.
+    """
+
+    parameters: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    kept: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a model takes.
+
+    Args:
+        parts: by their names, of a training step.
+        batch, tokens, dtype: of the step.
+        training: bytes of memory by what they are of; at least, as results on their way are not in
+            it.
+        decode_flops: of the next token of every row, at a segment's end; None if the model cannot
+            go on within a segment.
+        decoding: bytes of memory by what they are of, at a segment's end.
+    """
+
+    parts: dict[str, Part]
+    batch: int
+    tokens: int
+    dtype: str
+    training: dict[str, int]
+    decode_flops: float | None
+    decoding: dict[str, int]
+
+    def total(self, name: str) -> float:
+        """Of all parts: "parameters", "forward", "backward" or "kept"."""
+        return sum(getattr(part, name) for part in self.parts.values())
+
+    def seconds(self, ceiling: Ceiling) -> dict[str, float | None]:
+        """The least time of a training step and of the next token.
+
+        The step's operations at the ceiling of products, or its weights, gradients, averages and
+        what is kept through memory once in and once out, whichever is longer; of a token the
+        weights and the state once.
+        """
+        rate = ceiling.flops[self.dtype]
+        flops = self.total("forward") + self.total("backward")
+        step = max(flops / rate, 2 * sum(self.training.values()) / ceiling.bandwidth)
+        token = None
+        if self.decode_flops is not None:
+            moved = sum(self.decoding.values()) / ceiling.bandwidth
+            token = max(self.decode_flops / rate, moved)
+        return {"training step": step, "next token": token}
+
+
+def plan(config: LM2Config, *, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> Plan:
+    """What a model of a configuration takes.
+
+    Args:
+        config: of the model.
+        batch: rows.
+        tokens: of a row, in a training step.
+        dtype: bfloat16 is autocast in training, and of the weights in decoding.
+
+    Raises:
+        TypeError, ValueError: a number does not fit, or the dtype.
+    """
+    check_int("plan", "batch", batch, 1)
+    check_int("plan", "tokens", tokens, 1)
+    if dtype not in _DTYPES:
+        raise ValueError(f"plan: dtype must be one of {_DTYPES}, got {dtype}")
+    # imports torch._dynamo, which importing the package does not wait for
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+
+    shapes = _Shapes()
+    with backends.register(_Shapes.NAME, shapes), FakeTensorMode():
+        config = dataclasses.replace(config, backend=_Shapes.NAME)
+        model = LM2ForCausalLM(config)
+        parts = {name: Part() for name in (REST, SELF_ATTENTION, MEMORY, MLPS, LOSS)}
+        _count_parameters(model, parts)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        _count_step(model, ids, dtype, parts, shapes)
+        # another one, as fake tensors cannot be cast in place
+        with _default_dtype(dtype):
+            decode_flops, state = _count_token(LM2ForCausalLM(config), batch, shapes)
+    weights = sum(part.parameters for part in parts.values())
+    training = {name: 4 * count * weights for name, count in _STATES.items()}
+    training["kept for backward"] = sum(part.kept for part in parts.values())
+    decoding = {"weights": dtype.itemsize * weights, "state": state}
+    name = str(dtype).removeprefix("torch.")
+    return Plan(parts, batch, tokens, name, training, decode_flops, decoding)
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _part_of(module: nn.Module) -> str | None:
+    return next((name for kind, name in _KINDS.items() if isinstance(module, kind)), None)
+
+
+def _count_parameters(model: nn.Module, parts: dict[str, Part]) -> None:
+    counted: set[Tensor] = set()
+    for module in model.modules():
+        name = LOSS if module is model.lm_head else _part_of(module)
+        for parameter in [] if name is None else module.parameters():
+            if parameter not in counted:
+                counted.add(parameter)
+                parts[name].parameters += parameter.numel()
+    parts[REST].parameters = sum(p.numel() for p in model.parameters() if p not in counted)
+
+
+def _count_step(
+    model: LM2ForCausalLM,
+    ids: Tensor,
+    dtype: torch.dtype,
+    parts: dict[str, Part],
+    shapes: "_Shapes",
+) -> None:
+    """Operations and kept bytes of a training step, part by part."""
+    where, before, counter = [REST], 0.0, None
+    known = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    # alive together, so that no two have one address
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            alive.append(tensor)
+            parts[where[-1]].kept += storage.nbytes()
+        return tensor
+
+    def settle() -> None:
+        # what was counted since the last border is of the part that the work is in
+        nonlocal before
+        now = 0.0 if counter is None else counter.get_total_flops()
+        parts[where[-1]].forward += now - before
+        before = now
+
+    def enter(module: nn.Module, *_: object) -> None:
+        settle()
+        where.append(_part_of(module))
+
+    def leave(*_: object) -> None:
+        settle()
+        where.pop()
+
+    handles = []
+    for module in model.modules():
+        if _part_of(module) is not None:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+    def forward() -> Tensor:
+        with autocast:
+            hidden, _ = model.read(ids, keep=False)
+            settle()
+            where.append(LOSS)
+            loss = model.loss(hidden, ids)
+            settle()
+        where.pop()
+        return loss
+
+    # by itself, as who counts operators has the layers made of ops
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    counter = FlopCounterMode(display=False)
+    shapes.taken()
+    with counter:
+        loss = forward()
+    for handle in handles:
+        handle.remove()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    # a product has two in backward; logits are computed again there; and of the memory some have
+    # one, where the bank is no parameter
+    for name, times in ((REST, 2), (SELF_ATTENTION, 2), (MLPS, 2), (LOSS, 3)):
+        parts[name].backward = times * parts[name].forward
+    rest = sum(part.backward for part in parts.values())
+    parts[MEMORY].backward = counter.get_total_flops() - rest
+    pairs = ids.shape[0] * _pairs(model.config, ids.shape[1])
+    # two products over the pairs of a token and what it sees, and five in backward
+    for name, product in ((SELF_ATTENTION, pairs), (MEMORY, shapes.taken())):
+        parts[name].forward += 2 * product
+        parts[name].backward += 5 * product
+
+
+def _pairs(config: LM2Config, tokens: int) -> float:
+    """FLOPs of one product of a row's self-attentions: a token sees its segment's up to itself."""
+    whole, rest = divmod(tokens, config.segment_length)
+    seen = sum(
+        n * size * (size + 1) // 2 for n, size in ((whole, config.segment_length), (1, rest))
+    )
+    return 2.0 * config.num_hidden_layers * config.hidden_size * seen
+
+
+def _count_token(model: LM2ForCausalLM, batch: int, shapes: "_Shapes") -> tuple[float | None, int]:
+    """Operations of the last token of a segment, and bytes of the state that it finds."""
+    config = model.config
+    ids = torch.zeros(batch, config.segment_length, dtype=torch.int64)
+    with torch.no_grad():
+        state = model.initial_state(batch, ids.device)
+        try:
+            model.check_streaming()
+        except ValueError:
+            # what it could go on with does not exist
+            return None, state.nbytes
+        if config.segment_length > 1:
+            _, state = model.read(ids[:, 1:], state)
+        shapes.taken()
+        with FlopCounterMode(display=False) as counter:
+            hidden, _ = model.read(ids[:, :1], state)
+            model.logits(hidden)
+    seen = config.num_hidden_layers * config.hidden_size * config.segment_length
+    flops = counter.get_total_flops() + 2 * (shapes.taken() + 2.0 * batch * seen)
+    return flops, state.nbytes
+
+
+class _Shapes:
+    """A backend whose results have shapes and nothing else, and which counts what it would do."""
+
+    NAME = "shapes"
+    DEVICES = None
+
+    def __init__(self):
+        self._product = 0.0
+        for function, results in RESULTS.items():
+            names = list(inspect.signature(getattr(eager, function)).parameters)
+            wanted = [names.index(name) for name in inspect.signature(results).parameters]
+            setattr(self, function, functools.partial(self._run, function, results, wanted))
+
+    @staticmethod
+    def unsupported_reason(op: str, *tensors: Tensor) -> None:
+        """Nothing is."""
+
+    def _run(
+        self, function: str, results: Callable[..., Any], wanted: Sequence[int], *args: Any
+    ) -> Any:
+        if function == "memory_attention_forward":
+            query, key, _, _, _, causal, slot_offset, *_ = args
+            (batch, tokens, *heads), slots = query.shape, key.shape[1]
+            seen = tokens * slots
+            if causal:
+                seen = sum(min(slots, slot_offset + token + 1) for token in range(tokens))
+            self._product += 2.0 * batch * math.prod(heads) * seen
+        return results(*(args[place] for place in wanted))
+
+    def taken(self) -> float:
+        """FLOPs of one product over all pairs since the last call."""
+        product, self._product = self._product, 0.0
+        return product
