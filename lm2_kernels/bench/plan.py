@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,9 @@ _KINDS = {SelfAttention: SELF_ATTENTION, MemoryLayer: MEMORY, MLP: MLPS}
 # float32 weights, their gradients, and the two averages of AdamW
 _STATES = {"weights": 1, "gradients": 1, "optimizer": 2}
 _DTYPES = (torch.float32, torch.bfloat16)
+_LARGEST = 2**31 - 1
+# products over the pairs of a token and what it sees
+_FORWARD, _BACKWARD = 2, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Ceiling:
         flops: of dense products a second, by the dtype of the operands ("float32" without tensor
             cores).
         bandwidth: bytes of memory a second.
-        memory: bytes.
+        memory: bytes, at most.
     """
 
     flops: dict[str, float]
@@ -52,11 +56,11 @@ class Ceiling:
     memory: float
 
 
-# dense figures of NVIDIA's data sheets; nothing here was measured
+# dense figures of NVIDIA's data sheets (SXM, 80 GB); nothing here was measured
 CEILINGS = {
-    "a100": Ceiling({"float32": 19.5e12, "bfloat16": 312e12}, 2.039e12, 80e9),
-    "h100": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 3.35e12, 80e9),
-    "h200": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 4.8e12, 141e9),
+    "a100": Ceiling({"float32": 19.5e12, "bfloat16": 312e12}, 2.039e12, 80 * 2**30),
+    "h100": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 3.35e12, 80 * 2**30),
+    "h200": Ceiling({"float32": 67e12, "bfloat16": 989e12}, 4.8e12, 141 * 2**30),
 }
 
 
@@ -84,11 +88,11 @@ class Plan:
     Args:
         parts: by their names, of a training step.
         batch, tokens, dtype: of the step.
-        training: bytes of memory by what they are of; at least, as results on their way are not in
-            it.
-        decode_flops: of the next token of every row, at a segment's end; None if the model cannot
-            go on within a segment.
-        decoding: bytes of memory by what they are of, at a segment's end.
+        training: bytes of memory by what they are of; results on their way are not in it.
+        decode_flops: of a segment's last token, of every row; None if the model cannot go on within
+            a segment.
+        decoding: bytes of memory by what they are of, before that token.
+        decode_read: bytes that the token reads.
     """
 
     parts: dict[str, Part]
@@ -98,26 +102,26 @@ class Plan:
     training: dict[str, int]
     decode_flops: float | None
     decoding: dict[str, int]
+    decode_read: int
 
     def total(self, name: str) -> float:
         """Of all parts: "parameters", "forward", "backward" or "kept"."""
         return sum(getattr(part, name) for part in self.parts.values())
 
     def seconds(self, ceiling: Ceiling) -> dict[str, float | None]:
-        """The least time of a training step and of the next token.
+        """The least time of a training step and of a segment's last token.
 
-        The step's operations at the ceiling of products, or its weights, gradients, averages and
-        what is kept through memory once in and once out, whichever is longer; of a token the
-        weights and the state once.
+        Operations at the ceiling of products, or bytes through memory, whichever takes longer: of
+        the step weights, gradients, averages and what is kept, once in and once out; of the token
+        what it reads.
         """
         rate = ceiling.flops[self.dtype]
         flops = self.total("forward") + self.total("backward")
         step = max(flops / rate, 2 * sum(self.training.values()) / ceiling.bandwidth)
         token = None
         if self.decode_flops is not None:
-            moved = sum(self.decoding.values()) / ceiling.bandwidth
-            token = max(self.decode_flops / rate, moved)
-        return {"training step": step, "next token": token}
+            token = max(self.decode_flops / rate, self.decode_read / ceiling.bandwidth)
+        return {"training step": step, "last token": token}
 
 
 def plan(config: LM2Config, *, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> Plan:
@@ -132,40 +136,58 @@ def plan(config: LM2Config, *, batch: int, tokens: int, dtype: torch.dtype = tor
     Raises:
         TypeError, ValueError: a number does not fit, or the dtype.
     """
-    check_int("plan", "batch", batch, 1)
-    check_int("plan", "tokens", tokens, 1)
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        check_int("plan", name, value, 1, _LARGEST)
     if dtype not in _DTYPES:
         raise ValueError(f"plan: dtype must be one of {_DTYPES}, got {dtype}")
-    # imports torch._dynamo, which importing the package does not wait for
-    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
-
+    parts = {name: Part() for name in (REST, SELF_ATTENTION, MEMORY, MLPS, LOSS)}
     shapes = _Shapes()
-    with backends.register(_Shapes.NAME, shapes), FakeTensorMode():
-        config = dataclasses.replace(config, backend=_Shapes.NAME)
-        model = LM2ForCausalLM(config)
-        parts = {name: Part() for name in (REST, SELF_ATTENTION, MEMORY, MLPS, LOSS)}
-        _count_parameters(model, parts)
-        ids = torch.zeros(batch, tokens, dtype=torch.int64)
-        _count_step(model, ids, dtype, parts, shapes)
-        # another one, as fake tensors cannot be cast in place
-        with _default_dtype(dtype):
-            decode_flops, state = _count_token(LM2ForCausalLM(config), batch, shapes)
+    try:
+        with backends.register(shapes.name, shapes), _surroundings():
+            model = LM2ForCausalLM(dataclasses.replace(config, backend=shapes.name))
+            _cast(model, torch.float32)
+            _count_parameters(model, parts)
+            ids = torch.zeros(batch, tokens, dtype=torch.int64)
+            _count_step(model, ids, dtype, parts, shapes)
+            _cast(model.requires_grad_(False), dtype)
+            decode_flops, state = _count_token(model, batch, shapes)
+    except RuntimeError as error:
+        # sizes that no tensor has
+        raise ValueError(f"plan: too large: {str(error).splitlines()[0]}") from None
     weights = sum(part.parameters for part in parts.values())
     training = {name: 4 * count * weights for name, count in _STATES.items()}
     training["kept for backward"] = sum(part.kept for part in parts.values())
-    decoding = {"weights": dtype.itemsize * weights, "state": state}
+    decoding = {"weights": dtype.itemsize * weights, **state}
+    # of an embedding that is no head a token reads its own row
+    unread = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    read = decoding["weights"] - dtype.itemsize * unread + decoding["within a segment"]
     name = str(dtype).removeprefix("torch.")
-    return Plan(parts, batch, tokens, name, training, decode_flops, decoding)
+    return Plan(parts, batch, tokens, name, training, decode_flops, decoding, read)
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+def _surroundings() -> Iterator[None]:
+    """Fake tensors, and nothing of what the caller has set."""
+    # imports torch._dynamo, which importing the package does not wait for
+    from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
+
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+        FakeTensorMode(),
+    ):
         yield
-    finally:
-        torch.set_default_dtype(before)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """As ``model.to``, which cannot cast fake tensors in place."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                needs_grad = parameter.requires_grad
+                module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), needs_grad)
 
 
 def _part_of(module: nn.Module) -> str | None:
@@ -245,19 +267,19 @@ def _count_step(
         loss = forward()
     for handle in handles:
         handle.remove()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as backward:
+        attention = shapes.taken()
         loss.backward()
-    # a product has two in backward; logits are computed again there; and of the memory some have
-    # one, where the bank is no parameter
+    # a product has two in backward; logits are computed again there; and the memory has the rest:
+    # some have one, where the bank is no parameter, and what is recomputed three
     for name, times in ((REST, 2), (SELF_ATTENTION, 2), (MLPS, 2), (LOSS, 3)):
         parts[name].backward = times * parts[name].forward
     rest = sum(part.backward for part in parts.values())
-    parts[MEMORY].backward = counter.get_total_flops() - rest
+    parts[MEMORY].backward = backward.get_total_flops() - rest + shapes.taken()
+    parts[MEMORY].forward += attention
     pairs = ids.shape[0] * _pairs(model.config, ids.shape[1])
-    # two products over the pairs of a token and what it sees, and five in backward
-    for name, product in ((SELF_ATTENTION, pairs), (MEMORY, shapes.taken())):
-        parts[name].forward += 2 * product
-        parts[name].backward += 5 * product
+    parts[SELF_ATTENTION].forward += _FORWARD * pairs
+    parts[SELF_ATTENTION].backward += _BACKWARD * pairs
 
 
 def _pairs(config: LM2Config, tokens: int) -> float:
@@ -269,17 +291,20 @@ def _pairs(config: LM2Config, tokens: int) -> float:
     return 2.0 * config.num_hidden_layers * config.hidden_size * seen
 
 
-def _count_token(model: LM2ForCausalLM, batch: int, shapes: "_Shapes") -> tuple[float | None, int]:
+def _count_token(
+    model: LM2ForCausalLM, batch: int, shapes: "_Shapes"
+) -> tuple[float | None, dict[str, int]]:
     """Operations of the last token of a segment, and bytes of the state that it finds."""
     config = model.config
     ids = torch.zeros(batch, config.segment_length, dtype=torch.int64)
     with torch.no_grad():
         state = model.initial_state(batch, ids.device)
+        banks = sum(bank.nbytes for bank in state.banks)
         try:
             model.check_streaming()
         except ValueError:
             # what it could go on with does not exist
-            return None, state.nbytes
+            return None, {"banks": banks, "within a segment": 0}
         if config.segment_length > 1:
             _, state = model.read(ids[:, 1:], state)
         shapes.taken()
@@ -287,40 +312,45 @@ def _count_token(model: LM2ForCausalLM, batch: int, shapes: "_Shapes") -> tuple[
             hidden, _ = model.read(ids[:, :1], state)
             model.logits(hidden)
     seen = config.num_hidden_layers * config.hidden_size * config.segment_length
-    flops = counter.get_total_flops() + 2 * (shapes.taken() + 2.0 * batch * seen)
-    return flops, state.nbytes
+    flops = counter.get_total_flops() + shapes.taken() + _FORWARD * 2.0 * batch * seen
+    return flops, {"banks": banks, "within a segment": state.nbytes - banks}
 
 
 class _Shapes:
-    """A backend whose results have shapes and nothing else, and which counts what it would do."""
+    """A backend whose results have shapes and nothing else, and which counts what it would do.
 
-    NAME = "shapes"
+    For the thread that made it alone: what others compute is theirs.
+    """
+
     DEVICES = None
 
     def __init__(self):
-        self._product = 0.0
+        self.name = f"shapes_{id(self)}"
+        self._thread = threading.get_ident()
+        self._flops = 0.0
         for function, results in RESULTS.items():
             names = list(inspect.signature(getattr(eager, function)).parameters)
-            wanted = [names.index(name) for name in inspect.signature(results).parameters]
-            setattr(self, function, functools.partial(self._run, function, results, wanted))
+            setattr(self, function, functools.partial(self._run, function, results, names))
 
-    @staticmethod
-    def unsupported_reason(op: str, *tensors: Tensor) -> None:
-        """Nothing is."""
+    def unsupported_reason(self, op: str, *tensors: Tensor) -> str | None:
+        """See :mod:`lm2_kernels.backends.contract`."""
+        return None if threading.get_ident() == self._thread else "it is another thread's plan"
 
     def _run(
-        self, function: str, results: Callable[..., Any], wanted: Sequence[int], *args: Any
+        self, function: str, results: Callable[..., Any], names: Sequence[str], *args: Any
     ) -> Any:
-        if function == "memory_attention_forward":
-            query, key, _, _, _, causal, slot_offset, *_ = args
-            (batch, tokens, *heads), slots = query.shape, key.shape[1]
+        given = dict(zip(names, args, strict=True))
+        products = {"memory_attention_forward": _FORWARD, "memory_attention_backward": _BACKWARD}
+        if function in products:
+            (batch, tokens, *heads), slots = given["query"].shape, given["key"].shape[1]
             seen = tokens * slots
-            if causal:
-                seen = sum(min(slots, slot_offset + token + 1) for token in range(tokens))
-            self._product += 2.0 * batch * math.prod(heads) * seen
-        return results(*(args[place] for place in wanted))
+            if given["causal"]:
+                first = given["slot_offset"] + 1
+                seen = sum(min(slots, last) for last in range(first, first + tokens))
+            self._flops += products[function] * 2.0 * batch * math.prod(heads) * seen
+        return results(*(given[name] for name in inspect.signature(results).parameters))
 
     def taken(self) -> float:
-        """FLOPs of one product over all pairs since the last call."""
-        product, self._product = self._product, 0.0
-        return product
+        """FLOPs of attentions since the last call."""
+        flops, self._flops = self._flops, 0.0
+        return flops

@@ -113,32 +113,22 @@ def render(config: LM2Config, found: Plan, ceilings: dict[str, Ceiling]) -> str:
     totals = (found.total(name) for name in ("parameters", "forward", "backward", "kept"))
     rows.append(["together", *_numbers(*totals)])
     lines += [f"  {line}" for line in columns(rows)]
-    lines += ["", "memory, at least"]
-    parts = {"training": found.training, "decoding": found.decoding}
-    rows = [
-        [
-            name,
-            f"{sum(of.values()) / 1e9:.3f} GB",
-            ", ".join(f"{k} {v / 1e9:.3f}" for k, v in of.items()),
-        ]
-        for name, of in parts.items()
-    ]
+    lines += ["", "memory, GiB"]
+    rows = []
+    for name, of in (("training", found.training), ("decoding", found.decoding)):
+        each = ", ".join(f"{what} {count / 2**30:.3f}" for what, count in of.items())
+        rows.append([name, f"{sum(of.values()) / 2**30:.3f}", each])
     lines += [f"  {line}" for line in columns(rows)]
-    token = "this model cannot go on within a segment"
+    token = "none: this model cannot go on within a segment"
     if found.decode_flops is not None:
-        token = f"{found.decode_flops / 1e9:.3f} GFLOP for {found.batch} tokens, one a row"
-    lines += [f"  the next token: {token}", "", "time, at least"]
-    rows = [["", "training step", "next token", "its memory"]]
+        token = f"{found.decode_flops / 1e9:.3f} GFLOP, all rows together"
+    lines += [f"  the last token of a segment: {token}", "", "time, at least"]
+    rows = [["", "training step, ms", "last token, us", "training fits"]]
     for name, ceiling in ceilings.items():
         step, token = found.seconds(ceiling).values()
-        rows.append(
-            [
-                name,
-                f"{1e3 * step:.3g} ms",
-                "-" if token is None else f"{1e6 * token:.3g} us",
-                "too small" if sum(found.training.values()) > ceiling.memory else "large enough",
-            ]
-        )
+        is_over = sum(found.training.values()) > ceiling.memory
+        shown = "-" if token is None else f"{1e6 * token:,.3g}"
+        rows.append([name, f"{1e3 * step:,.3g}", shown, "no" if is_over else "perhaps"])
     lines += [f"  {line}" for line in columns(rows)]
     return "\n".join(lines)
 
