@@ -252,11 +252,16 @@ def call(name: str, function: str, *args):
         if isinstance(arg, Tensor):
             device = arg.device.type
             break
-    if autocast_dtype(device) is not None:
-        # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
-        with torch.autocast(device, enabled=False):
-            return call_without_autocast(name, function, *args)
-    return call_without_autocast(name, function, *args)
+    # the op has its dtypes by now: autocast must not touch a backend's own arithmetic
+    return without_autocast(device, call_without_autocast, name, function, *args)
+
+
+def without_autocast(device_type: str, function: Callable, *args):
+    """``function(*args)``, out of the autocast in force on this type of device, if one is."""
+    if autocast_dtype(device_type) is None:
+        return function(*args)
+    with torch.autocast(device_type, enabled=False):
+        return function(*args)
 
 
 def call_without_autocast(name: str, function: str, *args):

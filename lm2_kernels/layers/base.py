@@ -342,7 +342,7 @@ class MemoryLayer(nn.Module):
         its input is checked, its weights are its own affair.
         """
         weight = self.query_proj.weight if isinstance(self.query_proj, nn.Linear) else None
-        if _is_ordinary(weight):
+        if _is_computed_with(weight):
             return weight
         return ordinary_parameter(self)
 
@@ -628,10 +628,10 @@ def check_result(
 
 def ordinary_parameter(module: nn.Module) -> Tensor | None:
     """The first parameter in a dtype that the ops compute in; None if there is none."""
-    return next(filter(_is_ordinary, module.parameters()), None)
+    return next(filter(_is_computed_with, module.parameters()), None)
 
 
-def _is_ordinary(weight: object) -> bool:
+def _is_computed_with(weight: object) -> bool:
     return isinstance(weight, Tensor) and weight.dtype in DTYPES and weight.layout == torch.strided
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lm2_kernels.autograd import first_order, refuse_mapped
-from lm2_kernels.backends import autocast_dtype, cpu_products
 from lm2_kernels.backends import call_without_autocast as call
+from lm2_kernels.backends import cpu_products, without_autocast
 from lm2_kernels.backends.contract import accumulation_dtype
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.linear import linear
@@ -138,13 +138,13 @@ class LayerFunction(torch.autograd.Function):
         if not torch.is_grad_enabled() or not any(
             [tensor is not None and tensor.requires_grad for tensor in tensors]
         ):
-            return _without_autocast(tensors[0], cls.compute, options, *tensors)[0]
+            return without_autocast(tensors[0].device.type, cls.compute, options, *tensors)[0]
         # Function.apply without its detour for torch.func, under which nobody gets here
         return super(torch.autograd.Function, cls).apply(options, *tensors)
 
     @classmethod
     def forward(cls, ctx, options, *tensors):
-        results, kept = _without_autocast(tensors[0], cls.compute, options, *tensors)
+        results, kept = without_autocast(tensors[0].device.type, cls.compute, options, *tensors)
         ctx.options = options
         ctx.set_materialize_grads(False)
         if options.recompute:
@@ -200,16 +200,7 @@ def _backward(
         kept = cls.compute(options, *saved)[1] if options.recompute else saved
         return cls.differentiate(options, needs, gradients, kept)
 
-    return _without_autocast(some, run)
-
-
-def _without_autocast(tensor: Tensor, function: Callable, *args):
-    """``function(*args)``, which casts by itself."""
-    device = tensor.device.type
-    if autocast_dtype(device) is None:
-        return function(*args)
-    with torch.autocast(device, enabled=False):
-        return function(*args)
+    return without_autocast(some.device.type, run)
 
 
 # --- reading -----------------------------------------------------------------------------------
@@ -249,8 +240,7 @@ def read(
         slot_mask,
         seed,
         how.causal,
-        # further on every token sees every slot, and a kernel's 32-bit sums stay small
-        min(how.slot_offset, key.shape[1]),
+        how.slot_offset,
         how.scale,
         how.top_k,
         how.dropout,
@@ -276,7 +266,7 @@ def read_backward(
         out,
         statistics,
         how.causal,
-        min(how.slot_offset, key.shape[1]),
+        how.slot_offset,
         how.scale,
         how.top_k,
         how.dropout,

@@ -56,8 +56,6 @@ class _Kept(NamedTuple):
 
 
 _WEIGHTS = _Kept._fields.index("query_weight")
-
-
 _SIZE = len(_Kept._fields)
 # whose gradients come through the attention
 _READERS = "x memory " + " ".join(

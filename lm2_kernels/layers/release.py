@@ -36,6 +36,7 @@ from lm2_kernels.layers.release_function import (
     ReleaseMemoryFunction,
     ReleaseOptions,
     ReleaseParameters,
+    with_rows,
 )
 from lm2_kernels.plain import (
     ORDINARY,
@@ -44,7 +45,7 @@ from lm2_kernels.plain import (
     parameters_of_plain,
     plain_parameters,
 )
-from lm2_kernels.state.cache import SegmentCache, is_known, read_rows, write_rows
+from lm2_kernels.state.cache import SegmentCache, write_rows
 
 
 class _Shared(nn.Module):
@@ -688,16 +689,8 @@ class ReleaseMemory(MemoryLayer):
             read = reader.read(query, rows, block)
             name = "attended_memory_layernorm"
             norm = self.attended_memory_layernorm
-            if tokens_per_slot == 1:
-                attended = self._normalise(name, read, rows, norm)
-            elif is_known(x.shape[1] == tokens_per_slot * rows.shape[1]):
-                # a batch of slots, whose rows are not copied for each token
-                own = read.reshape(-1, tokens_per_slot, self.dim)
-                shared = rows.flatten(0, 1)[:, None].expand(own.shape)
-                attended = self._normalise(name, own, shared, norm).view(read.shape)
-            else:
-                shared = read_rows(rows.repeat_interleave(tokens_per_slot, dim=1), 0, x.shape[1])
-                attended = self._normalise(name, read, shared, norm)
+            both = with_rows(read, rows, tokens_per_slot)
+            attended = self._normalise(name, *both, norm).view(read.shape)
             op, mixed = f"{type(self).__name__}.attention_mlp", self.attention_mlp(attended)
             mixed = check_result(op, mixed, attended, self.dim, attended.dtype, is_cast=True)
             name = "attended_memory_layernorm2"

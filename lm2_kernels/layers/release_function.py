@@ -25,7 +25,7 @@ from lm2_kernels.layers.function import (
     times,
 )
 from lm2_kernels.linear import linear
-from lm2_kernels.state.cache import read_rows
+from lm2_kernels.state.cache import is_known, read_rows
 from lm2_kernels.unchecked import contiguous_rows
 
 
@@ -197,7 +197,7 @@ class ReleaseMemoryFunction(LayerFunction):
         attended, first_mean, first_rstd = call(
             more.norm,
             "residual_layer_norm_forward",
-            *_with_rows(out, rows, c),
+            *with_rows(out, rows, c),
             p.first_norm_weight,
             p.first_norm_bias,
             more.first_eps,
@@ -361,20 +361,15 @@ class ReleaseMemoryFunction(LayerFunction):
                     dcandidate, operand, need.candidate_weight, need.candidate_bias
                 )
             if needs_second:
-                dattended, dweight, dbias = call(
+                dattended, of["second_norm_weight"], of["second_norm_bias"] = _norm_backward(
                     more.norm,
-                    "residual_layer_norm_backward",
                     dcandidate.view(kept.candidate.shape),
-                    kept.mixed,
-                    kept.attended,
-                    kept.second_norm_weight,
-                    kept.second_mean,
-                    kept.second_rstd,
+                    (kept.mixed, kept.attended),
+                    (kept.second_norm_weight, kept.second_mean, kept.second_rstd),
                     needs_mlp,
-                    need.second_norm_weight or need.second_norm_bias,
+                    need.second_norm_weight,
+                    need.second_norm_bias,
                 )
-                of["second_norm_weight"] = dweight if need.second_norm_weight else None
-                of["second_norm_bias"] = dbias if need.second_norm_bias else None
                 del dcandidate
             if needs_mlp:
                 mixed = tuple(map(matrix, (kept.attended, *saved[after:], kept.mixed)))
@@ -387,20 +382,16 @@ class ReleaseMemoryFunction(LayerFunction):
                     need.mlp_bias,
                 )
             if needs_first:
-                normed = _with_rows(kept.out, kept.rows, c)
-                dread, dweight, dbias = call(
+                normed = with_rows(kept.out, kept.rows, c)
+                dread, of["first_norm_weight"], of["first_norm_bias"] = _norm_backward(
                     more.norm,
-                    "residual_layer_norm_backward",
                     dattended.view(normed[0].shape),
-                    *normed,
-                    kept.first_norm_weight,
-                    kept.first_mean,
-                    kept.first_rstd,
+                    normed,
+                    (kept.first_norm_weight, kept.first_mean, kept.first_rstd),
                     needs_read,
-                    need.first_norm_weight or need.first_norm_bias,
+                    need.first_norm_weight,
+                    need.first_norm_bias,
                 )
-                of["first_norm_weight"] = dweight if need.first_norm_weight else None
-                of["first_norm_bias"] = dbias if need.first_norm_bias else None
             if needs_read:
                 if needs_memory:
                     # not the first of the sum, which would be written to: it is read again
@@ -462,16 +453,39 @@ class ReleaseMemoryFunction(LayerFunction):
         )
 
 
-def _with_rows(out: Tensor, rows: Tensor, tokens_per_slot: int) -> tuple[Tensor, Tensor]:
+def with_rows(out: Tensor, rows: Tensor, tokens_per_slot: int) -> tuple[Tensor, Tensor]:
     """What was read, and the rows of the tokens that read it."""
     batch, num_tokens, width = out.shape
     if tokens_per_slot == 1:
         return out, rows
-    if num_tokens == tokens_per_slot * rows.shape[1]:
+    if is_known(num_tokens == tokens_per_slot * rows.shape[1]):
         # a batch of slots, whose rows are not copied for each token
         own = out.reshape(batch * rows.shape[1], tokens_per_slot, width)
         return own, rows.flatten(0, 1)[:, None].expand(own.shape)
     return out, read_rows(rows.repeat_interleave(tokens_per_slot, dim=1), 0, num_tokens)
+
+
+def _norm_backward(
+    backend: str,
+    dout: Tensor,
+    summands: tuple[Tensor, Tensor],
+    known: tuple[Tensor, Tensor, Tensor],  # weight, mean, rstd
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of both summands, which is one, of weight and of bias."""
+    needs_dparams = needs_dweight or needs_dbias
+    dx, dweight, dbias = call(
+        backend,
+        "residual_layer_norm_backward",
+        dout,
+        *summands,
+        *known,
+        needs_dx,
+        needs_dparams,
+    )
+    return dx, dweight if needs_dweight else None, dbias if needs_dbias else None
 
 
 def _mlp_backward(
