@@ -229,6 +229,17 @@ def test_dropout_and_backends(kind, dropout, backend):
 
 
 @both_layers
+def test_a_masked_slot_has_no_gradient_of_its_read(kind):
+    """Whatever the projections are."""
+    layer, (x, memory) = make_layer(kind), make_inputs()
+    with torch.no_grad():
+        layer.key_proj.weight.fill_(torch.inf)
+    layer(x, memory, slot_mask=MASK, slot_offset=N - T)[0].sum().backward()
+    # but of those that are rewritten
+    assert not memory.grad[:, : N - T][~MASK[:, : N - T]].any()
+
+
+@both_layers
 def test_the_other_way_of_products(kind):
     with large_products():
         assert_agree(make_layer(kind, candidate="token"), make_inputs())
