@@ -1,5 +1,6 @@
 """What is particular to the Triton backend: resources on every target, addresses, launches."""
 
+import contextlib
 import copy
 import functools
 import importlib
@@ -9,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -16,6 +18,7 @@ import torch
 import triton
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import JITFunction
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing, unchecked
@@ -23,7 +26,7 @@ from lm2_kernels.backends import dropout
 from lm2_kernels.backends.triton import launch as launch_module
 from lm2_kernels.backends.triton import tables
 from tools import launches
-from tools.fake_gpu import ptxas_log
+from tools.fake_gpu import fake_gpu, ptxas_log
 from tools.rounding import assert_rule
 
 TARGETS = tuple(launches.TARGETS)
@@ -237,6 +240,121 @@ def test_launch_under_device_guard(case):
     assert gpu.launches
     for launch in gpu.launches:
         assert {str(device) for device in launch.devices} == {"cuda:1"}
+
+
+_BOUND = (
+    *(case for case in FIRST_CASES if case.op != "memory_attention"),
+    testing.Case(
+        *("memory_attention", 1, 5, 6, 2, 16),
+        (("slot_mask", "random"), ("dropout_p", 0.3), ("slot_offset", 2)),
+    ),
+    testing.Case("memory_attention", 1, 520, 4, 1, 16, (("causal", False),)),
+    CHUNKED,
+    testing.Case("residual_layer_norm", 1, 2, 0, 0, 9000),
+    testing.Case("pooled_gate", 1, 70, 0, 0, 16, (("prefix", True), ("num_pooled", 3))),
+)
+
+
+@contextlib.contextmanager
+def _triton_launches():
+    """How often Triton itself looks at the arguments of a launch."""
+    seen = []
+    run = JITFunction.run
+
+    def counted(self, *args, **options):
+        seen.append(self.__name__)
+        return run(self, *args, **options)
+
+    with mock.patch.object(JITFunction, "run", counted):
+        yield seen
+
+
+@pytest.mark.parametrize("case", _BOUND, ids=lambda case: case.id)
+def test_later_launches_are_the_first_with_other_tensors(case):
+    with fake_gpu("sm_90") as gpu, _triton_launches() as seen:
+        for seed in (0, 1):
+            inputs = testing.make_inputs(case, torch.float32, seed=seed)
+            results = testing.run_case(case, inputs, "triton", seed=seed)
+            first, gpu.launches[:] = list(gpu.launches), []
+    assert len(seen) == len(first)
+    # not those of the first tensors
+    with fake_gpu("sm_90", compile=False):
+        want = testing.run_case(case, inputs, "triton", seed=seed)
+    assert results.keys() == want.keys()
+    for name, result in results.items():
+        assert torch.equal(result, want[name]), name
+
+
+def test_what_changes_from_call_to_call_is_not_remembered():
+    """1 and 16 are the numbers that Triton would compile another kernel for."""
+    cases = {
+        number: (
+            testing.Case("memory_attention", 1, 5, 24, 1, 16, (("slot_offset", number),)),
+            testing.Case(
+                "pooled_gate", 1, 70, 0, 0, 16, (("prefix", True), ("num_pooled", number))
+            ),
+        )
+        for number in (1, 16, 3)
+    }
+
+    def run(seed, case):
+        inputs = testing.make_inputs(case, torch.float32, seed=seed)
+        results = testing.run_case(case, inputs, "triton", seed=seed)
+        return testing.compare_case(case, inputs, results, seed=seed)
+
+    with fake_gpu("sm_90"), _triton_launches() as seen:
+        for number, pair in cases.items():
+            for case in pair:
+                assert_rule(functools.partial(run, case=case))
+            if number == 1:
+                launched = len(seen)
+    assert len(seen) == launched
+
+
+@pytest.mark.parametrize(
+    "change", ["alignment", "stride", "dtype", "shape", "options", "missing", "hook"]
+)
+def test_other_layouts_are_looked_at(change, monkeypatch):
+    x, w = torch.randn(2, 4, 16), torch.randn(16)
+    given = {"x": x, "weight": w, "pooled_sum": torch.randn(2, 16), "num_pooled": 3, "prefix": True}
+
+    def run(**given):
+        return functional.pooled_gate(**given, backend="triton")
+
+    padded = torch.zeros(2 * 4 * 16 + 1)
+    view = padded[1:].view(2, 4, 16).copy_(x)
+    other = {
+        "alignment": {"x": view},
+        "stride": {"x": x.transpose(0, 1).contiguous().transpose(0, 1)},
+        "dtype": {"x": x.half()},
+        "shape": {"x": x[:, :3].contiguous()},
+        "options": {"prefix": False, "pooled_sum": None, "num_pooled": 0},
+        "missing": {"pooled_sum": None, "num_pooled": 0},
+        "hook": {},
+    }[change]
+    with fake_gpu("sm_90"), _triton_launches() as seen:
+        run(**given)
+        launched = len(seen)
+        run(**given)
+        assert len(seen) == launched
+        if change == "hook":
+            hook = triton.knobs.runtime.launch_enter_hook
+            monkeypatch.setattr(hook, "calls", [print])
+        got = run(**given | other)
+        assert len(seen) > launched
+    with lm2.use_backend("eager"):
+        want = functional.pooled_gate(**given | other)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_layouts_are_not_kept_for_ever(monkeypatch):
+    monkeypatch.setattr(launch_module, "_MOST_LAYOUTS", 3)
+    with fake_gpu("sm_90", execute=False, compile=False):
+        for num_tokens in range(1, 10):
+            x, weight = torch.zeros(1, num_tokens, 16), torch.zeros(16)
+            functional.pooled_gate(x, weight, backend="triton")
+            assert 0 < len(launch_module._layouts) <= 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -447,7 +447,8 @@ def _make_device_guard(driver: FakeDriver) -> type:
 
 @contextlib.contextmanager
 def _cpu_launches_allowed() -> Iterator[None]:
-    """Lets the package's Triton backend accept CPU tensors, and forget the target it has cached."""
+    """Lets the package's Triton backend accept CPU tensors, and forget the target it has cached,
+    and what it has launched there."""
     try:
         launcher = importlib.import_module(_PACKAGE_LAUNCHER)
     except ImportError:
@@ -456,9 +457,10 @@ def _cpu_launches_allowed() -> Iterator[None]:
         return
 
     def forget_target() -> None:
-        clear = getattr(getattr(launcher, "target", None), "cache_clear", None)
-        if clear is not None:
-            clear()
+        for cache, forget in (("target", "cache_clear"), ("_layouts", "clear")):
+            clear = getattr(getattr(launcher, cache, None), forget, None)
+            if clear is not None:
+                clear()
 
     forget_target()
     try:

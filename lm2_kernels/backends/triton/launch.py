@@ -1,14 +1,24 @@
-"""How a kernel is launched: on which target, under which device guard, and whether at all."""
+"""How a kernel is launched: on which target, under which device guard, and whether at all.
+
+Triton's own launch looks at every argument of every call, which takes longer than many a kernel of
+a small layer. What it finds depends on the layout of the tensors and on the options of the op
+alone: :class:`Launches` remembers it.
+"""
 
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
 
 import numpy
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
+
+_T = TypeVar("_T")
 
 # "small" stands for GPUs whose thread blocks get at most 100 KB of shared memory
 TARGETS = ("sm_80", "sm_90", "sm_100", "small", "gfx942")
@@ -62,10 +72,13 @@ def target_of(tensor: Tensor) -> str:
     return target(tensor.device.index)
 
 
+_NO_GUARD = contextlib.nullcontext()
+
+
 def device_guard(device: torch.device | None):
     """Make the tensors' device current: Triton launches on the current one."""
-    if device is None or device.type != "cuda":
-        return contextlib.nullcontext()
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NO_GUARD
     return torch.cuda.device(device)
 
 
@@ -86,3 +99,137 @@ def row_strides(tensor: Tensor | None, num_axes: int = 2) -> tuple[int, ...]:
     return tuple(
         0 if tensor.shape[axis] == 1 else tensor.stride(axis) for axis in range(tensor.dim() - 1)
     )
+
+
+class _Bound(NamedTuple):
+    """A compiled kernel with all of its arguments but the tensors and what varies."""
+
+    kernel: CompiledKernel
+    current_stream: Callable[[], int]
+    grid: tuple[int, int, int]
+    # between the tensors and what varies, and behind it
+    before: tuple
+    after: tuple
+
+
+# grid, scalars and constants of a launch
+Arguments = tuple[tuple[int, ...], tuple, dict[str, Any]]
+
+
+class Launches:
+    """The launches of an op for one layout of its tensors and one set of options.
+
+    The first launch of a kernel is Triton's own, which compiles it for what it sees in the
+    arguments: types, addresses and sizes that 16 divides, sizes of 1. All of it follows from the
+    layout and the options, so later launches hand new tensors to the compiled kernel at once. They
+    do not where a profiler has hooked itself into Triton's launches, and not on AMD GPUs, for which
+    the size of the storage counts as well.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._bound: dict[str, _Bound] = {}
+        self._known: dict[str, Any] = {}
+
+    def once(self, function: Callable[..., _T], *args: Any) -> _T:
+        """What the function gives, which follows from layout and options: called once."""
+        name = function.__name__
+        if name not in self._known:
+            self._known[name] = function(*args)
+        return self._known[name]
+
+    def run(
+        self,
+        kernel: Any,
+        tensors: tuple[Tensor | None, ...],
+        arguments: Callable[[], Arguments],
+        **varying: int,
+    ) -> None:
+        """Launch ``kernel[grid](*tensors, *scalars, **constants)``.
+
+        Args:
+            kernel: a ``triton.jit`` function.
+            tensors: those whose layout is known, and new contiguous ones whose shapes and dtypes
+                follow from it.
+            arguments: gives grid, scalars and constants, which follow from layout and options.
+            varying: the one scalar that does not, if there is one, by its name in the kernel, which
+                must not be specialised on it.
+        """
+        bound = self._bound.get(kernel.__name__)
+        with device_guard(self._device):
+            if bound is None or _is_hooked():
+                self._run_checked(kernel, tensors, arguments, *varying)
+                return
+            compiled = bound.kernel
+            compiled.run(
+                *bound.grid,
+                bound.current_stream(),
+                compiled.function,
+                compiled.packed_metadata,
+                # no hooks, and nothing to tell them
+                None,
+                None,
+                None,
+                *tensors,
+                *bound.before,
+                *varying.values(),
+                *bound.after,
+            )
+
+    def _run_checked(
+        self,
+        kernel: Any,
+        tensors: tuple[Tensor | None, ...],
+        arguments: Callable[[], Arguments],
+        varying: str | None = None,
+    ) -> None:
+        grid, scalars, constants = arguments()
+        compiled = kernel[grid](*tensors, *scalars, **constants)
+        # the interpreter compiles nothing
+        if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+            return
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        first = len(tensors)
+        names = kernel.arg_names[first + len(scalars) :]
+        values = (*scalars, *(constants[name] for name in names))
+        place = len(values) if varying is None else kernel.arg_names.index(varying) - first
+        self._bound[kernel.__name__] = _Bound(
+            kernel=compiled,
+            current_stream=functools.partial(driver.get_current_stream, device),
+            grid=(*grid, 1, 1)[:3],
+            before=values[:place],
+            after=values[place + 1 :],
+        )
+
+
+# layouts are few, but where lengths vary
+_MOST_LAYOUTS = 4096
+_layouts: dict[tuple, Launches] = {}
+
+
+def launches(op: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Launches:
+    """The launches of this op for tensors laid out as these, and these options."""
+    device = None
+    key: list[Any] = [op, options]
+    for tensor in tensors:
+        if tensor is not None:
+            device = tensor.device
+            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+        else:
+            key.append(None)
+    key += (device, target(device.index))
+    known = tuple(key)
+    result = _layouts.get(known)
+    if result is None:
+        if len(_layouts) >= _MOST_LAYOUTS:
+            _layouts.clear()
+        result = _layouts[known] = Launches(device)
+    return result
+
+
+def _is_hooked() -> bool:
+    """Whether a profiler wants to be told of launches."""
+    knobs = triton.knobs.runtime
+    enter, leave = knobs.launch_enter_hook, knobs.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -545,15 +545,12 @@ def _composite_reason(head_width: int, top_k: int | None) -> str | None:
     return None
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
-def _mask_arguments(slot_mask: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """The slot mask as the kernels take it, and its strides."""
-    if slot_mask is None:
-        return None, 0, 0
-    return (slot_mask.view(torch.uint8), *slot_mask.stride())
+def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if mask is None else mask.stride()
 
 
 def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
@@ -621,31 +618,23 @@ def memory_attention_forward(
     )
     if batch == 0:
         return out, statistics
-    block_k = _block_k(head_width)
-    config = tables.attention_forward(
-        launch.target_of(query),
-        query.dtype,
-        block_k,
-        _is_ragged(query, key, value, out),
-        batch * num_heads,
-        num_tokens,
-        num_slots,
-    )
-    mask, *mask_strides = _mask_arguments(slot_mask)
-    grid = (batch * num_heads * triton.cdiv(num_tokens, config.block_tokens),)
-    with launch.device_guard(query.device):
-        _memory_attention_fwd_kernel[grid](
-            query,
-            key,
-            value,
-            mask,
-            seed,
-            out,
-            statistics,
-            *_strides(query),
-            *_strides(key),
-            *_strides(value),
-            *mask_strides,
+    mask = None if slot_mask is None else slot_mask.view(torch.uint8)
+    inputs = (query, key, value, mask, seed)
+
+    def arguments() -> launch.Arguments:
+        block_k = _block_k(head_width)
+        config = tables.attention_forward(
+            launch.target_of(query),
+            query.dtype,
+            block_k,
+            _is_ragged(query, key, value, out),
+            batch * num_heads,
+            num_tokens,
+            num_slots,
+        )
+        scalars = (
+            *_strides(query, key, value),
+            *_mask_strides(mask),
             num_tokens,
             num_slots,
             num_heads,
@@ -654,16 +643,24 @@ def memory_attention_forward(
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
             _heads_per_group(batch * num_heads, num_slots, head_width, key.element_size()),
-            HEAD_WIDTH=head_width,
-            CAUSAL=causal,
-            HAS_MASK=mask is not None,
-            HAS_DROPOUT=seed is not None,
-            BLOCK_T=config.block_tokens,
-            BLOCK_N=config.block_slots,
-            BLOCK_K=block_k,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
         )
+        constants = {
+            "HEAD_WIDTH": head_width,
+            "CAUSAL": causal,
+            "HAS_MASK": mask is not None,
+            "HAS_DROPOUT": seed is not None,
+            "BLOCK_T": config.block_tokens,
+            "BLOCK_N": config.block_slots,
+            "BLOCK_K": block_k,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        num_blocks = triton.cdiv(num_tokens, config.block_tokens)
+        return (batch * num_heads * num_blocks,), scalars, constants
+
+    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
+    tensors = (*inputs, out, statistics)
+    launches.run(_memory_attention_fwd_kernel, tensors, arguments, slot_offset=slot_offset)
     return out, statistics
 
 
@@ -714,92 +711,98 @@ def memory_attention_backward(
     dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
     query, scale, sign = _with_positive_scale(query, scale)
     delta = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
-    mask, *mask_strides = _mask_arguments(slot_mask)
-    block_k = _block_k(head_width)
-    choice = (
-        launch.target_of(query),
-        query.dtype,
-        block_k,
-        _is_ragged(dout, query, key, value, out),
-        num_slots,
-    )
+    mask = None if slot_mask is None else slot_mask.view(torch.uint8)
+    inputs = (dout, query, key, value, mask, seed, statistics)
+    layout = (*inputs, out)
+    launches = launch.launches("memory_attention_backward", layout, causal, scale, dropout_p)
     num_pairs = batch * num_heads
-    inputs = (dout, query, key, value, mask, seed, statistics, delta)
-    scalars = (
-        *_strides(dout),
-        *_strides(query),
-        *_strides(key),
-        *_strides(value),
-        *mask_strides,
-        num_tokens,
-        num_slots,
-        num_heads,
-        slot_offset,
-        scale,
-        dropout.threshold(dropout_p),
-        1.0 / (1.0 - dropout_p),
-    )
-    flags = {
-        "HEAD_WIDTH": head_width,
-        "CAUSAL": causal,
-        "HAS_MASK": mask is not None,
-        "HAS_DROPOUT": seed is not None,
-        "BLOCK_K": block_k,
-    }
-    with launch.device_guard(query.device):
+    block_k = _block_k(head_width)
+
+    def choice() -> tuple[str, torch.dtype, int, bool, int]:
+        is_ragged = _is_ragged(dout, query, key, value, out)
+        return launch.target_of(query), query.dtype, block_k, is_ragged, num_slots
+
+    def delta_arguments() -> launch.Arguments:
         block_tokens = tables.attention_delta_rows(query.dtype, block_k)
-        _memory_attention_bwd_delta_kernel[(num_pairs * triton.cdiv(num_tokens, block_tokens),)](
-            dout,
-            out,
-            delta,
-            *_strides(dout),
-            *_strides(out),
+        constants = {
+            "HEAD_WIDTH": head_width,
+            "BLOCK_T": block_tokens,
+            "BLOCK_K": block_k,
+            "num_warps": 4,
+        }
+        grid = (num_pairs * triton.cdiv(num_tokens, block_tokens),)
+        return grid, (*_strides(dout, out), num_tokens, num_heads), constants
+
+    def arguments(
+        config: tables.AttentionConfig, num_programs: int, shared_rows: int
+    ) -> launch.Arguments:
+        """What the two kernels below have in common."""
+        scalars = (
+            *_strides(dout, query, key, value),
+            *_mask_strides(mask),
             num_tokens,
+            num_slots,
             num_heads,
-            HEAD_WIDTH=head_width,
-            BLOCK_T=block_tokens,
-            BLOCK_K=block_k,
-            num_warps=4,
+            slot_offset,
+            scale,
+            dropout.threshold(dropout_p),
+            1.0 / (1.0 - dropout_p),
+            _heads_per_group(num_pairs, shared_rows, head_width, query.element_size()),
         )
-        if needs_dquery:
-            config = tables.attention_dquery(*choice)
-            grid = (num_pairs * triton.cdiv(num_tokens, config.block_tokens),)
-            _memory_attention_bwd_dquery_kernel[grid](
-                *inputs,
-                dquery,
-                *scalars,
-                _heads_per_group(num_pairs, num_slots, head_width, query.element_size()),
-                **flags,
-                BLOCK_T=config.block_tokens,
-                BLOCK_N=config.block_slots,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-        if needs_dkey_value:
-            config = tables.attention_dkey_value(*choice, has_dropout=seed is not None)
-            num_programs = num_pairs * triton.cdiv(num_slots, config.block_slots)
-            tokens_per_part = tables.attention_part(num_programs, num_tokens, config.block_tokens)
-            num_parts = triton.cdiv(num_tokens, tokens_per_part)
-            if num_parts > 1:
-                shape = (batch, num_parts, *packed[1:])
-                sums = query.new_empty(shape, dtype=torch.float32)
-            else:
-                sums = query.new_empty(packed)
-            _memory_attention_bwd_dkey_value_kernel[(num_programs * num_parts,)](
-                *inputs,
-                sums,
-                *scalars,
-                _heads_per_group(num_pairs, num_tokens, head_width, query.element_size()),
-                num_parts,
-                tokens_per_part,
-                **flags,
-                IN_PARTS=num_parts > 1,
-                BLOCK_T=config.block_tokens,
-                BLOCK_N=config.block_slots,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
-            )
-            dkey_value = sums.sum(1).to(query.dtype) if num_parts > 1 else sums
+        constants = {
+            "HEAD_WIDTH": head_width,
+            "CAUSAL": causal,
+            "HAS_MASK": mask is not None,
+            "HAS_DROPOUT": seed is not None,
+            "BLOCK_T": config.block_tokens,
+            "BLOCK_N": config.block_slots,
+            "BLOCK_K": block_k,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }
+        return (num_programs,), scalars, constants
+
+    def dquery_arguments() -> launch.Arguments:
+        config = tables.attention_dquery(*choice())
+        num_blocks = triton.cdiv(num_tokens, config.block_tokens)
+        return arguments(config, num_pairs * num_blocks, num_slots)
+
+    def dkey_value_parts() -> tuple[tables.AttentionConfig, int, int, int]:
+        """Configuration, programs of a part, number of parts, tokens of one."""
+        config = tables.attention_dkey_value(*choice(), has_dropout=seed is not None)
+        num_programs = num_pairs * triton.cdiv(num_slots, config.block_slots)
+        tokens_per_part = tables.attention_part(num_programs, num_tokens, config.block_tokens)
+        return config, num_programs, triton.cdiv(num_tokens, tokens_per_part), tokens_per_part
+
+    launches.run(_memory_attention_bwd_delta_kernel, (dout, out, delta), delta_arguments)
+    inputs = (*inputs, delta)
+    if needs_dquery:
+        launches.run(
+            _memory_attention_bwd_dquery_kernel,
+            (*inputs, dquery),
+            dquery_arguments,
+            slot_offset=slot_offset,
+        )
+    if needs_dkey_value:
+        config, num_programs, num_parts, tokens_per_part = launches.once(dkey_value_parts)
+
+        def dkey_value_arguments() -> launch.Arguments:
+            grid, scalars, constants = arguments(config, num_programs * num_parts, num_tokens)
+            constants["IN_PARTS"] = num_parts > 1
+            return grid, (*scalars, num_parts, tokens_per_part), constants
+
+        if num_parts > 1:
+            shape = (batch, num_parts, *packed[1:])
+            sums = query.new_empty(shape, dtype=torch.float32)
+        else:
+            sums = query.new_empty(packed)
+        launches.run(
+            _memory_attention_bwd_dkey_value_kernel,
+            (*inputs, sums),
+            dkey_value_arguments,
+            slot_offset=slot_offset,
+        )
+        dkey_value = sums.sum(1).to(query.dtype) if num_parts > 1 else sums
     if sign != 1:
         dquery.mul_(sign)
     return dquery, dkey_value

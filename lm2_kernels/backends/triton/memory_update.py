@@ -389,6 +389,23 @@ def _config(
     return config, num_blocks_t, batch * num_blocks_t * triton.cdiv(width, config.block_cols)
 
 
+# input, forget and output gate, and the gates' bias: the last of a kernel's inputs
+_NUM_GATES = 4
+
+
+def _inputs(
+    rows: tuple[Tensor | None, ...], gates: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    return tuple(map(launch.last_contiguous, (*rows, *gates)))
+
+
+def _strides(inputs: tuple[Tensor | None, ...], num_tokens: int) -> list[int]:
+    """As the kernels take them: two of each tensor of rows, three of each gate."""
+    rows, gates = inputs[:-_NUM_GATES], inputs[-_NUM_GATES:]
+    strides = [stride for tensor in rows for stride in launch.row_strides(tensor)]
+    return strides + [stride for gate in gates for stride in _gate_strides(gate, num_tokens)]
+
+
 def _gate_strides(gate: Tensor | None, num_tokens: int) -> tuple[int, int, int]:
     """Of a batch entry, a slot and a token: a gate has a row a token, a row a slot, or one."""
     stride_b, stride = launch.row_strides(gate)
@@ -411,38 +428,32 @@ def memory_update_forward(
 ) -> tuple[Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends`."""
     num_tokens, width = hidden.shape[1:]
-    rows = [launch.last_contiguous(tensor) for tensor in (hidden, candidate, memory, read)]
-    gates = [
-        launch.last_contiguous(tensor)
-        for tensor in (input_gate, forget_gate, output_gate, gate_bias)
-    ]
+    inputs = _inputs(
+        (hidden, candidate, memory, read), (input_gate, forget_gate, output_gate, gate_bias)
+    )
     shown = hidden.new_empty(hidden.shape)
     new_memory = memory.new_empty(memory.shape)
     if shown.numel() == 0:
         return shown, new_memory
     tokens_per_slot = min(tokens_per_slot, num_tokens)
-    config, num_blocks_t, num_programs = _config(hidden, tokens_per_slot)
-    with launch.device_guard(hidden.device):
-        _memory_update_fwd_kernel[(num_programs,)](
-            *rows,
-            *gates,
-            shown,
-            new_memory,
-            *(stride for tensor in rows for stride in launch.row_strides(tensor)),
-            *(stride for gate in gates for stride in _gate_strides(gate, num_tokens)),
-            num_tokens,
-            tokens_per_slot,
-            num_blocks_t,
-            width,
-            HAS_OUTPUT_GATE=output_gate is not None,
-            HAS_GATE_BIAS=gate_bias is not None,
-            HAS_READ=read is not None,
-            SHOWS_MEMORY=output == "memory",
-            CHUNKED=tokens_per_slot > 1,
-            BLOCK_T=config.block_rows,
-            BLOCK_D=config.block_cols,
-            num_warps=config.num_warps,
-        )
+
+    def arguments() -> launch.Arguments:
+        config, num_blocks_t, num_programs = _config(hidden, tokens_per_slot)
+        constants = {
+            "HAS_OUTPUT_GATE": output_gate is not None,
+            "HAS_GATE_BIAS": gate_bias is not None,
+            "HAS_READ": read is not None,
+            "SHOWS_MEMORY": output == "memory",
+            "CHUNKED": tokens_per_slot > 1,
+            "BLOCK_T": config.block_rows,
+            "BLOCK_D": config.block_cols,
+            "num_warps": config.num_warps,
+        }
+        sizes = (num_tokens, tokens_per_slot, num_blocks_t, width)
+        return (num_programs,), (*_strides(inputs, num_tokens), *sizes), constants
+
+    launches = launch.launches("memory_update", inputs, output, tokens_per_slot)
+    launches.run(_memory_update_fwd_kernel, (*inputs, shown, new_memory), arguments)
     return shown, new_memory
 
 
@@ -466,13 +477,10 @@ def memory_update_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends`."""
     batch, num_tokens, width = candidate.shape
-    rows = [
-        launch.last_contiguous(tensor) for tensor in (doutput, dnew_memory, candidate, memory, read)
-    ]
-    gates = [
-        launch.last_contiguous(tensor)
-        for tensor in (input_gate, forget_gate, output_gate, gate_bias)
-    ]
+    inputs = _inputs(
+        (doutput, dnew_memory, candidate, memory, read),
+        (input_gate, forget_gate, output_gate, gate_bias),
+    )
     shape = (2 if output_gate is None else 3, width)
     dcandidate = candidate.new_empty(candidate.shape if needs_dcandidate else 0)
     dmemory = memory.new_empty(memory.shape if needs_dmemory else 0)
@@ -484,32 +492,30 @@ def memory_update_backward(
     if not any(gradient.numel() for gradient in gradients):
         return gradients
     tokens_per_slot = min(tokens_per_slot, num_tokens)
-    config, num_blocks_t, num_programs = _config(candidate, tokens_per_slot, needs_dslot_gates)
-    with launch.device_guard(candidate.device):
-        _memory_update_bwd_kernel[(num_programs,)](
-            *rows,
-            *gates,
-            *gradients,
-            *(stride for tensor in rows for stride in launch.row_strides(tensor)),
-            *(stride for gate in gates for stride in _gate_strides(gate, num_tokens)),
-            num_tokens,
-            tokens_per_slot,
-            num_blocks_t,
-            width,
-            HAS_DOUTPUT=doutput is not None,
-            HAS_DNEW_MEMORY=dnew_memory is not None,
-            HAS_OUTPUT_GATE=output_gate is not None,
-            HAS_GATE_BIAS=gate_bias is not None,
-            HAS_READ=read is not None,
-            SHOWS_MEMORY=output == "memory",
-            NEEDS_DCANDIDATE=needs_dcandidate,
-            NEEDS_DMEMORY=needs_dmemory,
-            NEEDS_DGATES=needs_dgates,
-            NEEDS_DSLOT_GATES=needs_dslot_gates,
-            NEEDS_DREAD=needs_dread,
-            CHUNKED=tokens_per_slot > 1,
-            BLOCK_T=config.block_rows,
-            BLOCK_D=config.block_cols,
-            num_warps=config.num_warps,
-        )
+    needs = (needs_dcandidate, needs_dmemory, needs_dgates, needs_dslot_gates, needs_dread)
+
+    def arguments() -> launch.Arguments:
+        config, num_blocks_t, num_programs = _config(candidate, tokens_per_slot, needs_dslot_gates)
+        constants = {
+            "HAS_DOUTPUT": doutput is not None,
+            "HAS_DNEW_MEMORY": dnew_memory is not None,
+            "HAS_OUTPUT_GATE": output_gate is not None,
+            "HAS_GATE_BIAS": gate_bias is not None,
+            "HAS_READ": read is not None,
+            "SHOWS_MEMORY": output == "memory",
+            "NEEDS_DCANDIDATE": needs_dcandidate,
+            "NEEDS_DMEMORY": needs_dmemory,
+            "NEEDS_DGATES": needs_dgates,
+            "NEEDS_DSLOT_GATES": needs_dslot_gates,
+            "NEEDS_DREAD": needs_dread,
+            "CHUNKED": tokens_per_slot > 1,
+            "BLOCK_T": config.block_rows,
+            "BLOCK_D": config.block_cols,
+            "num_warps": config.num_warps,
+        }
+        sizes = (num_tokens, tokens_per_slot, num_blocks_t, width)
+        return (num_programs,), (*_strides(inputs, num_tokens), *sizes), constants
+
+    launches = launch.launches("memory_update_backward", inputs, output, tokens_per_slot, needs)
+    launches.run(_memory_update_bwd_kernel, (*inputs, *gradients), arguments)
     return gradients

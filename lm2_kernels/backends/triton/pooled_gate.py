@@ -265,6 +265,20 @@ def _chunks(num_tokens: int, block_t: int) -> tuple[int, int]:
     return triton.cdiv(num_tokens, size), size
 
 
+def _choice(x: Tensor) -> tuple[tables.Config, int, int]:
+    """Configuration, number of chunks, tokens in each."""
+    config = tables.pooled_gate(launch.target_of(x), x.shape[-1])
+    return config, *_chunks(x.shape[1], config.block_rows)
+
+
+def _tile(config: tables.Config) -> dict[str, int]:
+    return {
+        "BLOCK_T": config.block_rows,
+        "BLOCK_D": config.block_cols,
+        "num_warps": config.num_warps,
+    }
+
+
 def pooled_gate_forward(
     x: Tensor,  # (B, T, D)
     weight: Tensor,  # (D,)
@@ -275,9 +289,9 @@ def pooled_gate_forward(
     """See :mod:`lm2_kernels.backends`."""
     x, weight, pooled_sum = map(launch.last_contiguous, (x, weight, pooled_sum))
     batch, num_tokens, width = x.shape
-    config = tables.pooled_gate(launch.target_of(x), width)
-    num_chunks, chunk_size = _chunks(num_tokens, config.block_rows)
-    grid = (batch * num_chunks, triton.cdiv(width, config.block_cols))
+    inputs = (x, weight, pooled_sum)
+    launches = launch.launches("pooled_gate", inputs, prefix)
+    config, num_chunks, chunk_size = launches.once(_choice, x)
     partials = pooled = None
     if prefix:
         pooled = x.new_empty(x.shape)
@@ -288,40 +302,29 @@ def pooled_gate_forward(
         if not prefix:
             pooled, new_sum = x.new_empty((batch, 1, width)), partials.new_empty((batch, width))
         return pooled, new_sum
-    shared = dict(BLOCK_T=config.block_rows, BLOCK_D=config.block_cols, num_warps=config.num_warps)
-    with launch.device_guard(x.device):
-        if partials is not None:
-            _pooled_gate_fwd_sum_kernel[grid](
-                x,
-                weight,
-                partials,
-                *launch.row_strides(x),
-                num_tokens,
-                num_chunks,
-                chunk_size,
-                width,
-                **shared,
-            )
-        if prefix:
-            _pooled_gate_fwd_prefix_kernel[grid](
-                x,
-                weight,
-                pooled_sum,
-                partials,
-                pooled,
-                new_sum,
-                *launch.row_strides(x),
-                *launch.row_strides(pooled_sum, 1),
-                num_pooled,
-                num_tokens,
-                num_chunks,
-                chunk_size,
-                width,
-                HAS_POOLED_SUM=pooled_sum is not None,
-                HAS_PARTIALS=partials is not None,
-                MAX_CHUNKS=_MAX_CHUNKS,
-                **shared,
-            )
+    grid = (batch * num_chunks, triton.cdiv(width, config.block_cols))
+    sizes = (num_tokens, num_chunks, chunk_size, width)
+
+    def sum_arguments() -> launch.Arguments:
+        return grid, (*launch.row_strides(x), *sizes), _tile(config)
+
+    def prefix_arguments() -> launch.Arguments:
+        strides = (*launch.row_strides(x), *launch.row_strides(pooled_sum, 1))
+        constants = {
+            "HAS_POOLED_SUM": pooled_sum is not None,
+            "HAS_PARTIALS": partials is not None,
+            "MAX_CHUNKS": _MAX_CHUNKS,
+            **_tile(config),
+        }
+        return grid, (*strides, num_pooled, *sizes), constants
+
+    if partials is not None:
+        launches.run(_pooled_gate_fwd_sum_kernel, (x, weight, partials), sum_arguments)
+    if prefix:
+        tensors = (x, weight, pooled_sum, partials, pooled, new_sum)
+        launches.run(
+            _pooled_gate_fwd_prefix_kernel, tensors, prefix_arguments, num_pooled=num_pooled
+        )
     if not prefix:
         new_sum = partials.sum(1)
         pooled = (new_sum / num_tokens).to(x.dtype)[:, None, :]
@@ -348,54 +351,44 @@ def pooled_gate_backward(
     if x.numel() == 0 or not (needs_dx or needs_dweight or needs_dpooled_sum):
         return dx, weight.new_zeros(width if needs_dweight else 0), dpooled_sum
 
-    config = tables.pooled_gate(launch.target_of(x), width)
-    num_chunks, chunk_size = _chunks(num_tokens, config.block_rows)
-    grid = (batch * num_chunks, triton.cdiv(width, config.block_cols))
+    needs = (needs_dx, needs_dweight, needs_dpooled_sum)
+    inputs = (dpooled, dnew_sum, x, weight)
+    launches = launch.launches("pooled_gate_backward", inputs, prefix, needs)
+    config, num_chunks, chunk_size = launches.once(_choice, x)
     partials = dweight = None
     if prefix and dpooled is not None and num_chunks > 1:
         partials = x.new_empty((batch, num_chunks, width), dtype=torch.float32)
     if needs_dweight:
         dweight = x.new_empty((batch * num_chunks, width), dtype=torch.float32)
-    shared = dict(BLOCK_T=config.block_rows, BLOCK_D=config.block_cols, num_warps=config.num_warps)
-    with launch.device_guard(x.device):
-        if partials is not None:
-            _pooled_gate_bwd_sum_kernel[grid](
-                dpooled,
-                partials,
-                *launch.row_strides(dpooled),
-                num_pooled,
-                num_tokens,
-                num_chunks,
-                chunk_size,
-                width,
-                **shared,
-            )
-        _pooled_gate_bwd_kernel[grid](
-            dpooled,
-            dnew_sum,
-            x,
-            weight,
-            partials,
-            dx,
-            dweight,
-            dpooled_sum,
+    grid = (batch * num_chunks, triton.cdiv(width, config.block_cols))
+    sizes = (num_tokens, num_chunks, chunk_size, width)
+
+    def sum_arguments() -> launch.Arguments:
+        return grid, (*launch.row_strides(dpooled), num_pooled, *sizes), _tile(config)
+
+    def arguments() -> launch.Arguments:
+        strides = (
             *launch.row_strides(dpooled),
             *launch.row_strides(dnew_sum, 1),
             *launch.row_strides(x),
-            num_pooled,
-            num_tokens,
-            num_chunks,
-            chunk_size,
-            width,
-            PREFIX=prefix,
-            HAS_DPOOLED=dpooled is not None,
-            HAS_DNEW_SUM=dnew_sum is not None,
-            HAS_PARTIALS=partials is not None,
-            NEEDS_DX=needs_dx,
-            NEEDS_DWEIGHT=needs_dweight,
-            NEEDS_DPOOLED_SUM=needs_dpooled_sum,
-            MAX_CHUNKS=_MAX_CHUNKS,
-            **shared,
         )
+        constants = {
+            "PREFIX": prefix,
+            "HAS_DPOOLED": dpooled is not None,
+            "HAS_DNEW_SUM": dnew_sum is not None,
+            "HAS_PARTIALS": partials is not None,
+            "NEEDS_DX": needs_dx,
+            "NEEDS_DWEIGHT": needs_dweight,
+            "NEEDS_DPOOLED_SUM": needs_dpooled_sum,
+            "MAX_CHUNKS": _MAX_CHUNKS,
+            **_tile(config),
+        }
+        return grid, (*strides, num_pooled, *sizes), constants
+
+    if partials is not None:
+        tensors = (dpooled, partials)
+        launches.run(_pooled_gate_bwd_sum_kernel, tensors, sum_arguments, num_pooled=num_pooled)
+    tensors = (*inputs, partials, dx, dweight, dpooled_sum)
+    launches.run(_pooled_gate_bwd_kernel, tensors, arguments, num_pooled=num_pooled)
     dweight = weight.new_empty(0) if dweight is None else dweight.sum(0).to(weight.dtype)
     return dx, dweight, dpooled_sum

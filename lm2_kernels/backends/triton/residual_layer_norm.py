@@ -265,6 +265,10 @@ def _residual_layer_norm_bwd_kernel(
         tl.store(partials_ptrs, tl.sum(dbias, axis=0), mask=mask_d)
 
 
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in launch.row_strides(tensor)]
+
+
 def residual_layer_norm_forward(
     x: Tensor,  # (B, T, D)
     residual: Tensor,  # (B, T, D)
@@ -280,35 +284,33 @@ def residual_layer_norm_forward(
     rstd = torch.empty_like(mean)
     if out.numel() == 0:
         return out, mean, rstd
-    target = launch.target_of(x)
-    config = tables.residual_layer_norm(target, width, backward=False)
-    tensors = (x, residual, weight, bias, out, mean, rstd)
-    strides = (*launch.row_strides(x), *launch.row_strides(residual))
-    with launch.device_guard(x.device):
-        if config is None:
-            config = tables.residual_layer_norm_wide(target)
-            _residual_layer_norm_fwd_wide_kernel[(batch * num_tokens,)](
-                *tensors,
-                *strides,
-                num_tokens,
-                width,
-                eps,
-                BLOCK_D=config.block_cols,
-                num_warps=config.num_warps,
-            )
-        else:
-            num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
-            _residual_layer_norm_fwd_kernel[(batch * num_blocks_t,)](
-                *tensors,
-                *strides,
-                num_tokens,
-                num_blocks_t,
-                width,
-                eps,
-                BLOCK_T=config.block_rows,
-                BLOCK_D=config.block_cols,
-                num_warps=config.num_warps,
-            )
+    inputs = (x, residual, weight, bias)
+    launches = launch.launches("residual_layer_norm", inputs, eps)
+
+    def choice() -> tables.Config | None:
+        return tables.residual_layer_norm(launch.target_of(x), width, backward=False)
+
+    def wide_arguments() -> launch.Arguments:
+        wide = tables.residual_layer_norm_wide(launch.target_of(x))
+        constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
+        return (batch * num_tokens,), (*_strides(x, residual), num_tokens, width, eps), constants
+
+    def arguments() -> launch.Arguments:
+        num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
+        constants = {
+            "BLOCK_T": config.block_rows,
+            "BLOCK_D": config.block_cols,
+            "num_warps": config.num_warps,
+        }
+        scalars = (*_strides(x, residual), num_tokens, num_blocks_t, width, eps)
+        return (batch * num_blocks_t,), scalars, constants
+
+    tensors = (*inputs, out, mean, rstd)
+    config = launches.once(choice)
+    if config is None:
+        launches.run(_residual_layer_norm_fwd_wide_kernel, tensors, wide_arguments)
+    else:
+        launches.run(_residual_layer_norm_fwd_kernel, tensors, arguments)
     return out, mean, rstd
 
 
@@ -332,49 +334,47 @@ def residual_layer_norm_backward(
         dweight, dbias = (weight.new_zeros(width if needs_dparams else 0) for _ in range(2))
         return dx, dweight, dbias
 
-    target = launch.target_of(x)
-    config = tables.residual_layer_norm(target, width, backward=True)
-    is_wide = config is None
-    if is_wide:
-        config = tables.residual_layer_norm_columns(target)
-    num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
-    num_blocks = batch * num_blocks_t
-    num_partials = min(triton.cdiv(num_blocks, _MIN_BLOCKS_PER_PARTIAL), _MAX_PARTIALS)
-    tensors = (dout, x, residual, weight, mean, rstd)
-    strides = [stride for tensor in tensors[:3] for stride in launch.row_strides(tensor)]
+    inputs = (dout, x, residual, weight, mean, rstd)
+    launches = launch.launches("residual_layer_norm_backward", inputs, needs_dx, needs_dparams)
+
+    def choice() -> tuple[bool, tables.Config, int, int]:
+        """Whether rows are wide, the configuration, row blocks of a batch entry, partial sums."""
+        target = launch.target_of(x)
+        config = tables.residual_layer_norm(target, width, backward=True)
+        is_wide = config is None
+        if is_wide:
+            config = tables.residual_layer_norm_columns(target)
+        num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
+        num_partials = triton.cdiv(batch * num_blocks_t, _MIN_BLOCKS_PER_PARTIAL)
+        return is_wide, config, num_blocks_t, min(num_partials, _MAX_PARTIALS)
+
+    is_wide, config, num_blocks_t, num_partials = launches.once(choice)
+
+    def means_arguments() -> launch.Arguments:
+        wide = tables.residual_layer_norm_wide(launch.target_of(x))
+        constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
+        return (batch * num_tokens,), (*_strides(dout, x, residual), num_tokens, width), constants
+
+    def arguments() -> launch.Arguments:
+        constants = {
+            "HAS_MEANS": means is not None,
+            "NEEDS_DX": needs_dx,
+            "NEEDS_DPARAMS": needs_dparams,
+            "BLOCK_T": config.block_rows,
+            "BLOCK_D": config.block_cols,
+            "num_warps": config.num_warps,
+        }
+        grid = (num_partials, triton.cdiv(width, config.block_cols))
+        sizes = (num_tokens, num_blocks_t, batch * num_blocks_t, width)
+        return grid, (*_strides(dout, x, residual), *sizes), constants
+
     means = partials = None
     if needs_dparams:
         partials = x.new_empty((2, num_partials, width), dtype=torch.float32)
-    with launch.device_guard(x.device):
-        if needs_dx and is_wide:
-            means = x.new_empty((batch, num_tokens, 2), dtype=torch.float32)
-            wide = tables.residual_layer_norm_wide(target)
-            _residual_layer_norm_bwd_means_kernel[(batch * num_tokens,)](
-                *tensors,
-                means,
-                *strides,
-                num_tokens,
-                width,
-                BLOCK_D=wide.block_cols,
-                num_warps=wide.num_warps,
-            )
-        _residual_layer_norm_bwd_kernel[(num_partials, triton.cdiv(width, config.block_cols))](
-            *tensors,
-            means,
-            dx,
-            partials,
-            *strides,
-            num_tokens,
-            num_blocks_t,
-            num_blocks,
-            width,
-            HAS_MEANS=means is not None,
-            NEEDS_DX=needs_dx,
-            NEEDS_DPARAMS=needs_dparams,
-            BLOCK_T=config.block_rows,
-            BLOCK_D=config.block_cols,
-            num_warps=config.num_warps,
-        )
+    if needs_dx and is_wide:
+        means = x.new_empty((batch, num_tokens, 2), dtype=torch.float32)
+        launches.run(_residual_layer_norm_bwd_means_kernel, (*inputs, means), means_arguments)
+    launches.run(_residual_layer_norm_bwd_kernel, (*inputs, means, dx, partials), arguments)
     if not needs_dparams:
         return dx, weight.new_empty(0), weight.new_empty(0)
     # two sums, as the results may not share their storage
