@@ -1,6 +1,7 @@
 """A pretrained model is given a memory: what does it recall that its window no longer shows?
 
     python benchmarks/real_model.py --model FOLDER [--gguf FILE] --seeds 0 1 2 --minutes 30
+    python benchmarks/real_model.py --model FOLDER ... --candidate read --first 110 --out FILE
 
 The model reads a context by windows of 32 tokens, each from its first position, and then the
 question, and how its answer begins, in a window of its own: of the context it has nothing but what
@@ -14,7 +15,9 @@ another row, given to it before the question.
 
 Each cell is a line of --out. What a cell has done is kept in a folder beside it, and after so many
 minutes (or a kill) the next call goes on from there, to the same result. Another model, another
---dtype, or what another version of this script asks, takes another --out.
+--dtype or --candidate, or what another version of this script asks, takes another --out.
+
+With --first a cell is the first so many steps of the training, of which the losses are kept.
 """
 
 import argparse
@@ -210,7 +213,7 @@ def load(folder: str, gguf: str | None) -> Reader:
     return Reader(model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **options))
 
 
-def give_memory(model: nn.Module, seed: int) -> Report:
+def give_memory(model: nn.Module, seed: int, candidate: str) -> Report:
     """In four blocks, evenly spread."""
     torch.manual_seed(seed)
     blocks = model.config.num_hidden_layers
@@ -219,7 +222,7 @@ def give_memory(model: nn.Module, seed: int) -> Report:
         memory_slots=WINDOW,
         num_heads=model.config.num_attention_heads,
         layers=sorted({blocks * part // 5 for part in range(1, 5)}),
-        candidate="token",
+        candidate=candidate,
         # a question is short, and what it asks for may be in any slot
         memory_causal=False,
     )
@@ -309,6 +312,8 @@ def kind_of(reader: Reader, options: argparse.Namespace) -> dict[str, str]:
             for number in range(4):
                 sample = some.sample(number, lengths[-1])
                 told += [sample, asking(sample)]
+    if options.candidate != "token":
+        told.append(options.candidate)
     study = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
     return {"model": fingerprint(reader.model), "dtype": options.dtype, "study": study}
 
@@ -348,7 +353,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
     question = probe["question_ids"], probe["question_mask"]
     with torch.no_grad(), autocast_in(torch.device("cpu"), options.autocast):
         before = reader.following(*question)
-        report = give_memory(model, seed)
+        report = give_memory(model, seed, options.candidate)
         reader.read(probe["input_ids"], probe["attention_mask"])
         kept.notes.setdefault("unchanged before", torch.equal(reader.following(*question), before))
     optimizer = torch.optim.AdamW(report.parameter_groups(lr=RATE))
@@ -364,7 +369,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
         kept.notes["losses"].append(round(loss, 4))
         kept.notes["train_seconds"] += now - begun
         begun = now
-        is_up = now >= options.until
+        is_up = now >= options.until or step == options.first
         if is_up or step == steps or now - saved > PATIENCE:
             kept.tensors = snapshot(own, optimizer)
             kept.save()
@@ -374,8 +379,8 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             print(f"seed {seed}, step {step} of {steps}: {latest}", flush=True)
         return is_up and step < steps
 
-    steps = len(planned())
-    if done < steps:
+    steps, last = len(planned()), options.first or len(planned())
+    if done < last:
         train(
             reader,
             batches(reader, seed, done),
@@ -387,8 +392,17 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             autocast=options.autocast,
             progress=progress,
         )
-    if len(kept.notes["losses"]) < steps:
+    if len(kept.notes["losses"]) < last:
         raise TimeIsUpError
+    trained = {
+        "unchanged before": kept.notes["unchanged before"],
+        "parameters": report.parameters,
+        "steps": last,
+        "losses": curves(kept.notes["losses"]),
+        "train_minutes": round(kept.notes["train_seconds"] / 60.0, 2),
+    }
+    if options.first:
+        return trained
     model.eval()
     memory = report.memory
 
@@ -403,13 +417,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
         return found
 
     ask_all(reader, kept, options, answer)
-    return {
-        "unchanged before": kept.notes["unchanged before"],
-        "parameters": report.parameters,
-        "steps": steps,
-        "losses": curves(kept.notes["losses"]),
-        "train_minutes": round(kept.notes["train_seconds"] / 60.0, 2),
-    }
+    return trained
 
 
 def answers(reader: Reader, name: str) -> Tensor:
@@ -521,6 +529,10 @@ def main() -> None:
         "--minutes", type=float, default=30.0, help="of a cell in this call; the next goes on"
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--candidate", default="token", choices=("token", "read"))
+    parser.add_argument(
+        "--first", type=int, metavar="STEPS", help="of the training, and no questions after it"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     # of autocast; weights are float32
@@ -528,7 +540,7 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.touch()
     done = [line["cell"] for line in lines_of(options.out)]
-    for cell in (*options.seeds, "plain"):
+    for cell in (*options.seeds, *(() if options.first else ("plain",))):
         if cell in done:
             continue
         try:

@@ -215,11 +215,15 @@ def costs_table(block: study.Block) -> str:
     return _markdown(rows)
 
 
+def _real_cells(name: str, part: str) -> dict[int | str, dict]:
+    path = study.FOLDER / f"{name}.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return {line["cell"]: line.get(part) for line in map(json.loads, lines)}
+
+
 def real_table() -> str:
     """A line a task and length: the pretrained model as it came, and with its memory, trained."""
-    path = study.FOLDER / "real.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    cells = {line["cell"]: line["answers"] for line in map(json.loads, lines)}
+    cells = _real_cells("real", "answers")
     plain, seeds = cells.get("plain"), [cells[seed] for seed in _REAL_SEEDS if seed in cells]
     rows = [
         ["task", "tokens", "last window alone, %", "one window, %", "memory, %", "another's, %"]
@@ -236,6 +240,20 @@ def real_table() -> str:
                 )
             ]
             rows.append([*name.split(), *found])
+    return _markdown(rows)
+
+
+def real_candidates_table() -> str:
+    """A line a candidate: losses of the first task of the training, after so many steps."""
+    after = (10, 30, 50, 70, 90, 110)
+    rows = [["candidate", *(f"{steps} steps" for steps in after)]]
+    for candidate, name in (("token", "real"), ("read", "real_read")):
+        cells = _real_cells(name, "losses")
+        # a number is the mean of ten steps
+        found = [cells[seed]["place 0"] for seed in _REAL_SEEDS if seed in cells]
+        if len(found) == len(_REAL_SEEDS):
+            losses = [[own[steps // 10 - 1] for own in found] for steps in after]
+            rows.append([candidate, *(f"{min(own):.2f} to {max(own):.2f}" for own in losses)])
     return _markdown(rows)
 
 
@@ -268,6 +286,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str]]] = {
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
     "real": (None, real_table),
+    "real_candidates": (None, real_candidates_table),
     "costs": ("length", costs_table),
 }
 

@@ -53,8 +53,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(study, monkeypatch, folder, out, minutes, dtype="float32"):
-    arguments = ("--model", folder, "--seeds", 1, "--minutes", minutes, "--out", out)
+def run(study, monkeypatch, folder, out, minutes, dtype="float32", more=()):
+    arguments = ("--model", folder, "--seeds", 1, "--minutes", minutes, "--out", out, *more)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--dtype", dtype])
     study.main()
     return [json.loads(line) for line in out.read_text("utf-8").splitlines()]
@@ -102,6 +102,21 @@ def test_a_cell_goes_on_as_what_it_was(study, monkeypatch, folder, tmp_path):
         run(study, monkeypatch, folder, other, 0)
 
 
+def test_the_first_steps_are_those_of_the_whole(study, monkeypatch, folder, tmp_path):
+    seed, _ = run(study, monkeypatch, folder, tmp_path / "whole.jsonl", 10)
+    (first,) = run(study, monkeypatch, folder, tmp_path / "first.jsonl", 10, more=("--first", 2))
+    assert first["steps"] == 2 and first["answers"] == {}
+    assert sum(map(len, first["losses"].values())) == 2
+    for kind, losses in first["losses"].items():
+        assert losses == seed["losses"][kind]
+    out = tmp_path / "read.jsonl"
+    (read,) = run(study, monkeypatch, folder, out, 10, more=("--first", 2, "--candidate", "read"))
+    assert read["parameters"] < first["parameters"]
+    # the cell "plain" would be a line of the file
+    with pytest.raises(ValueError, match="of another study: take another --out"):
+        run(study, monkeypatch, folder, out, 10)
+
+
 def test_answers_that_begin_alike_are_refused_first(study, monkeypatch, folder, tmp_path):
     monkeypatch.setattr(study.Reader, "first_tokens", lambda self, answers: torch.ones(9).long())
     monkeypatch.setattr(study, "train", None)
@@ -112,7 +127,7 @@ def test_answers_that_begin_alike_are_refused_first(study, monkeypatch, folder, 
 def test_a_context_of_fewer_windows_is_read_as_alone(study, folder):
     """Rows are padded by whole windows, which leave the memory as it was."""
     reader = study.load(folder, None)
-    memory = study.give_memory(reader.model, 0).memory
+    memory = study.give_memory(reader.model, 0, "token").memory
     for layer in memory.layers:
         torch.nn.init.normal_(layer.value_proj.weight)
     reader.double()

@@ -412,6 +412,20 @@ def test_the_table_of_the_real_model(monkeypatch, tmp_path):
     assert row == "| qa1 | 32 | 25 | 100 | 75 (50 to 100) | 25 (25 to 25) |"
 
 
+def test_the_table_of_the_real_models_candidates(monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    for name, scale in (("real", 1.0), ("real_read", 2.0)):
+        lines = [
+            {"cell": seed, "losses": {"place 0": [scale * (seed + step) for step in range(11)]}}
+            for seed in range(3)
+        ]
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    *_, token, read = report.table("real_candidates").splitlines()
+    assert token.startswith("| token | 0.00 to 2.00 | 2.00 to 4.00 |")
+    assert read.endswith("| 20.00 to 24.00 |")
+
+
 def test_costs(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "FOLDER", tmp_path)
     contenders = (study.Contender("none"), study.Contender())
