@@ -127,9 +127,9 @@ class SdpaPaperMemory(nn.Module):
 
 
 class SdpaReleaseMemory(ReleasedStyleMemory):
-    """The released layer with several tokens a slot in plain PyTorch, as :class:`SdpaPaperMemory`.
+    """The released layer in plain PyTorch over ``scaled_dot_product_attention``.
 
-    Its gate pools over the segment.
+    As :class:`SdpaPaperMemory`, with chunks too; its gate pools over the segment.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, tokens_per_slot: int = 1):
@@ -138,18 +138,22 @@ class SdpaReleaseMemory(ReleasedStyleMemory):
 
     def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         """X (B, T, D) and memory (B, N, D) -> output and new memory."""
+        if self.tokens_per_slot == 1:
+            return super().forward(x, memory)
+        read = self._read(x, memory).unflatten(1, (-1, self.tokens_per_slot))
+        proposals = self._proposals(x, memory, memory[:, :, None], read)
+        return x + proposals.flatten(1, 2), proposals.mean(dim=2)
 
+    def _read(self, x: Tensor, memory: Tensor) -> Tensor:
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (self.n_heads, -1))
 
-        read = sdpa(
+        return sdpa(
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
+            is_causal=self.tokens_per_slot == 1,
         ).flatten(-2)
-        read = read.unflatten(1, (-1, self.tokens_per_slot))
-        proposals = self._proposals(x, memory, memory[:, :, None], read)
-        return x + proposals.flatten(1, 2), proposals.mean(dim=2)
 
 
 def sdpa_options(

@@ -305,10 +305,9 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
         if device == "cuda":
             cudnn = functools.partial(peer, kernel=SDPA_KERNELS["SDPA cudnn"])
             rows |= peer_rows(cudnn, SDPA_CUDNN)
-    elif c > 1:
+    elif shape.slot_offset == 0:
+        rows |= peer_rows(ReleasedStyleMemory, RELEASED) if c == 1 else {}
         rows |= peer_rows(functools.partial(SdpaReleaseMemory, tokens_per_slot=c), SDPA)
-    elif shape.tokens == shape.slots:
-        rows |= peer_rows(ReleasedStyleMemory, RELEASED)
     products_of = _paper_products if is_paper else _release_products
     rows[LIMIT] = lambda: _limit(products_of(shape), shape, dtype, device)
     flops = _attention_flops(shape)
