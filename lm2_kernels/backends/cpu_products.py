@@ -7,10 +7,11 @@ of what oneDNN does, and on others as much or more. Both are exact float32.
 float32 does. There the operands are widened, multiplied in float32 and the result rounded, which is
 what a 16-bit product with float32 sums is.
 
-So the first large product of each dtype and layout is timed both ways, some milliseconds once a
-process, and the faster one kept. ``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) and
-``LM2_KERNELS_16BIT_PRODUCTS=torch`` (or ``float32``) decide without a measurement, for results that
-are bit-equal from one process to the next.
+Which is the faster one depends on the size too. So the first large product of each dtype, layout
+and class of size is timed both ways, some milliseconds once a process, and the faster one kept.
+``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) and ``LM2_KERNELS_16BIT_PRODUCTS=torch`` (or
+``float32``) decide without a measurement, for results that are bit-equal from one process to the
+next.
 """
 
 import os
@@ -30,15 +31,16 @@ _ALTERNATIVE = {FLOAT32_VARIABLE: "onednn", _16_BIT_VARIABLE: "float32"}
 _MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 18, torch.float16: 1 << 18}
 # fewer rows of 16 bits are a walk through the weight, which widening it would only make longer
 _MIN_ROWS = 8
-_MEASURED_SIZE = {torch.float32: 512, torch.bfloat16: 256, torch.float16: 256}
-_ROUNDS = 5
+# rows and columns of what is timed: each stands for what has as many multiplications or more
+_SIZES = (256, 512, 1024)
+_ROUNDS = {256: 5, 512: 5, 1024: 3}
 # the other way has to be this much faster to be taken in place of torch's own
 _MARGIN = 1.1
-# and is taken after two rounds if it is so much faster
+# if it is so much faster two rounds are enough, and so it is of larger products
 _CLEAR = 4.0
 
-# (dtype, rows of a are contiguous, rows of b are contiguous) -> how many times faster it is
-_ratios: dict[tuple[torch.dtype, bool, bool], float] = {}
+# (dtype, rows of a are contiguous, rows of b are contiguous, size) -> how many times faster it is
+_ratios: dict[tuple[torch.dtype, bool, bool, int], float] = {}
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -73,9 +75,14 @@ def is_large(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
     return dtype == torch.float32 or num_rows >= _MIN_ROWS
 
 
-def is_widened(dtype: torch.dtype) -> bool:
-    """Whether products x W^T of this 16-bit dtype go through float32."""
-    return _ratio(dtype, True, False) > _MARGIN
+def is_widened(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
+    """Whether products x W^T of this 16-bit dtype and so many rows go through float32."""
+    return _ratio(dtype, True, False, _size(num_rows * weight_elements)) > _MARGIN
+
+
+def _size(multiplications: int) -> int:
+    """Which of the sizes that are timed stands for a product."""
+    return next((s for s in reversed(_SIZES) if multiplications >= s**3), _SIZES[0])
 
 
 def _is_matrix(x: Tensor) -> bool:
@@ -137,13 +144,14 @@ def _is_choice(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
 def _faster(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     """The other way for two matrices, if it is the faster one."""
     # what is expanded, or strided along both axes, torch's own copies
-    is_plain = _is_matrix(a) and _is_matrix(b)
-    if is_plain and _ratio(a.dtype, a.stride(-1) == 1, b.stride(-1) == 1) > _MARGIN:
-        return _other(a.dtype)
-    return None
+    if not (_is_matrix(a) and _is_matrix(b)):
+        return None
+    size = _size(a.numel() * b.shape[1])
+    is_faster = _ratio(a.dtype, a.stride(1) == 1, b.stride(1) == 1, size) > _MARGIN
+    return _other(a.dtype) if is_faster else None
 
 
-def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
+def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float:
     """How many times faster the other way is than torch's own for operands of this layout."""
     variable = _16_BIT_VARIABLE if dtype in _16_BIT else FLOAT32_VARIABLE
     request = os.environ.get(variable) or "auto"
@@ -152,26 +160,29 @@ def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
         raise ValueError(f"{variable} must be one of {choices}, got {request!r}")
     if request != "auto":
         return 0.0 if request == "torch" else float("inf")
-    layout = (dtype, dense_a, dense_b)
-    if layout not in _ratios and torch._C._len_torch_dispatch_stack() > 0:
-        # under a mode that watches or fakes every operator, times say nothing
-        return 0.0
-    if layout not in _ratios:
-        _ratios[layout] = _measure(*layout)
-    return _ratios[layout]
+    key = (dtype, dense_a, dense_b, size)
+    if key not in _ratios:
+        if torch._C._len_torch_dispatch_stack() > 0:
+            # under a mode that watches or fakes every operator, times say nothing
+            return 0.0
+        _ratios[key] = _measure(*key)
+    return _ratios[key]
 
 
-def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool) -> float:
-    size = _MEASURED_SIZE[dtype]
+def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float:
+    if size > _SIZES[0]:
+        smaller = _ratio(dtype, dense_a, dense_b, _SIZES[_SIZES.index(size) - 1])
+        if smaller > _CLEAR:
+            return smaller
     # small whole numbers: every order of summation gives the same bits
     count = torch.arange(size * size, dtype=torch.float32, device="cpu").view(size, size)
     a, b = (count % 7 - 3.0).to(dtype), (count % 5 - 2.0).to(dtype)
     a, b = a if dense_a else a.t(), b if dense_b else b.t()
     with torch.autocast("cpu", enabled=False), torch.no_grad():
-        return _ratio_of(a, b)
+        return _ratio_of(a, b, _ROUNDS[size])
 
 
-def _ratio_of(a: Tensor, b: Tensor) -> float:
+def _ratio_of(a: Tensor, b: Tensor, rounds: int) -> float:
     other = _other(a.dtype)
     try:
         is_right = torch.equal(other(a, b, None), _torch(a, b, None))
@@ -181,7 +192,7 @@ def _ratio_of(a: Tensor, b: Tensor) -> float:
     if not is_right:
         return 0.0
     times: list[tuple[float, float]] = []
-    while len(times) < _ROUNDS:
+    while len(times) < rounds:
         # in turns, and the best of each: what else the machine does hits both
         times.append((_seconds(_torch, a, b), _seconds(other, a, b)))
         ratio = min(t for t, _ in times) / min(o for _, o in times)
@@ -205,9 +216,15 @@ def report() -> dict[str, str]:
     for dtype, title in titles.items():
         parts = []
         for layout, name in names.items():
-            ratio = _ratio(dtype, *layout)
-            way = title if ratio > _MARGIN else "torch's own"
-            measured = f" ({ratio:.2f}x)" if 0.0 < ratio < float("inf") else ""
-            parts.append(f"{name} {way}{measured}")
+            # by the way: what was measured at each size
+            found: dict[str, list[str]] = {}
+            for size in _SIZES:
+                ratio = _ratio(dtype, *layout, size)
+                way = title if ratio > _MARGIN else "torch's own"
+                measured = f"{ratio:.2f}x at {size}" if 0.0 < ratio < float("inf") else str(size)
+                found.setdefault(way, []).append(measured)
+            parts.append(
+                f"{name} " + " and ".join(f"{w} ({', '.join(m)})" for w, m in found.items())
+            )
         lines[str(dtype).removeprefix("torch.")] = ", ".join(parts)
     return lines

@@ -214,20 +214,48 @@ def test_a_wrong_operator_is_not_taken(monkeypatch):
     monkeypatch.setattr(
         cpu_products, "_onednn", lambda a, b, *_: torch.zeros(a.shape[0], b.shape[1])
     )
-    assert cpu_products._measure(torch.float32, True, False) == 0.0
+    assert cpu_products._measure(torch.float32, True, False, 256) == 0.0
 
 
-def test_measured_once_for_each_layout(monkeypatch):
+def test_measured_once_for_each_layout_and_size(monkeypatch):
     monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
     monkeypatch.setattr(cpu_products, "_ratios", {})
     measured = []
     monkeypatch.setattr(cpu_products, "_measure", lambda *layout: measured.append(layout) or 2.0)
-    a = torch.randn(512, 512)
+    # 512 x 512 x 511 multiplications are fewer than those of 512
+    a, b = torch.randn(512, 512), torch.randn(512, 511)
     with torch.no_grad():
         for _ in range(2):
             cpu_products.product(a, a)
             cpu_products.product(a, a.t())
-    assert measured == [(torch.float32, True, True), (torch.float32, True, False)]
+            cpu_products.product(a, b)
+    layouts = [(True, True, 512), (True, False, 512), (True, True, 256)]
+    assert measured == [(torch.float32, *layout) for layout in layouts]
+
+
+def test_a_size_has_its_own_way(monkeypatch):
+    monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
+    known = {256: 1.0, 512: 2.0, 1024: 0.5}
+    ratios = {(torch.float32, True, True, size): ratio for size, ratio in known.items()}
+    monkeypatch.setattr(cpu_products, "_ratios", ratios)
+    calls = _onednn_calls(monkeypatch)
+    with torch.no_grad():
+        for rows, taken in ((256, 0), (1024, 1), (4096, 1)):
+            a, b = torch.randn(rows, 512), torch.randn(512, 512)
+            cpu_products.product(a, b)
+            assert len(calls) == taken
+
+
+@pytest.mark.parametrize(("ratio", "rounds"), [(5.0, 2), (2.0, 13), (0.2, 13)])
+def test_what_is_clear_of_a_size_is_not_measured_of_larger_ones(ratio, rounds, monkeypatch):
+    monkeypatch.delenv(cpu_products._16_BIT_VARIABLE, raising=False)
+    # what is widened is a float32 product, of which nothing is to be measured
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "torch")
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    seconds = iter([ratio, 1.0] * rounds)
+    monkeypatch.setattr(cpu_products, "_seconds", lambda *args: next(seconds))
+    assert cpu_products._ratio(torch.bfloat16, True, False, 1024) == ratio
+    assert next(seconds, None) is None
 
 
 def test_unknown_choice(monkeypatch):
@@ -269,11 +297,11 @@ def test_16_bit(dtype, way, has_bias, relu, monkeypatch):
 def test_16_bit_way_is_measured(monkeypatch):
     monkeypatch.delenv(cpu_products._16_BIT_VARIABLE, raising=False)
     monkeypatch.setattr(cpu_products, "_ratios", {})
-    assert cpu_products._ratio(torch.bfloat16, True, False) > 0.0
+    assert cpu_products._ratio(torch.bfloat16, True, False, 256) > 0.0
     seconds = iter((1.0, 0.1, 1.0, 0.1))
     monkeypatch.setattr(cpu_products, "_seconds", lambda *args: next(seconds))
     # two rounds are enough where it is clear
-    assert cpu_products._measure(torch.bfloat16, True, False) == pytest.approx(10.0)
+    assert cpu_products._measure(torch.bfloat16, True, False, 256) == pytest.approx(10.0)
 
 
 def test_nothing_is_measured_of_fake_tensors(monkeypatch):
