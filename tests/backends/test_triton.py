@@ -236,7 +236,9 @@ def test_launch_under_device_guard(case):
             name: value.to("cuda:1") if isinstance(value, torch.Tensor) else value
             for name, value in inputs.constants.items()
         }
-        getattr(functional, case.op)(**tensors, **constants, backend="triton")
+        # the second time nothing is looked at
+        for _ in range(2):
+            getattr(functional, case.op)(**tensors, **constants, backend="triton")
     assert gpu.launches
     for launch in gpu.launches:
         assert {str(device) for device in launch.devices} == {"cuda:1"}
@@ -273,11 +275,12 @@ def _triton_launches():
 def test_later_launches_are_the_first_with_other_tensors(case):
     with fake_gpu("sm_90") as gpu, _triton_launches() as seen:
         for seed in (0, 1):
+            gpu.current_stream = seed
             inputs = testing.make_inputs(case, torch.float32, seed=seed)
             results = testing.run_case(case, inputs, "triton", seed=seed)
-            first, gpu.launches[:] = list(gpu.launches), []
-    assert len(seen) == len(first)
-    # not those of the first tensors
+    # Triton looked at the first half of them
+    assert gpu.launches == 2 * gpu.launches[: len(seen)]
+    assert gpu.streams == [0] * len(seen) + [1] * len(seen)
     with fake_gpu("sm_90", compile=False):
         want = testing.run_case(case, inputs, "triton", seed=seed)
     assert results.keys() == want.keys()
@@ -285,16 +288,24 @@ def test_later_launches_are_the_first_with_other_tensors(case):
         assert torch.equal(result, want[name]), name
 
 
+def test_amds_launches_are_all_tritons_own():
+    case = FIRST_CASES[-1]
+    with launches.compiled("gfx942") as gpu, _triton_launches() as seen:
+        for _ in range(2):
+            testing.run_case(case, testing.make_inputs(case, torch.float32), "triton")
+    assert len(seen) == len(gpu.launches)
+
+
 def test_what_changes_from_call_to_call_is_not_remembered():
-    """1 and 16 are the numbers that Triton would compile another kernel for."""
+    """1 and 16 are the numbers that Triton would compile another kernel for; 2^31 has 64 bits."""
     cases = {
         number: (
-            testing.Case("memory_attention", 1, 5, 24, 1, 16, (("slot_offset", number),)),
+            testing.Case(*("memory_attention", 1, 5, 24, 1, 16), (("slot_offset", number % 32),)),
             testing.Case(
-                "pooled_gate", 1, 70, 0, 0, 16, (("prefix", True), ("num_pooled", number))
+                *("pooled_gate", 1, 70, 0, 0, 16), (("prefix", True), ("num_pooled", number))
             ),
         )
-        for number in (1, 16, 3)
+        for number in (1, 16, 3, 2**31)
     }
 
     def run(seed, case):
@@ -311,41 +322,133 @@ def test_what_changes_from_call_to_call_is_not_remembered():
     assert len(seen) == launched
 
 
+def _called(op, tensors, *options):
+    """A backend function, its results in a list."""
+    results = getattr(backends.get("triton"), op)(*tensors, *options)
+    return [result for result in results if result.numel()]
+
+
+# what an op is called with beside its tensors, each option once more with another value
+_UPDATE_NEEDS = (True, True, True, False, True)
+_OPTIONS = {
+    "memory_attention_forward": (
+        ("qkkms", True, 0, 0.3, None, 0.2),
+        (False, 0, 0.3, None, 0.2),
+        (True, 0, 0.5, None, 0.2),
+        (True, 0, 0.3, None, 0.4),
+    ),
+    "memory_attention_backward": (
+        ("qqkkmsqt", True, 0, 0.3, None, 0.2, True, True),
+        (False, 0, 0.3, None, 0.2, True, True),
+        (True, 0, 0.5, None, 0.2, True, True),
+        (True, 0, 0.3, None, 0.4, True, True),
+        (True, 0, 0.3, None, 0.2, True, False),
+        (True, 0, 0.3, None, 0.2, False, True),
+    ),
+    "memory_update_forward": (
+        ("xxrggg-x", "read", 2),
+        ("memory", 2),
+        ("read", 3),
+    ),
+    "memory_update_backward": (
+        ("xrxrggg-x", "read", 2, True, True, True, False, True),
+        ("memory", 2, True, True, True, False, False),
+        ("read", 3, True, True, True, False, True),
+        *(
+            ("read", 2, *(need != (place == other) for place, need in enumerate(_UPDATE_NEEDS)))
+            for other in range(5)
+        ),
+    ),
+    "residual_layer_norm_forward": (("xxww", 1e-5), (1e-2,)),
+    "residual_layer_norm_backward": (("xxxwmm", True, True), (True, False), (False, True)),
+    "pooled_gate_forward": (("xw-", False, 0), (True, 0)),
+    "pooled_gate_backward": (
+        ("psxw", True, 0, True, True, True),
+        (True, 0, False, True, True),
+        (True, 0, True, False, True),
+        (True, 0, True, True, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", _OPTIONS)
+def test_each_option_tells_launches_apart(op):
+    """Same tensors, one option another: as if nothing had been launched before."""
+    (kinds, *first), *others = _OPTIONS[op]
+    torch.manual_seed(0)
+    shapes = {
+        **dict.fromkeys("qk", (1, 6, 2, 16)),
+        **dict.fromkeys("xgp", (1, 6, 16)),
+        **{"r": (1, 3, 16), "w": (16,), "m": (1, 6), "s": (1, 16), "t": (1, 2, 2, 6)},
+    }
+    tensors = [None if kind == "-" else torch.randn(shapes[kind]) for kind in kinds]
+    if op.startswith("memory_attention"):
+        tensors[kinds.index("m")] = torch.tensor([[True, False, True, True, True, True]])
+        tensors[kinds.index("s")] = torch.tensor(7)
+    with fake_gpu("sm_90"):
+        _called(op, tensors, *first)
+        for options in others:
+            # the rows of three tokens a slot are others
+            rows = [
+                t[:, :2] if kind == "r" and 3 in options else t
+                for kind, t in zip(kinds, tensors, strict=True)
+            ]
+            got = _called(op, rows, *options)
+            again = _called(op, rows, *options)
+            launch_module.forget()
+            want = _called(op, rows, *options)
+            launch_module.forget()
+            _called(op, tensors, *first)
+            assert len(got) == len(want)
+            for mine, other, fresh in zip(got, again, want, strict=True):
+                assert torch.equal(mine, fresh) and torch.equal(other, fresh), options
+
+
+def _moved(tensor, elements):
+    """The same, so many elements behind the begin of its storage."""
+    storage = tensor.new_zeros(tensor.numel() + elements)
+    return storage[elements:].view(tensor.shape).copy_(tensor)
+
+
 @pytest.mark.parametrize(
-    "change", ["alignment", "stride", "dtype", "shape", "options", "missing", "hook"]
+    "change",
+    ["x 4 bytes on", "x 8 bytes on", "weight", "sum", "stride", "dtype", "shape", "missing"],
 )
-def test_other_layouts_are_looked_at(change, monkeypatch):
-    x, w = torch.randn(2, 4, 16), torch.randn(16)
-    given = {"x": x, "weight": w, "pooled_sum": torch.randn(2, 16), "num_pooled": 3, "prefix": True}
-
-    def run(**given):
-        return functional.pooled_gate(**given, backend="triton")
-
-    padded = torch.zeros(2 * 4 * 16 + 1)
-    view = padded[1:].view(2, 4, 16).copy_(x)
+def test_other_layouts_are_looked_at(change):
+    x, weight, pooled_sum = torch.randn(2, 4, 16), torch.randn(16), torch.randn(2, 16)
+    given = {"x": x, "weight": weight, "pooled_sum": pooled_sum, "num_pooled": 3, "prefix": True}
     other = {
-        "alignment": {"x": view},
+        "x 4 bytes on": {"x": _moved(x, 1)},
+        "x 8 bytes on": {"x": _moved(x, 2)},
+        "weight": {"weight": _moved(weight, 1)},
+        "sum": {"pooled_sum": _moved(pooled_sum, 1)},
         "stride": {"x": x.transpose(0, 1).contiguous().transpose(0, 1)},
         "dtype": {"x": x.half()},
         "shape": {"x": x[:, :3].contiguous()},
-        "options": {"prefix": False, "pooled_sum": None, "num_pooled": 0},
         "missing": {"pooled_sum": None, "num_pooled": 0},
-        "hook": {},
     }[change]
     with fake_gpu("sm_90"), _triton_launches() as seen:
-        run(**given)
+        functional.pooled_gate(**given, backend="triton")
         launched = len(seen)
-        run(**given)
+        functional.pooled_gate(**given, backend="triton")
         assert len(seen) == launched
-        if change == "hook":
-            hook = triton.knobs.runtime.launch_enter_hook
-            monkeypatch.setattr(hook, "calls", [print])
-        got = run(**given | other)
+        got = functional.pooled_gate(**given | other, backend="triton")
         assert len(seen) > launched
-    with lm2.use_backend("eager"):
-        want = functional.pooled_gate(**given | other)
+    want = functional.pooled_gate(**given | other, backend="eager")
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_is_told_of_each_launch_and_leaves_nothing(name, monkeypatch):
+    x, weight = torch.randn(1, 4, 16), torch.randn(16)
+    hook = getattr(triton.knobs.runtime, name)
+    with fake_gpu("sm_90"), _triton_launches() as seen:
+        for calls, looked_at in (([print], True), ([], True), ([], False), ([print], True)):
+            monkeypatch.setattr(hook, "calls", calls)
+            launched = len(seen)
+            functional.pooled_gate(x, weight, backend="triton")
+            assert (len(seen) > launched) == looked_at
 
 
 def test_layouts_are_not_kept_for_ever(monkeypatch):

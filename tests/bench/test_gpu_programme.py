@@ -16,6 +16,7 @@ import pytest
 
 from lm2_kernels.backends.triton import launch, tables
 from lm2_kernels.bench import report
+from tools.fake_gpu import fake_gpu
 from tools.native import needs_cpp
 
 ROOT = Path(__file__).parents[2]
@@ -360,6 +361,18 @@ def test_candidates_of_the_sweep(modules):
                 for config in found:
                     assert config.num_warps in (4, 8, 16) and config.num_stages >= 1
                     assert min(config[:2]) >= 16
+
+
+def test_the_sweep_launches_what_it_is_asked_to(modules):
+    sweep = modules("sweep")
+    with fake_gpu("sm_90", execute=False) as gpu:
+        for kernel in sweep.KERNELS:
+            own = sweep.own_config(kernel, "sm_90", 64, 1)
+            call = sweep._call("cpu", kernel, 64, 1, 32)
+            for warps in (4, 8, 4):
+                gpu.launches.clear()
+                call(own._replace(num_warps=warps))
+                assert gpu.launches[-1].num_warps == warps
 
 
 _SETUP = """

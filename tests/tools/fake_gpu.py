@@ -158,6 +158,15 @@ class Launch:
     """Floating point atomics; integer ones are not counted."""
 
 
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+
+
 class _Launcher:
     """What Triton calls to launch a compiled kernel."""
 
@@ -181,6 +190,7 @@ class _Launcher:
         # looked up at each call: a compiled kernel outlives the driver that was active when it
         # was first launched
         driver = driver_config.active
+        driver.streams.append(stream)
         driver.on_launch(self.source, self.metadata, function, (grid_x, grid_y, grid_z), args)
 
 
@@ -194,9 +204,12 @@ class FakeDriver(DriverBase):
         self.target = target
         self.execute = execute
         self.launches: list[Launch] = []
-        # of every launch that was not compiled
+        # of every launch that was compiled
+        self.streams: list[int] = []
+        # of every launch that was not
         self.grids: list[tuple[int, ...]] = []
         self.current_index = 0
+        self.current_stream = 0
         # Triton calls the methods on binaries and device properties through `driver.utils`
         self.utils = self
 
@@ -217,7 +230,7 @@ class FakeDriver(DriverBase):
         self.current_index = device.index if isinstance(device, _Device) else device
 
     def get_current_stream(self, device: _Device) -> int:
-        return 0
+        return self.current_stream
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -281,6 +294,7 @@ class FakeDriver(DriverBase):
         )
         self._check_grid(name, grid)
         self._check_devices(name, devices)
+        _check_arguments(name, source, args)
         is_real_cpu_launch = all(
             tensor.device.type == "cpu" and not isinstance(tensor, FakeTensor) for tensor in tensors
         )
@@ -314,6 +328,26 @@ class FakeDriver(DriverBase):
                     f"{name}: tensors are on {device}, but the current device at the launch is "
                     f"cuda:{self.current_index}; guard the launch with torch.cuda.device"
                 )
+
+
+def _check_arguments(name: str, source: Any, args: tuple) -> None:
+    """That the arguments are such as the kernel was compiled for."""
+    for (place, *inner), constant in source.constants.items():
+        if not inner and args[place] != constant:
+            raise LaunchError(f"{name}: compiled for {constant!r}, given {args[place]!r}")
+    for (place, *inner), attributes in source.attrs.items():
+        arg, divisor = args[place], dict(attributes).get("tt.divisibility", 1)
+        if inner or arg is None or isinstance(arg, FakeTensor):
+            continue
+        value = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
+        if value % divisor:
+            raise LaunchError(f"{name}: compiled for multiples of {divisor}, given {value}")
+    for (argument, kind), arg in zip(source.signature.items(), args, strict=True):
+        bits = {"i32": 32, "i64": 64}.get(kind)
+        if bits is not None and not -(1 << bits - 1) <= arg < 1 << bits - 1:
+            raise LaunchError(f"{name}: {argument} is compiled as {kind}, given {arg}")
+        if isinstance(arg, torch.Tensor) and kind != _POINTERS[arg.dtype]:
+            raise LaunchError(f"{name}: {argument} is compiled as {kind}, given {arg.dtype}")
 
 
 def _tensors_in(args: Any) -> Iterator[torch.Tensor]:
@@ -457,10 +491,10 @@ def _cpu_launches_allowed() -> Iterator[None]:
         return
 
     def forget_target() -> None:
-        for cache, forget in (("target", "cache_clear"), ("_layouts", "clear")):
-            clear = getattr(getattr(launcher, cache, None), forget, None)
-            if clear is not None:
-                clear()
+        clear = getattr(getattr(launcher, "target", None), "cache_clear", None)
+        if clear is not None:
+            clear()
+        getattr(launcher, "forget", lambda: None)()
 
     forget_target()
     try:

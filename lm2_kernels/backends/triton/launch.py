@@ -1,8 +1,8 @@
 """How a kernel is launched: on which target, under which device guard, and whether at all.
 
 Triton's own launch looks at every argument of every call, which takes longer than many a kernel of
-a small layer. What it finds depends on the layout of the tensors and on the options of the op
-alone: :class:`Launches` remembers it.
+a small layer. What it finds depends on the layout of the tensors and on the options of the op:
+:class:`Launches` remembers it.
 """
 
 import contextlib
@@ -101,6 +101,11 @@ def row_strides(tensor: Tensor | None, num_axes: int = 2) -> tuple[int, ...]:
     )
 
 
+def all_row_strides(*tensors: Tensor | None) -> list[int]:
+    """Those of tensors of rows, one after the other."""
+    return [stride for tensor in tensors for stride in row_strides(tensor)]
+
+
 class _Bound(NamedTuple):
     """A compiled kernel with all of its arguments but the tensors and what varies."""
 
@@ -122,8 +127,9 @@ class Launches:
     The first launch of a kernel is Triton's own, which compiles it for what it sees in the
     arguments: types, addresses and sizes that 16 divides, sizes of 1. All of it follows from the
     layout and the options, so later launches hand new tensors to the compiled kernel at once. They
-    do not where a profiler has hooked itself into Triton's launches, and not on AMD GPUs, for which
-    the size of the storage counts as well.
+    do not on AMD GPUs, for which the size of the storage counts as well, nor while a profiler has
+    hooked itself into Triton's launches. What else Triton asks its knobs for (``TRITON_DEBUG``,
+    instrumentation) is as it was at the first launch.
     """
 
     def __init__(self, device: torch.device):
@@ -143,7 +149,7 @@ class Launches:
         kernel: Any,
         tensors: tuple[Tensor | None, ...],
         arguments: Callable[[], Arguments],
-        **varying: int,
+        varying: tuple[str, int] | None = None,
     ) -> None:
         """Launch ``kernel[grid](*tensors, *scalars, **constants)``.
 
@@ -152,13 +158,13 @@ class Launches:
             tensors: those whose layout is known, and new contiguous ones whose shapes and dtypes
                 follow from it.
             arguments: gives grid, scalars and constants, which follow from layout and options.
-            varying: the one scalar that does not, if there is one, by its name in the kernel, which
-                must not be specialised on it.
+            varying: name in the kernel and value of the one scalar that does not, if there is one:
+                an argument with a type, and among those that Triton does not specialise on.
         """
         bound = self._bound.get(kernel.__name__)
         with device_guard(self._device):
             if bound is None or _is_hooked():
-                self._run_checked(kernel, tensors, arguments, *varying)
+                self._run_checked(kernel, tensors, arguments, varying)
                 return
             compiled = bound.kernel
             compiled.run(
@@ -172,7 +178,7 @@ class Launches:
                 None,
                 *tensors,
                 *bound.before,
-                *varying.values(),
+                *(() if varying is None else varying[1:]),
                 *bound.after,
             )
 
@@ -181,19 +187,21 @@ class Launches:
         kernel: Any,
         tensors: tuple[Tensor | None, ...],
         arguments: Callable[[], Arguments],
-        varying: str | None = None,
+        varying: tuple[str, int] | None,
     ) -> None:
         grid, scalars, constants = arguments()
         compiled = kernel[grid](*tensors, *scalars, **constants)
-        # the interpreter compiles nothing
-        if not isinstance(compiled, CompiledKernel) or compiled.metadata.target.backend != "cuda":
+        # the interpreter compiles nothing, and with a hook may come another kernel
+        if not isinstance(compiled, CompiledKernel) or _is_hooked():
+            return
+        if compiled.metadata.target.backend != "cuda":
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
         first = len(tensors)
         names = kernel.arg_names[first + len(scalars) :]
         values = (*scalars, *(constants[name] for name in names))
-        place = len(values) if varying is None else kernel.arg_names.index(varying) - first
+        place = len(values) if varying is None else kernel.arg_names.index(varying[0]) - first
         self._bound[kernel.__name__] = _Bound(
             kernel=compiled,
             current_stream=functools.partial(driver.get_current_stream, device),
@@ -226,6 +234,11 @@ def launches(op: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Laun
             _layouts.clear()
         result = _layouts[known] = Launches(device)
     return result
+
+
+def forget() -> None:
+    """Launch as if nothing had been launched before: for who changes what arguments come from."""
+    _layouts.clear()
 
 
 def _is_hooked() -> bool:

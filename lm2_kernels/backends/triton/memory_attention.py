@@ -660,7 +660,7 @@ def memory_attention_forward(
 
     launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
     tensors = (*inputs, out, statistics)
-    launches.run(_memory_attention_fwd_kernel, tensors, arguments, slot_offset=slot_offset)
+    launches.run(_memory_attention_fwd_kernel, tensors, arguments, ("slot_offset", slot_offset))
     return out, statistics
 
 
@@ -781,7 +781,7 @@ def memory_attention_backward(
             _memory_attention_bwd_dquery_kernel,
             (*inputs, dquery),
             dquery_arguments,
-            slot_offset=slot_offset,
+            ("slot_offset", slot_offset),
         )
     if needs_dkey_value:
         config, num_programs, num_parts, tokens_per_part = launches.once(dkey_value_parts)
@@ -800,7 +800,7 @@ def memory_attention_backward(
             _memory_attention_bwd_dkey_value_kernel,
             (*inputs, sums),
             dkey_value_arguments,
-            slot_offset=slot_offset,
+            ("slot_offset", slot_offset),
         )
         dkey_value = sums.sum(1).to(query.dtype) if num_parts > 1 else sums
     if sign != 1:

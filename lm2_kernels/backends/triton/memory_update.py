@@ -402,7 +402,7 @@ def _inputs(
 def _strides(inputs: tuple[Tensor | None, ...], num_tokens: int) -> list[int]:
     """As the kernels take them: two of each tensor of rows, three of each gate."""
     rows, gates = inputs[:-_NUM_GATES], inputs[-_NUM_GATES:]
-    strides = [stride for tensor in rows for stride in launch.row_strides(tensor)]
+    strides = launch.all_row_strides(*rows)
     return strides + [stride for gate in gates for stride in _gate_strides(gate, num_tokens)]
 
 

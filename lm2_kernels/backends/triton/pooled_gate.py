@@ -113,7 +113,7 @@ def _pooled_gate_fwd_prefix_kernel(
     stride_xb,
     stride_xt,
     stride_sb,
-    num_pooled,
+    num_pooled: tl.int64,
     num_tokens,
     num_chunks,
     chunk_size,
@@ -158,7 +158,7 @@ def _pooled_gate_bwd_sum_kernel(
     partials_ptr,
     stride_yb,
     stride_yt,
-    num_pooled,
+    num_pooled: tl.int64,
     num_tokens,
     num_chunks,
     chunk_size,
@@ -195,7 +195,7 @@ def _pooled_gate_bwd_kernel(
     stride_nb,
     stride_xb,
     stride_xt,
-    num_pooled,
+    num_pooled: tl.int64,
     num_tokens,
     num_chunks,
     chunk_size,
@@ -323,7 +323,7 @@ def pooled_gate_forward(
     if prefix:
         tensors = (x, weight, pooled_sum, partials, pooled, new_sum)
         launches.run(
-            _pooled_gate_fwd_prefix_kernel, tensors, prefix_arguments, num_pooled=num_pooled
+            _pooled_gate_fwd_prefix_kernel, tensors, prefix_arguments, ("num_pooled", num_pooled)
         )
     if not prefix:
         new_sum = partials.sum(1)
@@ -387,8 +387,10 @@ def pooled_gate_backward(
 
     if partials is not None:
         tensors = (dpooled, partials)
-        launches.run(_pooled_gate_bwd_sum_kernel, tensors, sum_arguments, num_pooled=num_pooled)
+        launches.run(
+            _pooled_gate_bwd_sum_kernel, tensors, sum_arguments, ("num_pooled", num_pooled)
+        )
     tensors = (*inputs, partials, dx, dweight, dpooled_sum)
-    launches.run(_pooled_gate_bwd_kernel, tensors, arguments, num_pooled=num_pooled)
+    launches.run(_pooled_gate_bwd_kernel, tensors, arguments, ("num_pooled", num_pooled))
     dweight = weight.new_empty(0) if dweight is None else dweight.sum(0).to(weight.dtype)
     return dx, dweight, dpooled_sum

@@ -265,10 +265,6 @@ def _residual_layer_norm_bwd_kernel(
         tl.store(partials_ptrs, tl.sum(dbias, axis=0), mask=mask_d)
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in launch.row_strides(tensor)]
-
-
 def residual_layer_norm_forward(
     x: Tensor,  # (B, T, D)
     residual: Tensor,  # (B, T, D)
@@ -293,7 +289,11 @@ def residual_layer_norm_forward(
     def wide_arguments() -> launch.Arguments:
         wide = tables.residual_layer_norm_wide(launch.target_of(x))
         constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
-        return (batch * num_tokens,), (*_strides(x, residual), num_tokens, width, eps), constants
+        return (
+            (batch * num_tokens,),
+            (*launch.all_row_strides(x, residual), num_tokens, width, eps),
+            constants,
+        )
 
     def arguments() -> launch.Arguments:
         num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
@@ -302,7 +302,7 @@ def residual_layer_norm_forward(
             "BLOCK_D": config.block_cols,
             "num_warps": config.num_warps,
         }
-        scalars = (*_strides(x, residual), num_tokens, num_blocks_t, width, eps)
+        scalars = (*launch.all_row_strides(x, residual), num_tokens, num_blocks_t, width, eps)
         return (batch * num_blocks_t,), scalars, constants
 
     tensors = (*inputs, out, mean, rstd)
@@ -353,7 +353,11 @@ def residual_layer_norm_backward(
     def means_arguments() -> launch.Arguments:
         wide = tables.residual_layer_norm_wide(launch.target_of(x))
         constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
-        return (batch * num_tokens,), (*_strides(dout, x, residual), num_tokens, width), constants
+        return (
+            (batch * num_tokens,),
+            (*launch.all_row_strides(dout, x, residual), num_tokens, width),
+            constants,
+        )
 
     def arguments() -> launch.Arguments:
         constants = {
@@ -366,7 +370,7 @@ def residual_layer_norm_backward(
         }
         grid = (num_partials, triton.cdiv(width, config.block_cols))
         sizes = (num_tokens, num_blocks_t, batch * num_blocks_t, width)
-        return grid, (*_strides(dout, x, residual), *sizes), constants
+        return grid, (*launch.all_row_strides(dout, x, residual), *sizes), constants
 
     means = partials = None
     if needs_dparams:
