@@ -38,19 +38,15 @@ def schema(function: str) -> str:
     return torch.library.infer_schema(getattr(eager, function), mutates_args=())
 
 
-def _fake(function: str, results: Callable[..., tuple[Tensor, ...]]) -> Callable:
-    """What gives the operator's results their shapes, from all its arguments."""
+def shapes(function: str) -> Callable[..., tuple[Tensor, ...]]:
+    """What gives a function's results their shapes, from all its arguments."""
+    results = RESULTS[function]
     names = list(inspect.signature(getattr(eager, function)).parameters)
     places = [names.index(name) for name in inspect.signature(results).parameters]
-
-    def fake(*args):
-        made = results(*(args[place] for place in places))
-        return made if len(made) > 1 else made[0]
-
-    return fake
+    return lambda *args: results(*(args[place] for place in places))
 
 
-def _register(function: str, results: Callable[..., tuple[Tensor, ...]]) -> None:
+def _register(function: str) -> None:
     def implementation(*args):
         return backends.call(args[-1], function, *args[:-1])
 
@@ -60,11 +56,16 @@ def _register(function: str, results: Callable[..., tuple[Tensor, ...]]) -> None
         mutates_args=(),
         schema=schema(function).replace(") ->", ", str backend) ->"),
     )
-    fake = _fake(function, results)
+    empty = shapes(function)
+
+    def fake(*args):
+        made = empty(*args)
+        return made if len(made) > 1 else made[0]
+
     operator.register_fake(fake)
     if cpp.has(function):
         torch.library.register_fake(f"{cpp.NAMESPACE}::{function}", fake)
 
 
-for _function, _results in RESULTS.items():
-    _register(_function, _results)
+for _function in RESULTS:
+    _register(_function)

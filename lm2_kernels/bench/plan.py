@@ -11,16 +11,17 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm2_kernels import backends
+from lm2_kernels import backends, operators
 from lm2_kernels.backends import eager
 from lm2_kernels.backends.contract import RESULTS
+from lm2_kernels.bench.works import seen_pairs
 from lm2_kernels.checks import check_int
 from lm2_kernels.layers.base import MemoryLayer
 from lm2_kernels.model.config import LM2Config
@@ -38,6 +39,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _LARGEST = 2**31 - 1
 # products over the pairs of a token and what it sees
 _FORWARD, _BACKWARD = 2, 5
+_PRODUCTS = {"memory_attention_forward": _FORWARD, "memory_attention_backward": _BACKWARD}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,9 +287,8 @@ def _count_step(
 def _pairs(config: LM2Config, tokens: int) -> float:
     """FLOPs of one product of a row's self-attentions: a token sees its segment's up to itself."""
     whole, rest = divmod(tokens, config.segment_length)
-    seen = sum(
-        n * size * (size + 1) // 2 for n, size in ((whole, config.segment_length), (1, rest))
-    )
+    sizes = ((whole, config.segment_length), (1, rest))
+    seen = sum(number * seen_pairs(size, size, 0) for number, size in sizes)
     return 2.0 * config.num_hidden_layers * config.hidden_size * seen
 
 
@@ -328,27 +329,22 @@ class _Shapes:
         self.name = f"shapes_{id(self)}"
         self._thread = threading.get_ident()
         self._flops = 0.0
-        for function, results in RESULTS.items():
-            names = list(inspect.signature(getattr(eager, function)).parameters)
-            setattr(self, function, functools.partial(self._run, function, results, names))
+        for function in RESULTS:
+            is_counted = function in _PRODUCTS
+            run = functools.partial(self._attention, function) if is_counted else None
+            setattr(self, function, run or operators.shapes(function))
 
     def unsupported_reason(self, op: str, *tensors: Tensor) -> str | None:
         """See :mod:`lm2_kernels.backends.contract`."""
         return None if threading.get_ident() == self._thread else "it is another thread's plan"
 
-    def _run(
-        self, function: str, results: Callable[..., Any], names: Sequence[str], *args: Any
-    ) -> Any:
-        given = dict(zip(names, args, strict=True))
-        products = {"memory_attention_forward": _FORWARD, "memory_attention_backward": _BACKWARD}
-        if function in products:
-            (batch, tokens, *heads), slots = given["query"].shape, given["key"].shape[1]
-            seen = tokens * slots
-            if given["causal"]:
-                first = given["slot_offset"] + 1
-                seen = sum(min(slots, last) for last in range(first, first + tokens))
-            self._flops += products[function] * 2.0 * batch * math.prod(heads) * seen
-        return results(*(given[name] for name in inspect.signature(results).parameters))
+    def _attention(self, function: str, *args: Any) -> tuple[Tensor, ...]:
+        given = inspect.signature(getattr(eager, function)).bind(*args).arguments
+        (batch, tokens, *heads), slots = given["query"].shape, given["key"].shape[1]
+        first = given["slot_offset"] if given["causal"] else None
+        pairs = seen_pairs(tokens, slots, first)
+        self._flops += _PRODUCTS[function] * 2.0 * batch * math.prod(heads) * pairs
+        return operators.shapes(function)(*args)
 
     def taken(self) -> float:
         """FLOPs of attentions since the last call."""

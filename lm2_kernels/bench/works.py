@@ -523,12 +523,16 @@ def fits(name: str, shape: Shape) -> bool:
     return shape.tokens <= shape.slots or shape.tokens % shape.slots == 0
 
 
+def seen_pairs(tokens: int, slots: int, slot_offset: int | None) -> int:
+    """Pairs of a token and a slot that it sees: all of them, if there is no ``slot_offset``."""
+    if slot_offset is None:
+        return tokens * slots
+    first = slot_offset + 1
+    return sum(min(slots, seen) for seen in range(first, first + tokens))
+
+
 def _attention_flops(shape: Shape) -> dict[str, float]:
     """Two products forward, five backward, over the pairs of a token and a slot that it sees."""
-    if shape.tokens_per_slot > 1:
-        pairs = shape.tokens * shape.slots
-    else:
-        first, last = shape.slot_offset + 1, shape.slot_offset + shape.tokens
-        pairs = sum(min(shape.slots, seen) for seen in range(first, last + 1))
-    product = 2.0 * shape.batch * shape.dim * pairs
+    offset = None if shape.tokens_per_slot > 1 else shape.slot_offset
+    product = 2.0 * shape.batch * shape.dim * seen_pairs(shape.tokens, shape.slots, offset)
     return {"forward": 2 * product, "backward": 5 * product, "both": 7 * product}
