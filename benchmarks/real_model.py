@@ -15,7 +15,7 @@ another row, given to it before the question.
 
 Each cell is a line of --out. What a cell has done is kept in a folder beside it, and after so many
 minutes (or a kill) the next call goes on from there, to the same result. Another model, another
---dtype or --candidate, or what another version of this script asks, takes another --out.
+--dtype, --candidate or --rate, or what another version of this script asks, takes another --out.
 
 With --first a cell is the first so many steps of the training, of which the losses are kept.
 """
@@ -312,8 +312,8 @@ def kind_of(reader: Reader, options: argparse.Namespace) -> dict[str, str]:
             for number in range(4):
                 sample = some.sample(number, lengths[-1])
                 told += [sample, asking(sample)]
-    if options.candidate != "token":
-        told.append(options.candidate)
+    if (options.candidate, options.rate) != ("token", RATE):
+        told += [options.candidate, options.rate]
     study = hashlib.blake2b(repr(told).encode(), digest_size=16).hexdigest()
     return {"model": fingerprint(reader.model), "dtype": options.dtype, "study": study}
 
@@ -356,7 +356,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
         report = give_memory(model, seed, options.candidate)
         reader.read(probe["input_ids"], probe["attention_mask"])
         kept.notes.setdefault("unchanged before", torch.equal(reader.following(*question), before))
-    optimizer = torch.optim.AdamW(report.parameter_groups(lr=RATE))
+    optimizer = torch.optim.AdamW(report.parameter_groups(lr=options.rate))
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
     restore(own, optimizer, kept.tensors)
 
@@ -386,7 +386,7 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             batches(reader, seed, done),
             steps=steps,
             first=done,
-            lr=RATE,
+            lr=options.rate,
             warmup=WARMUP,
             optimizer=optimizer,
             autocast=options.autocast,
@@ -530,6 +530,7 @@ def main() -> None:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--candidate", default="token", choices=("token", "read"))
+    parser.add_argument("--rate", type=float, default=RATE, help="of learning")
     parser.add_argument(
         "--first", type=int, metavar="STEPS", help="of the training, and no questions after it"
     )

@@ -244,16 +244,24 @@ def real_table() -> str:
 
 
 def real_candidates_table() -> str:
-    """A line a candidate: losses of the first task of the training, after so many steps."""
-    after = (10, 30, 50, 70, 90, 110)
-    rows = [["candidate", *(f"{steps} steps" for steps in after)]]
-    for candidate, name in (("token", "real"), ("read", "real_read")):
+    """A line a candidate and rate: losses of the first task trained on, after so many steps."""
+    after = (30, 50, 70, 90, 110)
+    rows = [["candidate", "rate", "seeds", *(f"{steps} steps" for steps in after)]]
+    for candidate, rate, name, seeds in (
+        ("token", 0.002, "real", _REAL_SEEDS),
+        ("read", 0.002, "real_read", _REAL_SEEDS),
+        ("read", 0.0005, "real_read_low", _REAL_SEEDS[:1]),
+        ("read", 0.008, "real_read_high", _REAL_SEEDS[:1]),
+    ):
         cells = _real_cells(name, "losses")
         # a number is the mean of ten steps
-        found = [cells[seed]["place 0"] for seed in _REAL_SEEDS if seed in cells]
-        if len(found) == len(_REAL_SEEDS):
+        found = [cells[seed]["place 0"] for seed in seeds if seed in cells]
+        if len(found) == len(seeds):
             losses = [[own[steps // 10 - 1] for own in found] for steps in after]
-            rows.append([candidate, *(f"{min(own):.2f} to {max(own):.2f}" for own in losses)])
+            shown = [f"{min(own):.2f} to {max(own):.2f}" for own in losses]
+            if len(seeds) == 1:
+                shown = [f"{own[0]:.2f}" for own in losses]
+            rows.append([candidate, f"{rate:g}", str(len(seeds)), *shown])
     return _markdown(rows)
 
 

@@ -414,16 +414,17 @@ def test_the_table_of_the_real_model(monkeypatch, tmp_path):
 
 def test_the_table_of_the_real_models_candidates(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "FOLDER", tmp_path)
-    for name, scale in (("real", 1.0), ("real_read", 2.0)):
+    for name, scale, seeds in (("real", 1.0, 3), ("real_read", 2.0, 3), ("real_read_low", 3.0, 1)):
         lines = [
             {"cell": seed, "losses": {"place 0": [scale * (seed + step) for step in range(11)]}}
-            for seed in range(3)
+            for seed in range(seeds)
         ]
         text = "".join(f"{json.dumps(line)}\n" for line in lines)
         (tmp_path / f"{name}.jsonl").write_text(text)
-    *_, token, read = report.table("real_candidates").splitlines()
-    assert token.startswith("| token | 0.00 to 2.00 | 2.00 to 4.00 |")
+    *_, token, read, low = report.table("real_candidates").splitlines()
+    assert token.startswith("| token | 0.002 | 3 | 2.00 to 4.00 | 4.00 to 6.00 |")
     assert read.endswith("| 20.00 to 24.00 |")
+    assert low.startswith("| read | 0.0005 | 1 | 6.00 |")
 
 
 def test_costs(monkeypatch, tmp_path):
