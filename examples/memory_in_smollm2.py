@@ -181,7 +181,6 @@ def main() -> None:
         "memory_slots": WINDOW,
         "num_heads": model.config.num_attention_heads,
         "layers": sorted({blocks * part // 5 for part in range(1, 5)}),
-        "candidate": "token",  # learns sooner than LM2's own
         "memory_causal": False,  # a slot holds what was read windows ago: any token may see it
     }
     report = lm2.add_memory(model, **options_of_memory)

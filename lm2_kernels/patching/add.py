@@ -84,7 +84,7 @@ def add_memory(
     formulation: str = "paper",
     write: str = "position",
     memory_causal: bool | None = None,
-    candidate: str = "read",
+    candidate: str = "token",
     memory_init: str | None = None,
     zero_init: bool = True,
     freeze: bool = True,
@@ -121,7 +121,8 @@ def add_memory(
             neighbouring tokens, a whole number.
         memory_causal: whether a token sees the slots up to its own alone; None is True for
             "position" and False for "chunk", which refuses True.
-        candidate: what is written: "read", or "token" for a candidate with a term of the token.
+        candidate: what is written: "token" has a term of the token; "read" is LM2's own, which
+            learns later (docs/study.md).
         memory_init: what a bank starts from, "identity" or "zeros" (release formulation alone, and
             there the default with ``zero_init``).
         zero_init: initialise the layers so that the model computes bit for bit what it computed
@@ -292,6 +293,8 @@ def load_memory(
     known = set(inspect.signature(add_memory).parameters) - {"model", "freeze", "backend", "host"}
     if not isinstance(options, dict) or not set(options) <= known:
         raise ValueError(f"load_memory: '{OPTIONS}' in {config} holds no options of add_memory")
+    # what was saved before there was a choice
+    options = {"candidate": "read"} | options
     saved = _saved_layers(place)
     report = add_memory(model, **options, freeze=freeze, backend=backend, host=host)
     try:

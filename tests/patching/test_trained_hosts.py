@@ -89,5 +89,8 @@ def test_trainer_of_adapters_saves_the_memory(tmp_path):
     again = peft.get_peft_model(_with_memory("paper", seed=5), config)
     _trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.equal(_logits(again), wanted)
-    loaded = peft.PeftModel.from_pretrained(_with_memory("paper"), tmp_path / "checkpoint-4")
+    # as trained: what is frozen keeps keys from piece to piece, which rounds otherwise
+    loaded = peft.PeftModel.from_pretrained(
+        _with_memory("paper"), tmp_path / "checkpoint-4", is_trainable=True
+    )
     assert torch.equal(_logits(loaded), wanted)
