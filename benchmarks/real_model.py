@@ -15,7 +15,8 @@ another row, given to it before the question.
 
 Each cell is a line of --out. What a cell has done is kept in a folder beside it, and after so many
 minutes (or a kill) the next call goes on from there, to the same result. Another model, another
---dtype, --candidate or --rate, or what another version of this script asks, takes another --out.
+--dtype, --candidate, --rate or --first, or what another version of this script asks, takes another
+--out.
 
 With --first a cell is the first so many steps of the training, of which the losses are kept.
 """
@@ -392,13 +393,14 @@ def run_seed(reader: Reader, seed: int, kept: Kept, options: argparse.Namespace)
             autocast=options.autocast,
             progress=progress,
         )
-    if len(kept.notes["losses"]) < last:
+    losses = kept.notes["losses"][:last]
+    if len(losses) < last:
         raise TimeIsUpError
     trained = {
         "unchanged before": kept.notes["unchanged before"],
         "parameters": report.parameters,
         "steps": last,
-        "losses": curves(kept.notes["losses"]),
+        "losses": curves(losses),
         "train_minutes": round(kept.notes["train_seconds"] / 60.0, 2),
     }
     if options.first:
@@ -540,6 +542,13 @@ def main() -> None:
     options.autocast = torch.bfloat16 if options.dtype == "bfloat16" else None
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.touch()
+    steps = len(planned())
+    if options.first is not None:
+        if not 1 <= options.first <= steps:
+            parser.error(f"--first must be from 1 to {steps}")
+        steps = options.first
+    if any(line.get("steps", steps) != steps for line in lines_of(options.out)):
+        parser.error(f"{options.out} has cells of other steps: take another --out")
     done = [line["cell"] for line in lines_of(options.out)]
     for cell in (*options.seeds, *(() if options.first else ("plain",))):
         if cell in done:

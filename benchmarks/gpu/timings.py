@@ -12,9 +12,9 @@ from lm2_kernels import backends
 from lm2_kernels.backends import triton  # noqa: F401 - once, before entries are forked
 from lm2_kernels.bench import suite, works
 from lm2_kernels.bench.peers import SDPA_KERNELS
-from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES, Shape
+from lm2_kernels.testing.cases import ALL_SHAPES, TINY, Shape
 
-_SHAPES = {shape.name: shape for shape in (*SHAPES, *GPU_SHAPES)}
+_SHAPES = {shape.name: shape for shape in ALL_SHAPES}
 _PLAIN = (works.SDPA, works.SDPA_CUDNN, works.RELEASED)
 # the layers, and what of each is compiled
 _LAYERS = {
@@ -35,7 +35,7 @@ def entries(context: Context, phase: str) -> list[Entry]:
     pieces = _pieces(phase, "cpp" if context.is_rehearsal else "triton")
     if context.is_rehearsal:
         seconds = 0.1
-        pieces = [(work, _SHAPES["tiny"], rows) for work, _, rows in itertools.islice(pieces, 1)]
+        pieces = [(work, TINY, rows) for work, _, rows in itertools.islice(pieces, 1)]
     found = []
     for work, shape, rows in pieces:
         selection = suite.Selection(

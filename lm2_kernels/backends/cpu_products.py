@@ -8,13 +8,15 @@ float32 does. There the operands are widened, multiplied in float32 and the resu
 what a 16-bit product with float32 sums is.
 
 Which is the faster one depends on the size too. So the first large product of each dtype, layout
-and class of size is timed both ways, some milliseconds once a process, and the faster one kept.
+and class of size is timed both ways, once a process, and the faster one kept: some milliseconds, of
+1024 some tenths of a second.
 ``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) and ``LM2_KERNELS_16BIT_PRODUCTS=torch`` (or
 ``float32``) decide without a measurement, for results that are bit-equal from one process to the
 next.
 """
 
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -31,16 +33,19 @@ _ALTERNATIVE = {FLOAT32_VARIABLE: "onednn", _16_BIT_VARIABLE: "float32"}
 _MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 18, torch.float16: 1 << 18}
 # fewer rows of 16 bits are a walk through the weight, which widening it would only make longer
 _MIN_ROWS = 8
-# rows and columns of what is timed: each stands for what has as many multiplications or more
+# rows and columns of what is timed; a product goes by the largest that has not more
+# multiplications, or by the first
 _SIZES = (256, 512, 1024)
 _ROUNDS = {256: 5, 512: 5, 1024: 3}
 # the other way has to be this much faster to be taken in place of torch's own
 _MARGIN = 1.1
-# if it is so much faster two rounds are enough, and so it is of larger products
+# if it is so much faster two rounds are enough, and larger products are as the smallest
 _CLEAR = 4.0
 
 # (dtype, rows of a are contiguous, rows of b are contiguous, size) -> how many times faster it is
 _ratios: dict[tuple[torch.dtype, bool, bool, int], float] = {}
+# what is widened is a float32 product, which is measured within
+_measuring = threading.RLock()
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,19 +166,23 @@ def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float
     if request != "auto":
         return 0.0 if request == "torch" else float("inf")
     key = (dtype, dense_a, dense_b, size)
-    if key not in _ratios:
-        if torch._C._len_torch_dispatch_stack() > 0:
-            # under a mode that watches or fakes every operator, times say nothing
-            return 0.0
-        _ratios[key] = _measure(*key)
-    return _ratios[key]
+    if key in _ratios:
+        return _ratios[key]
+    if torch._C._len_torch_dispatch_stack() > 0:
+        # under a mode that watches or fakes every operator, times say nothing
+        return 0.0
+    # one thread after the other, and one answer for all
+    with _measuring:
+        if key not in _ratios:
+            _ratios[key] = _measure(*key)
+        return _ratios[key]
 
 
 def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float:
     if size > _SIZES[0]:
-        smaller = _ratio(dtype, dense_a, dense_b, _SIZES[_SIZES.index(size) - 1])
-        if smaller > _CLEAR:
-            return smaller
+        smallest = _ratio(dtype, dense_a, dense_b, _SIZES[0])
+        if smallest > _CLEAR:
+            return smallest
     # small whole numbers: every order of summation gives the same bits
     count = torch.arange(size * size, dtype=torch.float32, device="cpu").view(size, size)
     a, b = (count % 7 - 3.0).to(dtype), (count % 5 - 2.0).to(dtype)
@@ -216,15 +225,17 @@ def report() -> dict[str, str]:
     for dtype, title in titles.items():
         parts = []
         for layout, name in names.items():
-            # by the way: what was measured at each size
+            # by the way: what was measured at which sizes
             found: dict[str, list[str]] = {}
             for size in _SIZES:
                 ratio = _ratio(dtype, *layout, size)
-                way = title if ratio > _MARGIN else "torch's own"
-                measured = f"{ratio:.2f}x at {size}" if 0.0 < ratio < float("inf") else str(size)
-                found.setdefault(way, []).append(measured)
-            parts.append(
-                f"{name} " + " and ".join(f"{w} ({', '.join(m)})" for w, m in found.items())
-            )
+                measured = found.setdefault(title if ratio > _MARGIN else "torch's own", [])
+                if 0.0 < ratio < float("inf"):
+                    measured.append(f"{ratio:.2f}x at {size}")
+                    if size == _SIZES[0] and ratio > _CLEAR:
+                        measured.append("and above")
+                        break
+            ways = [f"{way} ({', '.join(m)})" if m else way for way, m in found.items()]
+            parts.append(f"{name} {' and '.join(ways)}")
         lines[str(dtype).removeprefix("torch.")] = ", ".join(parts)
     return lines

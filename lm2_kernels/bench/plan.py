@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lm2_kernels import backends, operators
 from lm2_kernels.backends import eager
 from lm2_kernels.backends.contract import RESULTS
-from lm2_kernels.bench.works import seen_pairs
+from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.checks import check_int
 from lm2_kernels.layers.base import MemoryLayer
 from lm2_kernels.model.config import LM2Config
@@ -330,9 +330,10 @@ class _Shapes:
         self._thread = threading.get_ident()
         self._flops = 0.0
         for function in RESULTS:
-            is_counted = function in _PRODUCTS
-            run = functools.partial(self._attention, function) if is_counted else None
-            setattr(self, function, run or operators.shapes(function))
+            if function in _PRODUCTS:
+                setattr(self, function, functools.partial(self._attention, function))
+            else:
+                setattr(self, function, operators.shapes(function))
 
     def unsupported_reason(self, op: str, *tensors: Tensor) -> str | None:
         """See :mod:`lm2_kernels.backends.contract`."""

@@ -27,7 +27,7 @@ from lm2_kernels.figures import (
     save,
     style,
 )
-from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
+from lm2_kernels.testing.cases import ALL_SHAPES
 
 _MARKERS = "osD^vPX*<>phd8"
 _PASSES = ("forward", "both")  # those that users wait for
@@ -89,7 +89,7 @@ def figures(report: dict) -> Iterator[tuple[str, object]]:
 def _foot(report: dict, shapes: Iterable[str]) -> list[str]:
     """What it was measured on, and what the names of shapes stand for."""
     shapes = dict.fromkeys(shapes)
-    known = [shape for shape in (*SHAPES, *GPU_SHAPES) if shape.name in shapes]
+    known = [shape for shape in ALL_SHAPES if shape.name in shapes]
     square = [s for s in known if s.name == str(s.tokens) and s.tokens == s.slots == s.dim]
     sizes = [f"{', '.join(s.name for s in square)}: tokens = slots = width"] if square else []
     sizes += [

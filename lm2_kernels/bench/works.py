@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lm2_kernels import backends, functional, reference, testing
 from lm2_kernels.backends import cpu_products
+from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.bench.peers import (
     SDPA_KERNELS,
     ReleasedStyleMemory,
@@ -521,14 +522,6 @@ def fits(name: str, shape: Shape) -> bool:
         return shape.tokens == shape.slots
     # a layer writes a slot for every token, or for so many
     return shape.tokens <= shape.slots or shape.tokens % shape.slots == 0
-
-
-def seen_pairs(tokens: int, slots: int, slot_offset: int | None) -> int:
-    """Pairs of a token and a slot that it sees: all of them, if there is no ``slot_offset``."""
-    if slot_offset is None:
-        return tokens * slots
-    first = slot_offset + 1
-    return sum(min(slots, seen) for seen in range(first, first + tokens))
 
 
 def _attention_flops(shape: Shape) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lm2_kernels import machine
 from lm2_kernels.bench import plots, report, suite, works
 from lm2_kernels.terminal import Progress, check_json, write_json
-from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES
+from lm2_kernels.testing.cases import ALL_SHAPES
 
 # some minutes; on a CPU without 16-bit instructions peers take seconds a call already at 512
 _CPU_SHAPES, _GPU_SHAPES = ("256",), ("512", "1024", "2048", "2048x8")
@@ -30,7 +30,7 @@ def add_bench(commands: argparse._SubParsersAction) -> None:
         f"{', '.join(_DEFAULT_WORKS)} unless given",
     )
     parser.add_argument("--all", action="store_true", help="every work at every shape")
-    names = [shape.name for shape in (*SHAPES, *GPU_SHAPES)]
+    names = [shape.name for shape in ALL_SHAPES]
     parser.add_argument("--shape", action="append", choices=names, help="only this (repeatable)")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--pass", dest="passes", action="append", choices=works.PASSES)

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lm2_kernels import cli
+from lm2_kernels import cli, reference
 from lm2_kernels.bench import measure, plots, report, suite, works
+from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.bench.peers import SDPA_KERNELS
-from lm2_kernels.testing.cases import GPU_SHAPES, SHAPES, Shape
+from lm2_kernels.testing.cases import ALL_SHAPES, GPU_SHAPES, Shape
 
 TINY = Shape("tiny", 2, 16, 16, 2, 32, "these tests")
 PIECE = Shape("piece", 2, 3, 16, 2, 32, "these tests")
@@ -26,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(suite, "SHAPES", (TINY, PIECE))
+    monkeypatch.setattr(suite, "ALL_SHAPES", (TINY, PIECE))
     monkeypatch.setattr(suite, "LENGTHS", (TINY,))
     monkeypatch.setattr(measure, "_MIN_SECONDS", 0.0)
     monkeypatch.setattr(measure, "ceilings", lambda dtypes, device: CEILINGS)
@@ -92,7 +93,7 @@ def test_a_wrong_row_is_timed_and_marked(tiny, monkeypatch, tmp_path, capsys, na
     path = tmp_path / "a.json"
     command = ["bench", "memory_update", "--shape", "256", "--dtype", "float32", "--row", "eager"]
     command += ["--row", "oracle", "--pass", "forward", "--json", str(path)]
-    monkeypatch.setattr(suite, "SHAPES", (TINY._replace(name="256"),))
+    monkeypatch.setattr(suite, "ALL_SHAPES", (TINY._replace(name="256"),))
     # a peer's mistake is not ours
     assert cli.main(command) == int(name == "eager")
     shown = capsys.readouterr()
@@ -136,6 +137,9 @@ def test_shapes_for_gpus_alone():
 
     assert large not in names()
     assert large in names(device="cuda")
+    # what is no size of a kernel has to be asked for
+    assert suite.TINY.name not in (*names(), *names(device="cuda"))
+    assert names(shapes=(suite.TINY.name,)) == [suite.TINY.name]
     mine = TINY._replace(name="mine")
     assert names(shapes=(large, "mine"), more_shapes=(mine, READ)) == [large, "mine"]
 
@@ -208,6 +212,17 @@ def test_wrong_rows_of_attention_as_it_grows(tiny, monkeypatch):
     (reason,) = report.wrong_rows(measured, is_ours=True)
     assert "row 'eager' is wrong" in reason
     assert report._lengths_table(measured)[1][1].endswith("!")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "offset"),
+    [(5, 5, 0), (3, 9, 2), (3, 9, 6), (7, 4, 0), (7, 4, 2), (2, 4, 9), (1, 8, 7), (6, 4, None)],
+)
+def test_seen_pairs_are_those_of_the_reference(tokens, slots, offset):
+    seen = torch.ones(tokens, slots)
+    if offset is not None:
+        seen = reference.visible_slots(tokens, slots, slot_offset=offset)
+    assert seen_pairs(tokens, slots, offset) == int(seen.sum())
 
 
 def test_flops_of_the_layers():
@@ -484,9 +499,8 @@ def test_all_committed_results_are_shown():
 
 
 def test_shapes_say_where_they_come_from():
-    shapes = (*SHAPES, *GPU_SHAPES)
-    assert all(shape.source for shape in shapes)
-    assert len({shape.name for shape in shapes}) == len(shapes)
+    assert all(shape.source for shape in ALL_SHAPES)
+    assert len({shape.name for shape in ALL_SHAPES}) == len(ALL_SHAPES)
 
 
 def test_benchmarks_run():

@@ -109,12 +109,17 @@ def test_the_first_steps_are_those_of_the_whole(study, monkeypatch, folder, tmp_
     assert sum(map(len, first["losses"].values())) == 2
     for kind, losses in first["losses"].items():
         assert losses == seed["losses"][kind]
+    # nor are they taken for the whole, or the whole for them
+    for name, more in (("first", ()), ("whole", ("--first", 2)), ("new", ("--first", 4))):
+        with pytest.raises(SystemExit):
+            run(study, monkeypatch, folder, tmp_path / f"{name}.jsonl", 10, more=more)
     out = tmp_path / "read.jsonl"
     (read,) = run(study, monkeypatch, folder, out, 10, more=("--first", 2, "--candidate", "read"))
     assert read["parameters"] < first["parameters"]
-    # the cell "plain" would be a line of the file
+    out.write_text("")
+    # what was kept of it is not gone on with
     with pytest.raises(ValueError, match="of another study: take another --out"):
-        run(study, monkeypatch, folder, out, 10)
+        run(study, monkeypatch, folder, out, 10, more=("--first", 2))
 
 
 def test_answers_that_begin_alike_are_refused_first(study, monkeypatch, folder, tmp_path):

@@ -327,7 +327,8 @@ def test_the_page_has_the_tables_of_the_committed_lines():
     assert text == report.rewritten(text)
     shown = re.findall(r"<!-- study: (\w+) -->", text)
     assert len(shown) == text.count("<!-- study:") == len(set(shown))
-    assert set(shown) == set(report.TABLES)
+    # of what has been run
+    assert set(shown) == {n for n in report.TABLES if len(report.table(n).splitlines()) > 2}
 
 
 def test_pictures_are_drawn(monkeypatch, tmp_path):
