@@ -91,7 +91,8 @@ class Contender:
     """A model of a block.
 
     Args:
-        kind: "lm2", or a baseline: "none", "rmt", "full".
+        kind: "lm2", or a baseline: "none", "rmt", "full"; "narrow" is "none" with the MLPs of the
+            usual memory's model, and so with fewer parameters than all others.
         formulation, flow, write, candidate, slots: of the memory; of "rmt", slots are its tokens.
             A write "query" is the experiment of ``reference.slot_query_memory``, which pools
             proposals, and "query gates" the one that pools what comes before the gates.
@@ -114,7 +115,8 @@ class Contender:
         if self.kind == "rmt":
             return f"RMT, {self.slots} tokens"
         if self.kind != "lm2":
-            return {"none": "no memory", "full": "attention over everything"}[self.kind]
+            names = {"none": "no memory", "full": "attention over everything"}
+            return (names | {"narrow": "no memory, the memory's MLPs"})[self.kind]
         name = f"{self.formulation}, {self.flow}, {self.write}, {self.slots} slots, "
         return name + self.candidate + ("" if self.start == "plain" else f", {self.start}")
 
@@ -480,7 +482,15 @@ BLOCKS = (
         measure="loss",
     ),
 )
-BLOCKS += (dataclasses.replace(BLOCKS[-1], name="text_spread", task=SpreadText(), tuned_by="text"),)
+BLOCKS += (
+    dataclasses.replace(
+        BLOCKS[-1],
+        name="text_spread",
+        task=SpreadText(),
+        contenders=(*BLOCKS[-1].contenders, Contender("narrow", slots=16)),
+        tuned_by="text",
+    ),
+)
 
 
 # --- models ------------------------------------------------------------------------------------
@@ -521,7 +531,10 @@ def build(contender: Contender, task: Asked, seed: int, theta: float = 10.0) -> 
         model = lm2.LM2ForCausalLM(widened(configuration(contender, task, theta), count))
         _start(model, contender.start)
         return model
-    config = without_memory(configuration(Contender(), task, theta))
+    config = configuration(Contender(), task, theta)
+    if contender.kind == "narrow":
+        return lm2.LM2ForCausalLM(without_memory(widened(config, count)))
+    config = without_memory(config)
     if contender.kind == "rmt":
         return RecurrentMemoryTransformer(widened(config, count), contender.slots)
     if contender.kind == "full":
@@ -662,6 +675,8 @@ def tuned(
     """The rate and base that the pilots chose, or None and the pilots that are still to run."""
     if block.tuned_by is not None:
         other = block_named(block.tuned_by)
+        if contender.kind == "narrow":
+            contender = dataclasses.replace(contender, kind="none")
         # the same, but for its slots
         like = next(
             each

@@ -176,7 +176,22 @@ def test_the_plan_ends_and_claims_other_seeds_than_the_pilots():
 @pytest.mark.parametrize("block", study.BLOCKS, ids=lambda block: block.name)
 def test_all_have_as_many_parameters(block):
     counts = {c: study.num_parameters(study.build(c, block.task, 0)) for c in block.contenders}
+    narrow = [counts.pop(c) for c in block.contenders if c.kind == "narrow"]
+    assert all(number < 0.75 * min(counts.values()) for number in narrow)
     assert max(counts.values()) <= 1.02 * min(counts.values()), counts
+
+
+def test_text_is_held_out_of_all_its_pieces(monkeypatch, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(bytes(range(1, 101)) * 400)
+    monkeypatch.setenv("LM2_STUDY_TEXT", str(path))
+    task = study.SpreadText(pieces=40)
+    assert task.digest() == study.Text().digest()
+    train, held_out = task._parts()
+    assert len(train.files) == len(held_out.files) == 40
+    for piece, (kept, left) in enumerate(zip(train.files, held_out.files, strict=True)):
+        text = path.read_bytes()[1000 * piece : 1000 * (piece + 1)]
+        assert bytes(kept) + bytes(left) == text and len(left) == task.longest
 
 
 def test_batches_are_the_same_for_all_and_of_no_other_seed():
