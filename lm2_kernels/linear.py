@@ -77,13 +77,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
 
 
 def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there may be a faster way."""
-    return cpu_products.is_large(dtype, *_size(x))
-
-
-def _size(x: Tensor) -> tuple[int, int]:
-    """Rows, and elements of the weight as if it were square: exact is not needed."""
-    return x.shape[:-1].numel(), x.shape[-1] ** 2
+    """Whether there may be a faster way: as if the layer were square, exact is not needed."""
+    return cpu_products.is_large(dtype, x.shape[:-1].numel(), x.shape[-1] ** 2)
 
 
 def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -110,6 +105,7 @@ def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | N
         if not is_right or parameter.device != x.device:
             # the layer's to refuse
             return None
-    if dtype == torch.float32 or cpu_products.is_widened(dtype, *_size(x)):
+    rows, squared = x.shape[:-1].numel(), x.shape[-1] ** 2
+    if dtype == torch.float32 or cpu_products.is_widened(dtype, rows, squared):
         return parameters
     return None

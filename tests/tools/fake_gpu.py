@@ -340,13 +340,13 @@ def _check_arguments(name: str, source: Any, args: tuple) -> None:
         if inner or arg is None or isinstance(arg, FakeTensor):
             continue
         value = arg.data_ptr() if isinstance(arg, torch.Tensor) else arg
-        if value % divisor:
+        if isinstance(value, int) and value % divisor:
             raise LaunchError(f"{name}: compiled for multiples of {divisor}, given {value}")
     for (argument, kind), arg in zip(source.signature.items(), args, strict=True):
         bits = {"i32": 32, "i64": 64}.get(kind)
         if bits is not None and not -(1 << bits - 1) <= arg < 1 << bits - 1:
             raise LaunchError(f"{name}: {argument} is compiled as {kind}, given {arg}")
-        if isinstance(arg, torch.Tensor) and kind != _POINTERS[arg.dtype]:
+        if isinstance(arg, torch.Tensor) and kind != _POINTERS.get(arg.dtype, kind):
             raise LaunchError(f"{name}: {argument} is compiled as {kind}, given {arg.dtype}")
 
 
