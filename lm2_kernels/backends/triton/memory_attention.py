@@ -553,6 +553,27 @@ def _mask_strides(mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if mask is None else mask.stride()
 
 
+def _constants(
+    config: tables.AttentionConfig,
+    head_width: int,
+    causal: bool,
+    mask: Tensor | None,
+    seed: Tensor | None,
+) -> dict[str, int]:
+    """Of every kernel that has scores."""
+    return {
+        "HEAD_WIDTH": head_width,
+        "CAUSAL": causal,
+        "HAS_MASK": mask is not None,
+        "HAS_DROPOUT": seed is not None,
+        "BLOCK_T": config.block_tokens,
+        "BLOCK_N": config.block_slots,
+        "BLOCK_K": _block_k(head_width),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def _with_positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float, int]:
     """Query and scale of the same scores, the latter above 0; and what the query was multiplied by.
 
@@ -622,11 +643,10 @@ def memory_attention_forward(
     inputs = (query, key, value, mask, seed)
 
     def arguments() -> launch.Arguments:
-        block_k = _block_k(head_width)
         config = tables.attention_forward(
             launch.target_of(query),
             query.dtype,
-            block_k,
+            _block_k(head_width),
             _is_ragged(query, key, value, out),
             batch * num_heads,
             num_tokens,
@@ -644,17 +664,7 @@ def memory_attention_forward(
             1.0 / (1.0 - dropout_p),
             _heads_per_group(batch * num_heads, num_slots, head_width, key.element_size()),
         )
-        constants = {
-            "HEAD_WIDTH": head_width,
-            "CAUSAL": causal,
-            "HAS_MASK": mask is not None,
-            "HAS_DROPOUT": seed is not None,
-            "BLOCK_T": config.block_tokens,
-            "BLOCK_N": config.block_slots,
-            "BLOCK_K": block_k,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
+        constants = _constants(config, head_width, causal, mask, seed)
         num_blocks = triton.cdiv(num_tokens, config.block_tokens)
         return (batch * num_heads * num_blocks,), scalars, constants
 
@@ -749,17 +759,7 @@ def memory_attention_backward(
             1.0 / (1.0 - dropout_p),
             _heads_per_group(num_pairs, shared_rows, head_width, query.element_size()),
         )
-        constants = {
-            "HEAD_WIDTH": head_width,
-            "CAUSAL": causal,
-            "HAS_MASK": mask is not None,
-            "HAS_DROPOUT": seed is not None,
-            "BLOCK_T": config.block_tokens,
-            "BLOCK_N": config.block_slots,
-            "BLOCK_K": block_k,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        }
+        constants = _constants(config, head_width, causal, mask, seed)
         return (num_programs,), scalars, constants
 
     def dquery_arguments() -> launch.Arguments:

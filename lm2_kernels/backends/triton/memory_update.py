@@ -406,6 +406,27 @@ def _strides(inputs: tuple[Tensor | None, ...], num_tokens: int) -> list[int]:
     return strides + [stride for gate in gates for stride in _gate_strides(gate, num_tokens)]
 
 
+def _constants(
+    config: tables.Config,
+    inputs: tuple[Tensor | None, ...],
+    read: Tensor | None,
+    output: str,
+    tokens_per_slot: int,
+) -> dict[str, int]:
+    """Of both kernels."""
+    *_, output_gate, gate_bias = inputs
+    return {
+        "HAS_OUTPUT_GATE": output_gate is not None,
+        "HAS_GATE_BIAS": gate_bias is not None,
+        "HAS_READ": read is not None,
+        "SHOWS_MEMORY": output == "memory",
+        "CHUNKED": tokens_per_slot > 1,
+        "BLOCK_T": config.block_rows,
+        "BLOCK_D": config.block_cols,
+        "num_warps": config.num_warps,
+    }
+
+
 def _gate_strides(gate: Tensor | None, num_tokens: int) -> tuple[int, int, int]:
     """Of a batch entry, a slot and a token: a gate has a row a token, a row a slot, or one."""
     stride_b, stride = launch.row_strides(gate)
@@ -439,16 +460,7 @@ def memory_update_forward(
 
     def arguments() -> launch.Arguments:
         config, num_blocks_t, num_programs = _config(hidden, tokens_per_slot)
-        constants = {
-            "HAS_OUTPUT_GATE": output_gate is not None,
-            "HAS_GATE_BIAS": gate_bias is not None,
-            "HAS_READ": read is not None,
-            "SHOWS_MEMORY": output == "memory",
-            "CHUNKED": tokens_per_slot > 1,
-            "BLOCK_T": config.block_rows,
-            "BLOCK_D": config.block_cols,
-            "num_warps": config.num_warps,
-        }
+        constants = _constants(config, inputs, read, output, tokens_per_slot)
         sizes = (num_tokens, tokens_per_slot, num_blocks_t, width)
         return (num_programs,), (*_strides(inputs, num_tokens), *sizes), constants
 
@@ -499,20 +511,13 @@ def memory_update_backward(
         constants = {
             "HAS_DOUTPUT": doutput is not None,
             "HAS_DNEW_MEMORY": dnew_memory is not None,
-            "HAS_OUTPUT_GATE": output_gate is not None,
-            "HAS_GATE_BIAS": gate_bias is not None,
-            "HAS_READ": read is not None,
-            "SHOWS_MEMORY": output == "memory",
             "NEEDS_DCANDIDATE": needs_dcandidate,
             "NEEDS_DMEMORY": needs_dmemory,
             "NEEDS_DGATES": needs_dgates,
             "NEEDS_DSLOT_GATES": needs_dslot_gates,
             "NEEDS_DREAD": needs_dread,
-            "CHUNKED": tokens_per_slot > 1,
-            "BLOCK_T": config.block_rows,
-            "BLOCK_D": config.block_cols,
-            "num_warps": config.num_warps,
         }
+        constants |= _constants(config, inputs, read, output, tokens_per_slot)
         sizes = (num_tokens, tokens_per_slot, num_blocks_t, width)
         return (num_programs,), (*_strides(inputs, num_tokens), *sizes), constants
 
