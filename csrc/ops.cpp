@@ -1,4 +1,8 @@
 // Defines the operators; csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp implement them.
+// `transposed` is of the CPU alone, and of no op: lm2_kernels/backends/cpu_products.py takes it.
 #include "schemas.h"
 
-STABLE_TORCH_LIBRARY(lm2_kernels_cpp, m) { lm2::define_schemas(m); }
+STABLE_TORCH_LIBRARY(lm2_kernels_cpp, m) {
+  lm2::define_schemas(m);
+  m.def("transposed(Tensor matrix) -> Tensor");
+}

@@ -45,7 +45,26 @@ struct Cpu {
   }
 };
 
+// (I, J) of contiguous rows -> (J, I) contiguous
+Tensor transposed(const Tensor& matrix) {
+  Call<Cpu> call("transposed", matrix);
+  call.check(matrix.dim() == 2, "matrix must be (I, J)");
+  const int64_t rows = matrix.size(0), columns = matrix.size(1);
+  const Dtype dtype = call.dtype("matrix", matrix);
+  call.check(dtype == accumulation(dtype), "matrix must be float32 or float64");
+  call.require("matrix", matrix, {rows, columns}, {scalar_type(dtype)});
+  call.check(columns <= 1 || matrix.stride(1) == 1, "matrix must have contiguous rows");
+  Tensor result = call.result({columns, rows}, dtype);
+  if (matrix.numel() == 0) return result;
+  cpu::transpose({rows, columns, dtype, matrix.data_ptr(), matrix.stride(0),
+                  pointer(result)});
+  return result;
+}
+
 }  // namespace
 }  // namespace lm2
 
-STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) { lm2::Bindings<lm2::Cpu>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) {
+  lm2::Bindings<lm2::Cpu>::implement(m);
+  m.impl("transposed", TORCH_BOX(&lm2::transposed));
+}

@@ -7,6 +7,15 @@
 
 namespace lm2::cpu {
 
+// All sizes are at least 1.
+struct Transpose {
+  int64_t rows, columns;
+  Dtype dtype;       // float32 or float64
+  const void* from;  // rows of contiguous columns, row_stride elements apart
+  int64_t row_stride;
+  void* to;  // (columns, rows) contiguous
+};
+
 void memory_attention_forward(const MemoryAttentionForward& args);
 void memory_attention_backward(const MemoryAttentionBackward& args);
 void memory_update_forward(const MemoryUpdateForward& args);
@@ -15,6 +24,7 @@ void residual_layer_norm_forward(const ResidualLayerNormForward& args);
 void residual_layer_norm_backward(const ResidualLayerNormBackward& args);
 void pooled_gate_forward(const PooledGateForward& args);
 void pooled_gate_backward(const PooledGateBackward& args);
+void transpose(const Transpose& args);
 
 // "avx512_bf16", "avx512", "avx2" or "base": the instructions in use. The best of this processor,
 // or what the environment variable LM2_KERNELS_CPU_LEVEL lowers it to.

@@ -155,5 +155,6 @@ void pooled_gate_forward(const PooledGateForward& args) {
 void pooled_gate_backward(const PooledGateBackward& args) {
   kernels(args.dtype).pooled_gate_backward(args);
 }
+void transpose(const Transpose& args) { kernels(args.dtype).transpose(args); }
 
 }  // namespace lm2::cpu

@@ -6,6 +6,7 @@
 #include "memory_update.h"
 #include "pooled_gate.h"
 #include "residual_layer_norm.h"
+#include "transpose.h"
 
 namespace lm2::cpu {
 namespace {
@@ -18,7 +19,8 @@ constexpr Kernels kernels_of() {
           &residual_layer_norm_forward<S>,
           &residual_layer_norm_backward<S>,
           &pooled_gate_forward<S>,
-          &pooled_gate_backward<S>};
+          &pooled_gate_backward<S>,
+          &transpose<S>};
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ struct Kernels {
   void (*residual_layer_norm_backward)(const ResidualLayerNormBackward&);
   void (*pooled_gate_forward)(const PooledGateForward&);
   void (*pooled_gate_backward)(const PooledGateBackward&);
+  void (*transpose)(const Transpose&);
 };
 
 extern const Kernels kFloat64Kernels;  // of the base level's file

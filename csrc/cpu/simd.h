@@ -185,29 +185,6 @@ struct FloatMath {
   }
 };
 
-#if defined(LM2_AVX2) || defined(LM2_AVX512)
-// to[k][i] = from[i][k], eight by eight: a third of the time of eight gathers.
-LM2_INLINE void transpose_eight(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  __m256 row[8], pair[8], quad[8];
-  for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * stride);
-  for (int i = 0; i < 4; ++i) {
-    pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
-    pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
-  }
-  // quad[k] has column k of rows 0 to 3, or 4 to 7, in its low half, and column k + 4 in its high
-  for (int i = 0; i < 8; i += 4) {
-    quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
-    quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
-    quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
-    quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
-  }
-  for (int k = 0; k < 4; ++k) {
-    _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
-    _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
-  }
-}
-#endif
-
 #if defined(LM2_AVX512)  // by the level file: g++ does not define __AVX512F__ at its pragma
 struct Avx512 : FloatMath<Avx512, __m512> {
   using Scalar = float;
@@ -285,11 +262,30 @@ struct Avx512 : FloatMath<Avx512, __m512> {
     const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(stride)));
     return _mm512_i32gather_ps(index, p, 4);
   }
+  // to[k][i] = from[i][k]: pairs of rows, then fours, then the fours' quarters
   LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
-    for (int i = 0; i < 16; i += 8) {
-      for (int k = 0; k < 16; k += 8) {
-        transpose_eight(from + i * stride + k, stride, to + k * to_stride + i, to_stride);
-      }
+    __m512 row[16], pair[16], quad[16];
+    for (int i = 0; i < 16; ++i) row[i] = load(from + i * stride);
+    for (int i = 0; i < 16; i += 2) {
+      pair[i] = _mm512_unpacklo_ps(row[i], row[i + 1]);
+      pair[i + 1] = _mm512_unpackhi_ps(row[i], row[i + 1]);
+    }
+    // quad[i + k] has, in its quarter q, column 4 q + k of rows i to i + 3
+    for (int i = 0; i < 16; i += 4) {
+      quad[i] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0x44);
+      quad[i + 1] = _mm512_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+      quad[i + 2] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+      quad[i + 3] = _mm512_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+    }
+    for (int k = 0; k < 4; ++k) {
+      const V low = _mm512_shuffle_f32x4(quad[k], quad[k + 4], 0x44);
+      const V high = _mm512_shuffle_f32x4(quad[k], quad[k + 4], 0xEE);
+      const V next_low = _mm512_shuffle_f32x4(quad[k + 8], quad[k + 12], 0x44);
+      const V next_high = _mm512_shuffle_f32x4(quad[k + 8], quad[k + 12], 0xEE);
+      store(to + k * to_stride, _mm512_shuffle_f32x4(low, next_low, 0x88));
+      store(to + (k + 4) * to_stride, _mm512_shuffle_f32x4(low, next_low, 0xDD));
+      store(to + (k + 8) * to_stride, _mm512_shuffle_f32x4(high, next_high, 0x88));
+      store(to + (k + 12) * to_stride, _mm512_shuffle_f32x4(high, next_high, 0xDD));
     }
   }
 };
@@ -424,8 +420,25 @@ struct Avx2 : FloatMath<Avx2, __m256> {
     const __m256i index = _mm256_mullo_epi32(lane, _mm256_set1_epi32(static_cast<int>(stride)));
     return _mm256_i32gather_ps(p, index, 4);
   }
+  // to[k][i] = from[i][k]: a third of the time of eight gathers
   LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
-    transpose_eight(from, stride, to, to_stride);
+    __m256 row[8], pair[8], quad[8];
+    for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * stride);
+    for (int i = 0; i < 4; ++i) {
+      pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
+      pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
+    }
+    // quad[k] has column k of rows 0 to 3, or 4 to 7, in its low half, and column k + 4 in its high
+    for (int i = 0; i < 8; i += 4) {
+      quad[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+      quad[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xEE);
+      quad[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+      quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
+    }
+    for (int k = 0; k < 4; ++k) {
+      _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
+      _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
+    }
   }
 };
 #endif

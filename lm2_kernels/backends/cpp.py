@@ -69,6 +69,15 @@ for _function in RESULTS:
     globals().setdefault(_function, functools.partial(_call, _function))
 
 
+def transposed(matrix: Tensor) -> Tensor:
+    """A contiguous copy of ``matrix.t()``.
+
+    Args:
+        matrix: (I, J) on a CPU, float32 or float64, with contiguous rows.
+    """
+    return _call("transposed", matrix)
+
+
 # torch.compile takes the answer as it is: it cannot trace the extension
 @constant_when_compiled
 def _reason(op: str, device_type: str, device_index: int | None) -> str | None:

@@ -238,6 +238,27 @@ EMULATED __m256i cvtneps_pbh(__m512 x) {
   });
 }
 
+// within each quarter of four lanes; two bits of a mask are a lane
+EMULATED __m512 unpacklo_ps(__m512 a, __m512 b) {
+  return floats_of([&](int i) { return (i % 2 ? b : a)[i / 4 * 4 + i % 4 / 2]; });
+}
+EMULATED __m512 unpackhi_ps(__m512 a, __m512 b) {
+  return floats_of([&](int i) { return (i % 2 ? b : a)[i / 4 * 4 + 2 + i % 4 / 2]; });
+}
+template <int kMask>
+EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
+  return floats_of([&](int i) {
+    return (i % 4 < 2 ? a : b)[i / 4 * 4 + (kMask >> i % 4 * 2 & 3)];
+  });
+}
+// of the quarters
+template <int kMask>
+EMULATED __m512 shuffle_f32x4(__m512 a, __m512 b) {
+  return floats_of([&](int i) {
+    return (i < 8 ? a : b)[(kMask >> i / 4 * 2 & 3) * 4 + i % 4];
+  });
+}
+
 }  // namespace avx512emu
 
 #undef EMULATED
@@ -247,6 +268,8 @@ EMULATED __m256i cvtneps_pbh(__m512 x) {
 #undef _mm512_i32gather_ps
 #undef _mm512_roundscale_ps
 #undef _mm512_setr_epi32
+#undef _mm512_shuffle_f32x4
+#undef _mm512_shuffle_ps
 #undef _mm512_slli_epi32
 #undef _mm512_srli_epi32
 
@@ -287,6 +310,10 @@ EMULATED __m256i cvtneps_pbh(__m512 x) {
 #define _mm512_set1_ps avx512emu::set1_ps
 #define _mm512_setr_epi32 avx512emu::setr_epi32
 #define _mm512_setzero_ps avx512emu::setzero_ps
+#define _mm512_shuffle_f32x4(a, b, mask) avx512emu::shuffle_f32x4<mask>(a, b)
+#define _mm512_shuffle_ps(a, b, mask) avx512emu::shuffle_ps<mask>(a, b)
 #define _mm512_slli_epi32 avx512emu::slli_epi32
 #define _mm512_srli_epi32 avx512emu::srli_epi32
 #define _mm512_storeu_ps avx512emu::storeu_ps
+#define _mm512_unpackhi_ps avx512emu::unpackhi_ps
+#define _mm512_unpacklo_ps avx512emu::unpacklo_ps
