@@ -78,7 +78,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
 
 def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether there may be a faster way: as if the layer were square, exact is not needed."""
-    return cpu_products.is_large(dtype, x.shape[:-1].numel(), x.shape[-1] ** 2)
+    return cpu_products.is_large(dtype, x, x.shape[-1])
 
 
 def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:

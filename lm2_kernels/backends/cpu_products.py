@@ -87,12 +87,14 @@ def _other(dtype: torch.dtype) -> Callable[[Tensor, Tensor, Tensor | None], Tens
     return _widened if dtype in _16_BIT else _onednn
 
 
-def is_large(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
-    """Whether a product on the CPU is large enough for another way than torch's own."""
+def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
+    """Whether a product (..., J) (J, columns) on the CPU, computed in this dtype, is large enough
+    for another way than torch's own.
+    """
     fewest = _MIN_MULTIPLICATIONS.get(dtype)
-    if fewest is None or num_rows * weight_elements < fewest:
+    if fewest is None or a.numel() * columns < fewest:
         return False
-    return dtype == torch.float32 or num_rows >= _MIN_ROWS
+    return dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
 
 
 def is_widened(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
@@ -152,7 +154,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tenso
 
 def _is_choice(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:
     """Whether ``a @ b`` is on a CPU, and large enough for another way than torch's own."""
-    if not (a.is_cpu and is_large(a.dtype, a.shape[:-1].numel(), b.numel())):
+    if not (a.is_cpu and is_large(a.dtype, a, b.shape[1])):
         return False
     # neither way has a derivative: a backward under create_graph takes torch's
     if torch.is_grad_enabled() or torch.compiler.is_compiling():

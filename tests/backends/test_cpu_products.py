@@ -2,17 +2,20 @@
 
 import concurrent.futures
 import copy
+import re
 import time
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import testing
-from lm2_kernels.backends import cpu_products
+from lm2_kernels.backends import cpp, cpu_products
 from lm2_kernels.linear import apply_linear
+from tools.emulated_avx512 import every_level
 from tools.rounding import assert_rule
 
 
@@ -132,6 +135,58 @@ def test_relu_keeps_nan(library, dtype, monkeypatch):
     y.sum().backward()
     assert torch.equal(y.isnan().nonzero()[:, 1], torch.full((40,), 3))
     assert x.grad.isnan().all()
+
+
+@every_level
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_transposed(dtype, environment):
+    with environment():
+        for rows, columns in ((1, 1), (1, 40), (40, 1), (16, 16), (35, 50), (64, 129), (300, 33)):
+            matrix = torch.arange(rows * columns, dtype=dtype).view(rows, columns)
+            for layout in (_plain, _part_of_a_row):
+                got = cpp.transposed(layout(matrix))
+                assert got.is_contiguous()
+                assert torch.equal(got, matrix.t())
+        assert cpp.transposed(torch.ones(0, 3, dtype=dtype)).shape == (3, 0)
+
+
+def test_what_transposed_refuses():
+    for matrix, message in (
+        (torch.ones(4), "(I, J)"),
+        (torch.ones(4, 3).t(), "contiguous rows"),
+        (torch.ones(4, 3).bfloat16(), "float32 or float64"),
+        (torch.ones(4, 3).int(), "float"),
+    ):
+        with pytest.raises(RuntimeError, match=f"transposed: .*{re.escape(message)}"):
+            cpp.transposed(matrix)
+    with pytest.raises(RuntimeError, match=r"transposed: .*storage"):
+        resized = torch.ones(4, 3)
+        resized.untyped_storage().resize_(4)
+        cpp.transposed(resized)
+
+
+def test_products_transpose_by_the_kernel(monkeypatch):
+    """And by PyTorch's own copy where there is none, or a mode would not know it."""
+    _no_minimum(monkeypatch)
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    calls = []
+    monkeypatch.setattr(
+        cpp, "transposed", lambda matrix: calls.append(matrix) or matrix.t().clone()
+    )
+    dy, x = torch.randn(20, 9), torch.randn(20, 5)
+
+    @torch.no_grad()
+    def count(a, b):
+        calls.clear()
+        torch.testing.assert_close(cpu_products.product(a, b), torch.mm(a, b))
+        return len(calls)
+
+    assert count(dy.t(), x) == 1
+    assert count(torch.randn(20, 9), torch.randn(7, 9).t()) == 0
+    with FlopCounterMode(display=False):
+        assert count(dy.t(), x) == 0
+    monkeypatch.setattr(cpp, "has", lambda function: False)
+    assert count(dy.t(), x) == 0
 
 
 def test_layers_and_gradients(monkeypatch):

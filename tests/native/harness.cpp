@@ -350,6 +350,16 @@ void pool(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype param
   buffers.clear();
 }
 
+#ifndef HARNESS_CUDA
+void transpose(int64_t rows, int64_t columns, Dtype dtype, Layout layout) {
+  const View matrix = input(dtype, layout, 1, rows, 1, columns);
+  cpu::Transpose args = {rows, columns, dtype, matrix.data, matrix.row_stride, nullptr};
+  args.to = result("transposed", rows * columns, dtype);
+  run("transpose", args, cpu::transpose);
+  buffers.clear();
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -401,6 +411,9 @@ int main() {
       update(1, 65, 517, dtype, stream, {true, false, true, 65, true}, Layout::strided);
     }
     norm(1, 70, 1030, dtype, stream, Layout::strided);
+    for (const Layout layout : layouts) {
+      if (dtype == stream) transpose(37, 53, dtype, layout);
+    }
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
 #endif
   }
