@@ -56,8 +56,7 @@ Tensor transposed(const Tensor& matrix) {
   call.check(columns <= 1 || matrix.stride(1) == 1, "matrix must have contiguous rows");
   Tensor result = call.result({columns, rows}, dtype);
   if (matrix.numel() == 0) return result;
-  cpu::transpose({rows, columns, dtype, matrix.data_ptr(), matrix.stride(0),
-                  pointer(result)});
+  cpu::transpose({rows, columns, dtype, matrix.data_ptr(), matrix.stride(0), pointer(result)});
   return result;
 }
 

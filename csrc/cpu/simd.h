@@ -437,7 +437,8 @@ struct Avx2 : FloatMath<Avx2, __m256> {
     }
     for (int k = 0; k < 4; ++k) {
       _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
-      _mm256_storeu_ps(to + (k + 4) * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
+      _mm256_storeu_ps(to + (k + 4) * to_stride,
+                       _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
     }
   }
 };

@@ -31,7 +31,8 @@ void transpose(const Transpose& args) {
         }
       }
       for (int64_t column = first; column < last; ++column) {
-        for (int64_t i = row; i < rows; ++i) result[column * rows + i] = matrix[i * stride + column];
+        for (int64_t i = row; i < rows; ++i)
+          result[column * rows + i] = matrix[i * stride + column];
       }
     }
   });

@@ -247,16 +247,13 @@ EMULATED __m512 unpackhi_ps(__m512 a, __m512 b) {
 }
 template <int kMask>
 EMULATED __m512 shuffle_ps(__m512 a, __m512 b) {
-  return floats_of([&](int i) {
-    return (i % 4 < 2 ? a : b)[i / 4 * 4 + (kMask >> i % 4 * 2 & 3)];
-  });
+  return floats_of(
+      [&](int i) { return (i % 4 < 2 ? a : b)[i / 4 * 4 + (kMask >> i % 4 * 2 & 3)]; });
 }
 // of the quarters
 template <int kMask>
 EMULATED __m512 shuffle_f32x4(__m512 a, __m512 b) {
-  return floats_of([&](int i) {
-    return (i < 8 ? a : b)[(kMask >> i / 4 * 2 & 3) * 4 + i % 4];
-  });
+  return floats_of([&](int i) { return (i < 8 ? a : b)[(kMask >> i / 4 * 2 & 3) * 4 + i % 4]; });
 }
 
 }  // namespace avx512emu
