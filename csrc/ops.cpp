@@ -1,5 +1,5 @@
 // Defines the operators; csrc/cpu/bindings.cpp and csrc/cuda/bindings.cpp implement them.
-// `transposed` is of the CPU alone, and of no op: lm2_kernels/backends/cpu_products.py takes it.
+// `transposed` is of the CPU alone, and of no op: lm2_kernels/backends/cpu_products.py calls it.
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(lm2_kernels_cpp, m) {

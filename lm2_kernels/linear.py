@@ -105,7 +105,6 @@ def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | N
         if not is_right or parameter.device != x.device:
             # the layer's to refuse
             return None
-    rows, squared = x.shape[:-1].numel(), x.shape[-1] ** 2
-    if dtype == torch.float32 or cpu_products.is_widened(dtype, rows, squared):
+    if dtype == torch.float32 or cpu_products.is_widened(dtype, x, x.shape[-1]):
         return parameters
     return None

@@ -69,3 +69,8 @@ def _register(function: str) -> None:
 
 for _function in RESULTS:
     _register(_function)
+if cpp.has("transposed"):
+
+    @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed")
+    def _transposed(matrix: Tensor) -> Tensor:
+        return matrix.new_empty(matrix.shape[1], matrix.shape[0])

@@ -43,6 +43,7 @@ struct Cpu {
   static void run(const PooledGateBackward& args, const Tensor&) {
     cpu::pooled_gate_backward(args);
   }
+  static void run(const cpu::Transpose& args, const Tensor&) { cpu::transpose(args); }
 };
 
 // (I, J) of contiguous rows -> (J, I) contiguous
@@ -53,10 +54,10 @@ Tensor transposed(const Tensor& matrix) {
   const Dtype dtype = call.dtype("matrix", matrix);
   call.check(dtype == accumulation(dtype), "matrix must be float32 or float64");
   call.require("matrix", matrix, {rows, columns}, {scalar_type(dtype)});
-  call.check(columns <= 1 || matrix.stride(1) == 1, "matrix must have contiguous rows");
+  call.check(matrix.stride(1) == 1, "matrix must have contiguous rows");
   Tensor result = call.result({columns, rows}, dtype);
-  if (matrix.numel() == 0) return result;
-  cpu::transpose({rows, columns, dtype, matrix.data_ptr(), matrix.stride(0), pointer(result)});
+  cpu::Transpose args = {rows, columns, dtype, matrix.data_ptr(), matrix.stride(0), pointer(result)};
+  if (matrix.numel() > 0) call.run(args);
   return result;
 }
 

@@ -52,22 +52,13 @@ _measuring = threading.RLock()
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias. It
-    # copies an `a` of other than dense rows, and reads a bias as if it had no strides
-    if a.stride(1) != 1:
-        a = _transposed(a.t())
+    # copies an `a` that is not contiguous, slowly where it is transposed, and reads a bias as if it
+    # had no strides
+    is_watched = torch._C._len_torch_dispatch_stack() > 0
+    if a.stride(1) != 1 and not is_watched and cpp.has("transposed"):
+        a = cpp.transposed(a.t())
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
-
-
-def _transposed(matrix: Tensor) -> Tensor:
-    """A contiguous copy of ``matrix.t()``, for a matrix of contiguous rows.
-
-    PyTorch's own takes 4 to 20 times as long: a tenth of a layer's backward.
-    """
-    # modes that watch or fake operators know PyTorch's own
-    if torch._C._len_torch_dispatch_stack() > 0 or not cpp.has("transposed"):
-        return matrix.t().contiguous()
-    return cpp.transposed(matrix)
 
 
 def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,9 +88,9 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     return dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
 
 
-def is_widened(dtype: torch.dtype, num_rows: int, weight_elements: int) -> bool:
-    """Whether products x W^T of this 16-bit dtype and so many rows go through float32."""
-    return _ratio(dtype, True, False, _size(num_rows * weight_elements)) > _MARGIN
+def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
+    """Whether products x W^T of this 16-bit dtype, (..., J) (J, columns), go through float32."""
+    return _ratio(dtype, True, False, _size(a.numel() * columns)) > _MARGIN
 
 
 def _size(multiplications: int) -> int:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import copy
+import functools
 import re
 import time
 
@@ -16,6 +17,7 @@ from lm2_kernels import testing
 from lm2_kernels.backends import cpp, cpu_products
 from lm2_kernels.linear import apply_linear
 from tools.emulated_avx512 import every_level
+from tools.native import needs_cpp
 from tools.rounding import assert_rule
 
 
@@ -137,11 +139,17 @@ def test_relu_keeps_nan(library, dtype, monkeypatch):
     assert x.grad.isnan().all()
 
 
+@needs_cpp
 @every_level
+@pytest.mark.parametrize("threads", (1, 3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
-def test_transposed(dtype, environment):
+def test_transposed(dtype, threads, environment, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+    # of more than 2048 rows and columns a thread takes 16 columns, or several
+    sizes = ((1, 1), (1, 40), (40, 1), (16, 16), (35, 50), (64, 129), (2100, 2085))
     with environment():
-        for rows, columns in ((1, 1), (1, 40), (40, 1), (16, 16), (35, 50), (64, 129), (300, 33)):
+        for rows, columns in sizes:
             matrix = torch.arange(rows * columns, dtype=dtype).view(rows, columns)
             for layout in (_plain, _part_of_a_row):
                 got = cpp.transposed(layout(matrix))
@@ -150,6 +158,7 @@ def test_transposed(dtype, environment):
         assert cpp.transposed(torch.ones(0, 3, dtype=dtype)).shape == (3, 0)
 
 
+@needs_cpp
 def test_what_transposed_refuses():
     for matrix, message in (
         (torch.ones(4), "(I, J)"),
@@ -165,6 +174,7 @@ def test_what_transposed_refuses():
         cpp.transposed(resized)
 
 
+@needs_cpp
 def test_products_transpose_by_the_kernel(monkeypatch):
     """And by PyTorch's own copy where there is none, or a mode would not know it."""
     _no_minimum(monkeypatch)
@@ -187,6 +197,15 @@ def test_products_transpose_by_the_kernel(monkeypatch):
         assert count(dy.t(), x) == 0
     monkeypatch.setattr(cpp, "has", lambda function: False)
     assert count(dy.t(), x) == 0
+
+
+@needs_cpp
+def test_transposed_of_fake_tensors():
+    """A layer takes them without their mode, too."""
+    with FakeTensorMode():
+        matrix = torch.ones(3, 5)
+    got = cpp.transposed(matrix)
+    assert got.shape == (5, 3) and got.is_contiguous()
 
 
 def test_layers_and_gradients(monkeypatch):

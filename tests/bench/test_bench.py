@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lm2_kernels import cli, reference
@@ -419,6 +420,28 @@ def test_faster_peers_are_listed():
     for result in measured["results"]:
         result["ratio"] = 1.0 + result["ratio"]
     assert not report._slower_table(measured)
+
+
+class _ReluInputs(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.nearest = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name.startswith("aten::relu"):
+            self.nearest.append(args[0].abs().min().item())
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_relu_of_the_mlp_is_at_its_kink():
+    """There float32 and the oracle may differ by whole gradients."""
+    work = works.WORKS["release layer"](TINY._replace(tokens=512, slots=512), torch.float32, "cpu")
+    row = work.rows["eager"]()
+    with torch.no_grad(), _ReluInputs() as seen:
+        row.forward()
+    # the MLP's two, and the pool's, whose sign is that of x
+    assert len(seen.nearest) >= 2
+    assert sum(nearest > 0.1 for nearest in seen.nearest) == 2
 
 
 def test_out_of_time_is_said(tiny):
