@@ -56,7 +56,8 @@ Tensor transposed(const Tensor& matrix) {
   call.require("matrix", matrix, {rows, columns}, {scalar_type(dtype)});
   call.check(matrix.stride(1) == 1, "matrix must have contiguous rows");
   Tensor result = call.result({columns, rows}, dtype);
-  cpu::Transpose args = {rows, columns, dtype, matrix.data_ptr(), matrix.stride(0), pointer(result)};
+  cpu::Transpose args = {rows,           columns, dtype, matrix.data_ptr(), matrix.stride(0),
+                         pointer(result)};
   if (matrix.numel() > 0) call.run(args);
   return result;
 }

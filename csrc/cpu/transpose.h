@@ -7,8 +7,8 @@ namespace lm2::cpu {
 namespace {
 
 // Rows and columns of a tile: the float32 of a cache line. Rows that are a power of two apart share
-// few sets of the first cache, so a line is done with before the next ones push it out: AVX-512 reads
-// and writes each once.
+// few sets of the first cache, so a line is done with before the next ones push it out: AVX-512
+// reads and writes each once.
 constexpr int64_t kTile = 16;
 
 template <class S>
