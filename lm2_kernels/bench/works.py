@@ -330,7 +330,8 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
 
 def _keep_from_kinks(layer: ReleaseMemory) -> None:
     """Have no ReLU of the MLP near 0, where float32 may take the other side than the oracle: of
-    millions a few would, and their tokens' gradients differ by far more than round-off.
+    millions a few would, and their tokens' gradients differ by far more than round-off. Half of
+    the units are on at every token, half off.
     """
     linear = layer.attention_mlp[0]
     with torch.no_grad():

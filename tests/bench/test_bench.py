@@ -440,7 +440,6 @@ def test_no_relu_of_the_mlp_is_at_its_kink():
     with torch.no_grad(), _ReluInputs() as seen:
         row.forward()
     # the MLP's two, and the pool's, whose sign is that of x
-    assert len(seen.nearest) >= 2
     assert sum(nearest > 0.1 for nearest in seen.nearest) == 2
 
 
