@@ -423,7 +423,7 @@ struct Avx2 : FloatMath<Avx2, __m256> {
   // to[k][i] = from[i][k]: a third of the time of eight gathers
   LM2_INLINE void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
     __m256 row[8], pair[8], quad[8];
-    for (int i = 0; i < 8; ++i) row[i] = _mm256_loadu_ps(from + i * stride);
+    for (int i = 0; i < 8; ++i) row[i] = load(from + i * stride);
     for (int i = 0; i < 4; ++i) {
       pair[2 * i] = _mm256_unpacklo_ps(row[2 * i], row[2 * i + 1]);
       pair[2 * i + 1] = _mm256_unpackhi_ps(row[2 * i], row[2 * i + 1]);
@@ -436,9 +436,8 @@ struct Avx2 : FloatMath<Avx2, __m256> {
       quad[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xEE);
     }
     for (int k = 0; k < 4; ++k) {
-      _mm256_storeu_ps(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
-      _mm256_storeu_ps(to + (k + 4) * to_stride,
-                       _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
+      store(to + k * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x20));
+      store(to + (k + 4) * to_stride, _mm256_permute2f128_ps(quad[k], quad[k + 4], 0x31));
     }
   }
 };

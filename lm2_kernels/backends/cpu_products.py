@@ -54,8 +54,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias. It
     # copies an `a` that is not contiguous, slowly where it is transposed, and reads a bias as if it
     # had no strides
-    is_watched = torch._C._len_torch_dispatch_stack() > 0
-    if a.stride(1) != 1 and not is_watched and cpp.has("transposed"):
+    if a.stride(1) != 1 and cpp.has("transposed") and torch._C._len_torch_dispatch_stack() == 0:
         a = cpp.transposed(a.t())
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
