@@ -70,7 +70,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
     """What :func:`apply_linear` computes of a plain layer in one dtype, bit for bit, as a product
     that has no derivative.
     """
-    if x.is_cpu and _is_large(x, x.dtype):
+    # as _parameters asks, without the call
+    if x.is_cpu and cpu_products.is_large(x.dtype, x, x.shape[-1]):
         return cpu_products.product(x, weight.t(), bias, relu=relu)
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y

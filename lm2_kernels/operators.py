@@ -72,5 +72,20 @@ for _function in RESULTS:
 if cpp.has("transposed"):
 
     @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed")
-    def _transposed(matrix: Tensor) -> Tensor:
-        return matrix.new_empty(matrix.shape[1], matrix.shape[0])
+    def _transposed(matrix: Tensor, needs_sums: bool) -> tuple[Tensor, Tensor]:
+        rows, columns = matrix.shape
+        return matrix.new_empty(columns, rows), matrix.new_empty(columns if needs_sums else 0)
+
+
+if cpp.has("tanh"):
+
+    @torch.library.custom_op("lm2_kernels::tanh", mutates_args=())
+    def tanh(x: Tensor) -> Tensor:
+        """:func:`lm2_kernels.tanh.tanh` in a compiled graph."""
+        return cpp.tanh(x)
+
+    def _tanh(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    tanh.register_fake(_tanh)
+    torch.library.register_fake(f"{cpp.NAMESPACE}::tanh", _tanh)

@@ -1,6 +1,8 @@
 // The operators on CPU tensors.
 #include "../bindings.h"
 
+#include <algorithm>
+
 #include "cpu.h"
 
 namespace lm2 {
@@ -44,10 +46,11 @@ struct Cpu {
     cpu::pooled_gate_backward(args);
   }
   static void run(const cpu::Transpose& args, const Tensor&) { cpu::transpose(args); }
+  static void run(const cpu::Tanh& args, const Tensor&) { cpu::tanh(args); }
 };
 
-// (I, J) of contiguous rows -> (J, I) contiguous
-Tensor transposed(const Tensor& matrix) {
+// (I, J) of contiguous rows -> (J, I) contiguous, and (J) the sums of the rows if they are needed
+std::tuple<Tensor, Tensor> transposed(const Tensor& matrix, bool needs_sums) {
   Call<Cpu> call("transposed", matrix);
   call.check(matrix.dim() == 2, "matrix must be (I, J)");
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
@@ -56,9 +59,35 @@ Tensor transposed(const Tensor& matrix) {
   call.require("matrix", matrix, {rows, columns}, {scalar_type(dtype)});
   call.check(matrix.stride(1) == 1, "matrix must have contiguous rows");
   Tensor result = call.result({columns, rows}, dtype);
-  cpu::Transpose args = {rows,           columns, dtype, matrix.data_ptr(), matrix.stride(0),
-                         pointer(result)};
-  if (matrix.numel() > 0) call.run(args);
+  Tensor sums = call.result({columns}, dtype, needs_sums);
+  cpu::Transpose args = {rows,
+                         columns,
+                         dtype,
+                         matrix.data_ptr(),
+                         matrix.stride(0),
+                         pointer(result),
+                         pointer(sums, needs_sums)};
+  if (matrix.numel() > 0) {
+    call.run(args);
+  } else if (needs_sums) {
+    std::fill_n(static_cast<char*>(args.sums), columns * sums.element_size(), 0);
+  }
+  return {result, sums};
+}
+
+// (B, R, D) -> the same, contiguous
+Tensor tanh(const Tensor& x) {
+  Call<Cpu> call("tanh", x);
+  call.check(x.dim() == 3, "x must be (B, R, D)");
+  cpu::Tanh args;
+  args.batch = x.size(0);
+  args.rows = x.size(1);
+  args.width = x.size(2);
+  const Dtype dtype = call.dtype("x", x);
+  args.x = call.view("x", x, {args.batch, args.rows, args.width}, {scalar_type(dtype)});
+  Tensor result = call.result({args.batch, args.rows, args.width}, dtype);
+  args.result = pointer(result);
+  if (x.numel() > 0) call.run(args);
   return result;
 }
 
@@ -68,4 +97,5 @@ Tensor transposed(const Tensor& matrix) {
 STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) {
   lm2::Bindings<lm2::Cpu>::implement(m);
   m.impl("transposed", TORCH_BOX(&lm2::transposed));
+  m.impl("tanh", TORCH_BOX(&lm2::tanh));
 }

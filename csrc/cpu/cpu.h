@@ -13,7 +13,14 @@ struct Transpose {
   Dtype dtype;       // float32 or float64
   const void* from;  // rows of contiguous columns, row_stride elements apart
   int64_t row_stride;
-  void* to;  // (columns, rows) contiguous
+  void* to;    // (columns, rows) contiguous
+  void* sums;  // (columns), of the rows; null: not needed
+};
+
+struct Tanh {
+  int64_t batch, rows, width;
+  View x;
+  void* result;  // (batch, rows, width) contiguous, of x's dtype
 };
 
 void memory_attention_forward(const MemoryAttentionForward& args);
@@ -25,6 +32,7 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args);
 void pooled_gate_forward(const PooledGateForward& args);
 void pooled_gate_backward(const PooledGateBackward& args);
 void transpose(const Transpose& args);
+void tanh(const Tanh& args);
 
 // "avx512_bf16", "avx512", "avx2" or "base": the instructions in use. The best of this processor,
 // or what the environment variable LM2_KERNELS_CPU_LEVEL lowers it to.

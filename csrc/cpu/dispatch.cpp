@@ -156,5 +156,6 @@ void pooled_gate_backward(const PooledGateBackward& args) {
   kernels(args.dtype).pooled_gate_backward(args);
 }
 void transpose(const Transpose& args) { kernels(args.dtype).transpose(args); }
+void tanh(const Tanh& args) { kernels(args.x.dtype).tanh(args); }
 
 }  // namespace lm2::cpu

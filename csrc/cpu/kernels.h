@@ -6,6 +6,7 @@
 #include "memory_update.h"
 #include "pooled_gate.h"
 #include "residual_layer_norm.h"
+#include "tanh.h"
 #include "transpose.h"
 
 namespace lm2::cpu {
@@ -20,7 +21,8 @@ constexpr Kernels kernels_of() {
           &residual_layer_norm_backward<S>,
           &pooled_gate_forward<S>,
           &pooled_gate_backward<S>,
-          &transpose<S>};
+          &transpose<S>,
+          &tanh<S>};
 }
 
 }  // namespace

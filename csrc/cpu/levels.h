@@ -19,6 +19,7 @@ struct Kernels {
   void (*pooled_gate_forward)(const PooledGateForward&);
   void (*pooled_gate_backward)(const PooledGateBackward&);
   void (*transpose)(const Transpose&);
+  void (*tanh)(const Tanh&);
 };
 
 extern const Kernels kFloat64Kernels;  // of the base level's file

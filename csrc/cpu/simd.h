@@ -183,6 +183,20 @@ struct FloatMath {
     V slope;
     return tanh(x, &slope);
   }
+
+  // The same to less than 2 ulps, 0.4 as a rule, where that has 2.5 and 0.5: what rounding the
+  // denominator and the quotient has lost is added again.
+  LM2_INLINE V accurate_tanh(V x) {
+    const V y = S::max(S::set(-104.0f), S::set(-2.0f) * S::abs(x));
+    V n;
+    const V p = expm1_reduced(reduce(y, &n)), power = S::scale(S::set(1.0f), n);
+    const V expm1 = S::fma(power, p, power - S::set(1.0f));
+    const V denominator = expm1 + S::set(2.0f), lost = expm1 - (denominator - S::set(2.0f));
+    const V inverse = S::set(1.0f) / denominator, quotient = S::zero() - expm1 * inverse;
+    V rest = S::fma(quotient, denominator, expm1);
+    rest = S::fma(quotient, lost, rest);
+    return S::copy_sign(S::fma(S::zero() - rest, inverse, quotient), x);
+  }
 };
 
 #if defined(LM2_AVX512)  // by the level file: g++ does not define __AVX512F__ at its pragma
@@ -531,6 +545,7 @@ struct Double {
   LM2_INLINE V exp_down(V x) { return std::exp(x); }
   LM2_INLINE V sigmoid(V x) { return 1.0 / (1.0 + std::exp(-x)); }
   LM2_INLINE V tanh(V x) { return std::tanh(x); }
+  LM2_INLINE V accurate_tanh(V x) { return std::tanh(x); }
   LM2_INLINE V tanh(V x, V* slope) {
     const V u = std::tanh(x);
     *slope = 1.0 - u * u;

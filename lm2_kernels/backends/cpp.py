@@ -69,13 +69,23 @@ for _function in RESULTS:
     globals().setdefault(_function, functools.partial(_call, _function))
 
 
-def transposed(matrix: Tensor) -> Tensor:
-    """A contiguous copy of ``matrix.t()``.
+def transposed(matrix: Tensor, needs_sums: bool = False) -> tuple[Tensor, Tensor]:
+    """A contiguous copy of ``matrix.t()``, and if they are needed the sums (J,) of the rows.
 
     Args:
         matrix: (I, J) on a CPU, float32 or float64, with contiguous rows.
+        needs_sums: without it an empty tensor stands for the sums.
     """
-    return _call("transposed", matrix)
+    return _call("transposed", matrix, needs_sums)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """``tanh(x)``, contiguous, by the arithmetic of :func:`memory_update_forward`.
+
+    Args:
+        x: (B, R, D) on a CPU, of any dtype that the ops take.
+    """
+    return _call("tanh", x)
 
 
 # torch.compile takes the answer as it is: it cannot trace the extension

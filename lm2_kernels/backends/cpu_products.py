@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lm2_kernels.backends import cpp
+from lm2_kernels.backends.contract import accumulation_dtype
 
 _16_BIT = (torch.bfloat16, torch.float16)
 # the names of the way that is not torch's own, and the variables that choose
@@ -35,16 +36,21 @@ _ALTERNATIVE = {FLOAT32_VARIABLE: "onednn", _16_BIT_VARIABLE: "float32"}
 _MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 18, torch.float16: 1 << 18}
 # fewer rows of 16 bits are a walk through the weight, which widening it would only make longer
 _MIN_ROWS = 8
+# float32 products of no more rows, or sums of no more terms, are a class of their own: a walk
+# through one matrix, which may be worth the other way from fewer multiplications on
+_FEW = 16
+_MIN_MULTIPLICATIONS_OF_FEW = 1 << 18
 # rows and columns of what is timed; a product goes by the largest that has not more
 # multiplications, or by the first
 _SIZES = (256, 512, 1024)
-_ROUNDS = {256: 5, 512: 5, 1024: 3}
+_ROUNDS = {_FEW: 9, 256: 5, 512: 5, 1024: 3}
 # the other way has to be this much faster to be taken in place of torch's own
 _MARGIN = 1.1
 # if it is so much faster two rounds are enough, and larger products are as the smallest
 _CLEAR = 4.0
 
-# (dtype, rows of a are contiguous, rows of b are contiguous, size) -> how many times faster it is
+# (dtype, rows of a are contiguous, rows of b are contiguous, size or _FEW) -> how many times faster
+# it is
 _ratios: dict[tuple[torch.dtype, bool, bool, int], float] = {}
 # what is widened is a float32 product, which is measured within
 _measuring = threading.RLock()
@@ -54,10 +60,15 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # private to PyTorch: what its compiler calls for a Linear; computes a @ weight.T + bias. It
     # copies an `a` that is not contiguous, slowly where it is transposed, and reads a bias as if it
     # had no strides
-    if a.stride(1) != 1 and cpp.has("transposed") and torch._C._len_torch_dispatch_stack() == 0:
-        a = cpp.transposed(a.t())
+    if a.stride(1) != 1 and _transposes():
+        a, _ = cpp.transposed(a.t())
     bias = None if bias is None else bias.contiguous()
     return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
+
+
+def _transposes() -> bool:
+    """Whether there is a kernel that transposes; modes do not know it."""
+    return cpp.has("transposed") and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -82,18 +93,31 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     for another way than torch's own.
     """
     fewest = _MIN_MULTIPLICATIONS.get(dtype)
-    if fewest is None or a.numel() * columns < fewest:
+    if fewest is None:
         return False
-    return dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
+    multiplications = a.numel() * columns
+    if dtype == torch.float32 and multiplications < fewest:
+        return multiplications >= _MIN_MULTIPLICATIONS_OF_FEW and _is_few(a)
+    return multiplications >= fewest and (
+        dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
+    )
+
+
+def _is_few(a: Tensor) -> bool:
+    """Whether a matrix (..., J) has few rows or few columns."""
+    return a.shape[-1] <= _FEW or a.numel() <= _FEW * a.shape[-1]
 
 
 def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     """Whether products x W^T of this 16-bit dtype, (..., J) (J, columns), go through float32."""
-    return _ratio(dtype, True, False, _size(a.numel() * columns)) > _MARGIN
+    return _ratio(dtype, True, False, _size(dtype, a, columns)) > _MARGIN
 
 
-def _size(multiplications: int) -> int:
-    """Which of the sizes that are timed stands for a product."""
+def _size(dtype: torch.dtype, a: Tensor, columns: int) -> int:
+    """Which of the sizes that are timed stands for a product (..., J) (J, columns)."""
+    if dtype == torch.float32 and _is_few(a):
+        return _FEW
+    multiplications = a.numel() * columns
     return next((s for s in reversed(_SIZES) if multiplications >= s**3), _SIZES[0])
 
 
@@ -122,6 +146,33 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = Fa
         result = _torch(a, b, bias)
     # oneDNN could do it with the product, but makes 0 of a NaN
     return result.relu_() if relu else result
+
+
+def gradients_of_linears(
+    dy: Tensor, x: Tensor, count: int, needs_sums: bool
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """``dy_i^T x`` for each of ``count`` parts of dy's columns, and if they are needed the sums of
+    the columns in the dtype of sums: gradients of weights and biases, each in memory of its own.
+
+    Where the product takes a transposed copy, that is made once, and the sums with it.
+
+    Args:
+        dy: (J, count L).
+        x: (J, D).
+        count: of parts.
+        needs_sums: without it there is None for each sum.
+    """
+    a, sums = dy.t(), None
+    way = _faster(a, x) if _is_choice(a, x) else None
+    if way is _onednn and a.stride(1) != 1 and _transposes():
+        a, sums = cpp.transposed(dy, needs_sums)
+    elif needs_sums:
+        sums = dy.sum(dim=0, dtype=accumulation_dtype(dy))
+    way = way or _torch
+    if count == 1:
+        return [way(a, x, None)], [sums if needs_sums else None]
+    products = [way(part, x, None) for part in a.chunk(count)]
+    return products, [part.clone() for part in sums.chunk(count)] if needs_sums else [None] * count
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tensor:
@@ -158,7 +209,7 @@ def _faster(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], T
     # what is expanded, or strided along both axes, torch's own copies
     if not (_is_matrix(a) and _is_matrix(b)):
         return None
-    size = _size(a.numel() * b.shape[1])
+    size = _size(a.dtype, a, b.shape[1])
     is_faster = _ratio(a.dtype, a.stride(1) == 1, b.stride(1) == 1, size) > _MARGIN
     return _other(a.dtype) if is_faster else None
 
@@ -190,16 +241,29 @@ def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> flo
         smallest = _ratio(dtype, dense_a, dense_b, _SIZES[0])
         if smallest > _CLEAR:
             return smallest
+    shapes = (size, size), (size, size)
+    if size == _FEW:
+        # a quarter of what few are at most; where a is transposed so many terms, not rows
+        few, many = _FEW // 4, _SIZES[1]
+        shapes = (few, many), ((many, 2 * many) if dense_a else (few, 2 * many))
     # small whole numbers: every order of summation gives the same bits
-    count = torch.arange(size * size, dtype=torch.float32, device="cpu").view(size, size)
-    a, b = (count % 7 - 3.0).to(dtype), (count % 5 - 2.0).to(dtype)
-    a, b = a if dense_a else a.t(), b if dense_b else b.t()
+    a, b = (
+        (torch.arange(rows * columns, dtype=torch.float32, device="cpu") % modulus - 2.0)
+        .to(dtype)
+        .view(rows, columns)
+        for (rows, columns), modulus in zip(shapes, (7, 5), strict=True)
+    )
+    a = a if dense_a else a.t()
+    b = b if dense_b else b.t().contiguous().t()
     with torch.autocast("cpu", enabled=False), torch.no_grad():
-        return _ratio_of(a, b, _ROUNDS[size])
+        return _ratio_of(a, b, _ROUNDS[size], cold=size == _FEW)
 
 
-def _ratio_of(a: Tensor, b: Tensor, rounds: int) -> float:
-    other = _other(a.dtype)
+def _ratio_of(a: Tensor, b: Tensor, rounds: int, *, cold: bool = False) -> float:
+    """How many times faster the other way is; ``cold``: of operands that have left the caches,
+    as the weight has that is gone through once.
+    """
+    other, evicting = _other(a.dtype), torch.zeros(1 << 22 if cold else 0, device="cpu")
     try:
         is_right = torch.equal(other(a, b, None), _torch(a, b, None))
     except (AttributeError, RuntimeError):
@@ -210,7 +274,11 @@ def _ratio_of(a: Tensor, b: Tensor, rounds: int) -> float:
     times: list[tuple[float, float]] = []
     while len(times) < rounds:
         # in turns, and the best of each: what else the machine does hits both
-        times.append((_seconds(_torch, a, b), _seconds(other, a, b)))
+        pair = []
+        for way in (_torch, other):
+            evicting += 1.0
+            pair.append(_seconds(way, a, b))
+        times.append(tuple(pair))
         ratio = min(t for t, _ in times) / min(o for _, o in times)
         # one round alone may have been interrupted
         if len(times) > 1 and ratio > _CLEAR:
@@ -234,11 +302,11 @@ def report() -> dict[str, str]:
         for layout, name in names.items():
             # by the way: what was measured at which sizes
             found: dict[str, list[str]] = {}
-            for size in _SIZES:
+            for size in (_FEW, *_SIZES) if dtype == torch.float32 else _SIZES:
                 ratio = _ratio(dtype, *layout, size)
                 measured = found.setdefault(title if ratio > _MARGIN else "torch's own", [])
                 if 0.0 < ratio < float("inf"):
-                    measured.append(f"{ratio:.2f}x at {size}")
+                    measured.append(f"{ratio:.2f}x {'of few' if size == _FEW else f'at {size}'}")
                     if size == _SIZES[0] and ratio > _CLEAR:
                         measured.append("and above")
                         break

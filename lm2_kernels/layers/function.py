@@ -124,7 +124,7 @@ class LayerFunction(torch.autograd.Function):
     it is given alone, from which the others are computed again.
     """
 
-    # (options, *tensors) -> results, what is kept for backward
+    # (options, whether anything is kept, *tensors) -> results, what is kept for backward
     compute: Callable[..., tuple[Tensors, Tensors]]
     # (options, which tensors need a gradient, gradients of results, what was kept) -> gradients
     differentiate: Callable[..., Tensors]
@@ -138,13 +138,13 @@ class LayerFunction(torch.autograd.Function):
         if not torch.is_grad_enabled() or not any(
             [tensor is not None and tensor.requires_grad for tensor in tensors]
         ):
-            return without_autocast(tensors[0].device.type, cls.compute, options, *tensors)[0]
+            return _compute(cls, options, False, tensors)[0]
         # Function.apply without its detour for torch.func, under which nobody gets here
         return super(torch.autograd.Function, cls).apply(options, *tensors)
 
     @classmethod
     def forward(cls, ctx, options, *tensors):
-        results, kept = without_autocast(tensors[0].device.type, cls.compute, options, *tensors)
+        results, kept = _compute(cls, options, not options.recompute, tensors)
         ctx.options = options
         ctx.set_materialize_grads(False)
         if options.recompute:
@@ -166,6 +166,12 @@ class LayerFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         backward = functools.partial(_backward, cls, ctx.options, needs, len(gradients))
         return None, *first_order(ctx.options.layer, backward, *gradients, *saved)
+
+
+def _compute(
+    cls: type[LayerFunction], options: Options, keeps: bool, tensors: Tensors
+) -> tuple[Tensors, Tensors]:
+    return without_autocast(tensors[0].device.type, cls.compute, options, keeps, *tensors)
 
 
 @functools.cache
@@ -197,7 +203,7 @@ def _backward(
     some = next(gradient for gradient in gradients if gradient is not None)
 
     def run() -> Tensors:
-        kept = cls.compute(options, *saved)[1] if options.recompute else saved
+        kept = cls.compute(options, True, *saved)[1] if options.recompute else saved
         return cls.differentiate(options, needs, gradients, kept)
 
     return without_autocast(some.device.type, run)
@@ -208,6 +214,7 @@ def _backward(
 
 def read(
     options: Options,
+    keeps: bool,
     query: Tensor,  # (B, T, D)
     memory: Tensor,  # (B, N, D)
     slot_mask: Tensor | None,
@@ -216,8 +223,10 @@ def read(
     key_bias: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor | None,
-) -> tuple[Tensor, Reading]:
-    """What projected queries read of a bank, (B, T, D), and what backward needs besides."""
+) -> tuple[Tensor, Reading | None]:
+    """What projected queries read of a bank, (B, T, D), and what backward needs besides if anything
+    is kept for it.
+    """
     how, bank = options.read, memory
     if how.causal:
         # later slots are hidden from every token: no need to project them
@@ -245,13 +254,16 @@ def read(
         how.top_k,
         how.dropout,
     )
-    return out.flatten(-2), Reading(bank, query, key, value, out, statistics, slot_mask, seed)
+    reading = Reading(bank, query, key, value, out, statistics, slot_mask, seed) if keeps else None
+    return out.flatten(-2), reading
 
 
 def read_backward(
     options: Options, dread: Tensor, reading: Reading, needs_dquery: bool, needs_dkey_value: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of query (B T, D), key and value (B, N, D), given that of what was read."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of query (B T, D), and of key and value (B, N, 2 D) side by side, given that of
+    what was read.
+    """
     how = options.read
     _, query, key, value, out, statistics, slot_mask, seed = reading
     dquery, dkey_value = call(
@@ -273,8 +285,10 @@ def read_backward(
         needs_dquery,
         needs_dkey_value,
     )
-    dkey, dvalue = dkey_value.flatten(-2).unbind(2) if needs_dkey_value else (None, None)
-    return dquery.flatten(-2).flatten(0, 1) if needs_dquery else None, dkey, dvalue
+    return (
+        dquery.flatten(-2).flatten(0, 1) if needs_dquery else None,
+        dkey_value.flatten(2) if needs_dkey_value else None,
+    )
 
 
 def heads(x: Tensor, how: Read) -> Tensor:
@@ -345,8 +359,28 @@ def of_linear(
     """Gradients of weight (L, D) and bias (L,); autograd casts them to their dtypes."""
     if dy is None:
         return None, None
-    dweight = cpu_products.product(matrix(dy).t(), matrix(x)) if needs_dweight else None
-    return dweight, sum_of_rows(dy) if needs_dbias else None
+    if needs_dweight:
+        (dweight,), (dbias,) = cpu_products.gradients_of_linears(
+            matrix(dy), matrix(x), 1, needs_dbias
+        )
+        return dweight, dbias
+    return None, sum_of_rows(dy) if needs_dbias else None
+
+
+def of_linears(
+    dy: Tensor | None,  # (..., n L)
+    x: Tensor,  # (..., D)
+    *needs: tuple[bool, bool],
+) -> list[tuple[Tensor | None, Tensor | None]]:
+    """:func:`of_linear` for n layers of one x, whose gradients lie side by side."""
+    if dy is None:
+        return [(None, None)] * len(needs)
+    needs_dweight, needs_dbias = needs[0]
+    if needs_dweight and needs.count(needs[0]) == len(needs):
+        of = cpu_products.gradients_of_linears(matrix(dy), matrix(x), len(needs), needs_dbias)
+        return list(zip(*of, strict=True))
+    parts = matrix(dy).chunk(len(needs), 1)
+    return [of_linear(part, x, *need) for part, need in zip(parts, needs, strict=True)]
 
 
 def sum_of_rows(x: Tensor) -> Tensor:
@@ -360,8 +394,7 @@ def of_memory(
     drows: Tensor | None,  # (B, R, D), ours
     dbank: Tensor | None,  # (B, N, D), of the bank that came back
     reading: Reading,
-    dkey: Tensor | None,  # (B, N or fewer, D)
-    dvalue: Tensor | None,
+    dkey_value: Tensor | None,  # (B, N or fewer, 2 D)
     key_weight: Tensor,
     value_weight: Tensor,
 ) -> Tensor | None:
@@ -375,12 +408,11 @@ def of_memory(
         place = options.read.slot_offset, rows.shape[1]
         whole.narrow(1, *place).copy_(whole.new_zeros(()) if drows is None else drows)
         total.add(whole)
-    if dkey is None:
+    if dkey_value is None:
         return total.total
-    seen, slot_mask = dkey.shape[1], reading.slot_mask
+    seen, slot_mask = dkey_value.shape[1], reading.slot_mask
     of_read = total if seen == num_slots and slot_mask is None else Sum()
-    of_read.add_product(dkey, key_weight)
-    of_read.add_product(dvalue, value_weight)
+    of_read.add_product(dkey_value, torch.cat((key_weight, value_weight)))
     if of_read is not total:
         if slot_mask is not None:
             of_read.total.masked_fill_(~slot_mask[:, :, None], 0.0)

@@ -3,6 +3,7 @@
 import itertools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lm2_kernels.backends import call_without_autocast as call
@@ -14,6 +15,7 @@ from lm2_kernels.layers.function import (
     Tensors,
     matrix,
     of_linear,
+    of_linears,
     of_memory,
     places,
     read,
@@ -92,6 +94,7 @@ class PaperMemoryFunction(LayerFunction):
     @staticmethod
     def compute(
         options: Options,
+        keeps: bool,
         x: Tensor,
         memory: Tensor,
         slot_mask: Tensor | None,
@@ -102,7 +105,8 @@ class PaperMemoryFunction(LayerFunction):
         (wq, bq, wk, bk, wv, bv, wo, bo, wi, bi, wf, bf, wc, bc) = options.operands(*parameters)
         operand = options.operand(x)
         query = linear(operand, wq, bq)
-        out, reading = read(options, query, memory, slot_mask, seed, wk, bk, wv, bv)
+        out, reading = read(options, keeps, query, memory, slot_mask, seed, wk, bk, wv, bv)
+        del query
         candidate = None if wc is None else linear(operand, wc, bc).add_(out)
         rows = contiguous_rows(options.rows_of(memory, x.shape[1]))
         gates = linear(operand, wi, bi), linear(out, wf, bf), linear(out, wo, bo)
@@ -118,9 +122,11 @@ class PaperMemoryFunction(LayerFunction):
             options.more,
             options.tokens_per_slot,
         )
-        new_memory = options.new_memory(memory, new_rows)
+        results = output, options.new_memory(memory, new_rows)
+        if not keeps:
+            return results, ()
         weights = parameters[::2]
-        return (output, new_memory), (operand, rows, out, candidate, *gates, *weights, *reading)
+        return results, (operand, rows, out, candidate, *gates, *weights, *reading)
 
     @staticmethod
     def differentiate(
@@ -202,30 +208,42 @@ class PaperMemoryFunction(LayerFunction):
             dread.add(matrix(dshown) if needs_dshown else None)
         del dcandidate, dshown
         if needs_dgates:
-            dinput, dforget, dgate = dgates.flatten(0, 1).unbind(1)
+            # input, forget and output side by side, of which the last two read what was read
+            dim = shape[-1]
+            dgates = dgates.view(-1, 3 * dim)
+            dinput, dforget, dgate = dgates.split(dim, 1)
             if needs_dinput:
                 of_parameters["input_gate_proj"] = of_linear(dinput, x, *of_input)
                 if needs_x:
                     dx.add_product(dinput, kept.input_weight)
-            if needs_dforget:
+            if needs_dforget and needs_doutput:
+                dboth = dgates.narrow(1, dim, 2 * dim)
+                of_parameters["forget_gate_proj"], of_parameters["output_gate_proj"] = of_linears(
+                    dboth, out, of_forget, of_output
+                )
+                if needs_read:
+                    dread.add_product(dboth, torch.cat((kept.forget_weight, kept.output_weight)))
+                del dboth
+            elif needs_dforget:
                 of_parameters["forget_gate_proj"] = of_linear(dforget, out, *of_forget)
                 if needs_read:
                     dread.add_product(dforget, kept.forget_weight)
-            if needs_doutput:
+            elif needs_doutput:
                 of_parameters["output_gate_proj"] = of_linear(dgate, out, *of_output)
                 if needs_read:
                     dread.add_product(dgate, kept.output_weight)
             del dinput, dforget, dgate
         del dgates
-        dkey = dvalue = None
+        dkey_value = None
         if dread.total is not None:
-            dquery, dkey, dvalue = read_backward(
+            dquery, dkey_value = read_backward(
                 options, dread.total, reading, needs_dquery, needs_dkey_value
             )
             del dread
             of_parameters["query_proj"] = of_linear(dquery, x, *of_query)
-            of_parameters["key_proj"] = of_linear(dkey, reading.bank, *of_key)
-            of_parameters["value_proj"] = of_linear(dvalue, reading.bank, *of_value)
+            of_parameters["key_proj"], of_parameters["value_proj"] = of_linears(
+                dkey_value, reading.bank, of_key, of_value
+            )
             if needs_x:
                 dx.add_product(dquery, kept.query_weight)
             del dquery
@@ -237,8 +255,7 @@ class PaperMemoryFunction(LayerFunction):
                 drows if needs_drows else None,
                 dbank,
                 reading,
-                dkey,
-                dvalue,
+                dkey_value,
                 kept.key_weight,
                 kept.value_weight,
             )

@@ -46,6 +46,7 @@ from lm2_kernels.plain import (
     plain_parameters,
 )
 from lm2_kernels.state.cache import SegmentCache, write_rows
+from lm2_kernels.tanh import apply_tanh
 
 
 class _Shared(nn.Module):
@@ -207,7 +208,7 @@ class _MemoryGateProjector(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         name, width = "ReleaseMemory.memory_gate_projector.linear", 2 * rows.shape[-1]
-        return project(name, torch.tanh(rows), self.linear, width)
+        return project(name, apply_tanh(rows), self.linear, width)
 
 
 # as they are defined here: somebody may patch them

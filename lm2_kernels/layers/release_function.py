@@ -17,6 +17,7 @@ from lm2_kernels.layers.function import (
     Tensors,
     matrix,
     of_linear,
+    of_linears,
     of_memory,
     places,
     read,
@@ -26,6 +27,7 @@ from lm2_kernels.layers.function import (
 )
 from lm2_kernels.linear import linear
 from lm2_kernels.state.cache import is_known, read_rows
+from lm2_kernels.tanh import tanh
 from lm2_kernels.unchecked import contiguous_rows
 
 
@@ -158,6 +160,7 @@ class ReleaseMemoryFunction(LayerFunction):
     @staticmethod
     def compute(
         options: Options,
+        keeps: bool,
         x: Tensor,
         memory: Tensor,
         slot_mask: Tensor | None,
@@ -166,7 +169,7 @@ class ReleaseMemoryFunction(LayerFunction):
         *parameters: Tensor | None,
     ) -> tuple[Tensors, Tensors]:
         """Results, and what is kept for backward."""
-        more, c = options.more, options.tokens_per_slot
+        more = options.more
         *vectors, input_bias, forget_bias = parameters[LINEARS:]
         vectors = map(contiguous_rows, vectors)
         linears = options.operands(*parameters[:LINEARS])
@@ -186,37 +189,12 @@ class ReleaseMemoryFunction(LayerFunction):
         gate_bias = linear(pooled, p.pooled_weight, p.pooled_bias)
         gate_bias += torch.cat(biases).to(options.dtype)
 
-        rows = options.rows_of(memory, x.shape[1])
-        tanh = torch.tanh(rows.to(more.tanh_dtype) if options.is_cast else rows)
-        rows = contiguous_rows(rows)
-        tanh_operand = options.operand(tanh)
-        gates = linear(tanh_operand, p.rows_weight, p.rows_bias)
-
-        query = linear(operand, p.query_weight, p.query_bias)
-        out, reading = read(options, query, memory, slot_mask, seed, *p[2:6])
-        attended, first_mean, first_rstd = call(
-            more.norm,
-            "residual_layer_norm_forward",
-            *with_rows(out, rows, c),
-            p.first_norm_weight,
-            p.first_norm_bias,
-            more.first_eps,
+        rows = contiguous_rows(options.rows_of(memory, x.shape[1]))
+        candidate, of_candidate, after = _candidate(
+            options, keeps, operand, memory, rows, slot_mask, seed, p
         )
-        attended = attended.view(out.shape)
-        mixed = [attended]
-        for _ in range(more.applications):
-            mixed.append(linear(mixed[-1], p.mlp_weight, p.mlp_bias, relu=True))
-        candidate, second_mean, second_rstd = call(
-            more.norm,
-            "residual_layer_norm_forward",
-            mixed[-1],
-            attended,
-            p.second_norm_weight,
-            p.second_norm_bias,
-            more.second_eps,
-        )
-        if p.candidate_weight is not None:
-            candidate = linear(operand, p.candidate_weight, p.candidate_bias).add_(candidate)
+        # the gates last: what is not kept of the candidate has made room
+        gates, of_gates = _gates_of_rows(options, keeps, rows, p)
         output, new_rows = call(
             options.update,
             "memory_update_forward",
@@ -228,32 +206,25 @@ class ReleaseMemoryFunction(LayerFunction):
             gate_bias,
             None,
             "read",
-            c,
+            options.tokens_per_slot,
         )
-        new_memory = options.new_memory(memory, new_rows)
+        results = output, options.new_memory(memory, new_rows), new_sum
+        if not keeps:
+            return results, ()
         kept = _Kept(
             dense,
             operand,
             rows,
             pooled,
-            tanh,
-            tanh_operand,
-            gates,
+            *of_gates,
             gate_bias,
-            out,
-            attended,
-            mixed[-1],
-            candidate,
-            first_mean,
-            first_rstd,
-            second_mean,
-            second_rstd,
+            *of_candidate,
             *parameters[:LINEARS:2],
             p.first_norm_weight,
             p.second_norm_weight,
             p.pool_weight,
         )
-        return (output, new_memory, new_sum), (*kept, *reading, *mixed[1:-1])
+        return results, (*kept, *after)
 
     @staticmethod
     def differentiate(
@@ -284,7 +255,7 @@ class ReleaseMemoryFunction(LayerFunction):
         # of tokens (B T, D)
         dx = Sum(None if doutput is None or not needs_x else matrix(doutput))
         operand = None if kept.operand is None else matrix(kept.operand)
-        drows, dkey, dvalue = Sum(), None, None
+        drows, dkey_value = Sum(), None
         needs_pool = needs_x or needs_sum or need.pool_weight
         needs_gate_bias = (
             needs_pool
@@ -397,7 +368,7 @@ class ReleaseMemoryFunction(LayerFunction):
                     # not the first of the sum, which would be written to: it is read again
                     drows.add(sum_by_slot(dread.view(kept.out.shape), c))
                 dread = options.operand(dread)
-                dquery, dkey, dvalue = read_backward(
+                dquery, dkey_value = read_backward(
                     options, dread, reading, needs_dquery, needs_dkey_value
                 )
                 if needs_x:
@@ -406,12 +377,9 @@ class ReleaseMemoryFunction(LayerFunction):
                     dquery, operand, need.query_weight, need.query_bias
                 )
                 del dread, dquery
-                of["key_weight"], of["key_bias"] = of_linear(
-                    dkey, reading.bank, need.key_weight, need.key_bias
-                )
-                of["value_weight"], of["value_bias"] = of_linear(
-                    dvalue, reading.bank, need.value_weight, need.value_bias
-                )
+                of_key, of_value = of_linears(dkey_value, reading.bank, need[2:4], need[4:6])
+                of["key_weight"], of["key_bias"] = of_key
+                of["value_weight"], of["value_bias"] = of_value
         dpooled_sum = None
         if needs_pool and (dpooled is not None or dnew_sum is not None):
             of_x, dweight, dpooled_sum = call(
@@ -438,8 +406,7 @@ class ReleaseMemoryFunction(LayerFunction):
                 drows.total,
                 dbank,
                 reading,
-                dkey,
-                dvalue,
+                dkey_value,
                 kept.key_weight,
                 kept.value_weight,
             )
@@ -451,6 +418,67 @@ class ReleaseMemoryFunction(LayerFunction):
             dpooled_sum if needs_sum else None,
             *of.values(),
         )
+
+
+def _candidate(
+    options: Options,
+    keeps: bool,
+    operand: Tensor,
+    memory: Tensor,
+    rows: Tensor,
+    slot_mask: Tensor | None,
+    seed: Tensor | None,
+    p: ReleaseParameters,
+) -> tuple[Tensor, Tensors, Tensors]:
+    """The candidate, and what is kept of it for backward: from ``out`` on in :class:`_Kept`, and
+    behind that. The rest makes room for what comes next.
+    """
+    more = options.more
+    query = linear(operand, p.query_weight, p.query_bias)
+    out, reading = read(options, keeps, query, memory, slot_mask, seed, *p[2:6])
+    del query
+    attended, first_mean, first_rstd = call(
+        more.norm,
+        "residual_layer_norm_forward",
+        *with_rows(out, rows, options.tokens_per_slot),
+        p.first_norm_weight,
+        p.first_norm_bias,
+        more.first_eps,
+    )
+    attended = attended.view(out.shape)
+    if not keeps:
+        del out
+    mixed = [attended]
+    for _ in range(more.applications):
+        mixed.append(linear(mixed[-1], p.mlp_weight, p.mlp_bias, relu=True))
+        if not keeps:
+            del mixed[0]
+    candidate, second_mean, second_rstd = call(
+        more.norm,
+        "residual_layer_norm_forward",
+        mixed[-1],
+        attended,
+        p.second_norm_weight,
+        p.second_norm_bias,
+        more.second_eps,
+    )
+    if p.candidate_weight is not None:
+        candidate = linear(operand, p.candidate_weight, p.candidate_bias).add_(candidate)
+    if not keeps:
+        return candidate, (), ()
+    statistics = first_mean, first_rstd, second_mean, second_rstd
+    kept = out, attended, mixed[-1], candidate, *statistics
+    return candidate, kept, (*reading, *mixed[1:-1])
+
+
+def _gates_of_rows(
+    options: Options, keeps: bool, rows: Tensor, p: ReleaseParameters
+) -> tuple[Tensor, Tensors]:
+    """The gates' part of the rows, and what is kept of it for backward."""
+    rows_tanh = tanh(rows.to(options.more.tanh_dtype) if options.is_cast else rows)
+    operand = options.operand(rows_tanh)
+    gates = linear(operand, p.rows_weight, p.rows_bias)
+    return gates, (rows_tanh, operand, gates) if keeps else ()
 
 
 def with_rows(out: Tensor, rows: Tensor, tokens_per_slot: int) -> tuple[Tensor, Tensor]:

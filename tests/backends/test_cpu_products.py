@@ -150,12 +150,35 @@ def test_transposed(dtype, threads, environment, request):
     sizes = ((1, 1), (1, 40), (40, 1), (16, 16), (35, 50), (64, 129), (2100, 2085))
     with environment():
         for rows, columns in sizes:
-            matrix = torch.arange(rows * columns, dtype=dtype).view(rows, columns)
+            # small whole numbers, whose sums are exact in any order
+            matrix = torch.arange(rows * columns, dtype=dtype).view(rows, columns) % 1021
             for layout in (_plain, _part_of_a_row):
-                got = cpp.transposed(layout(matrix))
-                assert got.is_contiguous()
-                assert torch.equal(got, matrix.t())
-        assert cpp.transposed(torch.ones(0, 3, dtype=dtype)).shape == (3, 0)
+                for needs_sums in (False, True):
+                    got, sums = cpp.transposed(layout(matrix), needs_sums)
+                    assert got.is_contiguous()
+                    assert torch.equal(got, matrix.t())
+                    assert torch.equal(sums, matrix.sum(0) if needs_sums else sums.new_empty(0))
+        nothing, sums = cpp.transposed(torch.ones(0, 3, dtype=dtype), True)
+        assert nothing.shape == (3, 0)
+        assert sums.tolist() == [0.0] * 3
+        nothing, sums = cpp.transposed(torch.ones(3, 0, dtype=dtype), True)
+        assert nothing.shape == (0, 3)
+        assert sums.shape == (0,)
+
+
+@needs_cpp
+@every_level
+def test_sums_of_many_rows(environment):
+    """In steps, as sums one after the other of so many rows would be wrong by much more."""
+
+    def run(seed):
+        draw = torch.Generator().manual_seed(seed)
+        matrix = torch.rand(30000, 21, generator=draw)
+        with environment():
+            _, sums = cpp.transposed(matrix, True)
+        return [testing.compare("sums", sums, matrix.double().sum(0), matrix.sum(0))]
+
+    assert_rule(run)
 
 
 @needs_cpp
@@ -181,7 +204,11 @@ def test_products_transpose_by_the_kernel(monkeypatch):
     monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
     calls = []
     monkeypatch.setattr(
-        cpp, "transposed", lambda matrix: calls.append(matrix) or matrix.t().clone()
+        cpp,
+        "transposed",
+        lambda matrix, needs_sums=False: (
+            calls.append(matrix) or (matrix.t().clone(), matrix.sum(0))
+        ),
     )
     dy, x = torch.randn(20, 9), torch.randn(20, 5)
 
@@ -199,13 +226,53 @@ def test_products_transpose_by_the_kernel(monkeypatch):
     assert count(dy.t(), x) == 0
 
 
+@pytest.mark.parametrize("needs_sums", (False, True))
+@pytest.mark.parametrize("count", (1, 3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gradients_of_linears(library, dtype, count, needs_sums, monkeypatch):
+    """Of layers whose gradients lie side by side, apart from each other, and in a wider row."""
+    monkeypatch.setenv(cpu_products._16_BIT_VARIABLE, library.replace("onednn", "float32"))
+    draw = torch.Generator().manual_seed(0)
+    dy, x = (torch.randint(-2, 3, (20, n), generator=draw).to(dtype) for n in (9 * count, 5))
+    for layout in (_plain, _part_of_a_row, _turned, _every_second):
+        with torch.no_grad():
+            products, sums = cpu_products.gradients_of_linears(layout(dy), x, count, needs_sums)
+        for product, total, part in zip(products, sums, dy.chunk(count, 1), strict=True):
+            assert torch.equal(product.double(), part.double().t() @ x.double())
+            assert product.dtype == dtype
+            assert (total is None) == (not needs_sums)
+            if needs_sums:
+                assert torch.equal(total, part.float().sum(0))
+        # each is a parameter's gradient
+        results = [t for t in (*products, *sums) if t is not None]
+        for tensor in results:
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@needs_cpp
+def test_one_transposed_copy_gives_all_gradients(monkeypatch):
+    _no_minimum(monkeypatch)
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    calls, original = [], cpp.transposed
+    monkeypatch.setattr(cpp, "transposed", lambda *args: calls.append(args) or original(*args))
+    with torch.no_grad():
+        cpu_products.gradients_of_linears(torch.randn(20, 18), torch.randn(20, 5), 2, True)
+        assert len(calls) == 1
+        # a mode does not know the kernel
+        with FlopCounterMode(display=False):
+            cpu_products.gradients_of_linears(torch.randn(20, 18), torch.randn(20, 5), 2, True)
+    assert len(calls) == 1
+
+
 @needs_cpp
 def test_transposed_of_fake_tensors():
     """A layer takes them without their mode, too."""
     with FakeTensorMode():
         matrix = torch.ones(3, 5)
-    got = cpp.transposed(matrix)
-    assert got.shape == (5, 3) and got.is_contiguous()
+    for needs_sums in (False, True):
+        got, sums = cpp.transposed(matrix, needs_sums)
+        assert got.shape == (5, 3) and got.is_contiguous()
+        assert sums.shape == (5 if needs_sums else 0,)
 
 
 def test_layers_and_gradients(monkeypatch):
@@ -310,6 +377,48 @@ def test_measured_once_for_each_layout_and_size(monkeypatch):
     assert measured == [(torch.float32, *layout) for layout in layouts]
 
 
+def test_few_rows_are_a_class_of_their_own(monkeypatch):
+    """From fewer multiplications on; and few terms, as a gradient of few rows is a sum of."""
+    monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
+    monkeypatch.setattr(cpu_products, "_ratios", {})
+    measured = []
+    monkeypatch.setattr(cpu_products, "_measure", lambda *layout: measured.append(layout) or 2.0)
+    few, x, weight = torch.randn(16, 128), torch.randn(4, 512), torch.randn(512, 128)
+    with torch.no_grad():
+        for a, b in (
+            (few, weight.t()),
+            (x, weight),
+            (x.t(), torch.randn(4, 128)),
+            # one row too many, and one multiplication too few
+            (torch.randn(17, 128), weight.t()),
+            (torch.randn(16, 128), weight.t()[:, :127]),
+        ):
+            cpu_products.product(a, b)
+    few_of = [
+        (torch.float32, *layout, cpu_products._FEW)
+        for layout in ((True, False), (True, True), (False, True))
+    ]
+    assert measured == few_of
+
+
+@pytest.mark.parametrize("layout", ((True, False), (True, True), (False, True), (False, False)))
+def test_what_is_measured_of_few_rows(layout, monkeypatch):
+    """Products of those layouts, which are timed with cold caches."""
+    given, seconds = [], cpu_products._seconds
+
+    def watched(way, a, b):
+        given.append((a.shape, b.shape, a.stride(1) == 1, b.stride(1) == 1))
+        return seconds(way, a, b)
+
+    monkeypatch.setattr(cpu_products, "_seconds", watched)
+    assert cpu_products._measure(torch.float32, *layout, cpu_products._FEW) > 0.0
+    (a, b, *dense), *others = set(given)
+    assert not others
+    assert tuple(dense) == layout
+    assert (a[0] if layout[0] else a[1]) <= cpu_products._FEW
+    assert a[1] == b[0]
+
+
 def test_threads_measure_once(monkeypatch):
     monkeypatch.delenv(cpu_products.FLOAT32_VARIABLE, raising=False)
     monkeypatch.setattr(cpu_products, "_ratios", {})
@@ -329,16 +438,20 @@ def test_threads_measure_once(monkeypatch):
 
 def test_the_report_says_what_was_measured(monkeypatch):
     known = {256: 1.0, 512: 2.0, 1024: 0.5}
+    few = {cpu_products._FEW: 3.0}
     for variable in (cpu_products.FLOAT32_VARIABLE, cpu_products._16_BIT_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    ratios = {"float32": known, "bfloat16": {256: 5.0}, "float16": dict.fromkeys(known, 0.0)}
+    ratios = {"float32": known | few, "bfloat16": {256: 5.0}, "float16": dict.fromkeys(known, 0.0)}
     monkeypatch.setattr(
         cpu_products,
         "_ratio",
         lambda dtype, dense_a, dense_b, size: ratios[str(dtype).removeprefix("torch.")][size],
     )
     report = cpu_products.report()
-    first = "x W^T torch's own (1.00x at 256, 0.50x at 1024) and oneDNN (2.00x at 512), dy W "
+    first = (
+        "x W^T oneDNN (3.00x of few, 2.00x at 512) and torch's own (1.00x at 256, 0.50x at 1024), "
+        "dy W "
+    )
     assert report["float32"].startswith(first)
     assert report["bfloat16"].startswith("x W^T float32 (5.00x at 256, and above), dy W ")
     assert report["float16"] == "x W^T torch's own, dy W torch's own, dy^T x torch's own"

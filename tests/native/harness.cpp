@@ -353,9 +353,19 @@ void pool(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype param
 #ifndef HARNESS_CUDA
 void transpose(int64_t rows, int64_t columns, Dtype dtype, Layout layout) {
   const View matrix = input(dtype, layout, 1, rows, 1, columns);
-  cpu::Transpose args = {rows, columns, dtype, matrix.data, matrix.row_stride, nullptr};
-  args.to = result("transposed", rows * columns, dtype);
-  run("transpose", args, cpu::transpose);
+  for (const bool needs_sums : {false, true}) {
+    cpu::Transpose args = {rows, columns, dtype, matrix.data, matrix.row_stride, nullptr, nullptr};
+    args.to = result("transposed", rows * columns, dtype);
+    if (needs_sums) args.sums = result("sums", columns, dtype);
+    run("transpose", args, cpu::transpose);
+  }
+  buffers.clear();
+}
+
+void tanh(int64_t batch, int64_t rows, int64_t width, Dtype dtype, Layout layout) {
+  cpu::Tanh args = {batch, rows, width, input(dtype, layout, batch, rows, 1, width), nullptr};
+  args.result = result("tanh", batch * rows * width, dtype);
+  run("tanh", args, cpu::tanh);
   buffers.clear();
 }
 #endif
@@ -411,8 +421,10 @@ int main() {
       update(1, 65, 517, dtype, stream, {true, false, true, 65, true}, Layout::strided);
     }
     norm(1, 70, 1030, dtype, stream, Layout::strided);
+    tanh(1, 7, 1030, dtype, Layout::strided);
     for (const Layout layout : layouts) {
       if (dtype == stream) transpose(37, 53, dtype, layout);
+      tanh(2, 3, 21, dtype, layout);
     }
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
 #endif

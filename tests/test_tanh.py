@@ -1,0 +1,156 @@
+"""The hyperbolic tangent by the compiled backend's kernel."""
+
+import functools
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import lm2_kernels as lm2
+from lm2_kernels import tanh as module
+from lm2_kernels.backends import cpp
+from lm2_kernels.tanh import apply_tanh, tanh
+from tools.emulated_avx512 import every_level
+from tools.native import needs_cpp
+from tools.rounding import assert_round_off
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+WAYS = (apply_tanh, tanh)
+# what csrc/cpu/simd.h says of float32; of 16 bits that is next to nothing, and rounding is half
+_MOST_ULPS = {torch.float32: 2.0, torch.bfloat16: 0.501, torch.float16: 0.501}
+
+
+def _layouts(x):
+    """The same values, as a tensor can have them."""
+    batch, rows, width = x.shape
+    wider = torch.full((batch, rows + 2, width + 3), float("nan"), dtype=x.dtype)
+    inside = wider[:, 1:-1, 2:-1]
+    inside.copy_(x)
+    return x, inside, x.transpose(0, 2).contiguous().transpose(0, 2)
+
+
+def _ulps(got, want) -> float:
+    """The largest error, in steps from one value to the next where it lies."""
+    limits = torch.finfo(got.dtype)
+    size = torch.clamp(want.abs(), min=limits.smallest_normal)
+    step = limits.eps * torch.exp2(size.log2().floor())
+    return ((got.double() - want).abs() / step).max().item()
+
+
+@needs_cpp
+@every_level
+@pytest.mark.parametrize("threads", (1, 3))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(dtype, threads, environment, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(threads)
+
+    draw = torch.Generator().manual_seed(0)
+    # rows of a part, of a whole piece and more; enough for several threads
+    for shape in ((2, 3, 37), (3, 40, 1025)):
+        # of every magnitude that matters
+        x = torch.randn(shape, generator=draw, dtype=torch.float64)
+        x *= torch.logspace(-6, 1, shape[-1], dtype=torch.float64)
+        x = x.to(dtype)
+        for layout in _layouts(x):
+            with environment():
+                got = cpp.tanh(layout)
+            assert got.is_contiguous()
+            assert got.dtype == dtype
+            if dtype == torch.float64:
+                assert_round_off(got, x.tanh())
+            else:
+                assert _ulps(got, x.double().tanh()) < _MOST_ULPS[dtype]
+
+
+@needs_cpp
+@every_level
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_at_the_edges(dtype, environment):
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([0.0, -0.0, inf, -inf, nan, 50.0, -50.0, 30000.0], dtype=dtype)
+    with environment():
+        got = cpp.tanh(x.view(1, 1, -1)).flatten()
+    want = torch.tensor([0.0, -0.0, 1.0, -1.0, nan, 1.0, -1.0, 1.0], dtype=dtype)
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+    assert torch.equal(got.signbit()[:4], want.signbit()[:4])
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", ((0, 3, 5), (2, 0, 5), (2, 3, 0)))
+def test_nothing(way, shape):
+    assert way(torch.ones(shape)).shape == shape
+
+
+def test_derivatives():
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(apply_tanh, x)
+    assert torch.autograd.gradgradcheck(apply_tanh, x)
+    assert not tanh(x.detach()).requires_grad
+
+
+@needs_cpp
+def test_who_computes_it(monkeypatch):
+    """The kernel, but where somebody watches operators or there is none."""
+    x, calls, original = torch.randn(1, 3, 5), [], cpp.tanh
+    monkeypatch.setattr(cpp, "tanh", lambda x: calls.append(x) or original(x))
+
+    def is_by_kernel(x=x) -> bool:
+        found = []
+        for way in WAYS:
+            calls.clear()
+            torch.testing.assert_close(way(x), torch.tanh(x))
+            found.append(bool(calls))
+        assert found[0] == found[1]
+        return found[0]
+
+    class Other(torch.Tensor):
+        pass
+
+    assert is_by_kernel()
+    with FlopCounterMode(display=False):
+        assert not is_by_kernel()
+    assert not is_by_kernel(x.as_subclass(Other))
+    assert tanh(x.to("meta")).is_meta
+    monkeypatch.setattr(module, "_HAS_KERNEL", False)
+    assert not is_by_kernel()
+
+
+@needs_cpp
+@pytest.mark.parametrize("backend", ("eager", "aot_eager"))
+def test_compiled_it_is_the_same(backend):
+    """Bit for bit, with its gradient, and one operator."""
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    compiled = torch.compile(apply_tanh, fullgraph=True, backend=backend)
+    results = []
+    for way in (apply_tanh, compiled):
+        y = way(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    assert all(map(torch.equal, *results))
+    program = torch.export.export(lm2.ReleaseMemory(8, 2), (torch.randn(1, 4, 8),) * 2)
+    assert "lm2_kernels.tanh" in program.graph_module.code
+
+
+@needs_cpp
+def test_the_operators():
+    x = torch.randn(2, 3, 5, requires_grad=True)
+    torch.library.opcheck(torch.ops.lm2_kernels.tanh.default, (x,))
+    with FakeTensorMode():
+        fake = torch.ones(2, 3, 5)
+    assert cpp.tanh(fake).shape == (2, 3, 5)
+
+
+@needs_cpp
+def test_what_the_operator_refuses():
+    for x, message in (
+        (torch.ones(3, 5), "(B, R, D)"),
+        (torch.ones(1, 3, 5).int(), "x must be float32"),
+    ):
+        with pytest.raises(RuntimeError, match=f"tanh: .*{re.escape(message)}"):
+            cpp.tanh(x)
+    resized = torch.ones(1, 3, 5)
+    resized.untyped_storage().resize_(4)
+    with pytest.raises(RuntimeError, match=r"tanh: .*storage"):
+        cpp.tanh(resized)
