@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lm2_kernels.autograd import apply
 from lm2_kernels.backends import autocast_dtype, computed_dtype, cpu_products
+from lm2_kernels.backends.contract import accumulation_dtype
 from lm2_kernels.checks import go_together
 from lm2_kernels.plain import ORDINARY, plain_parameters
 
@@ -47,12 +48,15 @@ class _LinearFunction(torch.autograd.Function):
             if needs_dx:
                 dx = cpu_products.product(dy, weight.to(dy.dtype)).to(x.dtype)
             rows = dy.flatten(0, -2)
+            # autograd casts the bias's to its dtype
             if needs_dweight:
-                dweight = cpu_products.product(rows.t(), x.flatten(0, -2).to(dy.dtype))
+                terms = x.flatten(0, -2).to(dy.dtype)
+                (dweight,), (dbias,) = cpu_products.gradients_of_linears(
+                    rows, terms, 1, needs_dbias
+                )
                 dweight = dweight.to(weight.dtype)
-            if needs_dbias:
-                # autograd casts it to the bias's
-                dbias = rows.sum(dim=0)
+            elif needs_dbias:
+                dbias = rows.sum(dim=0, dtype=accumulation_dtype(rows))
         return dx, dweight, dbias, None
 
 

@@ -69,23 +69,24 @@ def _register(function: str) -> None:
 
 for _function in RESULTS:
     _register(_function)
-if cpp.has("transposed"):
+if cpp.has("transposed_and_sums"):
 
-    @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed")
+    @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed_and_sums")
     def _transposed(matrix: Tensor, needs_sums: bool) -> tuple[Tensor, Tensor]:
         rows, columns = matrix.shape
         return matrix.new_empty(columns, rows), matrix.new_empty(columns if needs_sums else 0)
 
 
+@torch.library.custom_op("lm2_kernels::tanh", mutates_args=())
+def tanh(x: Tensor) -> Tensor:
+    """:func:`lm2_kernels.tanh.tanh` in a graph, which may be taken to another machine."""
+    return cpp.tanh(x) if x.is_cpu and cpp.has("tanh") else torch.tanh(x).contiguous()
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+tanh.register_fake(_like)
 if cpp.has("tanh"):
-
-    @torch.library.custom_op("lm2_kernels::tanh", mutates_args=())
-    def tanh(x: Tensor) -> Tensor:
-        """:func:`lm2_kernels.tanh.tanh` in a compiled graph."""
-        return cpp.tanh(x)
-
-    def _tanh(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape)
-
-    tanh.register_fake(_tanh)
-    torch.library.register_fake(f"{cpp.NAMESPACE}::tanh", _tanh)
+    torch.library.register_fake(f"{cpp.NAMESPACE}::tanh", _like)

@@ -1,7 +1,8 @@
 """The hyperbolic tangent of a memory's rows, on a CPU by the compiled backend's kernel.
 
 PyTorch's own takes many times as long on processors that its library of vector functions does not
-know well. Where modes watch every operator it is PyTorch's, which differs by round-off.
+know well. By another backend, or where modes watch every operator, it is PyTorch's, which differs
+by round-off.
 """
 
 import torch
@@ -31,18 +32,25 @@ class _TanhFunction(torch.autograd.Function):
         return torch.ops.aten.tanh_backward(dy, *ctx.saved_tensors)
 
 
-def apply_tanh(x: Tensor) -> Tensor:
-    """``tanh(x)`` of a tensor (B, R, D), with a derivative."""
-    return apply(_TanhFunction, x) if _is_by_kernel(x) else torch.tanh(x)
+def apply_tanh(x: Tensor, backend: str) -> Tensor:
+    """``tanh(x)``, with a derivative.
+
+    Args:
+        x: (B, R, D); of other shapes it is PyTorch's.
+        backend: that the layer was asked for, or that was chosen: the kernel is "cpp"'s.
+    """
+    return apply(_TanhFunction, x) if _is_by_kernel(x, backend) else torch.tanh(x)
 
 
-def tanh(x: Tensor) -> Tensor:
+def tanh(x: Tensor, backend: str) -> Tensor:
     """What :func:`apply_tanh` computes, bit for bit, without a derivative."""
-    return cpp.tanh(x) if _is_by_kernel(x) else torch.tanh(x)
+    return cpp.tanh(x) if _is_by_kernel(x, backend) else torch.tanh(x)
 
 
-def _is_by_kernel(x: Tensor) -> bool:
-    if not (_HAS_KERNEL and x.is_cpu and x.dtype in _DTYPES):
+def _is_by_kernel(x: Tensor, backend: str) -> bool:
+    if backend not in ("auto", "cpp") or not _HAS_KERNEL:
+        return False
+    if not (x.is_cpu and x.dim() == 3 and x.dtype in _DTYPES):
         return False
     if torch.compiler.is_compiling():
         # ONNX knows PyTorch's operators, not ours
@@ -51,7 +59,6 @@ def _is_by_kernel(x: Tensor) -> bool:
     return type(x) in ORDINARY and torch._C._len_torch_dispatch_stack() == 0
 
 
-if _HAS_KERNEL:
-    torch.library.register_autograd(
-        "lm2_kernels::tanh", _TanhFunction.backward, setup_context=_TanhFunction.setup_context
-    )
+torch.library.register_autograd(
+    "lm2_kernels::tanh", _TanhFunction.backward, setup_context=_TanhFunction.setup_context
+)

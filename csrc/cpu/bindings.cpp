@@ -1,8 +1,6 @@
 // The operators on CPU tensors.
 #include "../bindings.h"
 
-#include <algorithm>
-
 #include "cpu.h"
 
 namespace lm2 {
@@ -50,8 +48,8 @@ struct Cpu {
 };
 
 // (I, J) of contiguous rows -> (J, I) contiguous, and (J) the sums of the rows if they are needed
-std::tuple<Tensor, Tensor> transposed(const Tensor& matrix, bool needs_sums) {
-  Call<Cpu> call("transposed", matrix);
+std::tuple<Tensor, Tensor> transposed_and_sums(const Tensor& matrix, bool needs_sums) {
+  Call<Cpu> call("transposed_and_sums", matrix);
   call.check(matrix.dim() == 2, "matrix must be (I, J)");
   const int64_t rows = matrix.size(0), columns = matrix.size(1);
   const Dtype dtype = call.dtype("matrix", matrix);
@@ -70,7 +68,7 @@ std::tuple<Tensor, Tensor> transposed(const Tensor& matrix, bool needs_sums) {
   if (matrix.numel() > 0) {
     call.run(args);
   } else if (needs_sums) {
-    std::fill_n(static_cast<char*>(args.sums), columns * sums.element_size(), 0);
+    Bindings<Cpu>::zero({sums});
   }
   return {result, sums};
 }
@@ -96,6 +94,6 @@ Tensor tanh(const Tensor& x) {
 
 STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) {
   lm2::Bindings<lm2::Cpu>::implement(m);
-  m.impl("transposed", TORCH_BOX(&lm2::transposed));
+  m.impl("transposed_and_sums", TORCH_BOX(&lm2::transposed_and_sums));
   m.impl("tanh", TORCH_BOX(&lm2::tanh));
 }

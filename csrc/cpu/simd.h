@@ -184,8 +184,8 @@ struct FloatMath {
     return tanh(x, &slope);
   }
 
-  // The same to less than 2 ulps, 0.4 as a rule, where that has 2.5 and 0.5: what rounding the
-  // denominator and the quotient has lost is added again.
+  // The same with up to 1.95 ulps, 0.4 as a rule, where that has 2.5 and 0.5: what rounding the
+  // denominator and the quotient has lost is added again. (2.21 where fma rounds twice.)
   LM2_INLINE V accurate_tanh(V x) {
     const V y = S::max(S::set(-104.0f), S::set(-2.0f) * S::abs(x));
     V n;

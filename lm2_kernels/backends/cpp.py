@@ -76,11 +76,11 @@ def transposed(matrix: Tensor, needs_sums: bool = False) -> tuple[Tensor, Tensor
         matrix: (I, J) on a CPU, float32 or float64, with contiguous rows.
         needs_sums: without it an empty tensor stands for the sums.
     """
-    return _call("transposed", matrix, needs_sums)
+    return _call("transposed_and_sums", matrix, needs_sums)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """``tanh(x)``, contiguous, by the arithmetic of :func:`memory_update_forward`.
+    """``tanh(x)``, contiguous.
 
     Args:
         x: (B, R, D) on a CPU, of any dtype that the ops take.

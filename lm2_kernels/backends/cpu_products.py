@@ -9,7 +9,8 @@ what a 16-bit product with float32 sums is.
 
 Which is the faster one depends on the size too. So the first large product of each dtype, layout
 and class of size is timed both ways, once a process, and the faster one kept: some milliseconds, of
-1024 some tenths of a second.
+1024 some tenths of a second. In float32 products of few rows, a decoded token's or a pooled gate's,
+are a class too.
 ``LM2_KERNELS_FLOAT32_PRODUCTS=torch`` (or ``onednn``) and ``LM2_KERNELS_16BIT_PRODUCTS=torch`` (or
 ``float32``) decide without a measurement, for results that are bit-equal from one process to the
 next.
@@ -37,13 +38,14 @@ _MIN_MULTIPLICATIONS = {torch.float32: 1 << 24, torch.bfloat16: 1 << 18, torch.f
 # fewer rows of 16 bits are a walk through the weight, which widening it would only make longer
 _MIN_ROWS = 8
 # float32 products of no more rows, or sums of no more terms, are a class of their own: a walk
-# through one matrix, which may be worth the other way from fewer multiplications on
+# through one matrix, which may be worth the other way from fewer multiplications on, if it is long
 _FEW = 16
 _MIN_MULTIPLICATIONS_OF_FEW = 1 << 18
+_MIN_WALK = 1 << 16
 # rows and columns of what is timed; a product goes by the largest that has not more
 # multiplications, or by the first
 _SIZES = (256, 512, 1024)
-_ROUNDS = {_FEW: 9, 256: 5, 512: 5, 1024: 3}
+_ROUNDS = {_FEW: 5, 256: 5, 512: 5, 1024: 3}
 # the other way has to be this much faster to be taken in place of torch's own
 _MARGIN = 1.1
 # if it is so much faster two rounds are enough, and larger products are as the smallest
@@ -68,7 +70,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def _transposes() -> bool:
     """Whether there is a kernel that transposes; modes do not know it."""
-    return cpp.has("transposed") and torch._C._len_torch_dispatch_stack() == 0
+    return cpp.has("transposed_and_sums") and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _widened(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,15 +99,17 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
         return False
     multiplications = a.numel() * columns
     if dtype == torch.float32 and multiplications < fewest:
-        return multiplications >= _MIN_MULTIPLICATIONS_OF_FEW and _is_few(a)
+        few = _fewest(a)
+        return few <= _FEW and multiplications >= max(_MIN_MULTIPLICATIONS_OF_FEW, few * _MIN_WALK)
     return multiplications >= fewest and (
         dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
     )
 
 
-def _is_few(a: Tensor) -> bool:
-    """Whether a matrix (..., J) has few rows or few columns."""
-    return a.shape[-1] <= _FEW or a.numel() <= _FEW * a.shape[-1]
+def _fewest(a: Tensor) -> int:
+    """Rows or columns of a matrix (..., J), whichever are fewer."""
+    columns = a.shape[-1]
+    return min(columns, a.numel() // columns) if columns else 0
 
 
 def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
@@ -115,7 +119,7 @@ def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
 
 def _size(dtype: torch.dtype, a: Tensor, columns: int) -> int:
     """Which of the sizes that are timed stands for a product (..., J) (J, columns)."""
-    if dtype == torch.float32 and _is_few(a):
+    if dtype == torch.float32 and _fewest(a) <= _FEW:
         return _FEW
     multiplications = a.numel() * columns
     return next((s for s in reversed(_SIZES) if multiplications >= s**3), _SIZES[0])
@@ -260,10 +264,10 @@ def _measure(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> flo
 
 
 def _ratio_of(a: Tensor, b: Tensor, rounds: int, *, cold: bool = False) -> float:
-    """How many times faster the other way is; ``cold``: of operands that have left the caches,
-    as the weight has that is gone through once.
+    """How many times faster the other way is; ``cold``: of operands that a core's own caches no
+    longer have, as a weight that is gone through once.
     """
-    other, evicting = _other(a.dtype), torch.zeros(1 << 22 if cold else 0, device="cpu")
+    other, evicting = _other(a.dtype), torch.zeros(1 << 21 if cold else 0, device="cpu")
     try:
         is_right = torch.equal(other(a, b, None), _torch(a, b, None))
     except (AttributeError, RuntimeError):

@@ -135,10 +135,12 @@ class LayerFunction(torch.autograd.Function):
     @classmethod
     def of(cls, options: Options, *tensors: Tensor | None) -> Tensors:
         """The layer, as a node of a graph if there is one."""
-        if not torch.is_grad_enabled() or not any(
-            [tensor is not None and tensor.requires_grad for tensor in tensors]
-        ):
+        if not torch.is_grad_enabled():
             return _compute(cls, options, False, tensors)[0]
+        if not any([tensor is not None and tensor.requires_grad for tensor in tensors]):
+            # as within a Function: products take the ways that have no derivative
+            with torch.no_grad():
+                return _compute(cls, options, False, tensors)[0]
         # Function.apply without its detour for torch.func, under which nobody gets here
         return super(torch.autograd.Function, cls).apply(options, *tensors)
 
@@ -338,6 +340,18 @@ class Sum:
             total = cpu_products.add_product(total, matrix(dy), weight, in_place=self._is_own)
             self.total, self._is_own = total.view(shape), True
 
+    def add_products(self, dy: Tensor, *weights: Tensor) -> None:
+        """Add ``dy_i @ weight_i`` for each of the weights (L, D), of dy_i side by side (..., n L).
+
+        By one product with the weights one below another, unless these are more to copy than what
+        they are multiplied with.
+        """
+        if dy.numel() >= len(weights) * weights[0].numel():
+            self.add_product(dy, torch.cat(weights))
+            return
+        for part, weight in zip(dy.chunk(len(weights), -1), weights, strict=True):
+            self.add_product(part, weight)
+
 
 def matrix(x: Tensor) -> Tensor:
     """All but the last axis as one."""
@@ -412,7 +426,7 @@ def of_memory(
         return total.total
     seen, slot_mask = dkey_value.shape[1], reading.slot_mask
     of_read = total if seen == num_slots and slot_mask is None else Sum()
-    of_read.add_product(dkey_value, torch.cat((key_weight, value_weight)))
+    of_read.add_products(dkey_value, key_weight, value_weight)
     if of_read is not total:
         if slot_mask is not None:
             of_read.total.masked_fill_(~slot_mask[:, :, None], 0.0)

@@ -3,7 +3,6 @@
 import itertools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lm2_kernels.backends import call_without_autocast as call
@@ -110,15 +109,19 @@ class PaperMemoryFunction(LayerFunction):
         candidate = None if wc is None else linear(operand, wc, bc).add_(out)
         rows = contiguous_rows(options.rows_of(memory, x.shape[1]))
         gates = linear(operand, wi, bi), linear(out, wf, bf), linear(out, wo, bo)
+        written = out if candidate is None else candidate
+        shown = _shown(options, out, candidate)
+        if not keeps:
+            operand = out = None
         output, new_rows = call(
             options.update,
             "memory_update_forward",
             contiguous_rows(x),
-            out if candidate is None else candidate,
+            written,
             rows,
             *gates,
             None,
-            _shown(options, out, candidate),
+            shown,
             options.more,
             options.tokens_per_slot,
         )
@@ -222,7 +225,7 @@ class PaperMemoryFunction(LayerFunction):
                     dboth, out, of_forget, of_output
                 )
                 if needs_read:
-                    dread.add_product(dboth, torch.cat((kept.forget_weight, kept.output_weight)))
+                    dread.add_products(dboth, kept.forget_weight, kept.output_weight)
                 del dboth
             elif needs_dforget:
                 of_parameters["forget_gate_proj"] = of_linear(dforget, out, *of_forget)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.backends import autocast_dtype, computed_dtype, select
+from lm2_kernels.backends import autocast_dtype, computed_dtype, requested_backend, select
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -206,9 +206,9 @@ class _MemoryGateProjector(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, backend: str = "auto") -> Tensor:
         name, width = "ReleaseMemory.memory_gate_projector.linear", 2 * rows.shape[-1]
-        return project(name, apply_tanh(rows), self.linear, width)
+        return project(name, apply_tanh(rows, backend), self.linear, width)
 
 
 # as they are defined here: somebody may patch them
@@ -599,7 +599,7 @@ class ReleaseMemory(MemoryLayer):
         gate_bias, new_sum = self._gate_bias(x, pool)
         reader = BankReader(self, memory, slot_offset, slot_mask)
         rows = memory[:, slot_offset : slot_offset + num_rows(x.shape[1], c)]
-        gates = self.memory_gate_projector(self._operand(rows, x))
+        gates = self._gates_of_rows(self._operand(rows, x))
         output, new_rows = self._rewrite(x, rows, gates, gate_bias, reader, c)
         return output, write_rows(memory, new_rows, slot_offset), new_sum
 
@@ -609,10 +609,17 @@ class ReleaseMemory(MemoryLayer):
         """:meth:`forward` with a cache, its inputs checked."""
         gate_bias, _ = self._gate_bias(x, functools.partial(self._pool_piece, cache=cache))
         rows, c = self._piece_rows(memory, cache), self.tokens_per_slot
-        gates = self.memory_gate_projector(self._operand(rows, x))
+        gates = self._gates_of_rows(self._operand(rows, x))
         if not cache.writes_rows:
             rows, gates, c = unrounded(cache.by_token(rows)), cache.by_token(gates), 1
         return self._rewrite(x, rows, gates, gate_bias, self._reader(memory, x, cache), c)
+
+    def _gates_of_rows(self, rows: Tensor) -> Tensor:
+        module = self.memory_gate_projector
+        if not isinstance(module, _MemoryGateProjector):
+            # somebody's, who takes rows
+            return module(rows)
+        return module(rows, requested_backend() if self.backend is None else self.backend)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps in a cache, of a token or of a slot: name -> shape."""

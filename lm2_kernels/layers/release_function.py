@@ -193,6 +193,8 @@ class ReleaseMemoryFunction(LayerFunction):
         candidate, of_candidate, after = _candidate(
             options, keeps, operand, memory, rows, slot_mask, seed, p
         )
+        if not keeps:
+            pooled = operand = None
         # the gates last: what is not kept of the candidate has made room
         gates, of_gates = _gates_of_rows(options, keeps, rows, p)
         output, new_rows = call(
@@ -475,7 +477,8 @@ def _gates_of_rows(
     options: Options, keeps: bool, rows: Tensor, p: ReleaseParameters
 ) -> tuple[Tensor, Tensors]:
     """The gates' part of the rows, and what is kept of it for backward."""
-    rows_tanh = tanh(rows.to(options.more.tanh_dtype) if options.is_cast else rows)
+    cast_rows = rows.to(options.more.tanh_dtype) if options.is_cast else rows
+    rows_tanh = tanh(cast_rows, options.update)
     operand = options.operand(rows_tanh)
     gates = linear(operand, p.rows_weight, p.rows_bias)
     return gates, (rows_tanh, operand, gates) if keeps else ()

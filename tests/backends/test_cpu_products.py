@@ -189,9 +189,9 @@ def test_what_transposed_refuses():
         (torch.ones(4, 3).bfloat16(), "float32 or float64"),
         (torch.ones(4, 3).int(), "float"),
     ):
-        with pytest.raises(RuntimeError, match=f"transposed: .*{re.escape(message)}"):
+        with pytest.raises(RuntimeError, match=f"transposed_and_sums: .*{re.escape(message)}"):
             cpp.transposed(matrix)
-    with pytest.raises(RuntimeError, match=r"transposed: .*storage"):
+    with pytest.raises(RuntimeError, match=r"transposed_and_sums: .*storage"):
         resized = torch.ones(4, 3)
         resized.untyped_storage().resize_(4)
         cpp.transposed(resized)

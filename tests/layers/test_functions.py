@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
+from lm2_kernels.backends import cpu_products
 from lm2_kernels.layers import base, function, paper_function, release_function
 from tools.layers import (
     LAYERS,
@@ -466,21 +467,31 @@ def test_a_weight_of_another_shape_is_checked(kind):
 
 
 # calls of this package's Python functions at most: in forward, and with backward
-CALLS = {lm2.PaperMemory: (69, 174), lm2.ReleaseMemory: (122, 280)}
+CALLS = {lm2.PaperMemory: (69, 188), lm2.ReleaseMemory: (122, 287)}
 
 
 @pytest.mark.parametrize("recompute", (False, True))
-@pytest.mark.parametrize(("kind", "most"), [(lm2.PaperMemory, 4), (lm2.ReleaseMemory, 2)])
-def test_what_nobody_keeps_makes_room(kind, most, recompute, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "options", "most"),
+    [
+        (lm2.PaperMemory, {}, 4),
+        (lm2.PaperMemory, {"candidate": "token", "output": "memory"}, 4),
+        (lm2.ReleaseMemory, {}, 2),
+        (lm2.ReleaseMemory, {"candidate": "token", "attention_mlp_layers": 3}, 2),
+        # which has gates of tokens too
+        (lm2.ReleaseMemory, {"pooled_gate": "prefix"}, 3),
+    ],
+)
+def test_what_nobody_keeps_makes_room(kind, options, most, recompute, monkeypatch):
     """When the rows are updated there is what the update reads, and nothing else: the candidate
     and the gates.
     """
-    layer, inputs = make_layer(kind, recompute=recompute), make_inputs(N)
+    layer, inputs = make_layer(kind, recompute=recompute, **options), make_inputs(N)
     made, alive = [], []
 
     def watched(work):
         def run(*args, **options):
-            if "memory_update_forward" in args:
+            if args[1:2] == ("memory_update_forward",):
                 alive.append(sum(not storage.expired() for storage in made))
             results = work(*args, **options)
             for result in results if isinstance(results, tuple) else (results,):
@@ -611,3 +622,26 @@ def test_parameters_that_hooks_read(kind):
     output, new_memory = layer(x, memory)
     (output.sum() + new_memory.sum()).backward()
     assert sorted(seen) == sorted(name for name, _ in layer.named_parameters())
+
+
+@needs_cpp
+@both_layers
+def test_a_frozen_layer_takes_the_faster_products(kind, monkeypatch):
+    """Without ``no_grad`` too; the same bits as its ops."""
+    for dtype in cpu_products._MIN_MULTIPLICATIONS:
+        monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, dtype, 0)
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    calls, original = [], cpu_products._onednn
+    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: calls.append(a) or original(*a))
+    layer = make_layer(kind).float().requires_grad_(False)
+    inputs = [tensor.detach().float() for tensor in make_inputs()]
+    with torch.no_grad():
+        want = layer(*inputs)
+    count = len(calls)
+    assert count > 0
+    got = layer(*inputs)
+    assert len(calls) == 2 * count
+    with made_of_ops():
+        of_ops = layer(*inputs)
+    for results in (got, of_ops):
+        assert all(map(torch.equal, results, want))

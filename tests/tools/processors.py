@@ -34,6 +34,7 @@ FILES = (
     "tests/test_linear.py",
     "tests/test_operators.py",
     "tests/test_reference.py",
+    "tests/test_tanh.py",
     "tests/testing/test_invariants.py",
     "tests/training/test_curves.py",
     "tests/training/test_loop.py",

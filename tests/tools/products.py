@@ -13,7 +13,10 @@ from lm2_kernels.backends import cpu_products
 def large_products() -> Iterator[None]:
     """Linear layers of any size and dtype are large enough for our own Function."""
     ways = SimpleNamespace(
-        is_large=lambda *_: True, is_widened=lambda *_: True, product=cpu_products.product
+        is_large=lambda *_: True,
+        is_widened=lambda *_: True,
+        product=cpu_products.product,
+        gradients_of_linears=cpu_products.gradients_of_linears,
     )
     with mock.patch.object(linear, "cpu_products", ways):
         yield
