@@ -51,9 +51,7 @@ class _LinearFunction(torch.autograd.Function):
             # autograd casts the bias's to its dtype
             if needs_dweight:
                 terms = x.flatten(0, -2).to(dy.dtype)
-                (dweight,), (dbias,) = cpu_products.gradients_of_linears(
-                    rows, terms, 1, needs_dbias
-                )
+                dweight, dbias = cpu_products.product_and_sums(rows, terms, needs_sums=needs_dbias)
                 dweight = dweight.to(weight.dtype)
             elif needs_dbias:
                 dbias = rows.sum(dim=0, dtype=accumulation_dtype(rows))

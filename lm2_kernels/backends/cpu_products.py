@@ -98,12 +98,14 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     if fewest is None:
         return False
     multiplications = a.numel() * columns
-    if dtype == torch.float32 and multiplications < fewest:
-        few = _fewest(a)
-        return few <= _FEW and multiplications >= max(_MIN_MULTIPLICATIONS_OF_FEW, few * _MIN_WALK)
-    return multiplications >= fewest and (
-        dtype == torch.float32 or a.numel() >= _MIN_ROWS * a.shape[-1]
-    )
+    if dtype != torch.float32:
+        return multiplications >= fewest and a.numel() >= _MIN_ROWS * a.shape[-1]
+    if multiplications >= fewest:
+        return True
+    if multiplications < _MIN_MULTIPLICATIONS_OF_FEW:
+        return False
+    few = _fewest(a)
+    return few <= _FEW and multiplications >= few * _MIN_WALK
 
 
 def _fewest(a: Tensor) -> int:
@@ -152,19 +154,16 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, *, relu: bool = Fa
     return result.relu_() if relu else result
 
 
-def gradients_of_linears(
-    dy: Tensor, x: Tensor, count: int, needs_sums: bool
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """``dy_i^T x`` for each of ``count`` parts of dy's columns, and if they are needed the sums of
-    the columns in the dtype of sums: gradients of weights and biases, each in memory of its own.
+def product_and_sums(dy: Tensor, x: Tensor, *, needs_sums: bool) -> tuple[Tensor, Tensor | None]:
+    """``dy^T x``, and if they are needed the sums of dy's columns in the dtype of sums: the
+    gradients of a Linear's weight and bias.
 
-    Where the product takes a transposed copy, that is made once, and the sums with it.
+    Where the product takes a transposed copy, the sums come with that.
 
     Args:
-        dy: (J, count L).
+        dy: (J, L).
         x: (J, D).
-        count: of parts.
-        needs_sums: without it there is None for each sum.
+        needs_sums: without it there is None.
     """
     a, sums = dy.t(), None
     way = _faster(a, x) if _is_choice(a, x) else None
@@ -172,11 +171,7 @@ def gradients_of_linears(
         a, sums = cpp.transposed(dy, needs_sums)
     elif needs_sums:
         sums = dy.sum(dim=0, dtype=accumulation_dtype(dy))
-    way = way or _torch
-    if count == 1:
-        return [way(a, x, None)], [sums if needs_sums else None]
-    products = [way(part, x, None) for part in a.chunk(count)]
-    return products, [part.clone() for part in sums.chunk(count)] if needs_sums else [None] * count
+    return (way or _torch)(a, x, None), sums if needs_sums else None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tensor:

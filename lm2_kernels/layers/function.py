@@ -374,27 +374,8 @@ def of_linear(
     if dy is None:
         return None, None
     if needs_dweight:
-        (dweight,), (dbias,) = cpu_products.gradients_of_linears(
-            matrix(dy), matrix(x), 1, needs_dbias
-        )
-        return dweight, dbias
+        return cpu_products.product_and_sums(matrix(dy), matrix(x), needs_sums=needs_dbias)
     return None, sum_of_rows(dy) if needs_dbias else None
-
-
-def of_linears(
-    dy: Tensor | None,  # (..., n L)
-    x: Tensor,  # (..., D)
-    *needs: tuple[bool, bool],
-) -> list[tuple[Tensor | None, Tensor | None]]:
-    """:func:`of_linear` for n layers of one x, whose gradients lie side by side."""
-    if dy is None:
-        return [(None, None)] * len(needs)
-    needs_dweight, needs_dbias = needs[0]
-    if needs_dweight and needs.count(needs[0]) == len(needs):
-        of = cpu_products.gradients_of_linears(matrix(dy), matrix(x), len(needs), needs_dbias)
-        return list(zip(*of, strict=True))
-    parts = matrix(dy).chunk(len(needs), 1)
-    return [of_linear(part, x, *need) for part, need in zip(parts, needs, strict=True)]
 
 
 def sum_of_rows(x: Tensor) -> Tensor:

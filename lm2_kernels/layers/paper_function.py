@@ -14,7 +14,6 @@ from lm2_kernels.layers.function import (
     Tensors,
     matrix,
     of_linear,
-    of_linears,
     of_memory,
     places,
     read,
@@ -219,22 +218,18 @@ class PaperMemoryFunction(LayerFunction):
                 of_parameters["input_gate_proj"] = of_linear(dinput, x, *of_input)
                 if needs_x:
                     dx.add_product(dinput, kept.input_weight)
-            if needs_dforget and needs_doutput:
-                dboth = dgates.narrow(1, dim, 2 * dim)
-                of_parameters["forget_gate_proj"], of_parameters["output_gate_proj"] = of_linears(
-                    dboth, out, of_forget, of_output
-                )
-                if needs_read:
-                    dread.add_products(dboth, kept.forget_weight, kept.output_weight)
-                del dboth
-            elif needs_dforget:
+            if needs_dforget:
                 of_parameters["forget_gate_proj"] = of_linear(dforget, out, *of_forget)
-                if needs_read:
-                    dread.add_product(dforget, kept.forget_weight)
-            elif needs_doutput:
+            if needs_doutput:
                 of_parameters["output_gate_proj"] = of_linear(dgate, out, *of_output)
-                if needs_read:
-                    dread.add_product(dgate, kept.output_weight)
+            if needs_read and needs_dforget and needs_doutput:
+                dboth = dgates.narrow(1, dim, 2 * dim)
+                dread.add_products(dboth, kept.forget_weight, kept.output_weight)
+                del dboth
+            elif needs_read and needs_dforget:
+                dread.add_product(dforget, kept.forget_weight)
+            elif needs_read and needs_doutput:
+                dread.add_product(dgate, kept.output_weight)
             del dinput, dforget, dgate
         del dgates
         dkey_value = None
@@ -244,9 +239,11 @@ class PaperMemoryFunction(LayerFunction):
             )
             del dread
             of_parameters["query_proj"] = of_linear(dquery, x, *of_query)
-            of_parameters["key_proj"], of_parameters["value_proj"] = of_linears(
-                dkey_value, reading.bank, of_key, of_value
-            )
+            if dkey_value is not None:
+                dkey, dvalue = dkey_value.chunk(2, -1)
+                of_parameters["key_proj"] = of_linear(dkey, reading.bank, *of_key)
+                of_parameters["value_proj"] = of_linear(dvalue, reading.bank, *of_value)
+                del dkey, dvalue
             if needs_x:
                 dx.add_product(dquery, kept.query_weight)
             del dquery

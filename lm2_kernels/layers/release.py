@@ -616,10 +616,11 @@ class ReleaseMemory(MemoryLayer):
 
     def _gates_of_rows(self, rows: Tensor) -> Tensor:
         module = self.memory_gate_projector
-        if not isinstance(module, _MemoryGateProjector):
-            # somebody's, who takes rows
+        backend = requested_backend() if self.backend is None else self.backend
+        # what somebody put in its place takes rows alone
+        if backend == "auto" or not isinstance(module, _MemoryGateProjector):
             return module(rows)
-        return module(rows, requested_backend() if self.backend is None else self.backend)
+        return module(rows, backend)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps in a cache, of a token or of a slot: name -> shape."""

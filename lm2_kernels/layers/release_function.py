@@ -17,7 +17,6 @@ from lm2_kernels.layers.function import (
     Tensors,
     matrix,
     of_linear,
-    of_linears,
     of_memory,
     places,
     read,
@@ -379,9 +378,15 @@ class ReleaseMemoryFunction(LayerFunction):
                     dquery, operand, need.query_weight, need.query_bias
                 )
                 del dread, dquery
-                of_key, of_value = of_linears(dkey_value, reading.bank, need[2:4], need[4:6])
-                of["key_weight"], of["key_bias"] = of_key
-                of["value_weight"], of["value_bias"] = of_value
+                if dkey_value is not None:
+                    dkey, dvalue = dkey_value.chunk(2, -1)
+                    of["key_weight"], of["key_bias"] = of_linear(
+                        dkey, reading.bank, need.key_weight, need.key_bias
+                    )
+                    of["value_weight"], of["value_bias"] = of_linear(
+                        dvalue, reading.bank, need.value_weight, need.value_bias
+                    )
+                    del dkey, dvalue
         dpooled_sum = None
         if needs_pool and (dpooled is not None or dnew_sum is not None):
             of_x, dweight, dpooled_sum = call(

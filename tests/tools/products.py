@@ -16,7 +16,7 @@ def large_products() -> Iterator[None]:
         is_large=lambda *_: True,
         is_widened=lambda *_: True,
         product=cpu_products.product,
-        gradients_of_linears=cpu_products.gradients_of_linears,
+        product_and_sums=cpu_products.product_and_sums,
     )
     with mock.patch.object(linear, "cpu_products", ways):
         yield
