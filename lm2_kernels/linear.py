@@ -8,8 +8,9 @@ only where nobody can tell (:mod:`lm2_kernels.plain`).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from lm2_kernels.autograd import apply
+from lm2_kernels.autograd import apply, refuse_mapped
 from lm2_kernels.backends import autocast_dtype, computed_dtype, cpu_products
 from lm2_kernels.backends.contract import accumulation_dtype
 from lm2_kernels.checks import go_together
@@ -38,6 +39,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         if dy is None:
             return (None,) * 4
+        refuse_mapped((dy,))
         activated, x, weight = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         dx = dweight = dbias = None
@@ -91,8 +93,13 @@ def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | N
     dtype = computed_dtype(x)
     if not _is_large(x, dtype):
         return None
-    # modes count products, trace them or give them meaning, by the names that they know
-    if torch._C._len_torch_dispatch_stack() > 0:
+    # modes count products, trace them or give them meaning, by the names that they know; of
+    # torch.func and forward mode the layer has rules, and our Function none
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or getattr(forward_ad, "_current_level", 0) >= 0
+    ):
         return None
     parameters = plain_parameters(layer, nn.Linear)
     if parameters is None or type(x) not in ORDINARY:

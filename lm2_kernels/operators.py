@@ -6,7 +6,8 @@ argument, so every backend is traced the same way. The compiled backend's own op
 (``torch.ops.lm2_kernels_cpp``) get the same shape functions.
 
 All are made from the table of :mod:`lm2_kernels.backends.contract` and the signatures of
-:mod:`lm2_kernels.backends.eager`.
+:mod:`lm2_kernels.backends.eager`; but for ``lm2_kernels::tanh``, which is of no op and has no
+backend, and what the compiled backend has for products.
 """
 
 import inspect

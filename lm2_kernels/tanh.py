@@ -1,8 +1,8 @@
 """The hyperbolic tangent of a memory's rows, on a CPU by the compiled backend's kernel.
 
 PyTorch's own takes many times as long on processors that its library of vector functions does not
-know well. By another backend, or where modes watch every operator, it is PyTorch's, which differs
-by round-off.
+know well. With another backend asked for by name, or where modes watch every operator, it is
+PyTorch's, which differs by round-off.
 """
 
 import torch
@@ -37,7 +37,7 @@ def apply_tanh(x: Tensor, backend: str) -> Tensor:
 
     Args:
         x: (B, R, D); of other shapes it is PyTorch's.
-        backend: that the layer was asked for, or that was chosen: the kernel is "cpp"'s.
+        backend: that was asked for: with "auto" and "cpp" the kernel may compute it.
     """
     return apply(_TanhFunction, x) if _is_by_kernel(x, backend) else torch.tanh(x)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 import lm2_kernels as lm2
 from lm2_kernels import linear, testing
@@ -90,3 +91,25 @@ def test_small_products_are_the_layers_own(monkeypatch):
     assert torch.equal(linear.apply_linear(x, layer), layer(x))
     with pytest.raises(TypeError):
         linear.apply_linear(x.expand(200000, 2, 3, 8).flatten(0, 1), layer)
+
+
+@pytest.mark.parametrize("rows", (2, 4, 600))
+def test_transforms_go_to_the_layer(rows):
+    """Which has rules for them: of few rows, of small products and of large ones."""
+    layer = nn.Linear(512, 512)
+    x, tangent = torch.randn(2, rows, 512)
+
+    def way(x):
+        return linear.apply_linear(x, layer)
+
+    assert torch.equal(torch.func.vmap(way)(x[None]), torch.func.vmap(layer)(x[None]))
+    got, want = (torch.func.jvp(f, (x,), (tangent,)) for f in (way, layer))
+    assert all(map(torch.equal, got, want))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        assert torch.equal(*(forward_ad.unpack_dual(f(dual)).tangent for f in (way, layer)))
+    x = x.requires_grad_()
+    y = way(x)
+    if "LinearFunction" in y.grad_fn.name():
+        with pytest.raises(NotImplementedError, match="vmap is not supported"):
+            torch.autograd.grad(y, x, torch.ones(3, *y.shape), is_grads_batched=True)

@@ -9,8 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
+from lm2_kernels import backends
 from lm2_kernels import tanh as module
 from lm2_kernels.backends import cpp
+from lm2_kernels.backends import eager as eager_backend
 from lm2_kernels.tanh import apply_tanh, tanh
 from tools.emulated_avx512 import every_level
 from tools.layers import made_of_ops
@@ -19,8 +21,13 @@ from tools.rounding import assert_round_off
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WAYS = tuple(functools.partial(way, backend="auto") for way in (apply_tanh, tanh))
-# what csrc/cpu/simd.h says of float32; of 16 bits that is next to nothing, and rounding is half
-_MOST_ULPS = {torch.float32: 2.25, torch.bfloat16: 0.501, torch.float16: 0.501}
+# what csrc/cpu/simd.h says of float32; in 16 bits that is little, and rounding is half
+_MOST_ULPS = {
+    dtype: 2.21
+    if dtype == torch.float32
+    else 0.5 + 2.21 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 
 
 def _layouts(x):
@@ -75,7 +82,7 @@ def test_values(dtype, threads, environment, request):
             if dtype == torch.float64:
                 assert_round_off(got, x.tanh())
             else:
-                assert _ulps(got, x.double().tanh()) < _MOST_ULPS[dtype]
+                assert _ulps(got, x.double().tanh()) <= _MOST_ULPS[dtype]
 
 
 @needs_cpp
@@ -138,7 +145,7 @@ def test_who_computes_it(monkeypatch):
 @needs_cpp
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
 def test_compiled_it_is_the_same(backend):
-    """Bit for bit, with its gradient, and one operator."""
+    """Bit for bit, with its gradient."""
     x = torch.randn(2, 3, 5, requires_grad=True)
     compiled = torch.compile(apply_tanh, fullgraph=True, backend=backend)
     results = []
@@ -168,6 +175,12 @@ def test_a_layer_goes_by_its_backend(backend, monkeypatch):
             assert all(map(torch.equal, one, of_ops))
             code = torch.export.export(layer, inputs).graph_module.code
             assert ("lm2_kernels.tanh" in code) == is_by_kernel
+    if backend == "auto":
+        # whoever is chosen: what was asked for decides
+        with backends.register("mine", eager_backend):
+            one = layer(*inputs)
+            with made_of_ops():
+                assert all(map(torch.equal, one, layer(*inputs)))
     with torch.no_grad():
         eager = lm2.ReleaseMemory(8, 2, backend="eager")
         graph = str(torch.jit.trace(eager, inputs).inlined_graph)

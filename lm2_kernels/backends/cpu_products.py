@@ -104,14 +104,14 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
         return True
     if multiplications < _MIN_MULTIPLICATIONS_OF_FEW:
         return False
-    few = _fewest(a)
+    few = _rows_or_terms(a)
     return few <= _FEW and multiplications >= few * _MIN_WALK
 
 
-def _fewest(a: Tensor) -> int:
-    """Rows or columns of a matrix (..., J), whichever are fewer."""
+def _rows_or_terms(a: Tensor) -> int:
+    """Rows of a matrix (..., J); of a transposed one J, the terms of its sums."""
     columns = a.shape[-1]
-    return min(columns, a.numel() // columns) if columns else 0
+    return columns if columns == 0 or a.stride(-1) != 1 else a.numel() // columns
 
 
 def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
@@ -121,7 +121,7 @@ def is_widened(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
 
 def _size(dtype: torch.dtype, a: Tensor, columns: int) -> int:
     """Which of the sizes that are timed stands for a product (..., J) (J, columns)."""
-    if dtype == torch.float32 and _fewest(a) <= _FEW:
+    if dtype == torch.float32 and _rows_or_terms(a) <= _FEW:
         return _FEW
     multiplications = a.numel() * columns
     return next((s for s in reversed(_SIZES) if multiplications >= s**3), _SIZES[0])

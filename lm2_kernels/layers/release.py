@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lm2_kernels import unchecked
-from lm2_kernels.backends import autocast_dtype, computed_dtype, requested_backend, select
+from lm2_kernels.backends import (
+    autocast_dtype,
+    computed_dtype,
+    requested_backend,
+    select,
+    use_backend,
+)
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -206,9 +212,9 @@ class _MemoryGateProjector(nn.Module):
         super().__init__()
         self.linear = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
 
-    def forward(self, rows: Tensor, backend: str = "auto") -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor:
         name, width = "ReleaseMemory.memory_gate_projector.linear", 2 * rows.shape[-1]
-        return project(name, apply_tanh(rows, backend), self.linear, width)
+        return project(name, apply_tanh(rows, requested_backend()), self.linear, width)
 
 
 # as they are defined here: somebody may patch them
@@ -579,6 +585,7 @@ class ReleaseMemory(MemoryLayer):
             num_pooled=0 if pooled_sum is None else slot_offset * self.tokens_per_slot,
             applications=self.attention_mlp.places,
             tanh_dtype=memory.dtype if is_cast else x.dtype,
+            tanh=requested_backend() if self.backend is None else self.backend,
             first_eps=first.eps,
             second_eps=second.eps,
             norm=select("residual_layer_norm", normed, self.backend),
@@ -615,12 +622,11 @@ class ReleaseMemory(MemoryLayer):
         return self._rewrite(x, rows, gates, gate_bias, self._reader(memory, x, cache), c)
 
     def _gates_of_rows(self, rows: Tensor) -> Tensor:
-        module = self.memory_gate_projector
-        backend = requested_backend() if self.backend is None else self.backend
-        # what somebody put in its place takes rows alone
-        if backend == "auto" or not isinstance(module, _MemoryGateProjector):
-            return module(rows)
-        return module(rows, backend)
+        if self.backend is None:
+            return self.memory_gate_projector(rows)
+        # hooks and patches of the module know it with rows alone
+        with use_backend(self.backend):
+            return self.memory_gate_projector(rows)
 
     def cache_shapes(self) -> dict[str, tuple[int, ...]]:
         """What the layer keeps in a cache, of a token or of a slot: name -> shape."""

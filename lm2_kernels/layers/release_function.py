@@ -38,6 +38,7 @@ class ReleaseOptions(NamedTuple):
         num_pooled: how many tokens the pooled sum holds that the layer is given.
         applications: of the shared Linear.
         tanh_dtype: in which the rows' tanh is taken.
+        tanh: the backend that was asked for, which says whose tanh that is.
         first_eps, second_eps: of the LayerNorms.
         norm, pool: the backends of their ops.
     """
@@ -46,6 +47,7 @@ class ReleaseOptions(NamedTuple):
     num_pooled: int
     applications: int
     tanh_dtype: torch.dtype
+    tanh: str
     first_eps: float
     second_eps: float
     norm: str
@@ -483,7 +485,7 @@ def _gates_of_rows(
 ) -> tuple[Tensor, Tensors]:
     """The gates' part of the rows, and what is kept of it for backward."""
     cast_rows = rows.to(options.more.tanh_dtype) if options.is_cast else rows
-    rows_tanh = tanh(cast_rows, options.update)
+    rows_tanh = tanh(cast_rows, options.more.tanh)
     operand = options.operand(rows_tanh)
     gates = linear(operand, p.rows_weight, p.rows_bias)
     return gates, (rows_tanh, operand, gates) if keeps else ()

@@ -251,8 +251,9 @@ def test_sums_come_with_the_transposed_copy(monkeypatch):
     monkeypatch.setattr(cpp, "transposed", lambda *args: calls.append(args) or original(*args))
     dy, x = torch.randn(20, 18), torch.randn(20, 5)
     with torch.no_grad():
-        cpu_products.product_and_sums(dy, x, needs_sums=True)
-        assert len(calls) == 1
+        _, sums = cpu_products.product_and_sums(dy, x, needs_sums=True)
+        assert [needs_sums for _, needs_sums in calls] == [True]
+        assert torch.equal(sums, original(dy, True)[1])
         # a mode does not know the kernel
         with FlopCounterMode(display=False):
             cpu_products.product_and_sums(dy, x, needs_sums=True)
@@ -384,9 +385,10 @@ def test_few_rows_are_a_class_of_their_own(monkeypatch):
             (few, weight.t()),
             (x, weight),
             (x.t(), torch.randn(4, 128)),
-            # one row too many, and one multiplication too few
+            # one row too many; too short a walk; too few multiplications
             (torch.randn(17, 128), weight.t()),
-            (torch.randn(16, 128), weight.t()[:, :127]),
+            (few, weight.t()[:, :511]),
+            (torch.randn(1, 128), torch.randn(2047, 128).t()),
         ):
             cpu_products.product(a, b)
     few_of = [
@@ -398,7 +400,7 @@ def test_few_rows_are_a_class_of_their_own(monkeypatch):
 
 @pytest.mark.parametrize("layout", ((True, False), (True, True), (False, True), (False, False)))
 def test_what_is_measured_of_few_rows(layout, monkeypatch):
-    """Products of those layouts, which are timed with cold caches."""
+    """Products of those layouts, and nothing else."""
     given, seconds = [], cpu_products._seconds
 
     def watched(way, a, b):

@@ -92,7 +92,9 @@ def assert_agree(layer, inputs, **arguments) -> None:
 @every_layer
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_it_is_the_layer_made_of_ops(kind, options, arguments):
-    layer, inputs = make_layer(kind, **options), make_inputs()
+    # as many rows as columns once, from where on two gates' weights go into one product
+    tokens = N if arguments == "whole" else T
+    layer, inputs = make_layer(kind, **options), make_inputs(tokens)
     if not is_whole(options):
         assert not is_one(layer(*inputs)[0])
         return
