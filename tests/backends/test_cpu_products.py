@@ -385,10 +385,6 @@ def test_few_rows_are_a_class_of_their_own(monkeypatch):
             (few, weight.t()),
             (x, weight),
             (x.t(), torch.randn(4, 128)),
-            # one row too many; too short a walk; too few multiplications
-            (torch.randn(17, 128), weight.t()),
-            (few, weight.t()[:, :511]),
-            (torch.randn(1, 128), torch.randn(2047, 128).t()),
         ):
             cpu_products.product(a, b)
     few_of = [
@@ -396,6 +392,17 @@ def test_few_rows_are_a_class_of_their_own(monkeypatch):
         for layout in ((True, False), (True, True), (False, True))
     ]
     assert measured == few_of
+    for rows, columns, is_large in (
+        (16, 512, True),
+        # one row too many; too short a walk
+        (17, 512, False),
+        (16, 511, False),
+        # just enough multiplications, and one too few
+        (1, 2048, True),
+        (1, 2047, False),
+    ):
+        a = torch.randn(rows, 128)
+        assert cpu_products.is_large(torch.float32, a, columns) == is_large
 
 
 @pytest.mark.parametrize("layout", ((True, False), (True, True), (False, True), (False, False)))
