@@ -74,16 +74,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, relu: bool = False
     """What :func:`apply_linear` computes of a plain layer in one dtype, bit for bit, as a product
     that has no derivative.
     """
-    # as _parameters asks, without the call
+    # as if the layer were square, as _parameters asks: exact is not needed
     if x.is_cpu and cpu_products.is_large(x.dtype, x, x.shape[-1]):
         return cpu_products.product(x, weight.t(), bias, relu=relu)
     y = F.linear(x, weight, bias)
     return y.relu_() if relu else y
-
-
-def _is_large(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether there may be a faster way: as if the layer were square, exact is not needed."""
-    return cpu_products.is_large(dtype, x, x.shape[-1])
 
 
 def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | None:
@@ -91,7 +86,7 @@ def _parameters(x: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None] | N
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return None
     dtype = computed_dtype(x)
-    if not _is_large(x, dtype):
+    if not cpu_products.is_large(dtype, x, x.shape[-1]):
         return None
     # modes count products, trace them or give them meaning, by the names that they know; of
     # torch.func and forward mode the layer has rules, and our Function none

@@ -17,6 +17,7 @@ from lm2_kernels import testing
 from lm2_kernels.backends import cpp, cpu_products
 from lm2_kernels.linear import apply_linear
 from tools.emulated_avx512 import every_level
+from tools.layers import made_of_ops, make_inputs, make_layer
 from tools.native import needs_cpp
 from tools.rounding import assert_rule
 
@@ -304,6 +305,26 @@ def test_layers_and_gradients(monkeypatch):
             ]
 
         assert_rule(run)
+
+
+@pytest.mark.parametrize("kind", (lm2.PaperMemory, lm2.ReleaseMemory))
+def test_a_frozen_layer_takes_the_faster_products(kind, monkeypatch):
+    """Without ``no_grad`` too; the same bits as its ops."""
+    _no_minimum(monkeypatch)
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    calls = _onednn_calls(monkeypatch)
+    layer = make_layer(kind).float().requires_grad_(False)
+    inputs = [tensor.detach().float() for tensor in make_inputs()]
+    with torch.no_grad():
+        want = layer(*inputs)
+    count = len(calls)
+    assert count > 0
+    got = layer(*inputs)
+    assert len(calls) == 2 * count
+    with made_of_ops():
+        of_ops = layer(*inputs)
+    for results in (got, of_ops):
+        assert all(map(torch.equal, results, want))
 
 
 def test_three_dimensions_and_double_backward(library):

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
-from lm2_kernels.backends import cpu_products
 from lm2_kernels.layers import base, function, paper_function, release_function
 from tools.layers import (
     LAYERS,
@@ -626,26 +625,3 @@ def test_parameters_that_hooks_read(kind):
     output, new_memory = layer(x, memory)
     (output.sum() + new_memory.sum()).backward()
     assert sorted(seen) == sorted(name for name, _ in layer.named_parameters())
-
-
-@needs_cpp
-@both_layers
-def test_a_frozen_layer_takes_the_faster_products(kind, monkeypatch):
-    """Without ``no_grad`` too; the same bits as its ops."""
-    for dtype in cpu_products._MIN_MULTIPLICATIONS:
-        monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, dtype, 0)
-    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
-    calls, original = [], cpu_products._onednn
-    monkeypatch.setattr(cpu_products, "_onednn", lambda *a: calls.append(a) or original(*a))
-    layer = make_layer(kind).float().requires_grad_(False)
-    inputs = [tensor.detach().float() for tensor in make_inputs()]
-    with torch.no_grad():
-        want = layer(*inputs)
-    count = len(calls)
-    assert count > 0
-    got = layer(*inputs)
-    assert len(calls) == 2 * count
-    with made_of_ops():
-        of_ops = layer(*inputs)
-    for results in (got, of_ops):
-        assert all(map(torch.equal, results, want))
