@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lm2_kernels import backends, testing
-from tools import launches
+from tools import forms, launches
 from tools.emulated_cuda import emulation_reason
 from tools.interpreter_sanitizer import SanitizerError
 from tools.native import needs_cpp
@@ -285,6 +285,53 @@ MUTANTS = (
 )
 
 
+BY_DESCRIPTORS = _read(2, 33, 45, 2, 16, slot_offset=3)
+FORM_MUTANTS = (
+    Mutant(
+        "tiles of the first batch entry",
+        "memory_attention",
+        "descriptor.load([b.to(tl.int32),",
+        "descriptor.load([0,",
+        BY_DESCRIPTORS,
+    ),
+    Mutant(
+        "tiles of the first head",
+        "memory_attention",
+        "h.to(tl.int32), first_row, 0]",
+        "0, first_row, 0]",
+        BY_DESCRIPTORS,
+    ),
+    Mutant(
+        "tiles cross into the next batch entry",
+        "memory_attention",
+        "TensorDescriptor(tensor, list(view.shape),",
+        "TensorDescriptor(tensor, [*view.shape[:2], 2 * view.shape[2], view.shape[3]],",
+        BY_DESCRIPTORS,
+    ),
+    Mutant(
+        "the same values for all slots",
+        "memory_attention",
+        "v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)",
+        "v = _load_tile(value_ptr, b, 0, h, BLOCK_N, BLOCK_K)",
+        BY_DESCRIPTORS,
+    ),
+    Mutant(
+        "the same dout for all tokens",
+        "memory_attention",
+        "dout = _load_tile(dout_ptr, b, start, h, BLOCK_T, BLOCK_K)",
+        "dout = _load_tile(dout_ptr, b, 0, h, BLOCK_T, BLOCK_K)",
+        BY_DESCRIPTORS,
+    ),
+    Mutant(
+        "queries of another block of dQ",
+        "memory_attention",
+        "        dout = _load_tile(dout_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)\n",
+        "        dout = _load_tile(dout_ptr, b, 0, h, BLOCK_T, BLOCK_K)\n",
+        BY_DESCRIPTORS,
+    ),
+)
+
+
 def _mutated(mutant: Mutant, folder: Path):
     """The op's Triton module with the mutation applied."""
     package = Path(backends.get("triton").__file__).parent
@@ -303,10 +350,13 @@ def _worst_share(case: testing.Case) -> float:
     return max(c.share for c in testing.check_case(case, torch.float16, "triton"))
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", (*MUTANTS, *FORM_MUTANTS), ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant, tmp_path, monkeypatch):
     triton = backends.get("triton")
-    with launches.interpreted("sm_90"):
+    form = contextlib.nullcontext()
+    if mutant in FORM_MUTANTS:
+        form = forms.measured(*forms.small("descriptors"))
+    with launches.interpreted("sm_90"), form:
         # the kernel as it is passes: it is the mutation that fails
         assert _worst_share(mutant.case) <= 1.0
         module = _mutated(mutant, tmp_path)

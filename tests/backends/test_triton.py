@@ -479,7 +479,9 @@ def test_gradients_of_few_slots_are_summed_in_parts(case, dtype, target="sm_90")
         testing.run_case(case, testing.make_inputs(case, testing.DTYPES[dtype]), "triton")
     # the backward's kernel of dK and dV is the last
     config = tables.attention_dkey_value(
-        target, testing.DTYPES[dtype], max(16, case.width), case.width % 16 != 0, case.slots
+        *(target, testing.DTYPES[dtype], max(16, case.width), case.width % 16 != 0, case.slots),
+        takes_descriptors=False,
+        has_dropout="dropout_p" in dict(case.options),
     )
     alone = case.batch * case.heads * triton.cdiv(case.slots, config.block_slots)
     assert grids[-1][0] == 4 * alone

@@ -361,6 +361,16 @@ def test_candidates_of_the_sweep(modules):
                 for config in found:
                     assert config.num_warps in (4, 8, 16) and config.num_stages >= 1
                     assert min(config[:2]) >= 16
+                forms = sweep.candidates(kernel, target, width)
+                assert bool(forms) == (target == "sm_90") and not {*forms} & {*found}
+
+
+@pytest.mark.parametrize(("release", "compiled"), (("3.6.0", True), ("3.8.1", False)))
+def test_a_form_is_tried_by_the_releases_that_compile_it(modules, monkeypatch, release, compiled):
+    sweep = modules("sweep")
+    monkeypatch.setattr(sweep.triton, "__version__", release)
+    (only,) = (c.config for c in tables.CANDIDATES["forward", 256] if c.releases)
+    assert (only in sweep.candidates("forward", "sm_90", 256)) == compiled
 
 
 def test_the_sweep_launches_what_it_is_asked_to(modules):
@@ -373,6 +383,9 @@ def test_the_sweep_launches_what_it_is_asked_to(modules):
                 gpu.launches.clear()
                 call(own._replace(num_warps=warps))
                 assert gpu.launches[-1].num_warps == warps
+            by_descriptors, *_ = sweep.candidates(kernel, "sm_90", 64)
+            call(by_descriptors)
+            assert gpu.launches[-1].signature["key_ptr"].startswith("tensordesc")
 
 
 _SETUP = """

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import composite, dropout
@@ -76,6 +77,13 @@ def _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
+def _load_tile(descriptor, b, first_row, h, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same by a descriptor of (B, H, rows, K): what is not there is 0."""
+    tile = descriptor.load([b.to(tl.int32), h.to(tl.int32), first_row, 0])
+    return tl.reshape(tile, ROWS, BLOCK_K)
+
+
+@triton.jit
 def _store_rows(ptrs, tile, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
     tile = tile.to(ptrs.dtype.element_ty)
     if HEAD_WIDTH == BLOCK_K:
@@ -86,7 +94,7 @@ def _store_rows(ptrs, tile, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _memory_attention_fwd_kernel(
-    query_ptr,  # (B, T, H, K)
+    query_ptr,  # (B, T, H, K), as the next two a pointer or a descriptor
     key_ptr,  # (B, N, H, K)
     value_ptr,  # (B, N, H, K)
     slot_mask_ptr,  # (B, N) uint8, or None
@@ -116,6 +124,8 @@ def _memory_attention_fwd_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -137,10 +147,11 @@ def _memory_attention_fwd_kernel(
     last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
     offs_t64 = offs_t.to(tl.int64)
 
-    query_ptr += b * stride_qb + h * stride_qh
-    q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
-    key_ptr += b * stride_kb + h * stride_kh
-    value_ptr += b * stride_vb + h * stride_vh
+    if not DESCRIPTORS:
+        query_ptr += b * stride_qb + h * stride_qh
+        q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
+        key_ptr += b * stride_kb + h * stride_kh
+        value_ptr += b * stride_vb + h * stride_vh
 
     if HAS_MASK:
         slot_mask_ptr += b * stride_mb
@@ -149,7 +160,10 @@ def _memory_attention_fwd_kernel(
         rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
 
-    q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    if DESCRIPTORS:
+        q = _load_tile(query_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
+    else:
+        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
     scale_log2 = scale * _LOG2_E
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
@@ -158,7 +172,7 @@ def _memory_attention_fwd_kernel(
     end = num_slots
     if CAUSAL:
         end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
-    for start in range(0, end, BLOCK_N):
+    for start in tl.range(0, end, BLOCK_N, warp_specialize=SPECIALIZED):
         slots = start + offs_n
         slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
@@ -174,8 +188,11 @@ def _memory_attention_fwd_kernel(
         else:
             visible = taken[None, :]
 
-        k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
-        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            k = _load_tile(key_ptr, b, start, h, BLOCK_N, BLOCK_K)
+        else:
+            k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
+            k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         products = tl.where(visible, products, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(products, 1))
@@ -189,9 +206,12 @@ def _memory_attention_fwd_kernel(
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
             p = tl.where(keep, p, 0.0)
 
-        # a masked slot is not even read: 0 * NaN would reach every row
-        v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
-        v = _load_rows(v_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)
+        else:
+            # a masked slot is not even read: 0 * NaN would reach every row
+            v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
+            v = _load_rows(v_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
@@ -282,7 +302,7 @@ def _memory_attention_bwd_delta_kernel(
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _memory_attention_bwd_dkey_value_kernel(
-    dout_ptr,  # (B, T, H, K)
+    dout_ptr,  # (B, T, H, K), as the next three a pointer or a descriptor
     query_ptr,  # (B, T, H, K)
     key_ptr,  # (B, N, H, K)
     value_ptr,  # (B, N, H, K)
@@ -320,6 +340,8 @@ def _memory_attention_bwd_dkey_value_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -361,15 +383,19 @@ def _memory_attention_bwd_dkey_value_kernel(
     mask_n = offs_n < num_slots
     offs_n64 = offs_n.to(tl.int64)
 
-    key_ptr += b * stride_kb + h * stride_kh
-    k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
-    value_ptr += b * stride_vb + h * stride_vh
-    v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
-    k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-    v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+    if DESCRIPTORS:
+        k = _load_tile(key_ptr, b, pid_n * BLOCK_N, h, BLOCK_N, BLOCK_K)
+        v = _load_tile(value_ptr, b, pid_n * BLOCK_N, h, BLOCK_N, BLOCK_K)
+    else:
+        key_ptr += b * stride_kb + h * stride_kh
+        k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
+        value_ptr += b * stride_vb + h * stride_vh
+        v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
+        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
 
-    query_ptr += b * stride_qb + h * stride_qh
-    dout_ptr += b * stride_dob + h * stride_doh
+        query_ptr += b * stride_qb + h * stride_qh
+        dout_ptr += b * stride_dob + h * stride_doh
     first_score_row = pid_bh.to(tl.int64) * num_tokens
     statistics_ptr += 2 * first_score_row
     delta_ptr += first_score_row
@@ -379,20 +405,26 @@ def _memory_attention_bwd_dkey_value_kernel(
     scale_log2 = scale * _LOG2_E
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for start in range(first_row, end, BLOCK_T):
+    for start in tl.range(first_row, end, BLOCK_T, warp_specialize=SPECIALIZED):
         rows = start + offs_t
         rows_64 = rows.to(tl.int64)
         mask_t = rows < num_tokens
-        q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
-        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            q = _load_tile(query_ptr, b, start, h, BLOCK_T, BLOCK_K)
+        else:
+            q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
+            q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
         largest, log_sum = _load_statistics(statistics_ptr + rows, num_tokens, mask_t)
         products = tl.dot(k, tl.trans(q), input_precision="ieee")
         p = _probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
 
-        dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
-        dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            dout = _load_tile(dout_ptr, b, start, h, BLOCK_T, BLOCK_K)
+        else:
+            dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
+            dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
         if HAS_DROPOUT:
@@ -424,7 +456,7 @@ def _memory_attention_bwd_dkey_value_kernel(
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def _memory_attention_bwd_dquery_kernel(
-    dout_ptr,  # (B, T, H, K)
+    dout_ptr,  # (B, T, H, K), as the next three a pointer or a descriptor
     query_ptr,  # (B, T, H, K)
     key_ptr,  # (B, N, H, K)
     value_ptr,  # (B, N, H, K)
@@ -459,6 +491,8 @@ def _memory_attention_bwd_dquery_kernel(
     CAUSAL: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SPECIALIZED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -478,20 +512,25 @@ def _memory_attention_bwd_dquery_kernel(
     last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
     offs_t64 = offs_t.to(tl.int64)
 
-    query_ptr += b * stride_qb + h * stride_qh
-    q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
-    dout_ptr += b * stride_dob + h * stride_doh
-    dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
-    q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-    dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    if DESCRIPTORS:
+        q = _load_tile(query_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
+        dout = _load_tile(dout_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
+    else:
+        query_ptr += b * stride_qb + h * stride_qh
+        q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
+        dout_ptr += b * stride_dob + h * stride_doh
+        dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
+        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
     scale_log2 = scale * _LOG2_E
     statistics_ptr += pid_bh.to(tl.int64) * 2 * num_tokens
     largest, log_sum = _load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
 
-    key_ptr += b * stride_kb + h * stride_kh
-    value_ptr += b * stride_vb + h * stride_vh
+    if not DESCRIPTORS:
+        key_ptr += b * stride_kb + h * stride_kh
+        value_ptr += b * stride_vb + h * stride_vh
     if HAS_MASK:
         slot_mask_ptr += b * stride_mb
     if HAS_DROPOUT:
@@ -501,7 +540,7 @@ def _memory_attention_bwd_dquery_kernel(
     end = num_slots
     if CAUSAL:
         end = tl.minimum(num_slots, slot_offset + (pid_t + 1) * BLOCK_T)
-    for start in range(0, end, BLOCK_N):
+    for start in tl.range(0, end, BLOCK_N, warp_specialize=SPECIALIZED):
         slots = start + offs_n
         slots_64 = slots.to(tl.int64)
         mask_n = slots < num_slots
@@ -516,13 +555,19 @@ def _memory_attention_bwd_dquery_kernel(
         else:
             visible = taken[None, :]
 
-        k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
-        # a masked slot is not even read: 0 * NaN would reach every row
-        k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            k = _load_tile(key_ptr, b, start, h, BLOCK_N, BLOCK_K)
+        else:
+            k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
+            # a masked slot is not even read: 0 * NaN would reach every row
+            k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
         products = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = _probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
-        v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
-        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        if DESCRIPTORS:
+            v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)
+        else:
+            v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
+            v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         if HAS_DROPOUT:
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
@@ -566,6 +611,8 @@ def _constants(
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "HAS_DROPOUT": seed is not None,
+        "DESCRIPTORS": config.form != "pointers",
+        "SPECIALIZED": config.form == "specialized",
         "BLOCK_T": config.block_tokens,
         "BLOCK_N": config.block_slots,
         "BLOCK_K": _block_k(head_width),
@@ -606,6 +653,47 @@ def _is_ragged(*tensors: Tensor) -> bool:
     )
 
 
+def _takes_descriptors(mask: Tensor | None, *tensors: Tensor) -> bool:
+    """Whether the copy engine can load tiles of these tensors (B, rows, H, K).
+
+    It has no way to leave a masked slot unread. Steps of 0, of an expanded tensor, are not for it.
+    """
+    return (
+        mask is None
+        and tensors[0].element_size() == 2
+        and not _is_ragged(*tensors)
+        and all(t.data_ptr() % 16 == 0 and t.numel() > 0 for t in tensors)
+        and all(
+            stride > 0 or size == 1
+            for t in tensors
+            for size, stride in zip(t.shape, t.stride(), strict=True)
+        )
+    )
+
+
+def _tiled(tensor: Tensor, rows: int, block_k: int) -> TensorDescriptor:
+    """A tensor (B, rows, H, K) as tiles of so many rows of one head."""
+    view = tensor.transpose(1, 2)
+    # the step along an axis of size 1 is anything
+    strides = [max(16, stride) for stride in view.stride()[:3]]
+    return TensorDescriptor(tensor, list(view.shape), [*strides, 1], [1, 1, rows, block_k])
+
+
+def _by_form(
+    config: tables.AttentionConfig,
+    block_k: int,
+    of_tokens: tuple[Tensor, ...],
+    of_slots: tuple[Tensor, ...],
+) -> tuple[Tensor | TensorDescriptor, ...]:
+    """Tensors as a kernel of this form takes them, in order."""
+    if config.form == "pointers":
+        return of_tokens + of_slots
+    return (
+        *(_tiled(tensor, config.block_tokens, block_k) for tensor in of_tokens),
+        *(_tiled(tensor, config.block_slots, block_k) for tensor in of_slots),
+    )
+
+
 def _block_k(head_width: int) -> int:
     # 16: the smallest reduction of a tensor core instruction
     return max(16, triton.next_power_of_2(head_width))
@@ -642,16 +730,22 @@ def memory_attention_forward(
     mask = None if slot_mask is None else slot_mask.view(torch.uint8)
     inputs = (query, key, value, mask, seed)
 
-    def arguments() -> launch.Arguments:
-        config = tables.attention_forward(
+    block_k = _block_k(head_width)
+
+    def choice() -> tables.AttentionConfig:
+        return tables.attention_forward(
             launch.target_of(query),
             query.dtype,
-            _block_k(head_width),
+            block_k,
             _is_ragged(query, key, value, out),
             batch * num_heads,
             num_tokens,
             num_slots,
+            _takes_descriptors(mask, query, key, value),
+            seed is not None,
         )
+
+    def arguments() -> launch.Arguments:
         scalars = (
             *_strides(query, key, value),
             *_mask_strides(mask),
@@ -669,7 +763,8 @@ def memory_attention_forward(
         return (batch * num_heads * num_blocks,), scalars, constants
 
     launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
-    tensors = (*inputs, out, statistics)
+    config = launches.once(choice)
+    tensors = (*_by_form(config, block_k, (query,), (key, value)), mask, seed, out, statistics)
     launches.run(_memory_attention_fwd_kernel, tensors, arguments, ("slot_offset", slot_offset))
     return out, statistics
 
@@ -728,9 +823,16 @@ def memory_attention_backward(
     num_pairs = batch * num_heads
     block_k = _block_k(head_width)
 
-    def choice() -> tuple[str, torch.dtype, int, bool, int]:
-        is_ragged = _is_ragged(dout, query, key, value, out)
-        return launch.target_of(query), query.dtype, block_k, is_ragged, num_slots
+    def known() -> tuple[str, torch.dtype, int, bool, int, bool, bool]:
+        return (
+            launch.target_of(query),
+            query.dtype,
+            block_k,
+            _is_ragged(dout, query, key, value, out),
+            num_slots,
+            _takes_descriptors(mask, dout, query, key, value),
+            seed is not None,
+        )
 
     def delta_arguments() -> launch.Arguments:
         block_tokens = tables.attention_delta_rows(query.dtype, block_k)
@@ -762,24 +864,32 @@ def memory_attention_backward(
         constants = _constants(config, head_width, causal, mask, seed)
         return (num_programs,), scalars, constants
 
-    def dquery_arguments() -> launch.Arguments:
-        config = tables.attention_dquery(*choice())
-        num_blocks = triton.cdiv(num_tokens, config.block_tokens)
-        return arguments(config, num_pairs * num_blocks, num_slots)
+    def dquery_config() -> tables.AttentionConfig:
+        return tables.attention_dquery(*known())
 
     def dkey_value_parts() -> tuple[tables.AttentionConfig, int, int, int]:
         """Configuration, programs of a part, number of parts, tokens of one."""
-        config = tables.attention_dkey_value(*choice(), has_dropout=seed is not None)
+        config = tables.attention_dkey_value(*known())
         num_programs = num_pairs * triton.cdiv(num_slots, config.block_slots)
         tokens_per_part = tables.attention_part(num_programs, num_tokens, config.block_tokens)
         return config, num_programs, triton.cdiv(num_tokens, tokens_per_part), tokens_per_part
 
     launches.run(_memory_attention_bwd_delta_kernel, (dout, out, delta), delta_arguments)
-    inputs = (*inputs, delta)
+    others = (mask, seed, statistics, delta)
+
+    def tensors(config: tables.AttentionConfig) -> tuple[Tensor | TensorDescriptor | None, ...]:
+        return (*_by_form(config, block_k, (dout, query), (key, value)), *others)
+
     if needs_dquery:
+        dquery_choice = launches.once(dquery_config)
+
+        def dquery_arguments() -> launch.Arguments:
+            num_blocks = triton.cdiv(num_tokens, dquery_choice.block_tokens)
+            return arguments(dquery_choice, num_pairs * num_blocks, num_slots)
+
         launches.run(
             _memory_attention_bwd_dquery_kernel,
-            (*inputs, dquery),
+            (*tensors(dquery_choice), dquery),
             dquery_arguments,
             ("slot_offset", slot_offset),
         )
@@ -798,7 +908,7 @@ def memory_attention_backward(
             sums = query.new_empty(packed)
         launches.run(
             _memory_attention_bwd_dkey_value_kernel,
-            (*inputs, sums),
+            (*tensors(config), sums),
             dkey_value_arguments,
             ("slot_offset", slot_offset),
         )

@@ -35,6 +35,14 @@ class AttentionConfig(NamedTuple):
     block_slots: int
     num_warps: int
     num_stages: int
+    form: str = "pointers"
+
+
+# How the tiles of queries, keys, values and dout get from memory: a row at a time by the addresses
+# of its elements; or whole, by the copy engine of sm_90 (TMA), which is given a descriptor, needs
+# no registers for addresses and fills what is not there with zeros; or so, but asked for by warps
+# of their own, so that loads, products and softmax overlap (the compiler makes 12 warps of 4).
+FORMS = ("pointers", "descriptors", "specialized")
 
 
 _Attention = dict[str, dict[int, AttentionConfig]]  # by target and padded head width
@@ -188,6 +196,71 @@ RAGGED_DQUERY_FLOAT32: dict[int, AttentionConfig] = {
     256: AttentionConfig(32, 16, 8, 2),
 }
 
+
+class Candidate(NamedTuple):
+    """A form that hardware is to judge: the sweep of the GPU programme times it.
+
+    Args:
+        config: of the launch.
+        predicted: TFLOP/s of the kernel's own products, hidden ones left out, on an H100.
+        releases: of Triton that compile it; () means all.
+    """
+
+    config: AttentionConfig
+    predicted: int
+    releases: tuple[str, ...] = ()
+
+
+# By kernel and padded head width, for sm_90 and 16 bits. Predictions are of a model (750 TFLOP/s of
+# products, 128 bytes a clock of shared memory, softmax that overlaps in part). In brackets:
+# registers without and with dropout, kilobytes of shared memory.
+CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
+    ("forward", 64): (
+        Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 340),  # (166, 206, 80)
+        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, 168, 88)
+        Candidate(AttentionConfig(128, 128, 4, 2, "specialized"), 370, ("3.6",)),  # (168, 168, 96)
+    ),
+    ("forward", 128): (
+        Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 400),  # (197, 234, 160)
+        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 400),  # (168, 168, 160)
+        Candidate(AttentionConfig(128, 128, 4, 2, "specialized"), 480, ("3.6",)),  # (168, 168, 176)
+    ),
+    ("forward", 256): (
+        Candidate(AttentionConfig(128, 64, 8, 2, "descriptors"), 380),  # (206, 237, 192)
+        Candidate(AttentionConfig(128, 32, 8, 3, "descriptors"), 330),  # (204, 200, 160)
+        Candidate(AttentionConfig(64, 64, 4, 2, "specialized"), 380),  # (168, 168, 192)
+        Candidate(AttentionConfig(128, 64, 4, 2, "specialized"), 450, ("3.6",)),  # (168, 168, 224)
+    ),
+    ("dkey_value", 64): (
+        Candidate(AttentionConfig(64, 128, 8, 2, "descriptors"), 330),  # (224, 195, 64)
+        Candidate(AttentionConfig(64, 64, 4, 2, "specialized"), 330),  # (168, 168, 64)
+    ),
+    ("dkey_value", 128): (
+        Candidate(AttentionConfig(32, 128, 8, 2, "descriptors"), 340),  # (216, 243, 96)
+        Candidate(AttentionConfig(32, 128, 4, 2, "specialized"), 370, ("3.6",)),  # (168, -, 112)
+    ),
+    ("dkey_value", 256): (
+        Candidate(AttentionConfig(32, 64, 8, 2, "descriptors"), 260),  # (255, 255, 128)
+        Candidate(AttentionConfig(32, 64, 8, 3, "descriptors"), 270),  # (255, 255, 160)
+    ),
+    ("dquery", 64): (
+        Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 340),  # (238, 252, 96)
+        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, 168, 96)
+    ),
+    ("dquery", 128): (
+        Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 400),  # (234, 255, 192)
+        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 400),  # (168, -, 176)
+    ),
+    ("dquery", 256): (
+        Candidate(AttentionConfig(128, 32, 8, 2, "descriptors"), 360),  # (206, 216, 192)
+        Candidate(AttentionConfig(64, 64, 4, 2, "descriptors"), 380),  # (251, 253, 192)
+        Candidate(AttentionConfig(128, 64, 8, 1, "descriptors"), 400),  # (249, 247, 192)
+    ),
+}
+# By kernel, target and width, those that hardware found to be faster than the tables above, for the
+# calls that a descriptor can serve. No kernel of this package has run on hardware yet.
+MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
+
 # programs in flight on the GPUs of the table, one a multiprocessor (108 to 148)
 _ONE_WAVE = 132
 # dK and dV are summed in parts of so many tokens or more, and in so many parts or none: fewer would
@@ -218,6 +291,22 @@ def _attention(
     return ragged[width]._replace(num_warps=4) if target == "gfx942" else ragged[width]
 
 
+def _measured(
+    kernel: str,
+    target: str,
+    block_k: int,
+    num_slots: int,
+    takes_descriptors: bool,
+    has_dropout: bool,
+) -> AttentionConfig | None:
+    """``takes_descriptors``: whether the call is one that a descriptor can serve."""
+    found = MEASURED.get((kernel, target, max(64, block_k))) if takes_descriptors else None
+    if found is None or num_slots < found.block_slots:
+        return None
+    # the backward's warps have no registers for the random numbers: 36 words spill
+    return None if has_dropout and found.form == "specialized" else found
+
+
 def _for_slots(config: AttentionConfig, num_slots: int) -> AttentionConfig:
     """The tile no wider than few slots need, and not below 16, the least that a product takes."""
     block_slots = max(16, 1 << (num_slots - 1).bit_length())
@@ -235,10 +324,15 @@ def attention_forward(
     num_pairs: int,
     num_tokens: int,
     num_slots: int,
+    takes_descriptors: bool,
+    has_dropout: bool,
 ) -> AttentionConfig:
     """``num_pairs``: batch times heads."""
     tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
-    config = _attention(*tables, target, dtype, block_k, is_ragged)
+    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    config = _measured("forward", *by_form)
+    if config is None:
+        config = _attention(*tables, target, dtype, block_k, is_ragged)
     num_programs = num_pairs * -(-num_tokens // config.block_tokens)
     if config.block_tokens == 128 and num_programs < _ONE_WAVE and target.startswith("sm_"):
         config = FORWARD_16BIT_FEW[max(64, block_k)]
@@ -251,8 +345,13 @@ def attention_dkey_value(
     block_k: int,
     is_ragged: bool,
     num_slots: int,
-    has_dropout: bool = False,
+    takes_descriptors: bool,
+    has_dropout: bool,
 ) -> AttentionConfig:
+    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    measured = _measured("dkey_value", *by_form)
+    if measured is not None:
+        return measured
     tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
     config = _attention(*tables, target, dtype, block_k, is_ragged)
     if dtype == torch.float32 and not is_ragged:
@@ -278,8 +377,18 @@ def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int
 
 
 def attention_dquery(
-    target: str, dtype: torch.dtype, block_k: int, is_ragged: bool, num_slots: int
+    target: str,
+    dtype: torch.dtype,
+    block_k: int,
+    is_ragged: bool,
+    num_slots: int,
+    takes_descriptors: bool,
+    has_dropout: bool,
 ) -> AttentionConfig:
+    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    measured = _measured("dquery", *by_form)
+    if measured is not None:
+        return measured
     tables = (DQUERY_16BIT, DQUERY_FLOAT32, RAGGED_DQUERY, RAGGED_DQUERY_FLOAT32)
     return _for_slots(_attention(*tables, target, dtype, block_k, is_ragged), num_slots)
 

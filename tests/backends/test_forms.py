@@ -1,0 +1,187 @@
+"""Attention by descriptors and by specialised warps, which are nobody's default yet."""
+
+import functools
+
+import pytest
+import torch
+import triton
+
+from lm2_kernels import testing
+from lm2_kernels.backends.triton import tables
+from tools import forms, launches
+from tools.fake_gpu import ptxas_log
+from tools.rounding import assert_rule
+
+_RELEASE = ".".join(triton.__version__.split(".")[:2])
+CANDIDATES = [
+    pytest.param(kernel, width, found.config, id=f"{kernel}-{width}-{index}-{found.config.form}")
+    for (kernel, width), several in tables.CANDIDATES.items()
+    for index, found in enumerate(several)
+    if not found.releases or _RELEASE in found.releases
+]
+
+
+def _read(batch, tokens, slots, heads, width, **options) -> testing.Case:
+    options = tuple(options.items())
+    return testing.Case("memory_attention", batch, tokens, slots, heads, width, options)
+
+
+# rows and slots beyond the last tile, several batches and heads, and widths that a tile pads
+CASES = (
+    _read(2, 33, 45, 2, 16),
+    _read(2, 65, 40, 3, 48),
+    _read(3, 37, 70, 1, 16, slot_offset=5),
+    _read(2, 20, 50, 2, 16, slot_offset=45),
+    _read(2, 33, 45, 2, 32, causal=False),
+    _read(1, 1, 50, 2, 16, slot_offset=49),
+    _read(2, 40, 45, 2, 16, scale=-0.3),
+)
+DROPPED = _read(2, 33, 45, 2, 16, dropout_p=0.5)
+
+
+@pytest.mark.parametrize("form", tables.FORMS[1:])
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", (*CASES, DROPPED), ids=lambda case: case.id)
+def test_form_matches_oracle(case, dtype, form):
+    with launches.interpreted("sm_90"), forms.measured(*forms.small(form)) as described:
+        assert_rule(lambda seed: testing.check_case(case, dtype, "triton", seed=seed))
+    # query, key, value; twice with dout
+    by_descriptors = form == "descriptors" or "dropout_p" not in dict(case.options)
+    assert len(described) % 11 == 0 and bool(described) == by_descriptors
+
+
+@pytest.mark.parametrize(("kernel", "width", "config"), CANDIDATES)
+def test_candidate_matches_oracle(kernel, width, config):
+    """Each as it is, at its own width."""
+    case = _read(1, 150, 140, 1, width, slot_offset=3)
+    with launches.interpreted("sm_90"), forms.measured((kernel, width, config)) as described:
+        assert_rule(lambda seed: testing.check_case(case, torch.float16, "triton", seed=seed))
+    assert described
+
+
+@pytest.mark.parametrize("form", tables.FORMS[1:])
+def test_form_gives_the_same_bits_in_any_order_of_programs(form):
+    inputs = testing.make_inputs(CASES[1], torch.float16)
+    results = []
+    for shuffle in (0, 1):
+        with launches.interpreted("sm_90", shuffle=shuffle), forms.measured(*forms.small(form)):
+            results.append(testing.run_case(CASES[1], inputs, "triton"))
+    first, second = results
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dropout", (False, True), ids=("", "dropout"))
+@pytest.mark.parametrize(("kernel", "width", "config"), CANDIDATES)
+def test_candidate_compiles(kernel, width, config, dropout):
+    """No spills, products of whole warp groups that do not wait for one another, tiles by TMA."""
+    options = {"dropout_p": 0.1} if dropout else {}
+    case = _read(1, 512, 512, 2, width, **options)
+    with launches.compiled("sm_90") as gpu, forms.measured((kernel, width, config)):
+        testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
+    names = {"forward": "fwd", "dkey_value": "bwd_dkey_value", "dquery": "bwd_dquery"}
+    (found,) = (
+        each for each in gpu.launches if each.kernel == f"_memory_attention_{names[kernel]}_kernel"
+    )
+    if dropout and config.form == "specialized":
+        assert found.signature["key_ptr"] == "*bf16"
+        return
+    assert found.signature["key_ptr"].startswith("tensordesc<bf16[1, 1, ")
+    assert found.tensor_cores == {"wgmma.mma_async"}
+    assert "cp.async.bulk.tensor" in found.warpgroup_ptx
+    assert found.num_warps == (12 if config.form == "specialized" else config.num_warps)
+    assert "serialized" not in ptxas_log(found.warpgroup_ptx, "sm_90a"), found
+
+
+def _expanded(tensor):
+    return tensor[:1].expand_as(tensor)
+
+
+def _off_by_an_element(tensor):
+    flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:]
+    return flat.view_as(tensor).copy_(tensor)
+
+
+def _odd_rows(tensor):
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1, dtype=tensor.dtype)
+    wide[..., :-1] = tensor
+    return wide[..., :-1]
+
+
+def _heads_first(tensor):
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _part_of_more(tensor):
+    """As the query of packed projections lies."""
+    return torch.stack((tensor, tensor), 2)[:, :, 1]
+
+
+@pytest.mark.parametrize(
+    ("layout", "is_served"),
+    (
+        (_heads_first, True),
+        (_part_of_more, True),
+        (_expanded, False),
+        (_off_by_an_element, False),
+        (_odd_rows, False),
+    ),
+)
+@pytest.mark.parametrize("name", ("query", "key", "value"))
+def test_layouts(name, layout, is_served):
+    """What the copy engine cannot read goes by pointers, and all of it to the right place."""
+    case = CASES[0]
+
+    def run(seed):
+        inputs = testing.make_inputs(case, torch.float16, seed=seed)
+        tensors = {**inputs.tensors, name: layout(inputs.tensors[name])}
+        laid_out = inputs._replace(tensors=tensors)
+        return testing.compare_case(case, laid_out, testing.run_case(case, laid_out, "triton"))
+
+    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as described:
+        assert_rule(run)
+    assert bool(described) == is_served
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    (
+        # a masked slot must not be read
+        (_read(2, 33, 45, 2, 16, slot_mask="random"), torch.float16),
+        (CASES[0], torch.float32),
+        # rows of 34 bytes
+        (_read(2, 33, 45, 2, 17), torch.float16),
+        # slots that would leave most of a tile empty
+        (_read(2, 33, 31, 2, 16), torch.float16),
+    ),
+    ids=("mask", "float32", "ragged", "few slots"),
+)
+def test_what_no_descriptor_can_serve_goes_by_pointers(case, dtype):
+    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as described:
+        assert_rule(lambda seed: testing.check_case(case, dtype, "triton", seed=seed))
+    assert not described
+
+
+def test_parts_of_the_tokens_by_descriptors():
+    case = _read(1, 600, 12, 1, 16, causal=False)
+    kernel = functools.partial(forms.small, "descriptors", slots=16)
+    with launches.interpreted("sm_90"), forms.measured(*kernel()) as described:
+        assert not described and testing.check_case(case, torch.float16, "triton")
+    case = case._replace(slots=40)
+    with launches.interpreted("sm_90"), forms.measured(*kernel(), wave=132) as described:
+        assert_rule(lambda seed: testing.check_case(case, torch.float16, "triton", seed=seed))
+    assert described
+
+
+def test_later_launches_describe_new_tensors():
+    case = CASES[1]
+    with launches.checked("sm_90") as gpu, forms.measured(*forms.small("descriptors")):
+        for seed in (0, 1):
+            inputs = testing.make_inputs(case, torch.float16, seed=seed)
+            results = testing.run_case(case, inputs, "triton", seed=seed)
+    assert gpu.launches == 2 * gpu.launches[: len(gpu.launches) // 2]
+    for comparison in testing.compare_case(case, inputs, results, seed=1):
+        assert comparison.passed, comparison
+
+
+def test_nothing_is_chosen_that_no_hardware_has_run():
+    assert not tables.MEASURED
