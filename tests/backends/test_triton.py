@@ -140,8 +140,9 @@ def test_compile_checks_with_another_triton():
     assert found.is_relative_to(Path(OTHER_TRITON).resolve())
     # on one target in one dtype: all of them are a minute more
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
-    checks = f"({everyday}) or (tensor_cores and sm_90)"
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", checks)
+    checks = f"({everyday}) or (tensor_cores and sm_90) or candidate_compiles"
+    files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
 
 
 @pytest.mark.parametrize(
@@ -167,6 +168,16 @@ def test_attention_uses_tensor_cores(target, kind):
             log = ptxas_log(launch.warpgroup_ptx, "sm_90a")
             assert "registers" in log
             assert "serialized" not in log, f"{launch}\n{log}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_norm_wait_once_and_the_next_are_on_their_way(dtype):
+    case = testing.Case("residual_layer_norm", 1, 16, 0, 0, 2048)
+    *_, backward = _compile(case, dtype, "sm_90")
+    # one sum over a row takes two; in 16 bits the sums over rows at the end take four more, as
+    # they are stored in another layout than rows are read in
+    assert backward.barriers <= (3 if dtype == "float32" else 7)
+    assert backward.async_copies
 
 
 def _huge_stride(*shape):

@@ -84,6 +84,8 @@ _PACKAGE_LAUNCHER = "lm2_kernels.backends.triton.launch"
 _OPCODE = re.compile(r"(?:^|[;{])[ \t]*(?:@!?%\w+[ \t]+)?([a-z][\w.:]*)", re.MULTILINE)
 _PTX_PRODUCT = re.compile(r"mma\.|wgmma\.mma|tcgen05\.mma")
 _PTX_FLOAT_ATOMIC = re.compile(r"(?:atom|red)\..*\.b?f(?:16|32|64)(?:x2)?\b")
+_PTX_BARRIER = re.compile(r"bar(?:rier)?\.(?:cta\.)?sync")
+_PTX_ASYNC_COPY = re.compile(r"cp\.async\.(?:c[ag]\.|bulk\.tensor)")
 _AMD_FLOAT_ATOMIC = re.compile(r"\w*atomic\w*_(?:pk_)?\w*b?f(?:16|32|64)\b")
 
 
@@ -111,6 +113,8 @@ class _CodeReport:
     tensor_cores: frozenset[str]
     warpgroup_ptx: str
     atomics: int
+    barriers: int
+    async_copies: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -156,6 +160,10 @@ class Launch:
     """The PTX of a kernel with products of whole warp groups, for :func:`ptxas_log`; else empty."""
     atomics: int
     """Floating point atomics; integer ones are not counted."""
+    barriers: int
+    """Instructions at which all warps of a block wait for one another."""
+    async_copies: int
+    """Copies to shared memory that the kernel goes on beside, whole tiles among them (NVIDIA)."""
 
 
 _POINTERS = {
@@ -378,6 +386,8 @@ def _inspect_cuda(cubin: bytes, ptx: str) -> _CodeReport:
         tensor_cores=_kinds(opcode for opcode in opcodes if _PTX_PRODUCT.match(opcode)),
         warpgroup_ptx=ptx if "wgmma.mma_async" in ptx else "",
         atomics=sum(bool(_PTX_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
+        barriers=sum(bool(_PTX_BARRIER.match(opcode)) for opcode in opcodes),
+        async_copies=sum(bool(_PTX_ASYNC_COPY.match(opcode)) for opcode in opcodes),
     )
 
 
@@ -413,6 +423,8 @@ def _inspect_amd(amdgcn: str) -> _CodeReport:
         tensor_cores=_kinds(opcode for opcode in opcodes if "mfma" in opcode),
         warpgroup_ptx="",
         atomics=sum(bool(_AMD_FLOAT_ATOMIC.match(opcode)) for opcode in opcodes),
+        barriers=opcodes.count("s_barrier"),
+        async_copies=0,
     )
 
 

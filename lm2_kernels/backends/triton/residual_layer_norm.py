@@ -41,8 +41,13 @@ def _means(g, gn, n, width):
     The mean of n is 0 but for the rounding of the saved mean, which counts where a row's mean is
     large beside its deviations. Its part is put into the first mean.
     """
-    mean_gn = tl.sum(gn, axis=1) / width
-    mean_g = tl.sum(g, axis=1) / width - tl.sum(n, axis=1) / width * mean_gn
+    # side by side in one reduction: in each the warps wait for one another
+    sums = tl.sum(tl.join(tl.join(g, gn), tl.join(n, n)), axis=1)
+    of_g, of_n = tl.split(sums)
+    sum_g, sum_gn = tl.split(of_g)
+    sum_n, _ = tl.split(of_n)
+    mean_gn = sum_gn / width
+    mean_g = sum_g / width - sum_n / width * mean_gn
     return mean_g[:, None], mean_gn[:, None]
 
 
@@ -221,11 +226,13 @@ def _residual_layer_norm_bwd_kernel(
     NEEDS_DPARAMS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Grid: (number of partial sums, column blocks).
 
     Program p takes the row blocks p, p + P, p + 2 P, ... of its columns and keeps the sums for
-    dweight and dbias: partials (2, P, D). All columns are one block unless HAS_MEANS.
+    dweight and dbias: partials (2, P, D). All columns are one block unless HAS_MEANS. Of
+    NUM_STAGES one is computed with while the next row blocks are on their way.
     """
     pid = tl.program_id(0)
     num_partials = tl.num_programs(0)
@@ -235,7 +242,7 @@ def _residual_layer_norm_bwd_kernel(
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dbias = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    for block in range(pid, num_blocks, num_partials):
+    for block in tl.range(pid, num_blocks, num_partials, num_stages=NUM_STAGES):
         pid_b, offs_t, mask_t = _rows(block, num_tokens, num_blocks_t, BLOCK_T)
         row = pid_b * num_tokens + offs_t
         mask = mask_t[:, None] & mask_d[None, :]
@@ -366,6 +373,7 @@ def residual_layer_norm_backward(
             "NEEDS_DPARAMS": needs_dparams,
             "BLOCK_T": config.block_rows,
             "BLOCK_D": config.block_cols,
+            "NUM_STAGES": config.num_stages,
             "num_warps": config.num_warps,
         }
         grid = (num_partials, triton.cdiv(width, config.block_cols))
