@@ -14,13 +14,16 @@ import triton
 from entries import Context, Entry
 from torch import Tensor
 
-from lm2_kernels.backends.triton import launch, memory_attention, tables
+from lm2_kernels.backends.triton import launch, memory_attention, residual_layer_norm, tables
 from lm2_kernels.bench import measure
 from lm2_kernels.bench.works import Row
 
 # with the number of their products
 KERNELS = {"forward": 2, "dkey_value": 4, "dquery": 3}
 _WIDTH, _TOKENS = 2048, 2048
+Config = tables.AttentionConfig | tables.Config
+Call = Callable[[Config], list[Tensor]]
+
 # eight segments are what is tuned for; "compile" fills Triton's cache for both
 _BATCHES = {"compile": (8, 1), "sweep": (8,), "sweep_one": (1,)}
 
@@ -30,23 +33,44 @@ def entries(context: Context, phase: str) -> list[Entry]:
     if context.is_rehearsal:
         # the interpreter runs every form
         widths, batches, target = (64,), (1,), "sm_90"
-    found = {}
+    found: dict[str, tuple[int, Entry]] = {}
+
+    def add(index: int, key: str, call: Callable[[int, int], Call], config: Config, *rest) -> None:
+        """``rest``: of :func:`_time`."""
+        if phase == "compile":
+            work = functools.partial(_compile, call, config)
+        else:
+            work = functools.partial(_time, call, context.device, *rest)
+        found.setdefault(key, (index, Entry(key, work, 20.0)))
+
+    tokens = _tokens(context.device)
     for batch, kernel, width in itertools.product(batches, KERNELS, widths):
         own = own_config(kernel, target, width, batch)
         (_, *others), forms = neighbours(own), candidates(kernel, target, width)
         configs = [others[0], *list(forms)[:1]] if context.is_rehearsal else [own, *forms, *others]
+        call = functools.partial(_attention, context.device, kernel, width)
+        flops = 2.0 * KERNELS[kernel] * _WIDTH * (tokens * (tokens + 1) // 2)
         for index, config in enumerate(configs):
             key = f"{kernel} K={width} {config.block_tokens}x{config.block_slots}"
             key += f" warps {config.num_warps} stages {config.num_stages}"
             key += "" if config.form == "pointers" else f" {config.form}"
-            options = (context.device, kernel, width, batch, own, config)
-            if phase == "compile":
-                work = functools.partial(_compile, *options)
-            else:
-                work = functools.partial(_time, *options, forms.get(config))
-            found.setdefault(key, (index, Entry(key, work, 20.0)))
+            predicted = forms.get(config)
+            add(index, key, call, config, batch, own, config, flops, predicted)
+    own = tables.residual_layer_norm(target, _WIDTH, backward=True)
+    for batch in batches:
+        call = functools.partial(_norm, context.device, width=_WIDTH)
+        for index, config in enumerate(norms(own)[: 2 if context.is_rehearsal else None]):
+            key = f"norm backward warps {config.num_warps} stages {config.num_stages}"
+            add(index, key, call, config, batch, own, config, 0.0, None)
     # the nearest of all kernels before the next ones of any: time may run out
     return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
+
+
+def norms(own: tables.Config) -> list[tables.Config]:
+    """The table's own configuration, and what else the backward of a LayerNorm may be."""
+    found = [own._replace(num_stages=stages) for stages in (1, 2, 3)]
+    found += [own._replace(num_warps=warps) for warps in (4, 16)]
+    return [own, *(config for config in found if config != own)]
 
 
 def own_config(kernel: str, target: str, width: int, batch: int) -> tables.AttentionConfig:
@@ -75,10 +99,26 @@ def neighbours(own: tables.AttentionConfig) -> list[tables.AttentionConfig]:
     return found
 
 
-def _call(
-    device: str, kernel: str, width: int, batch: int, tokens: int
-) -> Callable[[tables.AttentionConfig], list[Tensor]]:
-    """A kernel by its configuration; those of the backward run after the delta pass."""
+def _by_config(function: str, run: Callable[[], tuple[Tensor, ...]]) -> Call:
+    """The call by a configuration, in place of what this function of the tables gives.
+
+    Launches are remembered as they are outside, for each configuration apart.
+    """
+    layouts: dict[Config, dict] = {}
+
+    def under(config: Config) -> list[Tensor]:
+        is_new = config not in layouts
+        launch._layouts = layouts.setdefault(config, {})
+        if not is_new:
+            return [tensor for tensor in run() if tensor.numel()]
+        with mock.patch.object(tables, function, lambda *_, **__: config):
+            return [tensor for tensor in run() if tensor.numel()]
+
+    return under
+
+
+def _attention(device: str, kernel: str, width: int, batch: int, tokens: int) -> Call:
+    """Those of the backward run after the delta pass."""
     torch.manual_seed(0)
     # the interpreter has float16 alone of 16 bits, and one head is enough for it
     heads, dtype = (1, torch.float16) if device == "cpu" else (_WIDTH // width, torch.bfloat16)
@@ -92,40 +132,60 @@ def _call(
         wanted = (kernel == "dquery", kernel == "dkey_value")
         backward = memory_attention.memory_attention_backward
         run = functools.partial(backward, dout, *inputs, *run(), *options, *wanted)
-
-    def under(config: tables.AttentionConfig) -> list[Tensor]:
-        # what was launched for this layout has another configuration
-        launch.forget()
-        with mock.patch.object(tables, f"attention_{kernel}", lambda *_, **__: config):
-            return [tensor for tensor in run() if tensor.numel()]
-
-    return under
+    return _by_config(f"attention_{kernel}", run)
 
 
-def _compile(device, kernel, width, batch, own, config, end: float) -> dict:
-    _call(device, kernel, width, 1, 32)(config)
+def _norm(device: str, batch: int, tokens: int, width: int) -> Call:
+    """The backward of a LayerNorm."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if device == "cpu" else torch.bfloat16
+    dout, x, residual = (
+        torch.randn(batch, tokens, width, device=device, dtype=dtype) for _ in range(3)
+    )
+    weight = torch.ones(width, device=device)
+    sizes = residual_layer_norm.residual_layer_norm_forward(x, residual, weight, weight, 1e-5)[1:]
+    inputs = (dout, x, residual, weight, *sizes)
+    backward = residual_layer_norm.residual_layer_norm_backward
+    return _by_config("residual_layer_norm", functools.partial(backward, *inputs, True, True))
+
+
+def _compile(call: Callable[[int, int], Call], config: Config, end: float) -> dict:
+    call(1, 32)(config)
     return {"line": "compiled"}
 
 
-def _time(device, kernel, width, batch, own, config, predicted, end: float) -> dict:
-    tokens = 32 if device == "cpu" else _TOKENS
-    call = _call(device, kernel, width, batch, tokens)
-    pairs = [(g.double(), w.double()) for g, w in zip(call(config), call(own), strict=True)]
+def _time(
+    call: Callable[[int, int], Call],
+    device: str,
+    batch: int,
+    own: Config,
+    config: Config,
+    flops: float,
+    predicted: int | None,
+    end: float,
+) -> dict:
+    """``flops``: of a batch entry."""
+    run = call(batch, _tokens(device))
+    pairs = [(g.double(), w.double()) for g, w in zip(run(config), run(own), strict=True)]
     error = max(float((got - want).norm() / want.norm()) for got, want in pairs)
     # kernels differ by half an ulp or so, wrong ones by far more; NaN is no less than anything
     agrees = error <= 2 * torch.finfo(torch.bfloat16).eps
-    calls = {"table": functools.partial(call, own), "candidate": functools.partial(call, config)}
-    rows = {name: Row(run, ()) for name, run in calls.items()}
+    calls = {"table": functools.partial(run, own), "candidate": functools.partial(run, config)}
+    rows = {name: Row(one, ()) for name, one in calls.items()}
     times = measure.measure(rows, "forward", (), device, 0.0 if device == "cpu" else 0.3)
     speedup = measure.ratio(times["table"], times["candidate"])
     spent = statistics.median(times["candidate"])
-    # with the other kernels of the pass: of the backward the delta pass
-    visible = tokens * (tokens + 1) // 2
-    tflops = KERNELS[kernel] * 2e-12 * batch * _WIDTH * visible / spent
-    line = f"{1e6 * spent:.1f} us, {speedup:.3f} x the table, {tflops:.0f} TFLOP/s"
+    line = f"{1e6 * spent:.1f} us, {speedup:.3f} x the table"
+    # with the other kernels of the pass: of the attention's backward the delta pass
+    tflops = 1e-12 * batch * flops / spent
+    line += f", {tflops:.0f} TFLOP/s" if flops else ""
     line += "" if predicted is None else f" of {predicted} predicted"
     line += "" if agrees else f", WRONG: error {error:.2g}"
     # a wrong candidate is no fault of the package's
     found = {"ok": agrees or config != own, "line": line, "agrees": agrees}
     found |= {"speedup": speedup, "seconds": spent, "config": config._asdict()}
     return found | {"tflops": tflops, "predicted": predicted}
+
+
+def _tokens(device: str) -> int:
+    return 32 if device == "cpu" else _TOKENS

@@ -378,7 +378,7 @@ def test_the_sweep_launches_what_it_is_asked_to(modules):
     with fake_gpu("sm_90", execute=False) as gpu:
         for kernel in sweep.KERNELS:
             own = sweep.own_config(kernel, "sm_90", 64, 1)
-            call = sweep._call("cpu", kernel, 64, 1, 32)
+            call = sweep._attention("cpu", kernel, 64, 1, 32)
             for warps in (4, 8, 4):
                 gpu.launches.clear()
                 call(own._replace(num_warps=warps))
