@@ -63,6 +63,7 @@ PHASES = {
     "smoke_cpp": Phase("smoke", 60, at_once=8, needs_build=True),
     "suite": Phase("suite", 130, needs_build=True),
     "big": Phase("suite", 60, needs_build=True),
+    "forms": Phase("suite", 60),
     "sanitizer": Phase("suite", 190, needs_build=True),
     "compile": Phase("sweep", 60, at_once=8),
     "sweep": Phase("sweep", 150),
@@ -75,7 +76,7 @@ PHASES = {
 }
 SITTINGS = {
     "first": ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "peers"),
-    "second": ("smoke", "suite", "big", "sanitizer", "compile", "sweep", "ncu", "graphs"),
+    "second": ("smoke", "suite", "big", "forms", "sanitizer", "compile", "sweep", "ncu", "graphs"),
     "third": ("smoke", "compile", "sweep_one", "where", "peers", "model", "suite", "big"),
 }
 

@@ -13,12 +13,15 @@ import time
 from entries import Context, Entry, die_with_parent, file_of
 
 TESTS = "tests/backends/test_gpu.py"
+# of what the sweep then times
+_FORMS = "tests/backends/test_gpu_forms.py"
 _SELECTED = {
+    "forms": "",
     "suite": "not past_2_31 and not inductor and not sanitizer",
     "big": "past_2_31 or inductor",
     "sanitizer": "sanitizer",
 }
-_WORKERS = {"suite": 8, "big": 2, "sanitizer": 3}
+_WORKERS = {"suite": 8, "forms": 8, "big": 2, "sanitizer": 3}
 # to write what was found
 _LAST_SECONDS = 3.0
 
@@ -41,7 +44,8 @@ def entries(context: Context, phase: str) -> list[Entry]:
 
 
 def _suite(context: Context, phase: str, end: float) -> dict:
-    command = [sys.executable, "-m", "pytest", TESTS, "-m", "gpu", "-v", "--color=no"]
+    tests = _FORMS if phase == "forms" else TESTS
+    command = [sys.executable, "-m", "pytest", tests, "-m", "gpu", "-v", "--color=no"]
     # the programme does without it too, as a rehearsal shows
     rehearsed_alone = context.is_rehearsal and phase != "suite"
     if importlib.util.find_spec("xdist") is not None and not rehearsed_alone:

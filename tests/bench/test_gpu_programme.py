@@ -97,8 +97,8 @@ markers =
 timeout = 5
 timeout_method = thread
 """
-_PHASES = ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "sanitizer", "compile")
-_PHASES += ("sweep", "ncu", "graphs", "sweep_one", "where", "peers", "model")
+_PHASES = ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "forms", "sanitizer")
+_PHASES += ("compile", "sweep", "ncu", "graphs", "sweep_one", "where", "peers", "model")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import composite, dropout
-from lm2_kernels.backends.triton import launch, tables
+from lm2_kernels.backends.triton import launch, library, tables
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -721,16 +721,27 @@ def memory_attention_forward(
     num_slots = key.shape[1]
     query, scale, _ = _with_positive_scale(query, scale)
     query, key, value = map(launch.last_contiguous, (query, key, value))
+    mask = None if slot_mask is None else slot_mask.view(torch.uint8)
+    inputs = (query, key, value, mask, seed)
+    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
+    block_k = _block_k(head_width)
+
+    def library_kernel() -> str | None:
+        if mask is not None or seed is not None or query.element_size() != 2:
+            return None
+        sizes = (head_width, batch * num_heads, num_tokens)
+        return tables.attention_library(launch.target_of(query), *sizes)
+
+    by_library = launches.once(library_kernel)
+    if by_library and library.serves(by_library, query, key, value, causal, slot_offset, scale):
+        backends.record("memory_attention_forward", f"triton/{by_library}")
+        return library.forward(by_library, query, key, value, causal, scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     statistics = torch.empty(
         batch, num_heads, 2, num_tokens, dtype=torch.float32, device=query.device
     )
     if batch == 0:
         return out, statistics
-    mask = None if slot_mask is None else slot_mask.view(torch.uint8)
-    inputs = (query, key, value, mask, seed)
-
-    block_k = _block_k(head_width)
 
     def choice() -> tables.AttentionConfig:
         return tables.attention_forward(
@@ -762,7 +773,6 @@ def memory_attention_forward(
         num_blocks = triton.cdiv(num_tokens, config.block_tokens)
         return (batch * num_heads * num_blocks,), scalars, constants
 
-    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
     config = launches.once(choice)
     tensors = (*_by_form(config, block_k, (query,), (key, value)), mask, seed, out, statistics)
     launches.run(_memory_attention_fwd_kernel, tensors, arguments, ("slot_offset", slot_offset))

@@ -261,6 +261,25 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
 # calls that a descriptor can serve. No kernel of this package has run on hardware yet.
 MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
 
+
+class Library(NamedTuple):
+    """One of PyTorch's own kernels of the forward (:mod:`lm2_kernels.backends.triton.library`).
+
+    Args:
+        name: "cudnn" or "flash".
+        least_tokens: from which T = N on it is the faster one.
+        least_pairs: of batch times heads.
+    """
+
+    name: str
+    least_tokens: int
+    least_pairs: int
+
+
+# By target and head width, where hardware found one to be faster than every form above: none yet.
+# "where", of the GPU programme, measures that.
+LIBRARY: dict[tuple[str, int], Library] = {}
+
 # programs in flight on the GPUs of the table, one a multiprocessor (108 to 148)
 _ONE_WAVE = 132
 # dK and dV are summed in parts of so many tokens or more, and in so many parts or none: fewer would
@@ -337,6 +356,14 @@ def attention_forward(
     if config.block_tokens == 128 and num_programs < _ONE_WAVE and target.startswith("sm_"):
         config = FORWARD_16BIT_FEW[max(64, block_k)]
     return _for_slots(config, num_slots)
+
+
+def attention_library(target: str, head_width: int, num_pairs: int, num_tokens: int) -> str | None:
+    """The kernel of PyTorch that is faster forward in 16 bits, without mask and dropout."""
+    found = LIBRARY.get((target, head_width))
+    if found is None or num_pairs < found.least_pairs or num_tokens < found.least_tokens:
+        return None
+    return found.name
 
 
 def attention_dkey_value(

@@ -1,0 +1,68 @@
+"""On a GPU: the ways of attention that no table names before hardware has run them."""
+
+import pytest
+import torch
+
+import lm2_kernels as lm2
+from lm2_kernels import testing
+from tools.rounding import assert_rule
+
+triton = pytest.importorskip("triton")
+
+from lm2_kernels.backends.triton import launch, library, tables  # noqa: E402
+from tools import forms  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+
+
+def _checked(case: testing.Case, seed: int) -> list[testing.Comparison]:
+    return testing.check_case(case, torch.bfloat16, "triton", "cuda", seed=seed)
+
+
+CASES = (
+    testing.Case("memory_attention", 2, 2048, 2048, 2, 0),
+    testing.Case("memory_attention", 3, 515, 1027, 2, 0, (("slot_offset", 300),)),
+    testing.Case("memory_attention", 2, 300, 515, 2, 0, (("causal", False),)),
+    testing.Case("memory_attention", 2, 515, 515, 2, 0, (("dropout_p", 0.9),)),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("kernel", "width", "index"),
+    [(*key, index) for key, several in tables.CANDIDATES.items() for index in range(len(several))],
+)
+def test_other_forms_match_oracle_on_gpu(kernel, width, index, case):
+    """Those that no table names yet, and 20 runs give the same bits."""
+    candidate = tables.CANDIDATES[kernel, width][index]
+    release = ".".join(triton.__version__.split(".")[:2])
+    if launch.target(0) != "sm_90" or release not in (candidate.releases or (release,)):
+        pytest.skip(f"{candidate} is not for {launch.target(0)} and triton {release}")
+    case = case._replace(width=width)
+    with forms.measured((kernel, width, candidate.config)) as described:
+        assert_rule(lambda seed: _checked(case, seed))
+        inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
+        first = testing.run_case(case, inputs, "triton")
+        for _ in range(20):
+            again = testing.run_case(case, inputs, "triton")
+            assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    no_descriptors = candidate.config.form == "specialized" and "dropout_p" in dict(case.options)
+    assert bool(described) != no_descriptors
+
+
+@pytest.mark.parametrize("causal", (True, False))
+@pytest.mark.parametrize("width", (64, 128, 256))
+@pytest.mark.parametrize("name", library.KERNELS)
+def test_library_kernels_match_oracle_on_gpu(name, width, causal, monkeypatch):
+    case = testing.Case("memory_attention", 2, 600, 600, 2, width, (("causal", causal),))
+    inputs = testing.make_inputs(case, torch.bfloat16, "cuda").tensors
+    tensors = [inputs[key].detach() for key in ("query", "key", "value")]
+    if not library.serves(name, *tensors, causal, 0, width**-0.5):
+        pytest.skip(f"PyTorch's {name} kernel does not take heads of {width} here")
+    chosen = {(launch.target(0), width): tables.Library(name, 0, 0)}
+    monkeypatch.setattr(tables, "LIBRARY", chosen)
+    launch.forget()
+    with lm2.recording() as ran:
+        assert_rule(lambda seed: _checked(case, seed))
+    launch.forget()
+    assert ("memory_attention_forward", f"triton/{name}") in ran
