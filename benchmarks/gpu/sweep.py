@@ -76,9 +76,9 @@ def norms(own: tables.Config) -> list[tables.Config]:
 def own_config(kernel: str, target: str, width: int, batch: int) -> tables.AttentionConfig:
     """What the tables say in 16 bits."""
     sizes = (batch * _WIDTH // width, _TOKENS, _TOKENS) if kernel == "forward" else (_TOKENS,)
-    # of a call that a descriptor can serve, without dropout
+    # of a call that a descriptor can serve, without dropout and TF32
     choose = getattr(tables, f"attention_{kernel}")
-    return choose(target, torch.bfloat16, width, False, *sizes, True, False)
+    return choose(target, torch.bfloat16, width, False, *sizes, True, False, False)
 
 
 def candidates(kernel: str, target: str, width: int) -> dict[tables.AttentionConfig, int]:

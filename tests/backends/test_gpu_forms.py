@@ -1,11 +1,11 @@
-"""On a GPU: the ways of attention that no table names before hardware has run them."""
+"""On a GPU: the ways of attention that nobody takes before hardware has run them, or by default."""
 
 import pytest
 import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import testing
-from tools.rounding import assert_rule
+from tools.rounding import assert_rule, tf32_comparisons
 
 triton = pytest.importorskip("triton")
 
@@ -66,3 +66,14 @@ def test_library_kernels_match_oracle_on_gpu(name, width, causal, monkeypatch):
         assert_rule(lambda seed: _checked(case, seed))
     launch.forget()
     assert ("memory_attention_forward", f"triton/{name}") in ran
+
+
+@pytest.mark.parametrize("options", ((), (("dropout_p", 0.3),), (("causal", False),)))
+@pytest.mark.parametrize("width", (64, 128, 256, 80))
+def test_tf32_is_as_near_as_its_bits_allow_on_gpu(width, options):
+    case = testing.Case("memory_attention", 2, 300, 515, 2, width, options)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert_rule(lambda seed: tf32_comparisons(case, seed, "cuda"))
+    finally:
+        torch.set_float32_matmul_precision("highest")

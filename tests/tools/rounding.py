@@ -29,6 +29,21 @@ def assert_round_off(got: Tensor, want: Tensor, name: str = "") -> None:
     assert error <= bound, f"{name}: {error} of {bound}"
 
 
+def tf32_comparisons(case: testing.Case, seed: int, device: str) -> list[testing.Comparison]:
+    """float32 by TF32 tensor cores: the rule, with twice what eager float16 is off by. That has as
+    many bits as TF32 has, and rounds where tensor cores cut off.
+    """
+    inputs = testing.make_inputs(case, torch.float32, device, seed=seed)
+    results = testing.run_case(case, inputs, "triton", seed=seed)
+    oracle = testing.run_reference(case, inputs, torch.float64, seed=seed)
+    eager = testing.run_reference(case, inputs, torch.float16, seed=seed)
+    compared = []
+    for name, got in results.items():
+        allowed = oracle[name] + 2.0 * (eager[name].double() - oracle[name])
+        compared.append(testing.compare(name, got, oracle[name], allowed))
+    return compared
+
+
 def assert_rule(
     run: Callable[[int], list[testing.Comparison]], seed: int = 0, **options: float
 ) -> None:

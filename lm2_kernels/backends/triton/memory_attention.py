@@ -126,6 +126,7 @@ def _memory_attention_fwd_kernel(
     HAS_DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -193,7 +194,7 @@ def _memory_attention_fwd_kernel(
         else:
             k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
             k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         products = tl.where(visible, products, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(products, 1))
         # while a row has seen nothing above -inf, the difference would be NaN
@@ -212,7 +213,7 @@ def _memory_attention_fwd_kernel(
             # a masked slot is not even read: 0 * NaN would reach every row
             v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
             v = _load_rows(v_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
     log_sum = tl.log2(row_sum)
@@ -267,6 +268,7 @@ def _memory_attention_bwd_delta_kernel(
     num_tokens: tl.int32,
     num_heads: tl.int32,
     HEAD_WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -293,7 +295,7 @@ def _memory_attention_bwd_delta_kernel(
     out = _load_rows(out_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
     if dout_ptr.dtype.element_ty == tl.float32:
         local = tl.arange(0, BLOCK_T)
-        products = tl.dot(dout, tl.trans(out), input_precision="ieee")
+        products = tl.dot(dout, tl.trans(out), input_precision=PRECISION)
         delta = tl.sum(tl.where(local[:, None] == local[None, :], products, 0.0), 1)
     else:
         delta = tl.sum(dout * out, 1)
@@ -342,6 +344,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     HAS_DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -415,7 +418,7 @@ def _memory_attention_bwd_dkey_value_kernel(
             q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
             q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
         largest, log_sum = _load_statistics(statistics_ptr + rows, num_tokens, mask_t)
-        products = tl.dot(k, tl.trans(q), input_precision="ieee")
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = _probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
@@ -425,7 +428,7 @@ def _memory_attention_bwd_dkey_value_kernel(
         else:
             dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
             dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
         if HAS_DROPOUT:
             key_a, key_b = dropout_row_keys(seed, first_score_row + rows)
@@ -434,9 +437,9 @@ def _memory_attention_bwd_dkey_value_kernel(
             dp = tl.where(keep, dp * keep_scale, 0.0)
         else:
             kept = p
-        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="ieee")
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     dk = dk * scale
     if HAS_DROPOUT:
@@ -493,6 +496,7 @@ def _memory_attention_bwd_dquery_kernel(
     HAS_DROPOUT: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     SPECIALIZED: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -561,19 +565,19 @@ def _memory_attention_bwd_dquery_kernel(
             k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
             # a masked slot is not even read: 0 * NaN would reach every row
             k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = _probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
         if DESCRIPTORS:
             v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)
         else:
             v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
             v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
             dp = tl.where(keep, dp * keep_scale, 0.0)
         ds = tl.where(visible, p * (dp - delta[:, None]), 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq = dq * scale
     dq_rows = (b * num_tokens + offs_t64) * num_heads + h
@@ -604,7 +608,8 @@ def _constants(
     causal: bool,
     mask: Tensor | None,
     seed: Tensor | None,
-) -> dict[str, int]:
+    tf32: bool,
+) -> dict[str, int | str]:
     """Of every kernel that has scores."""
     return {
         "HEAD_WIDTH": head_width,
@@ -613,6 +618,7 @@ def _constants(
         "HAS_DROPOUT": seed is not None,
         "DESCRIPTORS": config.form != "pointers",
         "SPECIALIZED": config.form == "specialized",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "BLOCK_T": config.block_tokens,
         "BLOCK_N": config.block_slots,
         "BLOCK_K": _block_k(head_width),
@@ -650,6 +656,17 @@ def _is_ragged(*tensors: Tensor) -> bool:
         (tensor.storage_offset() * tensor.element_size()) % 16
         or any(s % 16 for s in _strides(tensor))
         for tensor in tensors
+    )
+
+
+def _tf32(*tensors: Tensor) -> bool:
+    """Whether products of float32 go by TF32 tensor cores: where PyTorch was asked for that, by
+    ``torch.set_float32_matmul_precision`` or a newer way.
+    """
+    return (
+        tensors[0].dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        and tables.takes_tf32(launch.target_of(tensors[0]), _is_ragged(*tensors))
     )
 
 
@@ -723,7 +740,8 @@ def memory_attention_forward(
     query, key, value = map(launch.last_contiguous, (query, key, value))
     mask = None if slot_mask is None else slot_mask.view(torch.uint8)
     inputs = (query, key, value, mask, seed)
-    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p)
+    tf32 = _tf32(query, key, value)
+    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p, tf32)
     block_k = _block_k(head_width)
 
     def library_kernel() -> str | None:
@@ -754,6 +772,7 @@ def memory_attention_forward(
             num_slots,
             _takes_descriptors(mask, query, key, value),
             seed is not None,
+            tf32,
         )
 
     def arguments() -> launch.Arguments:
@@ -769,7 +788,7 @@ def memory_attention_forward(
             1.0 / (1.0 - dropout_p),
             _heads_per_group(batch * num_heads, num_slots, head_width, key.element_size()),
         )
-        constants = _constants(config, head_width, causal, mask, seed)
+        constants = _constants(config, head_width, causal, mask, seed, tf32)
         num_blocks = triton.cdiv(num_tokens, config.block_tokens)
         return (batch * num_heads * num_blocks,), scalars, constants
 
@@ -829,11 +848,13 @@ def memory_attention_backward(
     mask = None if slot_mask is None else slot_mask.view(torch.uint8)
     inputs = (dout, query, key, value, mask, seed, statistics)
     layout = (*inputs, out)
-    launches = launch.launches("memory_attention_backward", layout, causal, scale, dropout_p)
+    tf32 = _tf32(dout, query, key, value, out)
+    options = (causal, scale, dropout_p, tf32)
+    launches = launch.launches("memory_attention_backward", layout, *options)
     num_pairs = batch * num_heads
     block_k = _block_k(head_width)
 
-    def known() -> tuple[str, torch.dtype, int, bool, int, bool, bool]:
+    def known() -> tuple[str, torch.dtype, int, bool, int, bool, bool, bool]:
         return (
             launch.target_of(query),
             query.dtype,
@@ -842,12 +863,14 @@ def memory_attention_backward(
             num_slots,
             _takes_descriptors(mask, dout, query, key, value),
             seed is not None,
+            tf32,
         )
 
     def delta_arguments() -> launch.Arguments:
         block_tokens = tables.attention_delta_rows(query.dtype, block_k)
         constants = {
             "HEAD_WIDTH": head_width,
+            "PRECISION": "tf32" if tf32 else "ieee",
             "BLOCK_T": block_tokens,
             "BLOCK_K": block_k,
             "num_warps": 4,
@@ -871,7 +894,7 @@ def memory_attention_backward(
             1.0 / (1.0 - dropout_p),
             _heads_per_group(num_pairs, shared_rows, head_width, query.element_size()),
         )
-        constants = _constants(config, head_width, causal, mask, seed)
+        constants = _constants(config, head_width, causal, mask, seed, tf32)
         return (num_programs,), scalars, constants
 
     def dquery_config() -> tables.AttentionConfig:

@@ -167,6 +167,63 @@ FLOAT32_GFX942: dict[int, AttentionConfig] = {
     256: AttentionConfig(16, 16, 4, 1),  # (324, 338, 16) at most
 }
 
+# float32 by TF32 tensor cores, for who asked PyTorch for that: 4 bytes an element, and no form but
+# pointers. The largest tiles that do not spill with a slot mask, dropout and heads of 80 columns.
+FORWARD_TF32: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(64, 64, 4, 2),  # (181, 168, 48)
+        128: AttentionConfig(32, 32, 4, 2),  # (143, 168, 52)
+        256: AttentionConfig(32, 32, 8, 2),  # (141, 178, 100)
+    },
+    # wgmma wants 64 rows
+    "sm_90": {
+        64: AttentionConfig(64, 64, 4, 2),  # (179, 223, 80)
+        128: AttentionConfig(64, 32, 8, 2),  # (140, 174, 96)
+        256: AttentionConfig(64, 32, 8, 2),  # (206, 250, 192)
+    },
+    "small": {
+        64: AttentionConfig(64, 64, 4, 2),  # (150, 185, 48) at most
+        128: AttentionConfig(32, 32, 4, 2),  # (143, 176, 52) at most
+        256: AttentionConfig(16, 32, 8, 1),  # (121, 128, 50) at most
+    },
+}
+DKEY_VALUE_TF32: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(32, 32, 8, 2),  # (126, 126, 44)
+        128: AttentionConfig(32, 32, 8, 1),  # (128, 135, 84)
+        256: AttentionConfig(16, 32, 8, 1),  # (168, 178, 114)
+    },
+    "sm_90": {
+        64: AttentionConfig(32, 64, 8, 2),  # (148, 181, 56)
+        128: AttentionConfig(16, 64, 8, 1),  # (166, 188, 88)
+        256: AttentionConfig(32, 32, 8, 1),  # (182, 186, 164)
+    },
+    "small": {
+        64: AttentionConfig(32, 32, 8, 2),  # (102, 128, 44) at most
+        128: AttentionConfig(32, 32, 8, 1),  # (128, 146, 84) at most
+        256: AttentionConfig(16, 16, 8, 1),  # (108, 146, 81) at most
+    },
+}
+DQUERY_TF32: _Attention = {
+    "sm_80": {
+        64: AttentionConfig(64, 32, 8, 2),  # (172, 216, 52)
+        128: AttentionConfig(32, 32, 8, 2),  # (126, 142, 80)
+        256: AttentionConfig(32, 32, 8, 2),  # (168, 186, 160)
+    },
+    "sm_90": {
+        64: AttentionConfig(64, 32, 8, 2),  # (114, 141, 64)
+        128: AttentionConfig(64, 32, 8, 2),  # (137, 172, 128)
+        256: AttentionConfig(32, 32, 8, 2),  # (142, 190, 160)
+    },
+    "small": {
+        64: AttentionConfig(64, 32, 8, 2),  # (176, 206, 52) at most
+        128: AttentionConfig(32, 32, 8, 2),  # (128, 180, 80) at most
+        256: AttentionConfig(32, 16, 8, 1),  # (188, 186, 96) at most
+    },
+}
+for _table in (FORWARD_TF32, DKEY_VALUE_TF32, DQUERY_TF32):
+    _table["sm_100"] = _table["sm_90"]
+
 # Heads whose rows are not 16-byte aligned (odd widths, odd strides): every element has an address
 # of its own, which takes the registers of larger tiles. float32 above 128 spills all the same: up
 # to 76 words in dK and dV, 70 in dQ.
@@ -297,9 +354,12 @@ def _attention(
     dtype: torch.dtype,
     block_k: int,
     is_ragged: bool,
+    tf32: _Attention | None,
 ) -> AttentionConfig:
     # heads narrower than 64 take the tiles of 64
     width = max(64, block_k)
+    if tf32 is not None:
+        return tf32[target][width]
     if dtype == torch.float32:
         if target == "gfx942":
             return FLOAT32_GFX942[width]
@@ -308,6 +368,11 @@ def _attention(
         return by_target[target][width]
     # a warp of gfx942 has 64 lanes, and more registers a lane for fewer warps
     return ragged[width]._replace(num_warps=4) if target == "gfx942" else ragged[width]
+
+
+def takes_tf32(target: str, is_ragged: bool) -> bool:
+    """Whether there are kernels of float32 by TF32 tensor cores."""
+    return target in FORWARD_TF32 and not is_ragged
 
 
 def _measured(
@@ -345,13 +410,15 @@ def attention_forward(
     num_slots: int,
     takes_descriptors: bool,
     has_dropout: bool,
+    tf32: bool,
 ) -> AttentionConfig:
-    """``num_pairs``: batch times heads."""
+    """``num_pairs``: batch times heads; ``tf32``: of float32 by TF32 tensor cores."""
     tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
     by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
     config = _measured("forward", *by_form)
     if config is None:
-        config = _attention(*tables, target, dtype, block_k, is_ragged)
+        by_tf32 = FORWARD_TF32 if tf32 else None
+        config = _attention(*tables, target, dtype, block_k, is_ragged, by_tf32)
     num_programs = num_pairs * -(-num_tokens // config.block_tokens)
     if config.block_tokens == 128 and num_programs < _ONE_WAVE and target.startswith("sm_"):
         config = FORWARD_16BIT_FEW[max(64, block_k)]
@@ -374,14 +441,16 @@ def attention_dkey_value(
     num_slots: int,
     takes_descriptors: bool,
     has_dropout: bool,
+    tf32: bool,
 ) -> AttentionConfig:
     by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
     measured = _measured("dkey_value", *by_form)
     if measured is not None:
         return measured
     tables = (DKEY_VALUE_16BIT, DKEY_VALUE_FLOAT32, RAGGED_DKEY_VALUE, RAGGED_FLOAT32)
-    config = _attention(*tables, target, dtype, block_k, is_ragged)
-    if dtype == torch.float32 and not is_ragged:
+    by_tf32 = DKEY_VALUE_TF32 if tf32 else None
+    config = _attention(*tables, target, dtype, block_k, is_ragged, by_tf32)
+    if dtype == torch.float32 and not is_ragged and not tf32:
         config = DKEY_VALUE_FLOAT32_FITTED.get((target, block_k), config)
     if has_dropout:
         # triton 3.6 at width 256 on sm_90: 10 words are spilled by dropout with three stages, none
@@ -411,13 +480,15 @@ def attention_dquery(
     num_slots: int,
     takes_descriptors: bool,
     has_dropout: bool,
+    tf32: bool,
 ) -> AttentionConfig:
     by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
     measured = _measured("dquery", *by_form)
     if measured is not None:
         return measured
     tables = (DQUERY_16BIT, DQUERY_FLOAT32, RAGGED_DQUERY, RAGGED_DQUERY_FLOAT32)
-    return _for_slots(_attention(*tables, target, dtype, block_k, is_ragged), num_slots)
+    by_tf32 = DQUERY_TF32 if tf32 else None
+    return _for_slots(_attention(*tables, target, dtype, block_k, is_ragged, by_tf32), num_slots)
 
 
 def attention_delta_rows(dtype: torch.dtype, block_k: int) -> int:
