@@ -11,7 +11,8 @@
 //   dkey      slots     queries   dS^T                     Q
 //   dvalue    slots     queries   (P * dropout)^T          dO
 //
-// with dP = dO V^T. Nothing is shared between blocks: no atomics, and the same bits every time.
+// with dP = dO V^T; dkey and dvalue are one pass where there are registers for both results.
+// Nothing is shared between blocks: no atomics, and the same bits every time.
 //
 // For few slots a block has no more warps than its rows need, and a tile leaves out groups of 8
 // slots past the last one. dkey and dvalue are one launch; where that would be too few blocks to
@@ -63,21 +64,31 @@ struct Job {
   bool vectors;             // rows start at multiples of 16 bytes and are whole ones
 };
 
-template <class T, int kWidth>
+// kCopies: whether the device copies into shared memory while a warp goes on, from sm_80 on, which
+// have 99 KiB or more of it for a block. Then tiles of 16-bit elements are loaded a step ahead.
+template <class T, int kWidth, bool kCopies>
 struct Tiles {
   static constexpr bool kIsFloat = sizeof(T) == 4;
+  static_assert(!kIsFloat || !kCopies);
   // at most: blocks that own fewer rows have fewer
-  static constexpr int kWarps = kWidth == 256 ? (kIsFloat ? 1 : 2) : (kIsFloat ? 2 : 4);
-  // on a multiprocessor, where 128 registers do; where they do not, registers are worth more
-  static constexpr int kBlocks = kIsFloat || kWidth > 64 ? 1 : 4;
+  static constexpr int kWarps = kWidth < 256 ? (kIsFloat ? 2 : 4)
+                                             : (kIsFloat  ? 1
+                                                : kCopies ? 4
+                                                          : 2);
+  // on a multiprocessor at least, where 168 registers do; else registers are worth more
+  static constexpr int kBlocks = kIsFloat || kWidth > 64 || kCopies ? 1 : 3;
   static constexpr int kOther = kIsFloat ? (kWidth == 256 ? 8 : 16) : (kWidth == 256 ? 16 : 32);
+  static constexpr int kStages = kCopies ? 2 : 1;
   // 16 bytes more than a power of two: rows start in different banks
   static constexpr int kStride = kWidth + 16 / static_cast<int>(sizeof(T));
   // of what is left out where a tile ends early: the products with weights take 16 rows
   static constexpr int kUnit = kIsFloat ? 8 : 16;
+  static_assert(kOther % kUnit == 0);
+  // dkey and dvalue in one pass, where there are registers for both results
+  static constexpr bool kMerged = kCopies && kWidth < 256;
 
   static constexpr int bytes(int warps, bool owns_two) {
-    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * kOther;
+    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * kStages * kOther;
     // float32 hands its weights from lane to lane through memory
     const int weights = kIsFloat ? 16 * warps * (kOther + 1) : 0;
     return (rows * kStride + weights) * static_cast<int>(sizeof(T));
@@ -88,10 +99,10 @@ __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b 
 __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Rows [first, first + rows) of a (batch, head) into shared memory, a Unit at a time.
-template <class Unit, class T, int kWidth>
+template <class Unit, class T, class Tile, int kWidth>
 __device__ __forceinline__ void load_units(T* tile, const Job& job, const View& view, int64_t b,
                                            int64_t h, int64_t first, int rows, bool are_slots) {
-  constexpr int kStride = Tiles<T, kWidth>::kStride;
+  constexpr int kStride = Tile::kStride;
   constexpr int kUnit = static_cast<int>(sizeof(Unit) / sizeof(T)), kUnits = kWidth / kUnit;
   // a thread's loads in flight: a block of one warp has many, and nobody else to hide them
   constexpr int kBatch = 4;
@@ -123,24 +134,47 @@ __device__ __forceinline__ void load_units(T* tile, const Job& job, const View& 
   }
 }
 
-template <class T, int kWidth>
+// The same by copies that land later.
+template <class T, class Tile, int kWidth>
+__device__ __forceinline__ void copy_units(T* tile, const Job& job, const View& view, int64_t b,
+                                           int64_t h, int64_t first, int rows, bool are_slots) {
+  constexpr int kUnit = 16 / static_cast<int>(sizeof(T)), kUnits = kWidth / kUnit;
+  const MemoryAttention& args = job.args;
+  const int width = static_cast<int>(args.width);
+  const int64_t limit = are_slots ? args.slots : args.tokens;
+  const T* const source =
+      static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
+  const uint8_t* const mask = are_slots && args.slot_mask != nullptr
+                                  ? args.slot_mask + b * args.mask_batch_stride
+                                  : nullptr;
+  for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
+    const int row = i / kUnits, column = i % kUnits * kUnit;
+    const int64_t index = first + row;
+    // 0 * NaN is NaN: a masked slot must not come near
+    const bool there = column < width && index < limit &&
+                       (mask == nullptr || mask[index * args.mask_slot_stride] != 0);
+    lm2_copy_async(tile + row * Tile::kStride + column,
+                   there ? source + index * view.row_stride + column : source, there);
+  }
+}
+
+template <class T, class Tile, int kWidth>
 __device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
                                           int64_t h, int64_t first, int rows, bool are_slots) {
   if (job.vectors) {
-    load_units<float4, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    if constexpr (Tile::kStages > 1) {
+      copy_units<T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    } else {
+      load_units<float4, T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    }
   } else {
-    load_units<T, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    load_units<T, T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
   }
 }
 
 // Whether a tile that ends after `count` rows reaches the row `start`. All threads agree.
 __device__ __forceinline__ bool reaches(int start, int count) {
   return start == 0 || start < count;
-}
-
-template <class T>
-__device__ __forceinline__ uint32_t pair_at(const T* address) {
-  return *reinterpret_cast<const uint32_t*>(address);
 }
 
 template <class T>
@@ -156,14 +190,15 @@ __device__ __forceinline__ uint32_t as_pair(T low, T high) {
 
 // sum (16 x kOther) = owned rows times the first `count` other rows, over the head's width; 0 for
 // whole groups of 8 past them.
-template <class T, int kWidth>
-__device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther / 8][4],
-                                          const T* owned, const T* other, int count) {
-  constexpr int kStride = Tiles<T, kWidth>::kStride, kTiles = Tiles<T, kWidth>::kOther / 8;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+template <class T, class Tile, int kWidth>
+__device__ __forceinline__ void scores_of(float (&sum)[Tile::kOther / 8][4], const T* owned,
+                                          const T* other, int count) {
+  constexpr int kStride = Tile::kStride, kTiles = Tile::kOther / 8;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kTiles; ++n) sum[n][0] = sum[n][1] = sum[n][2] = sum[n][3] = 0.0f;
-  if constexpr (Tiles<T, kWidth>::kIsFloat) {
+  if constexpr (Tile::kIsFloat) {
+    const int g = lane / 4, t = lane % 4;
     // a chain of 32 terms at a time: shorter chains round less
     for (int start = 0; start < kWidth; start += 32) {
 #pragma unroll
@@ -183,30 +218,35 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther 
       }
     }
   } else {
+    // the rows that this lane names of the left operand, and of two tiles of the right one
+    const T* const left = owned + lane % 16 * kStride + lane / 16 * 8;
+    const T* const right = other + (lane / 16 * 8 + lane % 8) * kStride + lane / 8 % 2 * 8;
 #pragma unroll 4
     for (int k = 0; k < kWidth; k += 16) {
-      const T* const a_row = owned + g * kStride + k + 2 * t;
-      const uint32_t a[4] = {pair_at(a_row), pair_at(a_row + 8 * kStride), pair_at(a_row + 8),
-                             pair_at(a_row + 8 * kStride + 8)};
+      uint32_t a[4];
+      lm2_load_matrices<false>(a, left + k);
 #pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
+      for (int n = 0; n < kTiles; n += 2) {
         if (!reaches(8 * n, count)) continue;
-        const T* const b_row = other + (8 * n + g) * kStride + k + 2 * t;
-        const uint32_t b[2] = {pair_at(b_row), pair_at(b_row + 8)};
-        lm2_mma_m16n8k16<T>(sum[n], a, b);
+        uint32_t b[4];
+        lm2_load_matrices<false>(b, right + 8 * n * kStride + k);
+        lm2_mma_m16n8k16<T>(sum[n], a, {b[0], b[1]});
+        // of whole groups past the last row there are 0s, whatever lies there
+        if (reaches(8 * (n + 1), count)) lm2_mma_m16n8k16<T>(sum[n + 1], a, {b[2], b[3]});
       }
     }
   }
 }
 
 // result (16 x kWidth) += weights (16 x kOther) times other rows, in whole units up to `count`.
-template <class T, int kWidth>
-__device__ __forceinline__ void add_weighted(
-    float (&result)[kWidth / 8][4], const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
-    const T* other, int count, float* shared_weights) {
-  constexpr int kStride = Tiles<T, kWidth>::kStride, kOther = Tiles<T, kWidth>::kOther;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  if constexpr (Tiles<T, kWidth>::kIsFloat) {
+template <class T, class Tile, int kWidth>
+__device__ __forceinline__ void add_weighted(float (&result)[kWidth / 8][4],
+                                             const float (&weights)[Tile::kOther / 8][4],
+                                             const T* other, int count, float* shared_weights) {
+  constexpr int kStride = Tile::kStride, kOther = Tile::kOther;
+  const int lane = threadIdx.x % 32;
+  if constexpr (Tile::kIsFloat) {
+    const int g = lane / 4, t = lane % 4;
     float* const w = shared_weights + threadIdx.x / 32 * 16 * (kOther + 1);
     __syncwarp();
 #pragma unroll
@@ -245,12 +285,13 @@ __device__ __forceinline__ void add_weighted(
                              as_pair(from_float<T>(low[2]), from_float<T>(low[3])),
                              as_pair(from_float<T>(high[0]), from_float<T>(high[1])),
                              as_pair(from_float<T>(high[2]), from_float<T>(high[3]))};
+      const T* const right = other + (k + lane % 16) * kStride + lane / 16 * 8;
 #pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n) {
-        const T* const column = other + (k + 2 * t) * kStride + 8 * n + g;
-        const uint32_t b[2] = {as_pair(column[0], column[kStride]),
-                               as_pair(column[8 * kStride], column[9 * kStride])};
-        lm2_mma_m16n8k16<T>(result[n], a, b);
+      for (int n = 0; n < kWidth / 8; n += 2) {
+        uint32_t b[4];
+        lm2_load_matrices<true>(b, right + 8 * n);
+        lm2_mma_m16n8k16<T>(result[n], a, {b[0], b[1]});
+        lm2_mma_m16n8k16<T>(result[n + 1], a, {b[2], b[3]});
       }
     }
   }
@@ -278,34 +319,36 @@ struct Token {
   dropout::RowKeys keys;
 };
 
-template <class T, int kWidth, Pass kPass>
+template <class T, class Tile, int kWidth, Pass kPass>
 __device__ __forceinline__ void attention(const Job& job) {
-  using Tile = Tiles<T, kWidth>;
-  constexpr int kOther = Tile::kOther, kStride = Tile::kStride;
-  constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue;
+  constexpr int kOther = Tile::kOther, kStride = Tile::kStride, kStages = Tile::kStages;
+  constexpr bool kMerged = kPass == Pass::dkey_value;
+  constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue || kMerged;
   constexpr bool kNeedsDp = needs_dp(kPass);
   const MemoryAttention& args = job.args;
   const int own_rows = 16 * static_cast<int>(blockDim.x / 32);
   LM2_DYNAMIC_SHARED(T, shared);
   T* const owned1 = shared;                                  // Q, or K
   T* const owned2 = owned1 + kNeedsDp * own_rows * kStride;  // dO, or V, where it is needed
-  T* const other1 = owned2 + own_rows * kStride;             // K, or Q
-  T* const other2 = other1 + kOther * kStride;               // V, or dO
-  float* const weights_memory = reinterpret_cast<float*>(other2 + kOther * kStride);
+  T* const others = owned2 + own_rows * kStride;             // (stages, 2): K and V, or Q and dO
+  constexpr int kTile = kOther * kStride;
+  float* const weights_memory = reinterpret_cast<float*>(others + 2 * kStages * kTile);
 
   const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
   const int64_t blocks = divide_up(owned_count, own_rows);
   const int64_t parts = kOwnsSlots ? job.parts : 1, part = blockIdx.x / blocks % parts;
   const int64_t head_index = blockIdx.x / blocks / parts;
   const int64_t b = head_index / args.heads, h = head_index % args.heads;
-  const int64_t first = blockIdx.x % blocks * own_rows;
+  // those with most to do first: the last tokens see the most slots, the first slots are seen most
+  const int64_t block = blockIdx.x % blocks;
+  const int64_t first = (kOwnsSlots ? block : blocks - 1 - block) * own_rows;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 
-  load_tile<T, kWidth>(owned1, job, kOwnsSlots ? args.key : args.query, b, h, first, own_rows,
-                       kOwnsSlots);
+  load_tile<T, Tile, kWidth>(owned1, job, kOwnsSlots ? args.key : args.query, b, h, first, own_rows,
+                             kOwnsSlots);
   if constexpr (kNeedsDp) {
-    load_tile<T, kWidth>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h, first, own_rows,
-                         kOwnsSlots);
+    load_tile<T, Tile, kWidth>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h, first,
+                               own_rows, kOwnsSlots);
   }
 
   // its sign is put on the product; of a scale of 0 too, as 0 times what is hidden, -inf, is NaN
@@ -330,7 +373,8 @@ __device__ __forceinline__ void attention(const Job& job) {
     for (int i = 0; i < 2; ++i) tokens[i] = token_of(first + 16 * warp + g + 8 * i);
   }
 
-  float result[kPass == Pass::delta ? 1 : kWidth / 8][4] = {};
+  // merged: dkey, and then dvalue
+  float result[kMerged ? 2 : 1][kPass == Pass::delta ? 1 : kWidth / 8][4] = {};
   // forward: the running maximum and sum; delta: the sums of P and of P * dP
   float running[2][2] = {{kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f},
                          {kPass == Pass::forward ? -INFINITY : 0.0f, 0.0f}};
@@ -350,21 +394,44 @@ __device__ __forceinline__ void attention(const Job& job) {
       end = smaller(end, args.slot_offset + smaller(first + own_rows, args.tokens));
     }
   }
+  const auto count_of = [&](int64_t tile) { return static_cast<int>(smaller(kOther, end - tile)); };
+  const auto load_others = [&](int64_t tile, T* other) {
+    const int rows = (count_of(tile) + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit;
+    load_tile<T, Tile, kWidth>(other + kTile, job, kOwnsSlots ? job.dout : args.value, b, h, tile,
+                               rows, !kOwnsSlots);
+    load_tile<T, Tile, kWidth>(other, job, kOwnsSlots ? args.query : args.key, b, h, tile, rows,
+                               !kOwnsSlots);
+    if constexpr (kStages > 1) lm2_copies_end();
+  };
+  if constexpr (kStages > 1) {
+    if (begin < end) {
+      load_others(begin, others);
+    } else {
+      lm2_copies_end();
+    }
+  }
+  int stage = 0;
   for (int64_t tile = begin; tile < end; tile += kOther) {
-    const int count = static_cast<int>(smaller(kOther, end - tile));
-    const int rows = (count + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit;
-    // not before all warps have done with the last tile
-    __syncthreads();
-    load_tile<T, kWidth>(other2, job, kOwnsSlots ? job.dout : args.value, b, h, tile, rows,
-                         !kOwnsSlots);
-    load_tile<T, kWidth>(other1, job, kOwnsSlots ? args.query : args.key, b, h, tile, rows,
-                         !kOwnsSlots);
+    const int count = count_of(tile);
+    T* const other1 = others + stage * 2 * kTile;  // K, or Q
+    T* const other2 = other1 + kTile;              // V, or dO
+    if constexpr (kStages > 1) {
+      stage ^= 1;
+      if (tile + kOther < end) {
+        load_others(tile + kOther, others + stage * 2 * kTile);
+        lm2_copies_landed<1>();
+      } else {
+        lm2_copies_landed<0>();
+      }
+    } else {
+      load_others(tile, others);
+    }
     __syncthreads();
     float s[kOther / 8][4];
-    scores_of<T, kWidth>(s, owned1 + 16 * warp * kStride, other1, count);
+    scores_of<T, Tile, kWidth>(s, owned1 + 16 * warp * kStride, other1, count);
     float dp[kNeedsDp ? kOther / 8 : 1][4];
     if constexpr (kNeedsDp) {
-      scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2, count);
+      scores_of<T, Tile, kWidth>(dp, owned2 + 16 * warp * kStride, other2, count);
     }
     const float factor = static_cast<float>(args.scale);
     const float keep_factor = static_cast<float>(args.keep_factor);
@@ -400,14 +467,16 @@ __device__ __forceinline__ void attention(const Job& job) {
             const uint32_t bits = dropout::bits(token.keys, static_cast<uint32_t>(slot));
             keep = bits >= args.drop_threshold ? keep_factor : 0.0f;
           }
+          // keep_factor comes last: here it could exceed float16
+          const float kept = keep == 0.0f ? 0.0f : p;
           if constexpr (kPass == Pass::dvalue) {
-            // keep_factor comes last: here it could exceed float16
-            s[n][i] = keep == 0.0f ? 0.0f : p;
+            s[n][i] = kept;
           } else if constexpr (kPass == Pass::delta) {
             running[i / 2][0] += p;
             if (visible) running[i / 2][1] += p * (dp[n][i] * keep);
           } else {
             s[n][i] = visible ? p * (dp[n][i] * keep - token.delta) * factor : 0.0f;
+            if constexpr (kMerged) dp[n][i] = kept;
           }
         }
       }
@@ -445,22 +514,30 @@ __device__ __forceinline__ void attention(const Job& job) {
         running[row][1] = running[row][1] * shrink + sum;
 #pragma unroll
         for (int n = 0; n < kWidth / 8; ++n) {
-          result[n][2 * row] *= shrink;
-          result[n][2 * row + 1] *= shrink;
+          result[0][n][2 * row] *= shrink;
+          result[0][n][2 * row + 1] *= shrink;
         }
       }
     }
     if constexpr (kPass != Pass::delta) {
-      constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey;
-      add_weighted<T, kWidth>(result, s, kTakesFirst ? other1 : other2, count, weights_memory);
+      constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey || kMerged;
+      const T* const y = kTakesFirst ? other1 : other2;
+      add_weighted<T, Tile, kWidth>(result[0], s, y, count, weights_memory);
     }
+    if constexpr (kMerged) {
+      add_weighted<T, Tile, kWidth>(result[1], dp, other2, count, weights_memory);
+    }
+    // before a tile is written over
+    __syncthreads();
   }
+  // of a block that no token sees
+  if constexpr (kStages > 1) lm2_copies_landed<0>();
 
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
     const int64_t own = first + 16 * warp + g + 8 * row;
-    constexpr bool kDrops = kPass == Pass::forward || kPass == Pass::dvalue;
-    float factor = kDrops && args.seed != nullptr ? static_cast<float>(args.keep_factor) : 1.0f;
+    const float keep_factor = args.seed != nullptr ? static_cast<float>(args.keep_factor) : 1.0f;
+    float factor = kPass == Pass::forward ? keep_factor : 1.0f;
     if constexpr (kPass == Pass::forward) {
       const float sum = quad_sum(running[row][1]);
       // a sum of 0 does not tell: scores of -inf have that too, and are NaN like any softmax
@@ -479,41 +556,62 @@ __device__ __forceinline__ void attention(const Job& job) {
       continue;
     }
     if (own >= owned_count) continue;
-    int64_t offset = (b * args.tokens + own) * args.heads + h;
-    if constexpr (kOwnsSlots) {
-      offset = (((b * parts + part) * args.slots + own) * 2 + (kPass == Pass::dvalue)) * args.heads;
-      offset += h;
-    }
-    offset *= args.width;
-    const auto write = [&]<class S>(S* out) {
+    const auto write = [&]<class S>(S* out, const auto& values, float times) {
 #pragma unroll
       for (int n = 0; n < (kPass == Pass::delta ? 1 : kWidth / 8); ++n) {
         for (int i = 0; i < 2; ++i) {
           const int column = 8 * n + 2 * t + i;
-          if (column < args.width) out[column] = from_float<S>(result[n][2 * row + i] * factor);
+          if (column < args.width) out[column] = from_float<S>(values[n][2 * row + i] * times);
         }
       }
     };
-    if (kOwnsSlots && parts > 1) {
-      write(job.sums + offset);
+    if constexpr (kOwnsSlots) {
+      // (B, parts, N, 2, H, K)
+      const int64_t slot_row = (b * parts + part) * args.slots + own;
+      const int64_t dkey = (2 * slot_row * args.heads + h) * args.width;
+      const int64_t dvalue = dkey + args.heads * args.width;
+      const auto write_both = [&](auto* out) {
+        if constexpr (kPass != Pass::dvalue) write(out + dkey, result[0], 1.0f);
+        if constexpr (kPass != Pass::dkey) write(out + dvalue, result[kMerged], keep_factor);
+      };
+      if (parts > 1) {
+        write_both(job.sums);
+      } else {
+        write_both(static_cast<T*>(job.result));
+      }
     } else {
-      write(static_cast<T*>(job.result) + offset);
+      const int64_t offset = ((b * args.tokens + own) * args.heads + h) * args.width;
+      write(static_cast<T*>(job.result) + offset, result[0], factor);
     }
   }
 }
 
-template <class T, int kWidth, Pass kPass>
-__global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, Tiles<T, kWidth>::kBlocks)
+// Whether a device has kernels of Tiles with these kCopies: of two each has one.
+template <class T, bool kCopies>
+__device__ constexpr bool is_compiled() {
+#ifdef __CUDA_ARCH__
+  return sizeof(T) == 4 || kCopies == (__CUDA_ARCH__ >= 800);
+#else
+  return true;
+#endif
+}
+
+template <class T, int kWidth, Pass kPass, bool kCopies>
+__global__ void __launch_bounds__(Tiles<T, kWidth, kCopies>::kWarps * 32,
+                                  Tiles<T, kWidth, kCopies>::kBlocks)
     attention_kernel(const Job job) {
-  // the two that own slots are one launch
-  if constexpr (kPass == Pass::dkey_value) {
+  using Tile = Tiles<T, kWidth, kCopies>;
+  if constexpr (!is_compiled<T, kCopies>()) {
+    __trap();
+  } else if constexpr (kPass == Pass::dkey_value && !Tile::kMerged) {
+    // two passes are one launch
     if (blockIdx.y == 0) {
-      attention<T, kWidth, Pass::dkey>(job);
+      attention<T, Tile, kWidth, Pass::dkey>(job);
     } else {
-      attention<T, kWidth, Pass::dvalue>(job);
+      attention<T, Tile, kWidth, Pass::dvalue>(job);
     }
   } else {
-    attention<T, kWidth, kPass>(job);
+    attention<T, Tile, kWidth, kPass>(job);
   }
 }
 
@@ -569,24 +667,25 @@ struct Split {
 };
 
 // 16 a warp, and evenly.
-template <class T, int kWidth>
+template <class Tile>
 Split split_of(int64_t rows) {
-  constexpr int64_t kWarps = Tiles<T, kWidth>::kWarps;
+  constexpr int64_t kWarps = Tile::kWarps;
   const int64_t groups = divide_up(rows, 16), blocks = divide_up(groups, kWarps);
   return {blocks, static_cast<int>(divide_up(groups, blocks))};
 }
 
-template <class T, int kWidth, Pass kPass>
+template <class T, int kWidth, bool kCopies, Pass kPass>
 cudaError_t launch(const Job& job, cudaStream_t stream) {
-  using Tile = Tiles<T, kWidth>;
+  using Tile = Tiles<T, kWidth, kCopies>;
   constexpr bool kOwnsSlots = kPass == Pass::dkey_value;
-  const Split split = split_of<T, kWidth>(kOwnsSlots ? job.args.slots : job.args.tokens);
+  const Split split = split_of<Tile>(kOwnsSlots ? job.args.slots : job.args.tokens);
   const int64_t blocks =
       split.blocks * (kOwnsSlots ? job.parts : 1) * job.args.batch * job.args.heads;
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
-  const auto kernel = attention_kernel<T, kWidth, kPass>;
+  const auto kernel = attention_kernel<T, kWidth, kPass, kCopies>;
   constexpr int kMostBytes = Tile::bytes(Tile::kWarps, needs_dp(kPass));
-  static_assert(kMostBytes <= 64 * 1024);  // all that a block has on sm_75
+  // all that a block has on sm_75, and on sm_86, sm_89 and sm_120
+  static_assert(kMostBytes <= (kCopies ? 99 : 64) * 1024);
   if constexpr (kMostBytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -596,17 +695,18 @@ cudaError_t launch(const Job& job, cudaStream_t stream) {
       return error;
     }
   }
-  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), kOwnsSlots ? 2 : 1),
+  LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), kOwnsSlots && !Tile::kMerged ? 2 : 1),
              dim3(split.warps * 32), Tile::bytes(split.warps, needs_dp(kPass)), stream, job);
   return cudaGetLastError();
 }
 
 // In how many parts of the tokens dkey and dvalue are summed: as many as fill a GPU.
-template <class T, int kWidth>
+template <class Tile>
 void choose_parts(Job& job) {
   const MemoryAttention& args = job.args;
-  const Split split = split_of<T, kWidth>(args.slots);
-  const int64_t warps = 2 * split.blocks * split.warps * args.batch * args.heads;
+  const Split split = split_of<Tile>(args.slots);
+  const int64_t passes = Tile::kMerged ? 1 : 2;
+  const int64_t warps = passes * split.blocks * split.warps * args.batch * args.heads;
   int64_t parts = std::min(kWarpsInFlight / warps, args.tokens / kLeastTokens);
   if (parts < kLeastParts) parts = 1;
   job.part_tokens = round_up(divide_up(args.tokens, parts), 32);
@@ -619,13 +719,13 @@ int64_t sums_of(const Job& job) {
   return job.parts > 1 ? job.parts * args.batch * args.slots * 2 * args.heads * args.width : 0;
 }
 
-template <class T, int kWidth>
+template <class T, int kWidth, bool kCopies>
 cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t stream) {
   const int64_t rows = args.batch * args.heads * args.tokens;
   job.delta = static_cast<float*>(args.workspace);
   cudaError_t error = cudaSuccess;
   if constexpr (sizeof(T) == 4) {
-    error = launch<T, kWidth, Pass::delta>(job, stream);
+    error = launch<T, kWidth, kCopies, Pass::delta>(job, stream);
   } else {
     if (!fits_grid((rows + 3) / 4)) return cudaErrorInvalidConfiguration;
     LM2_LAUNCH(delta_kernel<T>, dim3(static_cast<unsigned>((rows + 3) / 4)), dim3(128), 0, stream,
@@ -634,13 +734,13 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   }
   if (error == cudaSuccess && args.dquery != nullptr) {
     job.result = args.dquery;
-    error = launch<T, kWidth, Pass::dquery>(job, stream);
+    error = launch<T, kWidth, kCopies, Pass::dquery>(job, stream);
   }
   if (error == cudaSuccess && args.dkey_value != nullptr) {
     job.result = args.dkey_value;
-    choose_parts<T, kWidth>(job);
+    choose_parts<Tiles<T, kWidth, kCopies>>(job);
     job.sums = job.delta + rows;
-    error = launch<T, kWidth, Pass::dkey_value>(job, stream);
+    error = launch<T, kWidth, kCopies, Pass::dkey_value>(job, stream);
     if (error == cudaSuccess && job.parts > 1) {
       const int64_t size = args.slots * 2 * args.heads * args.width;
       const int64_t blocks = divide_up(args.batch * size, 256);
@@ -664,15 +764,30 @@ Job job_of(const MemoryAttention& args, const View& dout) {
   return job;
 }
 
-// Calls run<T, kWidth>() for the op's dtype and the tile that holds its head width.
+// Whether the current device has what kCopies stands for.
+bool device_copies() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 8;
+}
+
+// Calls run<T, kWidth, kCopies>() for the op's dtype, the tile that holds its head width and the
+// device.
 template <class Run>
 cudaError_t dispatch(const MemoryAttention& args, const Run& run) {
   if (args.top_k != 0 || args.width > 256) return cudaErrorInvalidValue;
+  const auto by_device = [&]<class T, int kWidth>() {
+    if constexpr (sizeof(T) == 2) {
+      if (device_copies()) return run.template operator()<T, kWidth, true>();
+    }
+    return run.template operator()<T, kWidth, false>();
+  };
   const auto by_width = [&](auto type) {
     using T = decltype(type);
-    if (args.width <= 64) return run.template operator()<T, 64>();
-    if (args.width <= 128) return run.template operator()<T, 128>();
-    return run.template operator()<T, 256>();
+    if (args.width <= 64) return by_device.template operator()<T, 64>();
+    if (args.width <= 128) return by_device.template operator()<T, 128>();
+    return by_device.template operator()<T, 256>();
   };
   switch (args.dtype) {
     case Dtype::float32:
@@ -693,22 +808,24 @@ cudaError_t memory_attention_forward(const MemoryAttentionForward& args, cudaStr
   Job job = job_of(args, View{});
   job.result = args.out;
   job.new_statistics = static_cast<float*>(args.statistics);
-  return dispatch(
-      args, [&]<class T, int kWidth>() { return launch<T, kWidth, Pass::forward>(job, stream); });
+  return dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
+    return launch<T, kWidth, kCopies, Pass::forward>(job, stream);
+  });
 }
 
 cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaStream_t stream) {
   Job job = job_of(args, args.dout);
   job.statistics = static_cast<const float*>(args.statistics);
-  return dispatch(args,
-                  [&]<class T, int kWidth>() { return backward<T, kWidth>(job, args, stream); });
+  return dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
+    return backward<T, kWidth, kCopies>(job, args, stream);
+  });
 }
 
 int64_t workspace_bytes(const MemoryAttentionBackward& args) {
   Job job = job_of(args, args.dout);
   if (args.dkey_value != nullptr) {
-    dispatch(args, [&]<class T, int kWidth>() {
-      choose_parts<T, kWidth>(job);
+    dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
+      choose_parts<Tiles<T, kWidth, kCopies>>(job);
       return cudaSuccess;
     });
   }

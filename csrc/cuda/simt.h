@@ -51,6 +51,55 @@ __device__ __forceinline__ void lm2_mma_by_shuffles(float (&d)[4], const uint32_
 }
 
 #ifndef CUEMU
+// A 16-byte vector from global into shared memory, or zeros where it is not `there` (then `from` is
+// not read), while the thread goes on: it lies there once lm2_copies_landed says so, for this
+// thread, and after a barrier for the others. From sm_80 on; before, the thread waits.
+__device__ __forceinline__ void lm2_copy_async(void* to, const void* from, bool there) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
+                 "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<float4*>(to) = there ? *static_cast<const float4*>(from) : float4{};
+#endif
+}
+
+// What this thread has begun to copy since the last call is one group.
+__device__ __forceinline__ void lm2_copies_end() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the last kGroups groups of this thread have landed.
+template <int kGroups>
+__device__ __forceinline__ void lm2_copies_landed() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(kGroups) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit elements from shared memory by one warp (PTX's ldmatrix): lane l
+// names row l % 8 of matrix l / 8. Of matrix i, `result[i]` gets row lane / 4 at columns
+// 2 (lane % 4) and one more; kTransposed, rows 2 (lane % 4) and one more of column lane / 4.
+template <bool kTransposed, class T>
+__device__ __forceinline__ void lm2_load_matrices(uint32_t (&result)[4], const T* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(result[0]), "=r"(result[1]), "=r"(result[2]), "=r"(result[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
 // D (16 x 8, float32) += A (16 x 16) B (16 x 8) by one warp, in the fragment layout of PTX's
 // mma.m16n8k16 (row.col). With g = lane / 4 and t = lane % 4, `a` holds rows g and g + 8 at columns
 // 2t, 2t + 1, then both at 2t + 8, 2t + 9; `b` rows 2t, 2t + 1, 2t + 8, 2t + 9 of column g; `d`

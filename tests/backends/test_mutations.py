@@ -386,6 +386,7 @@ FEW_SEEN = _read(1, 512, 40, 1, 16, slot_offset=3)
 CPU = "cpu/memory_update.h"
 CUDA = "cuda/memory_update.cu"
 ATTENTION = "cuda/memory_attention.cu"
+SEVERAL_TILES = _read(1, 20, 100, 1, 16, causal=False)
 NATIVE_MUTANTS = (
     NativeMutant(
         "mean over tokens that did not come",
@@ -642,9 +643,58 @@ NATIVE_MUTANTS = (
     NativeMutant(
         "rows that nobody loaded",
         ATTENTION,
-        "(count + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit",
-        "count",
+        "(count_of(tile) + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit",
+        "count_of(tile)",
         FEW_SLOTS,
+    ),
+    NativeMutant(
+        "a group of slots past the last one that is seen",
+        ATTENTION,
+        "reaches(8 * (n + 1), count)",
+        "true",
+        _read(1, 20, 32, 1, 16),
+    ),
+    NativeMutant(
+        "a stale stage",
+        ATTENTION,
+        "stage ^= 1",
+        "stage ^= 0",
+        SEVERAL_TILES,
+    ),
+    NativeMutant(
+        "the last tile not loaded",
+        ATTENTION,
+        "tile + kOther < end",
+        "tile + 2 * kOther < end",
+        SEVERAL_TILES,
+    ),
+    NativeMutant(
+        "a tile a step ahead of its copies",
+        ATTENTION,
+        "lm2_copies_landed<1>()",
+        "lm2_copies_landed<2>()",
+        SEVERAL_TILES,
+    ),
+    NativeMutant(
+        "dvalue of what dropout dropped",
+        ATTENTION,
+        "dp[n][i] = kept",
+        "dp[n][i] = p",
+        DROPPED,
+    ),
+    NativeMutant(
+        "dkey for dvalue",
+        ATTENTION,
+        "result[kMerged]",
+        "result[0]",
+        READ,
+    ),
+    NativeMutant(
+        "the first matrix of two for both",
+        ATTENTION,
+        "lane / 16 * 8 + lane % 8",
+        "lane % 8",
+        READ,
     ),
     NativeMutant(
         "fewer warps than the rows need",

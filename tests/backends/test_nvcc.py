@@ -53,6 +53,9 @@ def test_attention_uses_tensor_cores():
     for dtype in ("bf16", "f16"):
         assert f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32" in text
     assert "tf32" not in text
+    # operands by whole matrices, tiles by copies that land while another is computed with
+    for instruction in ("ldmatrix.sync", ".x4.trans.shared", "cp.async.cg", "cp.async.wait_group"):
+        assert instruction in text
 
 
 def test_a_spill_would_be_seen(tmp_path):

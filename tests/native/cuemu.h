@@ -9,7 +9,12 @@
 // a missing barrier or an unsynchronised access between blocks is reported as a data race, whatever
 // the order was.
 //
-// Not emulated: asynchronous copies, clusters, the hardware's rounding order inside mma, occupancy.
+// What is copied asynchronously lands at once or not before its thread waits for it, by chance:
+// until then there are NaN patterns. Matrices are loaded as by the instruction, and rows of one
+// that share a bank of shared memory are an error.
+//
+// Not emulated: clusters, their copies and barriers, the hardware's rounding order inside mma,
+// occupancy.
 #pragma once
 #define CUEMU 1
 #include <cuda_bf16.h>
@@ -99,7 +104,12 @@ struct Warp {
   std::map<unsigned, Bar> bar;
   alignas(16) char slot[3][32][16];
 };  // one barrier per mask
+struct Copy {
+  void* to;
+  const void* from;  // null: zeros
+};
 struct Fiber {
+  std::vector<std::vector<Copy>> copies{{}};  // by group, the open one last
   uint3 tid;
   int id = 0;
   void* sp = nullptr;
@@ -171,6 +181,8 @@ inline void entry() {
   CUEMU_ACQ(&m.launch_tag);
   try {
     m.body();
+    if (m.cur->copies.size() > 1 || !m.cur->copies[0].empty())
+      fail("a thread ended with copies that it has not waited for");
   } catch (const std::exception& e) {
     if (m.err.empty()) m.err = e.what();
   }
@@ -331,6 +343,7 @@ void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
       f.id = i;
       f.tid = {i % b.x, i / b.x % b.y, i / b.x / b.y};
       f.done = false;
+      f.copies.assign(1, {});
       f.parity = 0;
       if (!f.stack) {
         char* base = (char*)mmap(0, STACK + 4096, PROT_READ | PROT_WRITE,
@@ -399,6 +412,7 @@ void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
 #define threadIdx (cuemu::M().cur->tid)
 #define blockIdx (cuemu::M().bid)
 #define blockDim (cuemu::M().blk)
+#define __trap() cuemu::fail("a trap")
 #define __syncthreads() cuemu::syncthreads(CUEMU_SITE)
 inline void cuemu_syncwarp(const void* s, unsigned m = 0xffffffffu) { cuemu::syncwarp(m, s); }
 #define __syncwarp(...) cuemu_syncwarp(CUEMU_SITE __VA_OPT__(, ) __VA_ARGS__)
@@ -449,6 +463,73 @@ T atomicAdd(T* p, T v) {  // fibers are not preempted; atomic for TSan and for O
     return o;
   }
 }
+namespace cuemu {
+inline void land(const Copy& copy) {
+  if (copy.from)
+    memcpy(copy.to, copy.from, 16);
+  else
+    memset(copy.to, 0, 16);
+}
+}  // namespace cuemu
+inline void lm2_copy_async(void* to, const void* from, bool there) {
+  if (uintptr_t(to) % 16 || (there && uintptr_t(from) % 16)) cuemu::fail("a misaligned copy");
+  const cuemu::Copy copy = {to, there ? from : nullptr};
+  bool lands = false;
+  {
+    CuemuQuiet quiet;
+    lands = cuemu::M().rnd() % 2;
+    // one that has landed is waited for all the same
+    cuemu::M().cur->copies.back().push_back(lands ? cuemu::Copy{} : copy);
+  }
+  if (lands)
+    cuemu::land(copy);
+  else
+    memset(to, 0xff, 16);
+}
+inline void lm2_copies_end() {
+  CuemuQuiet quiet;
+  cuemu::M().cur->copies.emplace_back();
+}
+template <int kGroups>
+void lm2_copies_landed() {
+  std::vector<cuemu::Copy> landed;
+  {
+    CuemuQuiet quiet;
+    auto& groups = cuemu::M().cur->copies;
+    while (int(groups.size()) - 1 > kGroups) {
+      landed.insert(landed.end(), groups[0].begin(), groups[0].end());
+      groups.erase(groups.begin());
+    }
+  }
+  for (const auto& copy : landed)
+    if (copy.to) cuemu::land(copy);
+}
+template <bool kTransposed, class T>
+void lm2_load_matrices(uint32_t (&result)[4], const T* row) {
+  static_assert(sizeof(T) == 2);
+  if (uintptr_t(row) % 16) cuemu::fail("a misaligned row of a matrix");
+  const auto rows = cuemu::gather(~0u, row, CUEMU_SITE);
+  const int lane = cuemu::lane(), g = lane / 4, t = lane % 4;
+  for (int i = 0; i < 4; i++) {
+    unsigned banks = 0;
+    for (int r = 0; r < 8; r++) banks |= 1u << (uintptr_t(rows.v[8 * i + r]) / 16 % 8);
+    if (banks != 0xff) cuemu::fail("rows of a matrix share a bank of shared memory");
+    T pair[2];
+    for (int j = 0; j < 2; j++)
+      pair[j] = kTransposed ? rows.v[8 * i + 2 * t + j][g] : rows.v[8 * i + g][2 * t + j];
+    memcpy(&result[i], pair, 4);
+  }
+}
+namespace cuemu {
+// of the device's compute capability
+inline int& major() {
+  static int value = getenv("CUEMU_MAJOR") ? atoi(getenv("CUEMU_MAJOR")) : 8;
+  return value;
+}
+}  // namespace cuemu
+#define cudaGetDevice(device) (*(device) = 0, cudaSuccess)
+#define cudaDeviceGetAttribute(value, attribute, device) \
+  (*(value) = cuemu::major(), (void)(attribute), (void)(device), cudaSuccess)
 inline float __expf(float x) { return expf(x); }
 using std::max;
 using std::min;

@@ -117,6 +117,60 @@ __global__ void product(const T* a, const T* b, float* c) {
   for (int i = 0; i < 4; ++i) c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
 
+enum class Wait { right, none, own, no_end, never };
+
+// each thread's neighbour's four values, in two groups of copies of which the second is not used
+__global__ void copied_neighbour(const float* x, float* out, int shift, Wait wait) {
+  LM2_SHARED(shared, float[2][4 * kThreads]);
+  const int i = threadIdx.x;
+  for (int stage = 0; stage < 2; ++stage) {
+    lm2_copy_async(&shared[stage][4 * i], x + 4 * i + shift, true);
+    if (wait != Wait::no_end) lm2_copies_end();
+  }
+  if (wait != Wait::none) lm2_copies_landed<1>();
+  if (wait != Wait::own) __syncthreads();
+  for (int j = 0; j < 4; ++j) out[4 * i + j] = shared[0][4 * ((i + 1) % kThreads) + j];
+  if (wait != Wait::never) lm2_copies_landed<0>();
+}
+
+__global__ void copies_zeros(const float* x, float* out) {
+  LM2_SHARED(shared, float[4 * kThreads]);
+  lm2_copy_async(&shared[4 * threadIdx.x], x + 4 * threadIdx.x, threadIdx.x % 2 == 0);
+  lm2_copies_end();
+  lm2_copies_landed<0>();
+  for (int j = 0; j < 4; ++j) out[4 * threadIdx.x + j] = shared[4 * threadIdx.x + j];
+}
+
+// a product whose fragments are loaded as matrices: of A whole, of B transposed, and of B^T as it
+// is
+template <class T>
+__global__ void product_of_matrices(const T* a, const T* b, float* c, int stride, int shift) {
+  LM2_SHARED(shared, T[3 * 16 * 32 + 64]);
+  T* const left = shared;
+  T* const right = left + 16 * stride;
+  T* const right_transposed = right + 16 * stride;
+  for (int i = threadIdx.x; i < 256; i += 32) {
+    left[i / 16 * stride + i % 16] = a[i];
+    right[i / 16 * stride + i % 16] = b[i];
+    right_transposed[i % 16 * stride + i / 16] = b[i];
+  }
+  __syncwarp();
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  uint32_t of_a[4], of_b[4], same[4];
+  lm2_load_matrices<false>(of_a, left + lane % 16 * stride + lane / 16 * 8 + shift);
+  lm2_load_matrices<true>(of_b, right + lane % 16 * stride + lane / 16 * 8);
+  lm2_load_matrices<false>(
+      same, right_transposed + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8);
+  for (int n = 0; n < 2; ++n) {
+    float sum[4] = {};
+    lm2_mma_m16n8k16<T>(sum, of_a, {of_b[2 * n], of_b[2 * n + 1]});
+    const bool equal = of_b[2 * n] == same[2 * n] && of_b[2 * n + 1] == same[2 * n + 1];
+    for (int i = 0; i < 4; ++i) {
+      c[(g + i / 2 * 8) * 16 + 8 * n + 2 * t + i % 2] = equal ? sum[i] : NAN;
+    }
+  }
+}
+
 [[noreturn]] void wrong(const char* what) {
   std::printf("wrong: %s\n", what);
   std::exit(3);
@@ -139,6 +193,48 @@ void check_product() {
       // small whole numbers: exact
       if (c[row * 8 + column] != sum) wrong("product");
     }
+  }
+}
+
+template <class T>
+void check_matrices(int stride, int shift) {
+  T a_values[256], b_values[256];
+  float c_values[256];
+  T *const a = a_values, *const b = b_values;
+  float* const c = c_values;
+  for (int i = 0; i < 256; ++i) {
+    a[i] = T(static_cast<float>(i * 37 % 19 - 9));
+    b[i] = T(static_cast<float>(i * 23 % 17 - 8));
+  }
+  const auto kernel = product_of_matrices<T>;
+  LM2_LAUNCH(kernel, dim3(1), dim3(32), 0, nullptr, a, b, c, stride, shift);
+  for (int i = 0; i < 256; ++i) {
+    float sum = 0.0f;
+    for (int k = 0; k < 16; ++k) sum += float(a[i / 16 * 16 + k]) * float(b[k * 16 + i % 16]);
+    if (c[i] != sum) wrong("product of matrices");
+  }
+}
+
+void check_copies(int shift, Wait wait) {
+  const std::unique_ptr<float[]> x_values(new float[4 * kThreads + 4]);
+  const std::unique_ptr<float[]> out_values(new float[4 * kThreads]);
+  float *const x = x_values.get(), *const out = out_values.get();
+  for (int i = 0; i < 4 * kThreads + 4; ++i) x[i] = static_cast<float>(i);
+  LM2_LAUNCH(copied_neighbour, dim3(1), dim3(kThreads), 0, nullptr, x, out, shift, wait);
+  for (int i = 0; i < 4 * kThreads; ++i) {
+    if (out[i] != out[i]) wrong("not NaN");
+    if (out[i] != x[(i + 4) % (4 * kThreads)]) wrong("copies");
+  }
+}
+
+void check_zeros() {
+  const std::unique_ptr<float[]> x_values(new float[4 * kThreads]);
+  const std::unique_ptr<float[]> out_values(new float[4 * kThreads]);
+  float *const x = x_values.get(), *const out = out_values.get();
+  for (int i = 0; i < 4 * kThreads; ++i) x[i] = static_cast<float>(i + 1);
+  LM2_LAUNCH(copies_zeros, dim3(1), dim3(kThreads), 0, nullptr, x, out);
+  for (int i = 0; i < 4 * kThreads; ++i) {
+    if (out[i] != (i / 4 % 2 == 0 ? x[i] : 0.0f)) wrong("zeros");
   }
 }
 
@@ -190,6 +286,27 @@ int main(int, char** arguments) {
       check_product<__nv_bfloat16, false>();
       // what sm_75 does, against the definition
       check_product<__nv_bfloat16, true>();
+    } else if (is("matrices")) {
+      check_matrices<__half>(24, 0);
+      check_matrices<__nv_bfloat16>(24, 0);
+    } else if (is("shared banks")) {
+      check_matrices<__half>(32, 0);
+    } else if (is("misaligned matrix")) {
+      check_matrices<__half>(24, 1);
+    } else if (is("copies")) {
+      check_copies(0, Wait::right);
+    } else if (is("copies read too early")) {
+      check_copies(0, Wait::none);
+    } else if (is("copies read by others too early")) {
+      check_copies(0, Wait::own);
+    } else if (is("copies never ended")) {
+      check_copies(0, Wait::no_end);
+    } else if (is("copies never waited for")) {
+      check_copies(0, Wait::never);
+    } else if (is("misaligned copy")) {
+      check_copies(1, Wait::right);
+    } else if (is("zeros")) {
+      check_zeros();
     } else if (is("allowed shared memory") || is("shared memory that nobody allowed")) {
       if (is("allowed shared memory")) {
         cudaFuncSetAttribute(reinterpret_cast<const void*>(much_shared_memory),

@@ -86,10 +86,14 @@ def _load() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def emulated_cuda(seed: int = 0) -> Iterator[None]:
-    """Have ``backend="cpp"`` run the CUDA kernels on CPU tensors, in the order a seed gives."""
+def emulated_cuda(seed: int = 0, *, major: int = 8) -> Iterator[None]:
+    """Have ``backend="cpp"`` run the CUDA kernels on CPU tensors, in the order a seed gives.
+
+    ``major``: of the compute capability that the device says it has.
+    """
     library = _load()
     library.lm2_set_seed(ctypes.c_uint64(seed))
+    library.lm2_set_major(major)
     before = cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason
     cpp.NAMESPACE, cpp._cuda_like, extension._cpu_reason = NAMESPACE, {"cpu", "cuda"}, None
     try:
