@@ -104,16 +104,6 @@ PLANTS = (
         _RACE,
     ),
     Plant(
-        "CUDA: a tile is read before its copies have landed",
-        "cuda",
-        "thread",
-        "cuda/memory_attention.cu",
-        "        lm2_copies_landed<1>();",
-        "        lm2_copies_landed<2>();",
-        "memory_attention.cu",
-        _RACE,
-    ),
-    Plant(
         "CUDA: copies that nobody waits for",
         "cuda",
         "address",
