@@ -73,6 +73,11 @@ def _pieces(phase: str, ours: str) -> Iterator[_Piece]:
         names, sizes = ("memory_attention", works.DROPOUT), ((8, 2048), (1, 2048))
         if phase == "where":
             names, sizes = names[:1], itertools.product((8, 1), (512, 1024, 4096))
+            # few slots under many tokens, bound by the queries' and the output's way through memory
+            for slots, width in itertools.product((256, 64, 16), (256, 128)):
+                title = f"K={width} B=8 T=2048 N={slots}"
+                shape = Shape(title, 8, 2048, slots, 2048 // width, 2048, "a sweep")
+                yield names[0], shape, (ours, *SDPA_KERNELS)
         for name, (batch, tokens), width in itertools.product(names, sizes, (256, 128, 64)):
             title = f"K={width} B={batch} T={tokens}"
             shape = Shape(title, batch, tokens, tokens, 2048 // width, 2048, "a sweep")

@@ -713,7 +713,7 @@ def _by_form(
 
 def _block_k(head_width: int) -> int:
     # 16: the smallest reduction of a tensor core instruction
-    return max(16, triton.next_power_of_2(head_width))
+    return max(16, 1 << (head_width - 1).bit_length())
 
 
 def memory_attention_forward(
@@ -744,16 +744,6 @@ def memory_attention_forward(
     launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p, tf32)
     block_k = _block_k(head_width)
 
-    def library_kernel() -> str | None:
-        if mask is not None or seed is not None or query.element_size() != 2:
-            return None
-        sizes = (head_width, batch * num_heads, num_tokens)
-        return tables.attention_library(launch.target_of(query), *sizes)
-
-    by_library = launches.once(library_kernel)
-    if by_library and library.serves(by_library, query, key, value, causal, slot_offset, scale):
-        backends.record("memory_attention_forward", f"triton/{by_library}")
-        return library.forward(by_library, query, key, value, causal, scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     statistics = torch.empty(
         batch, num_heads, 2, num_tokens, dtype=torch.float32, device=query.device
@@ -761,19 +751,28 @@ def memory_attention_forward(
     if batch == 0:
         return out, statistics
 
-    def choice() -> tables.AttentionConfig:
-        return tables.attention_forward(
-            launch.target_of(query),
+    def choice() -> tuple[str | None, tables.AttentionConfig]:
+        """PyTorch's kernel if that is the faster one, and the configuration of ours."""
+        target, num_pairs, by_library = launch.target_of(query), batch * num_heads, None
+        if mask is None and seed is None and query.element_size() == 2:
+            by_library = tables.attention_library(target, head_width, num_pairs, num_tokens)
+        return by_library, tables.attention_forward(
+            target,
             query.dtype,
             block_k,
             _is_ragged(query, key, value, out),
-            batch * num_heads,
+            num_pairs,
             num_tokens,
             num_slots,
             _takes_descriptors(mask, query, key, value),
             seed is not None,
             tf32,
         )
+
+    by_library, config = launches.once(choice)
+    if by_library and library.serves(by_library, query, key, value, causal, slot_offset, scale):
+        backends.record("memory_attention_forward", f"triton/{by_library}")
+        return library.forward(by_library, query, key, value, causal, scale)
 
     def arguments() -> launch.Arguments:
         scalars = (
@@ -792,7 +791,6 @@ def memory_attention_forward(
         num_blocks = triton.cdiv(num_tokens, config.block_tokens)
         return (batch * num_heads * num_blocks,), scalars, constants
 
-    config = launches.once(choice)
     tensors = (*_by_form(config, block_k, (query,), (key, value)), mask, seed, out, statistics)
     launches.run(_memory_attention_fwd_kernel, tensors, arguments, ("slot_offset", slot_offset))
     return out, statistics
