@@ -104,26 +104,6 @@ PLANTS = (
         _RACE,
     ),
     Plant(
-        "CUDA: copies that nobody waits for",
-        "cuda",
-        "address",
-        "cuda/memory_attention.cu",
-        "  if constexpr (kStages > 1) lm2_copies_landed<0>();",
-        "",
-        "memory_attention.cu",
-        "copies that it has not waited for",
-    ),
-    Plant(
-        "CUDA: rows of a tile that share a bank",
-        "cuda",
-        "address",
-        "cuda/memory_attention.cu",
-        "kStride = kWidth + 16 /",
-        "kStride = kWidth + 0 * 16 /",
-        "memory_attention.cu",
-        "share a bank",
-    ),
-    Plant(
         "CUDA: one column too many",
         "cuda",
         "address",
@@ -182,6 +162,16 @@ PLANTS = (
         "b * parts",
         "memory_attention.cu",
         _RACE,
+    ),
+    Plant(
+        "CUDA: rows of a tile that share a bank",
+        "cuda",
+        "address",
+        "cuda/memory_attention.cu",
+        "kStride = kWidth + 16 /",
+        "kStride = kWidth + 0 * 16 /",
+        "memory_attention.cu",
+        "share a bank",
     ),
 )
 
