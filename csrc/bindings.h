@@ -5,8 +5,8 @@
 // and hand plain pointers to the kernels. A failed check is a RuntimeError that names the op.
 //
 // A Device gives: name; owns(tensor), whether it can read it; kHasFloat64, kMaxHeadWidth and
-// kHasTopK, what its kernels cover; workspace_bytes(args); and run(args, like), which launches on
-// the device of the tensor `like`.
+// kHasTopK, what its kernels cover; workspace_bytes(args, like); and run(args, like), which
+// launches on the device of the tensor `like`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -185,7 +185,7 @@ class Call {
   template <class Args>
   void run_unnamed(Args& args) {
     if constexpr (requires { args.workspace; }) {
-      const int64_t bytes = Device::workspace_bytes(args);
+      const int64_t bytes = Device::workspace_bytes(args, first_);
       args.workspace = nullptr;
       if (bytes > 0) {
         // float32, because its allocation is aligned for everything; 64 floats are the 256 bytes

@@ -83,9 +83,8 @@ def own_config(kernel: str, target: str, width: int, batch: int) -> tables.Atten
 
 def candidates(kernel: str, target: str, width: int) -> dict[tables.AttentionConfig, int]:
     """The other forms that this release of Triton compiles, with the TFLOP/s predicted of each."""
-    release = ".".join(triton.__version__.split(".")[:2])
     found = tables.CANDIDATES[kernel, width] if target == "sm_90" else ()
-    return {c.config: c.predicted for c in found if not c.releases or release in c.releases}
+    return {c.config: c.predicted for c in found if c.is_for(triton.__version__)}
 
 
 def neighbours(own: tables.AttentionConfig) -> list[tables.AttentionConfig]:
@@ -107,12 +106,15 @@ def _by_config(function: str, run: Callable[[], tuple[Tensor, ...]]) -> Call:
     layouts: dict[Config, dict] = {}
 
     def under(config: Config) -> list[Tensor]:
-        is_new = config not in layouts
-        launch._layouts = layouts.setdefault(config, {})
-        if not is_new:
+        if config in layouts:
+            # the process is this measurement's alone
+            launch._layouts = layouts[config]
             return [tensor for tensor in run() if tensor.numel()]
+        launch._layouts = {}
         with mock.patch.object(tables, function, lambda *_, **__: config):
-            return [tensor for tensor in run() if tensor.numel()]
+            results = [tensor for tensor in run() if tensor.numel()]
+        layouts[config] = launch._layouts
+        return results
 
     return under
 

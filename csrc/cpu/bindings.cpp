@@ -17,7 +17,7 @@ struct Cpu {
 
   // scratch is each thread's own
   template <class Args>
-  static int64_t workspace_bytes(const Args&) {
+  static int64_t workspace_bytes(const Args&, const Tensor&) {
     return 0;
   }
 

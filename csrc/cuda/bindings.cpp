@@ -14,12 +14,16 @@
 #include <torch/csrc/stable/accelerator.h>
 #else
 #include "../schemas.h"
+
+extern "C" void lm2_set_device(int device);
 #endif
 
 namespace lm2 {
 namespace {
 
 #ifndef LM2_EMULATED_CUDA
+using torch::stable::accelerator::DeviceGuard;
+
 cudaStream_t current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -32,6 +36,15 @@ cudaStream_t current_stream(int32_t device) {
   TORCH_ERROR_CODE_CHECK(function(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
+#else
+// As if the tensors were on another device than the current one.
+struct DeviceGuard {
+  explicit DeviceGuard(int32_t) { lm2_set_device(1); }
+  DeviceGuard(const DeviceGuard&) = delete;
+  ~DeviceGuard() { lm2_set_device(0); }
+};
+
+cudaStream_t current_stream(int32_t) { return nullptr; }
 #endif
 
 struct Cuda {
@@ -40,30 +53,25 @@ struct Cuda {
   static constexpr bool kHasTopK = false;
   static constexpr int64_t kMaxHeadWidth = 256;
 
-  template <class Args>
-  static int64_t workspace_bytes(const Args& args) {
-    return cuda::workspace_bytes(args);
-  }
-
 #ifndef LM2_EMULATED_CUDA
   static bool owns(const Tensor& tensor) { return tensor.is_cuda(); }
+#else
+  static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
+#endif
+
+  template <class Args>
+  static int64_t workspace_bytes(const Args& args, const Tensor& like) {
+    const DeviceGuard guard(like.get_device_index());
+    return cuda::workspace_bytes(args);
+  }
 
   template <class Args>
   static void launch(cudaError_t (*function)(const Args&, cudaStream_t), const Args& args,
                      const Tensor& like) {
     const int32_t device = like.get_device_index();
-    const torch::stable::accelerator::DeviceGuard guard(device);
+    const DeviceGuard guard(device);
     report(function(args, current_stream(device)));
   }
-#else
-  static bool owns(const Tensor& tensor) { return tensor.is_cpu(); }
-
-  template <class Args>
-  static void launch(cudaError_t (*function)(const Args&, cudaStream_t), const Args& args,
-                     const Tensor&) {
-    report(function(args, nullptr));
-  }
-#endif
 
   static void report(cudaError_t error) {
     if (error == cudaSuccess) return;

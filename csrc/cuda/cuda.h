@@ -22,7 +22,8 @@ cudaError_t residual_layer_norm_backward(const ResidualLayerNormBackward& args,
 cudaError_t pooled_gate_forward(const PooledGateForward& args, cudaStream_t stream);
 cudaError_t pooled_gate_backward(const PooledGateBackward& args, cudaStream_t stream);
 
-// Bytes of args.workspace, from the sizes, the options and which results are asked for.
+// Bytes of args.workspace on the current device, from the sizes, the options and which results are
+// asked for.
 int64_t workspace_bytes(const MemoryAttentionBackward& args);
 int64_t workspace_bytes(const ResidualLayerNormBackward& args);
 int64_t workspace_bytes(const PooledGateForward& args);

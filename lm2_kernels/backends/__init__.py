@@ -284,7 +284,8 @@ def recording() -> Iterator[list[tuple[str, str]]]:
 
     By any thread, as autograd runs a GPU's backward in threads of its own. A call that triton or
     cpp hands to the composite path is followed by a second entry with the backend's name and
-    ``/composite``.
+    ``/composite``, one that triton hands to a kernel of PyTorch by one with ``/cudnn`` or
+    ``/flash``.
     """
     recorded: list[tuple[str, str]] = []
     _recordings[id(recorded)] = recorded

@@ -113,7 +113,8 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs`` ("8.0", "9.0a", "12.0+PTX") runs on a GPU.
 
     Binaries run on the same major version from their minor on, those with an "a" on exactly their
-    own (taken to hold for "f" as well); PTX on everything newer.
+    own (taken to hold for "f" as well); PTX on everything newer. But that of before 8.0 not from
+    8.0 on, where other tiles are launched than it has.
     """
     for arch in archs:
         number = arch.removesuffix("+PTX")
@@ -125,7 +126,7 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
             continue
         if built[0] == capability[0] and built[1] <= capability[1]:
             return True
-        if arch.endswith("+PTX") and built <= capability:
+        if arch.endswith("+PTX") and built <= capability and not built < (8, 0) <= capability:
             return True
     return False
 

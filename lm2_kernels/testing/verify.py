@@ -186,17 +186,19 @@ def _default_cases(name: str) -> Sequence[Case]:
 @contextlib.contextmanager
 def _steady_arithmetic() -> Iterator[None]:
     """One CPU thread and no TF32, restored afterwards."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    # not get_float32_matmul_precision, which refuses what was set by the newer way
+    matmul = torch.backends.cuda.matmul
+    threads, precision = torch.get_num_threads(), matmul.fp32_precision
     # tensors this small lose to the cost of waking threads: all cases on two busy cores, eager,
     # took 2 s with one thread and 52 s with two
     torch.set_num_threads(1)
     # the rule measures against plain float32 products
-    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision = precision
 
 
 def _run(name: str, dtype: str, device: str, subject: Case | Golden, seed: int) -> Check | Skip:

@@ -1,23 +1,21 @@
 """Attention by descriptors and by specialised warps, which are nobody's default yet."""
 
-import functools
-
 import pytest
 import torch
 import triton
 
+import lm2_kernels as lm2
 from lm2_kernels import testing
 from lm2_kernels.backends.triton import tables
 from tools import forms, launches
 from tools.fake_gpu import ptxas_log
 from tools.rounding import assert_rule
 
-_RELEASE = ".".join(triton.__version__.split(".")[:2])
 CANDIDATES = [
     pytest.param(kernel, width, found.config, id=f"{kernel}-{width}-{index}-{found.config.form}")
     for (kernel, width), several in tables.CANDIDATES.items()
     for index, found in enumerate(several)
-    if not found.releases or _RELEASE in found.releases
+    if found.is_for(triton.__version__)
 ]
 
 
@@ -43,20 +41,27 @@ DROPPED = _read(2, 33, 45, 2, 16, dropout_p=0.5)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", (*CASES, DROPPED), ids=lambda case: case.id)
 def test_form_matches_oracle(case, dtype, form):
-    with launches.interpreted("sm_90"), forms.measured(*forms.small(form)) as described:
+    chosen = forms.small(form)
+    with launches.interpreted("sm_90"), forms.measured(*chosen) as ran:
         assert_rule(lambda seed: testing.check_case(case, dtype, "triton", seed=seed))
-    # query, key, value; twice with dout
-    by_descriptors = form == "descriptors" or "dropout_p" not in dict(case.options)
-    assert len(described) % 11 == 0 and bool(described) == by_descriptors
+    wanted = {config for _, _, config in chosen}
+    if form == "specialized" and "dropout_p" in dict(case.options):
+        # forward alone has registers for that
+        wanted = {*ran.configs} - {c for c in ran.configs if c.form == "pointers"}
+        assert wanted == {chosen[0][2]} and len(ran.described) % 3 == 0
+    else:
+        # query, key, value; twice with dout
+        assert {*ran.configs} == wanted and len(ran.described) % 11 == 0
+    assert ran.described
 
 
 @pytest.mark.parametrize(("kernel", "width", "config"), CANDIDATES)
 def test_candidate_matches_oracle(kernel, width, config):
     """Each as it is, at its own width."""
     case = _read(1, 150, 140, 1, width, slot_offset=3)
-    with launches.interpreted("sm_90"), forms.measured((kernel, width, config)) as described:
+    with launches.interpreted("sm_90"), forms.measured((kernel, width, config)) as ran:
         assert_rule(lambda seed: testing.check_case(case, torch.float16, "triton", seed=seed))
-    assert described
+    assert config in ran.configs and ran.described
 
 
 @pytest.mark.parametrize("form", tables.FORMS[1:])
@@ -82,7 +87,7 @@ def test_candidate_compiles(kernel, width, config, dropout):
     (found,) = (
         each for each in gpu.launches if each.kernel == f"_memory_attention_{names[kernel]}_kernel"
     )
-    if dropout and config.form == "specialized":
+    if dropout and config.form == "specialized" and kernel != "forward":
         assert found.signature["key_ptr"] == "*bf16"
         return
     assert found.signature["key_ptr"].startswith("tensordesc<bf16[1, 1, ")
@@ -137,9 +142,9 @@ def test_layouts(name, layout, is_served):
         laid_out = inputs._replace(tensors=tensors)
         return testing.compare_case(case, laid_out, testing.run_case(case, laid_out, "triton"))
 
-    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as described:
+    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as ran:
         assert_rule(run)
-    assert bool(described) == is_served
+    assert bool(ran.described) == is_served
 
 
 @pytest.mark.parametrize(
@@ -156,20 +161,32 @@ def test_layouts(name, layout, is_served):
     ids=("mask", "float32", "ragged", "few slots"),
 )
 def test_what_no_descriptor_can_serve_goes_by_pointers(case, dtype):
-    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as described:
+    with launches.interpreted("sm_90"), forms.measured(*forms.small("descriptors")) as ran:
         assert_rule(lambda seed: testing.check_case(case, dtype, "triton", seed=seed))
-    assert not described
+    assert ran.configs and not ran.described
 
 
 def test_parts_of_the_tokens_by_descriptors():
-    case = _read(1, 600, 12, 1, 16, causal=False)
-    kernel = functools.partial(forms.small, "descriptors", slots=16)
-    with launches.interpreted("sm_90"), forms.measured(*kernel()) as described:
-        assert not described and testing.check_case(case, torch.float16, "triton")
-    case = case._replace(slots=40)
-    with launches.interpreted("sm_90"), forms.measured(*kernel(), wave=132) as described:
+    case = _read(1, 600, 40, 1, 16, causal=False)
+    chosen = forms.small("descriptors", slots=16)
+    with launches.grids("sm_90") as grids, forms.measured(*chosen, wave=132):
+        testing.run_case(case, testing.make_inputs(case, torch.float16), "triton")
+    # three blocks of slots, four parts of the tokens
+    assert grids[-1] == (12,)
+    with launches.interpreted("sm_90"), forms.measured(*chosen, wave=132) as ran:
         assert_rule(lambda seed: testing.check_case(case, torch.float16, "triton", seed=seed))
-    assert described
+    assert ran.described
+
+
+def test_too_few_programs_take_other_tiles():
+    config = tables.CANDIDATES["forward", 256][0].config
+    for tokens, is_taken in ((128 * 66, True), (128 * 65, False)):
+        case = _read(1, tokens, 64, 2, 256)
+        with launches.grids("sm_90"), forms.measured(("forward", 256, config), wave=132) as ran:
+            inputs = testing.make_inputs(case, torch.float16)
+            with torch.no_grad():
+                lm2.memory_attention(**inputs.tensors, backend="triton")
+        assert (config in ran.configs) == is_taken
 
 
 def test_later_launches_describe_new_tensors():

@@ -521,15 +521,21 @@ void lm2_load_matrices(uint32_t (&result)[4], const T* row) {
   }
 }
 namespace cuemu {
-// of the device's compute capability
+// of the compute capability of device 1, which has the tensors
 inline int& major() {
   static int value = getenv("CUEMU_MAJOR") ? atoi(getenv("CUEMU_MAJOR")) : 8;
   return value;
 }
+// the current one: 0 unless somebody has made 1 the current one, which has to be done
+inline int& device() {
+  static int value = 0;
+  return value;
+}
+inline int major_of(int device) { return device == 1 ? major() : 15 - major(); }
 }  // namespace cuemu
-#define cudaGetDevice(device) (*(device) = 0, cudaSuccess)
+#define cudaGetDevice(current) (*(current) = cuemu::device(), cudaSuccess)
 #define cudaDeviceGetAttribute(value, attribute, device) \
-  (*(value) = cuemu::major(), (void)(attribute), (void)(device), cudaSuccess)
+  (*(value) = cuemu::major_of(device), (void)(attribute), cudaSuccess)
 inline float __expf(float x) { return expf(x); }
 using std::max;
 using std::min;

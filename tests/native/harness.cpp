@@ -374,6 +374,7 @@ void tanh(int64_t batch, int64_t rows, int64_t width, Dtype dtype, Layout layout
 
 int main() {
 #ifdef HARNESS_CUDA
+  cuemu::device() = 1;
   std::vector<Dtype> dtypes = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
   const std::vector<Attention> cases = {{1, 5, 7, 1, 9, true, 1, true, false, 0},
                                         {1, 18, 35, 2, 16, true, 20, false, true, 0},

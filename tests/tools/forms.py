@@ -2,38 +2,52 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 from unittest import mock
 
 from torch import Tensor
 
-from lm2_kernels.backends.triton import memory_attention, tables
+from lm2_kernels.backends.triton import launch, memory_attention, tables
 
 KERNELS = ("forward", "dkey_value", "dquery")
 
 
+class Ran(NamedTuple):
+    """What launches took that nobody had launched before, in order."""
+
+    described: list[Tensor]
+    configs: list[tables.AttentionConfig]
+
+
 @contextlib.contextmanager
-def measured(
-    *found: tuple[str, int, tables.AttentionConfig], wave: int = 0
-) -> Iterator[list[Tensor]]:
-    """As if hardware had found these (kernel, width, config) to be the fastest on sm_90, and as if
-    a GPU had so few multiprocessors that a program for each is not worth other tiles.
-
-    Gives the tensors that were described, in order.
+def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> Iterator[Ran]:
+    """As if hardware had found these (kernel, width, config) to be the fastest here, and as if a
+    GPU had so few multiprocessors that a program for each is not worth other tiles.
     """
+    ran = Ran([], [])
     chosen = {(kernel, "sm_90", width): config for kernel, width, config in found}
-    described: list[Tensor] = []
-    tiled = memory_attention._tiled
+    tiled, constants = memory_attention._tiled, memory_attention._constants
 
-    def recorded(tensor: Tensor, *args: int) -> object:
-        described.append(tensor)
+    def recorded_tensor(tensor: Tensor, *args: int) -> object:
+        ran.described.append(tensor)
         return tiled(tensor, *args)
 
-    with (
-        mock.patch.dict(tables.MEASURED, chosen),
-        mock.patch.object(tables, "_ONE_WAVE", wave),
-        mock.patch.object(memory_attention, "_tiled", recorded),
-    ):
-        yield described
+    def recorded_config(config: tables.AttentionConfig, *args: object) -> dict:
+        ran.configs.append(config)
+        return constants(config, *args)
+
+    # what is remembered of launches says nothing of these
+    launch.forget()
+    try:
+        with (
+            mock.patch.dict(tables.MEASURED, chosen),
+            mock.patch.object(tables, "_ONE_WAVE", wave),
+            mock.patch.object(memory_attention, "_tiled", recorded_tensor),
+            mock.patch.object(memory_attention, "_constants", recorded_config),
+        ):
+            yield ran
+    finally:
+        launch.forget()
 
 
 def small(form: str, *, slots: int = 32) -> list[tuple[str, int, tables.AttentionConfig]]:

@@ -39,8 +39,10 @@ def tf32_comparisons(case: testing.Case, seed: int, device: str) -> list[testing
     eager = testing.run_reference(case, inputs, torch.float16, seed=seed)
     compared = []
     for name, got in results.items():
-        allowed = oracle[name] + 2.0 * (eager[name].double() - oracle[name])
-        compared.append(testing.compare(name, got, oracle[name], allowed))
+        off_by = 2.0 * (eager[name].double() - oracle[name])
+        # what is 0, terms that cancel, is 0 to round-off: kernels differ in their instruction
+        off_by = torch.where(off_by == 0.0, 2.0**-20, off_by)
+        compared.append(testing.compare(name, got, oracle[name], oracle[name] + off_by))
     return compared
 
 

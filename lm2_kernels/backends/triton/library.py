@@ -46,11 +46,10 @@ def serves(
     key: Tensor,  # (B, N, H, K)
     value: Tensor,  # (B, N, H, K)
     causal: bool,
-    slot_offset: int,
     scale: float,
 ) -> bool:
-    """Whether this kernel computes what such a call without mask and dropout means."""
-    if query.shape != key.shape or slot_offset or not scale >= _LEAST_SCALE:
+    """Whether this kernel computes what a call without mask, dropout and offset means."""
+    if query.shape != key.shape or not scale >= _LEAST_SCALE:
         return False
     heads_first = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     return _TAKES[name](torch.backends.cuda.SDPAParams(*heads_first, None, 0.0, causal, False))

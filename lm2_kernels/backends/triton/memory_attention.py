@@ -9,7 +9,8 @@ What the backward kernels know of a row are two numbers: the largest of its visi
 log-sum-exp, the second would be lost beside a large first one, and with it what equal slots share.
 Products are compared before they are scaled: so the largest minus itself is 0 at any size, whatever
 a compiler contracts, as each kernel has the whole head width in one tile, and the same instruction
-adds up its terms. The scale's sign is put on the query, so that kernels see a scale above 0.
+adds up its terms (not so in TF32, where kernels may differ in it). The scale's sign is put on the
+query, so that kernels see a scale above 0.
 
 What a kernel may not assume: the strides of its inputs (only the last axis is contiguous), or
 finite values in slots that are masked off.
@@ -275,7 +276,8 @@ def _memory_attention_bwd_delta_kernel(
     """Delta = sum over the head of dout * out. One program owns BLOCK_T rows of one head.
 
     In float32 the sum is taken as a product, in the order in which the other kernels take dout V:
-    so the two cancel exactly in a row that sees one slot, as they do in a plain softmax.
+    so the two cancel exactly in a row that sees one slot, as they do in a plain softmax; of TF32 to
+    round-off, as kernels may differ in their instruction.
     """
     num_blocks = tl.cdiv(num_tokens, BLOCK_T)
     pid_bh = tl.program_id(0) // num_blocks
@@ -659,15 +661,20 @@ def _is_ragged(*tensors: Tensor) -> bool:
     )
 
 
-def _tf32(*tensors: Tensor) -> bool:
-    """Whether products of float32 go by TF32 tensor cores: where PyTorch was asked for that, by
+def _asks_for_tf32(query: Tensor) -> bool:
+    """Whether PyTorch was asked for TF32 products of float32, by
     ``torch.set_float32_matmul_precision`` or a newer way.
     """
-    return (
-        tensors[0].dtype == torch.float32
-        and torch.backends.cuda.matmul.fp32_precision == "tf32"
-        and tables.takes_tf32(launch.target_of(tensors[0]), _is_ragged(*tensors))
-    )
+    return query.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _takes_tf32(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether there are such kernels: for what forward and backward both see, which have to agree.
+
+    A width that 16 divides: then the output's rows are aligned too.
+    """
+    is_ragged = query.shape[-1] % 16 != 0 or _is_ragged(query, key, value)
+    return tables.takes_tf32(launch.target_of(query), is_ragged)
 
 
 def _takes_descriptors(mask: Tensor | None, *tensors: Tensor) -> bool:
@@ -740,8 +747,8 @@ def memory_attention_forward(
     query, key, value = map(launch.last_contiguous, (query, key, value))
     mask = None if slot_mask is None else slot_mask.view(torch.uint8)
     inputs = (query, key, value, mask, seed)
-    tf32 = _tf32(query, key, value)
-    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p, tf32)
+    asks = _asks_for_tf32(query)
+    launches = launch.launches("memory_attention", inputs, causal, scale, dropout_p, asks)
     block_k = _block_k(head_width)
 
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -751,12 +758,15 @@ def memory_attention_forward(
     if batch == 0:
         return out, statistics
 
-    def choice() -> tuple[str | None, tables.AttentionConfig]:
-        """PyTorch's kernel if that is the faster one, and the configuration of ours."""
+    def choice() -> tuple[str | None, tables.AttentionConfig, bool]:
+        """PyTorch's kernel if that is the faster one, our configuration, whether ours is TF32's."""
+        tf32 = asks and _takes_tf32(query, key, value)
         target, num_pairs, by_library = launch.target_of(query), batch * num_heads, None
         if mask is None and seed is None and query.element_size() == 2:
             by_library = tables.attention_library(target, head_width, num_pairs, num_tokens)
-        return by_library, tables.attention_forward(
+        if by_library and not library.serves(by_library, query, key, value, causal, scale):
+            by_library = None
+        config = tables.attention_forward(
             target,
             query.dtype,
             block_k,
@@ -768,9 +778,10 @@ def memory_attention_forward(
             seed is not None,
             tf32,
         )
+        return by_library, config, tf32
 
-    by_library, config = launches.once(choice)
-    if by_library and library.serves(by_library, query, key, value, causal, slot_offset, scale):
+    by_library, config, tf32 = launches.once(choice)
+    if by_library and slot_offset == 0:
         backends.record("memory_attention_forward", f"triton/{by_library}")
         return library.forward(by_library, query, key, value, causal, scale)
 
@@ -841,14 +852,17 @@ def memory_attention_backward(
         return dquery, query.new_empty(packed if needs_dkey_value else 0)
     dkey_value = query.new_empty(0)
     dout, query, key, value, out = map(launch.last_contiguous, (dout, query, key, value, out))
+    asks = _asks_for_tf32(query)
+    if asks and _is_ragged(dout) and _takes_tf32(query, key, value):
+        dout = dout.contiguous()
     query, scale, sign = _with_positive_scale(query, scale)
     delta = torch.empty(batch, num_heads, num_tokens, dtype=torch.float32, device=query.device)
     mask = None if slot_mask is None else slot_mask.view(torch.uint8)
     inputs = (dout, query, key, value, mask, seed, statistics)
     layout = (*inputs, out)
-    tf32 = _tf32(dout, query, key, value, out)
-    options = (causal, scale, dropout_p, tf32)
+    options = (causal, scale, dropout_p, asks)
     launches = launch.launches("memory_attention_backward", layout, *options)
+    tf32 = asks and launches.once(_takes_tf32, query, key, value)
     num_pairs = batch * num_heads
     block_k = _block_k(head_width)
 

@@ -267,6 +267,10 @@ class Candidate(NamedTuple):
     predicted: int
     releases: tuple[str, ...] = ()
 
+    def is_for(self, version: str) -> bool:
+        """Whether this version of Triton compiles it."""
+        return not self.releases or ".".join(version.split(".")[:2]) in self.releases
+
 
 # By kernel and padded head width, for sm_90 and 16 bits. Predictions are of a model (750 TFLOP/s of
 # products, 128 bytes a clock of shared memory, softmax that overlaps in part). In brackets:
@@ -290,7 +294,7 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ),
     ("dkey_value", 64): (
         Candidate(AttentionConfig(64, 128, 8, 2, "descriptors"), 330),  # (224, 195, 64)
-        Candidate(AttentionConfig(64, 64, 4, 2, "specialized"), 330),  # (168, 168, 64)
+        Candidate(AttentionConfig(64, 64, 4, 2, "specialized"), 330),  # (168, -, 64)
     ),
     ("dkey_value", 128): (
         Candidate(AttentionConfig(32, 128, 8, 2, "descriptors"), 340),  # (216, 243, 96)
@@ -302,7 +306,7 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ),
     ("dquery", 64): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 340),  # (238, 252, 96)
-        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, 168, 96)
+        Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, -, 96)
     ),
     ("dquery", 128): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 400),  # (234, 255, 192)
@@ -315,7 +319,9 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ),
 }
 # By kernel, target and width, those that hardware found to be faster than the tables above, for the
-# calls that a descriptor can serve. No kernel of this package has run on hardware yet.
+# calls that a descriptor can serve; forward, too few programs take FORWARD_16BIT_FEW all the same.
+# A descriptor costs 3 us of Python a tensor, which short calls have to win back. No kernel of this
+# package has run on hardware yet.
 MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
 
 
@@ -387,8 +393,11 @@ def _measured(
     found = MEASURED.get((kernel, target, max(64, block_k))) if takes_descriptors else None
     if found is None or num_slots < found.block_slots:
         return None
-    # the backward's warps have no registers for the random numbers: 36 words spill
-    return None if has_dropout and found.form == "specialized" else found
+    # warps of dQ have no registers for the random numbers at 128, 36 words spill, those of dK and
+    # dV few: one rule for both
+    if has_dropout and found.form == "specialized" and kernel != "forward":
+        return None
+    return found
 
 
 def _for_slots(config: AttentionConfig, num_slots: int) -> AttentionConfig:
