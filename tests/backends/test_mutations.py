@@ -290,8 +290,8 @@ FORM_MUTANTS = (
     Mutant(
         "tiles of the first batch entry",
         "memory_attention",
-        "descriptor.load([b.to(tl.int32),",
-        "descriptor.load([0,",
+        "source.load([b.to(tl.int32),",
+        "source.load([0,",
         BY_DESCRIPTORS,
     ),
     Mutant(
@@ -311,22 +311,22 @@ FORM_MUTANTS = (
     Mutant(
         "the same values for all slots",
         "memory_attention",
-        "v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)",
-        "v = _load_tile(value_ptr, b, 0, h, BLOCK_N, BLOCK_K)",
+        "value_ptr, b, h, start, slots_64, stride_vn, taken,",
+        "value_ptr, b, h, 0, slots_64, stride_vn, taken,",
         BY_DESCRIPTORS,
     ),
     Mutant(
         "the same dout for all tokens",
         "memory_attention",
-        "dout = _load_tile(dout_ptr, b, start, h, BLOCK_T, BLOCK_K)",
-        "dout = _load_tile(dout_ptr, b, 0, h, BLOCK_T, BLOCK_K)",
+        "dout_ptr, b, h, start, rows_64,",
+        "dout_ptr, b, h, 0, rows_64,",
         BY_DESCRIPTORS,
     ),
     Mutant(
         "queries of another block of dQ",
         "memory_attention",
-        "        dout = _load_tile(dout_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)\n",
-        "        dout = _load_tile(dout_ptr, b, 0, h, BLOCK_T, BLOCK_K)\n",
+        "dout_ptr, b, h, first_token, offs_t64,",
+        "dout_ptr, b, h, 0, offs_t64,",
         BY_DESCRIPTORS,
     ),
 )

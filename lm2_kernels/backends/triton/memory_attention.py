@@ -78,10 +78,30 @@ def _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.co
 
 
 @triton.jit
-def _load_tile(descriptor, b, first_row, h, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The same by a descriptor of (B, H, rows, K): what is not there is 0."""
-    tile = descriptor.load([b.to(tl.int32), h.to(tl.int32), first_row, 0])
-    return tl.reshape(tile, ROWS, BLOCK_K)
+def _load_tile(
+    source,
+    b,
+    h,
+    first_row,
+    rows_64,
+    stride,
+    mask_rows,
+    offs_k,
+    HEAD_WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """A tile of rows of one head, (rows, BLOCK_K), zeros where there are none.
+
+    ``source`` is where the head's rows begin, with their ``stride``: rows off the mask are zeros,
+    too. Or, if DESCRIPTORS, it describes (B, H, rows, K).
+    """
+    if DESCRIPTORS:
+        tile = source.load([b.to(tl.int32), h.to(tl.int32), first_row, 0])
+        tile = tl.reshape(tile, rows_64.shape[0], offs_k.shape[0])
+    else:
+        ptrs = source + rows_64[:, None] * stride + offs_k[None, :]
+        tile = _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH, offs_k.shape[0])
+    return tile
 
 
 @triton.jit
@@ -141,7 +161,8 @@ def _memory_attention_fwd_kernel(
     b = (pid_bh // num_heads).to(tl.int64)
     h = (pid_bh % num_heads).to(tl.int64)
 
-    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_token = pid_t * BLOCK_T
+    offs_t = first_token + tl.arange(0, BLOCK_T)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
@@ -151,7 +172,6 @@ def _memory_attention_fwd_kernel(
 
     if not DESCRIPTORS:
         query_ptr += b * stride_qb + h * stride_qh
-        q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
         key_ptr += b * stride_kb + h * stride_kh
         value_ptr += b * stride_vb + h * stride_vh
 
@@ -162,10 +182,9 @@ def _memory_attention_fwd_kernel(
         rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
 
-    if DESCRIPTORS:
-        q = _load_tile(query_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
-    else:
-        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    q = _load_tile(
+        query_ptr, b, h, first_token, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
+    )
     scale_log2 = scale * _LOG2_E
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
@@ -190,11 +209,9 @@ def _memory_attention_fwd_kernel(
         else:
             visible = taken[None, :]
 
-        if DESCRIPTORS:
-            k = _load_tile(key_ptr, b, start, h, BLOCK_N, BLOCK_K)
-        else:
-            k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
-            k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        k = _load_tile(
+            key_ptr, b, h, start, slots_64, stride_kn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         products = tl.where(visible, products, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(products, 1))
@@ -208,12 +225,10 @@ def _memory_attention_fwd_kernel(
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
             p = tl.where(keep, p, 0.0)
 
-        if DESCRIPTORS:
-            v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)
-        else:
-            # a masked slot is not even read: 0 * NaN would reach every row
-            v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
-            v = _load_rows(v_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
+        # a masked slot is not even read: 0 * NaN would reach every row
+        v = _load_tile(
+            value_ptr, b, h, start, slots_64, stride_vn, taken, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
     # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
@@ -382,25 +397,24 @@ def _memory_attention_bwd_dkey_value_kernel(
         end = tl.minimum((part + 1) * tokens_per_part, num_tokens)
         bank = b * num_parts + part
 
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_slot = pid_n * BLOCK_N
+    offs_n = first_slot + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     offs_k = tl.arange(0, BLOCK_K)
     mask_n = offs_n < num_slots
     offs_n64 = offs_n.to(tl.int64)
 
-    if DESCRIPTORS:
-        k = _load_tile(key_ptr, b, pid_n * BLOCK_N, h, BLOCK_N, BLOCK_K)
-        v = _load_tile(value_ptr, b, pid_n * BLOCK_N, h, BLOCK_N, BLOCK_K)
-    else:
+    if not DESCRIPTORS:
         key_ptr += b * stride_kb + h * stride_kh
-        k_ptrs = key_ptr + offs_n64[:, None] * stride_kn + offs_k[None, :]
         value_ptr += b * stride_vb + h * stride_vh
-        v_ptrs = value_ptr + offs_n64[:, None] * stride_vn + offs_k[None, :]
-        k = _load_rows(k_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-        v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
-
         query_ptr += b * stride_qb + h * stride_qh
         dout_ptr += b * stride_dob + h * stride_doh
+    k = _load_tile(
+        key_ptr, b, h, first_slot, offs_n64, stride_kn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
+    )
+    v = _load_tile(
+        value_ptr, b, h, first_slot, offs_n64, stride_vn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
+    )
     first_score_row = pid_bh.to(tl.int64) * num_tokens
     statistics_ptr += 2 * first_score_row
     delta_ptr += first_score_row
@@ -414,22 +428,18 @@ def _memory_attention_bwd_dkey_value_kernel(
         rows = start + offs_t
         rows_64 = rows.to(tl.int64)
         mask_t = rows < num_tokens
-        if DESCRIPTORS:
-            q = _load_tile(query_ptr, b, start, h, BLOCK_T, BLOCK_K)
-        else:
-            q_ptrs = query_ptr + rows_64[:, None] * stride_qt + offs_k[None, :]
-            q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        q = _load_tile(
+            query_ptr, b, h, start, rows_64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         largest, log_sum = _load_statistics(statistics_ptr + rows, num_tokens, mask_t)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = _probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
 
-        if DESCRIPTORS:
-            dout = _load_tile(dout_ptr, b, start, h, BLOCK_T, BLOCK_K)
-        else:
-            dout_ptrs = dout_ptr + rows_64[:, None] * stride_dot + offs_k[None, :]
-            dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        dout = _load_tile(
+            dout_ptr, b, h, start, rows_64, stride_dot, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         delta = tl.load(delta_ptr + rows, mask=mask_t, other=0.0)
         if HAS_DROPOUT:
@@ -510,7 +520,8 @@ def _memory_attention_bwd_dquery_kernel(
     b = (pid_bh // num_heads).to(tl.int64)
     h = (pid_bh % num_heads).to(tl.int64)
 
-    offs_t = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_token = pid_t * BLOCK_T
+    offs_t = first_token + tl.arange(0, BLOCK_T)
     offs_n = tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     mask_t = offs_t < num_tokens
@@ -518,25 +529,23 @@ def _memory_attention_bwd_dquery_kernel(
     last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
     offs_t64 = offs_t.to(tl.int64)
 
-    if DESCRIPTORS:
-        q = _load_tile(query_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
-        dout = _load_tile(dout_ptr, b, pid_t * BLOCK_T, h, BLOCK_T, BLOCK_K)
-    else:
+    if not DESCRIPTORS:
         query_ptr += b * stride_qb + h * stride_qh
-        q_ptrs = query_ptr + offs_t64[:, None] * stride_qt + offs_k[None, :]
         dout_ptr += b * stride_dob + h * stride_doh
-        dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
-        q = _load_rows(q_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-        dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+        key_ptr += b * stride_kb + h * stride_kh
+        value_ptr += b * stride_vb + h * stride_vh
+    q = _load_tile(
+        query_ptr, b, h, first_token, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
+    )
+    dout = _load_tile(
+        dout_ptr, b, h, first_token, offs_t64, stride_dot, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
+    )
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
     scale_log2 = scale * _LOG2_E
     statistics_ptr += pid_bh.to(tl.int64) * 2 * num_tokens
     largest, log_sum = _load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
 
-    if not DESCRIPTORS:
-        key_ptr += b * stride_kb + h * stride_kh
-        value_ptr += b * stride_vb + h * stride_vh
     if HAS_MASK:
         slot_mask_ptr += b * stride_mb
     if HAS_DROPOUT:
@@ -561,19 +570,15 @@ def _memory_attention_bwd_dquery_kernel(
         else:
             visible = taken[None, :]
 
-        if DESCRIPTORS:
-            k = _load_tile(key_ptr, b, start, h, BLOCK_N, BLOCK_K)
-        else:
-            k_ptrs = key_ptr + slots_64[:, None] * stride_kn + offs_k[None, :]
-            # a masked slot is not even read: 0 * NaN would reach every row
-            k = _load_rows(k_ptrs, taken, offs_k, HEAD_WIDTH, BLOCK_K)
+        # a masked slot is not even read: 0 * NaN would reach every row
+        k = _load_tile(
+            key_ptr, b, h, start, slots_64, stride_kn, taken, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = _probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
-        if DESCRIPTORS:
-            v = _load_tile(value_ptr, b, start, h, BLOCK_N, BLOCK_K)
-        else:
-            v_ptrs = value_ptr + slots_64[:, None] * stride_vn + offs_k[None, :]
-            v = _load_rows(v_ptrs, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+        v = _load_tile(
+            value_ptr, b, h, start, slots_64, stride_vn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
+        )
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
             keep = dropout_keep(key_a[:, None], key_b[:, None], slots[None, :], threshold)
