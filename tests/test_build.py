@@ -467,10 +467,6 @@ def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch, capsys):
         (["9.0a"], (9, 0), True),
         (["10.0a"], (10, 3), False),
         ([], (9, 0), False),
-        # of two sets of kernels a GPU launches what PTX of before does not have
-        (["7.5+PTX"], (7, 5), True),
-        (["7.5+PTX"], (8, 0), False),
-        (["7.5", "8.0+PTX"], (9, 0), True),
     ),
 )
 def test_archs_cover_a_gpu(archs, capability, covered):

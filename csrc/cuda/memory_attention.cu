@@ -62,47 +62,48 @@ struct Job {
   int64_t part_tokens;      // of each part but the last, a multiple of every kOther
   float* sums;              // (B, parts, N, 2, H, K), where there is more than one part
   bool vectors;             // rows start at multiples of 16 bytes and are whole ones
+  int stages;               // 2 where tiles are copied a step ahead of what is computed
 };
 
-// kCopies: whether the device copies into shared memory while a warp goes on, from sm_80 on, which
-// have 99 KiB or more of it for a block. Then tiles of 16-bit elements are loaded a step ahead.
-template <class T, int kWidth, bool kCopies>
+template <class T, int kWidth>
 struct Tiles {
   static constexpr bool kIsFloat = sizeof(T) == 4;
-  static_assert(!kIsFloat || !kCopies);
   // at most: blocks that own fewer rows have fewer
-  static constexpr int kWarps = kWidth < 256 ? (kIsFloat ? 2 : 4)
-                                             : (kIsFloat  ? 1
-                                                : kCopies ? 4
-                                                          : 2);
-  // on a multiprocessor at least, where 168 registers do; else registers are worth more
-  static constexpr int kBlocks = kIsFloat || kWidth > 64 || kCopies ? 1 : 3;
+  static constexpr int kWarps = kIsFloat ? (kWidth == 256 ? 1 : 2) : 4;
   static constexpr int kOther = kIsFloat ? (kWidth == 256 ? 8 : 16) : (kWidth == 256 ? 16 : 32);
-  static constexpr int kStages = kCopies ? 2 : 1;
   // 16 bytes more than a power of two: rows start in different banks
   static constexpr int kStride = kWidth + 16 / static_cast<int>(sizeof(T));
   // of what is left out where a tile ends early: the products with weights take 16 rows
   static constexpr int kUnit = kIsFloat ? 8 : 16;
   static_assert(kOther % kUnit == 0);
   // dkey and dvalue in one pass, where there are registers for both results
-  static constexpr bool kMerged = kCopies && kWidth < 256;
+  static constexpr bool kMerged = !kIsFloat && kWidth < 256;
 
-  static constexpr int bytes(int warps, bool owns_two) {
-    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * kStages * kOther;
+  // Of a block where tiles of this many stages are loaded: one stage is what sm_75 has, with 64 KiB
+  // of shared memory a block.
+  static constexpr int most_warps(int stages) {
+    return kWidth == 256 && !kIsFloat && stages == 1 ? 2 : kWarps;
+  }
+
+  static constexpr int bytes(int warps, bool owns_two, int stages) {
+    const int rows = (owns_two ? 2 : 1) * 16 * warps + 2 * stages * kOther;
     // float32 hands its weights from lane to lane through memory
     const int weights = kIsFloat ? 16 * warps * (kOther + 1) : 0;
     return (rows * kStride + weights) * static_cast<int>(sizeof(T));
   }
+  static_assert(bytes(most_warps(1), true, 1) <= 64 * 1024);
+  // what sm_86, sm_89 and sm_120 have
+  static_assert(kIsFloat || bytes(most_warps(2), true, 2) <= 99 * 1024);
 };
 
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Rows [first, first + rows) of a (batch, head) into shared memory, a Unit at a time.
-template <class Unit, class T, class Tile, int kWidth>
+template <class Unit, class T, int kWidth>
 __device__ __forceinline__ void load_units(T* tile, const Job& job, const View& view, int64_t b,
                                            int64_t h, int64_t first, int rows, bool are_slots) {
-  constexpr int kStride = Tile::kStride;
+  constexpr int kStride = Tiles<T, kWidth>::kStride;
   constexpr int kUnit = static_cast<int>(sizeof(Unit) / sizeof(T)), kUnits = kWidth / kUnit;
   // a thread's loads in flight: a block of one warp has many, and nobody else to hide them
   constexpr int kBatch = 4;
@@ -135,7 +136,7 @@ __device__ __forceinline__ void load_units(T* tile, const Job& job, const View& 
 }
 
 // The same by copies that land later.
-template <class T, class Tile, int kWidth>
+template <class T, int kWidth>
 __device__ __forceinline__ void copy_units(T* tile, const Job& job, const View& view, int64_t b,
                                            int64_t h, int64_t first, int rows, bool are_slots) {
   constexpr int kUnit = 16 / static_cast<int>(sizeof(T)), kUnits = kWidth / kUnit;
@@ -153,23 +154,25 @@ __device__ __forceinline__ void copy_units(T* tile, const Job& job, const View& 
     // 0 * NaN is NaN: a masked slot must not come near
     const bool there = column < width && index < limit &&
                        (mask == nullptr || mask[index * args.mask_slot_stride] != 0);
-    lm2_copy_async(tile + row * Tile::kStride + column,
+    lm2_copy_async(tile + row * Tiles<T, kWidth>::kStride + column,
                    there ? source + index * view.row_stride + column : source, there);
   }
 }
 
-template <class T, class Tile, int kWidth>
+template <class T, int kWidth>
 __device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
                                           int64_t h, int64_t first, int rows, bool are_slots) {
-  if (job.vectors) {
-    if constexpr (Tile::kStages > 1) {
-      copy_units<T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
-    } else {
-      load_units<float4, T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
-    }
-  } else {
-    load_units<T, T, Tile, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+  if (!job.vectors) {
+    load_units<T, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    return;
   }
+  if constexpr (!Tiles<T, kWidth>::kIsFloat) {
+    if (job.stages > 1) {
+      copy_units<T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+      return;
+    }
+  }
+  load_units<float4, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
 }
 
 // Whether a tile that ends after `count` rows reaches the row `start`. All threads agree.
@@ -190,9 +193,10 @@ __device__ __forceinline__ uint32_t as_pair(T low, T high) {
 
 // sum (16 x kOther) = owned rows times the first `count` other rows, over the head's width; 0 for
 // whole groups of 8 past them.
-template <class T, class Tile, int kWidth>
-__device__ __forceinline__ void scores_of(float (&sum)[Tile::kOther / 8][4], const T* owned,
-                                          const T* other, int count) {
+template <class T, int kWidth>
+__device__ __forceinline__ void scores_of(float (&sum)[Tiles<T, kWidth>::kOther / 8][4],
+                                          const T* owned, const T* other, int count) {
+  using Tile = Tiles<T, kWidth>;
   constexpr int kStride = Tile::kStride, kTiles = Tile::kOther / 8;
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -239,10 +243,11 @@ __device__ __forceinline__ void scores_of(float (&sum)[Tile::kOther / 8][4], con
 }
 
 // result (16 x kWidth) += weights (16 x kOther) times other rows, in whole units up to `count`.
-template <class T, class Tile, int kWidth>
-__device__ __forceinline__ void add_weighted(float (&result)[kWidth / 8][4],
-                                             const float (&weights)[Tile::kOther / 8][4],
-                                             const T* other, int count, float* shared_weights) {
+template <class T, int kWidth>
+__device__ __forceinline__ void add_weighted(
+    float (&result)[kWidth / 8][4], const float (&weights)[Tiles<T, kWidth>::kOther / 8][4],
+    const T* other, int count, float* shared_weights) {
+  using Tile = Tiles<T, kWidth>;
   constexpr int kStride = Tile::kStride, kOther = Tile::kOther;
   const int lane = threadIdx.x % 32;
   if constexpr (Tile::kIsFloat) {
@@ -319,9 +324,11 @@ struct Token {
   dropout::RowKeys keys;
 };
 
-template <class T, class Tile, int kWidth, Pass kPass>
+template <class T, int kWidth, Pass kPass>
 __device__ __forceinline__ void attention(const Job& job) {
-  constexpr int kOther = Tile::kOther, kStride = Tile::kStride, kStages = Tile::kStages;
+  using Tile = Tiles<T, kWidth>;
+  constexpr int kOther = Tile::kOther, kStride = Tile::kStride;
+  const bool ahead = !Tile::kIsFloat && job.stages > 1;
   constexpr bool kMerged = kPass == Pass::dkey_value;
   constexpr bool kOwnsSlots = kPass == Pass::dkey || kPass == Pass::dvalue || kMerged;
   constexpr bool kNeedsDp = needs_dp(kPass);
@@ -332,7 +339,7 @@ __device__ __forceinline__ void attention(const Job& job) {
   T* const owned2 = owned1 + kNeedsDp * own_rows * kStride;  // dO, or V, where it is needed
   T* const others = owned2 + own_rows * kStride;             // (stages, 2): K and V, or Q and dO
   constexpr int kTile = kOther * kStride;
-  float* const weights_memory = reinterpret_cast<float*>(others + 2 * kStages * kTile);
+  float* const weights_memory = reinterpret_cast<float*>(others + 2 * kTile);
 
   const int64_t owned_count = kOwnsSlots ? args.slots : args.tokens;
   const int64_t blocks = divide_up(owned_count, own_rows);
@@ -344,11 +351,11 @@ __device__ __forceinline__ void attention(const Job& job) {
   const int64_t first = (kOwnsSlots ? block : blocks - 1 - block) * own_rows;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
 
-  load_tile<T, Tile, kWidth>(owned1, job, kOwnsSlots ? args.key : args.query, b, h, first, own_rows,
-                             kOwnsSlots);
+  load_tile<T, kWidth>(owned1, job, kOwnsSlots ? args.key : args.query, b, h, first, own_rows,
+                       kOwnsSlots);
   if constexpr (kNeedsDp) {
-    load_tile<T, Tile, kWidth>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h, first,
-                               own_rows, kOwnsSlots);
+    load_tile<T, kWidth>(owned2, job, kOwnsSlots ? args.value : job.dout, b, h, first, own_rows,
+                         kOwnsSlots);
   }
 
   // its sign is put on the product; of a scale of 0 too, as 0 times what is hidden, -inf, is NaN
@@ -397,13 +404,13 @@ __device__ __forceinline__ void attention(const Job& job) {
   const auto count_of = [&](int64_t tile) { return static_cast<int>(smaller(kOther, end - tile)); };
   const auto load_others = [&](int64_t tile, T* other) {
     const int rows = (count_of(tile) + Tile::kUnit - 1) / Tile::kUnit * Tile::kUnit;
-    load_tile<T, Tile, kWidth>(other + kTile, job, kOwnsSlots ? job.dout : args.value, b, h, tile,
-                               rows, !kOwnsSlots);
-    load_tile<T, Tile, kWidth>(other, job, kOwnsSlots ? args.query : args.key, b, h, tile, rows,
-                               !kOwnsSlots);
-    if constexpr (kStages > 1) lm2_copies_end();
+    load_tile<T, kWidth>(other + kTile, job, kOwnsSlots ? job.dout : args.value, b, h, tile, rows,
+                         !kOwnsSlots);
+    load_tile<T, kWidth>(other, job, kOwnsSlots ? args.query : args.key, b, h, tile, rows,
+                         !kOwnsSlots);
+    if (ahead) lm2_copies_end();
   };
-  if constexpr (kStages > 1) {
+  if (ahead) {
     if (begin < end) {
       load_others(begin, others);
     } else {
@@ -415,7 +422,7 @@ __device__ __forceinline__ void attention(const Job& job) {
     const int count = count_of(tile);
     T* const other1 = others + stage * 2 * kTile;  // K, or Q
     T* const other2 = other1 + kTile;              // V, or dO
-    if constexpr (kStages > 1) {
+    if (ahead) {
       stage ^= 1;
       if (tile + kOther < end) {
         load_others(tile + kOther, others + stage * 2 * kTile);
@@ -428,10 +435,10 @@ __device__ __forceinline__ void attention(const Job& job) {
     }
     __syncthreads();
     float s[kOther / 8][4];
-    scores_of<T, Tile, kWidth>(s, owned1 + 16 * warp * kStride, other1, count);
+    scores_of<T, kWidth>(s, owned1 + 16 * warp * kStride, other1, count);
     float dp[kNeedsDp ? kOther / 8 : 1][4];
     if constexpr (kNeedsDp) {
-      scores_of<T, Tile, kWidth>(dp, owned2 + 16 * warp * kStride, other2, count);
+      scores_of<T, kWidth>(dp, owned2 + 16 * warp * kStride, other2, count);
     }
     const float factor = static_cast<float>(args.scale);
     const float keep_factor = static_cast<float>(args.keep_factor);
@@ -522,16 +529,16 @@ __device__ __forceinline__ void attention(const Job& job) {
     if constexpr (kPass != Pass::delta) {
       constexpr bool kTakesFirst = kPass == Pass::dquery || kPass == Pass::dkey || kMerged;
       const T* const y = kTakesFirst ? other1 : other2;
-      add_weighted<T, Tile, kWidth>(result[0], s, y, count, weights_memory);
+      add_weighted<T, kWidth>(result[0], s, y, count, weights_memory);
     }
     if constexpr (kMerged) {
-      add_weighted<T, Tile, kWidth>(result[1], dp, other2, count, weights_memory);
+      add_weighted<T, kWidth>(result[1], dp, other2, count, weights_memory);
     }
     // before a tile is written over
     __syncthreads();
   }
   // of a block that no token sees
-  if constexpr (kStages > 1) lm2_copies_landed<0>();
+  if (ahead) lm2_copies_landed<0>();
 
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -586,32 +593,19 @@ __device__ __forceinline__ void attention(const Job& job) {
   }
 }
 
-// Whether a device has kernels of Tiles with these kCopies: of two each has one.
-template <class T, bool kCopies>
-__device__ constexpr bool is_compiled() {
-#ifdef __CUDA_ARCH__
-  return sizeof(T) == 4 || kCopies == (__CUDA_ARCH__ >= 800);
-#else
-  return true;
-#endif
-}
-
-template <class T, int kWidth, Pass kPass, bool kCopies>
-__global__ void __launch_bounds__(Tiles<T, kWidth, kCopies>::kWarps * 32,
-                                  Tiles<T, kWidth, kCopies>::kBlocks)
+template <class T, int kWidth, Pass kPass>
+__global__ void __launch_bounds__(Tiles<T, kWidth>::kWarps * 32, 1)
     attention_kernel(const Job job) {
-  using Tile = Tiles<T, kWidth, kCopies>;
-  if constexpr (!is_compiled<T, kCopies>()) {
-    __trap();
-  } else if constexpr (kPass == Pass::dkey_value && !Tile::kMerged) {
+  // the 1: as many registers as it takes, rather than more blocks on a multiprocessor
+  if constexpr (kPass == Pass::dkey_value && !Tiles<T, kWidth>::kMerged) {
     // two passes are one launch
     if (blockIdx.y == 0) {
-      attention<T, Tile, kWidth, Pass::dkey>(job);
+      attention<T, kWidth, Pass::dkey>(job);
     } else {
-      attention<T, Tile, kWidth, Pass::dvalue>(job);
+      attention<T, kWidth, Pass::dvalue>(job);
     }
   } else {
-    attention<T, Tile, kWidth, kPass>(job);
+    attention<T, kWidth, kPass>(job);
   }
 }
 
@@ -668,35 +662,34 @@ struct Split {
 
 // 16 a warp, and evenly.
 template <class Tile>
-Split split_of(int64_t rows) {
-  constexpr int64_t kWarps = Tile::kWarps;
-  const int64_t groups = divide_up(rows, 16), blocks = divide_up(groups, kWarps);
+Split split_of(const Job& job, int64_t rows) {
+  const int64_t groups = divide_up(rows, 16);
+  const int64_t blocks = divide_up(groups, Tile::most_warps(job.stages));
   return {blocks, static_cast<int>(divide_up(groups, blocks))};
 }
 
-template <class T, int kWidth, bool kCopies, Pass kPass>
+template <class T, int kWidth, Pass kPass>
 cudaError_t launch(const Job& job, cudaStream_t stream) {
-  using Tile = Tiles<T, kWidth, kCopies>;
+  using Tile = Tiles<T, kWidth>;
   constexpr bool kOwnsSlots = kPass == Pass::dkey_value;
-  const Split split = split_of<Tile>(kOwnsSlots ? job.args.slots : job.args.tokens);
+  const Split split = split_of<Tile>(job, kOwnsSlots ? job.args.slots : job.args.tokens);
   const int64_t blocks =
       split.blocks * (kOwnsSlots ? job.parts : 1) * job.args.batch * job.args.heads;
   if (!fits_grid(blocks)) return cudaErrorInvalidConfiguration;
-  const auto kernel = attention_kernel<T, kWidth, kPass, kCopies>;
-  constexpr int kMostBytes = Tile::bytes(Tile::kWarps, needs_dp(kPass));
-  // all that a block has on sm_75, and on sm_86, sm_89 and sm_120
-  static_assert(kMostBytes <= (kCopies ? 99 : 64) * 1024);
-  if constexpr (kMostBytes > 48 * 1024) {
+  const auto kernel = attention_kernel<T, kWidth, kPass>;
+  const int most_bytes = Tile::bytes(Tile::most_warps(job.stages), needs_dp(kPass), job.stages);
+  if (most_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, kMostBytes);
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes);
     if (error != cudaSuccess) {
       cudaGetLastError();  // or a later launch would report it
       return error;
     }
   }
   LM2_LAUNCH(kernel, dim3(static_cast<unsigned>(blocks), kOwnsSlots && !Tile::kMerged ? 2 : 1),
-             dim3(split.warps * 32), Tile::bytes(split.warps, needs_dp(kPass)), stream, job);
+             dim3(split.warps * 32), Tile::bytes(split.warps, needs_dp(kPass), job.stages), stream,
+             job);
   return cudaGetLastError();
 }
 
@@ -704,7 +697,7 @@ cudaError_t launch(const Job& job, cudaStream_t stream) {
 template <class Tile>
 void choose_parts(Job& job) {
   const MemoryAttention& args = job.args;
-  const Split split = split_of<Tile>(args.slots);
+  const Split split = split_of<Tile>(job, args.slots);
   const int64_t passes = Tile::kMerged ? 1 : 2;
   const int64_t warps = passes * split.blocks * split.warps * args.batch * args.heads;
   int64_t parts = std::min(kWarpsInFlight / warps, args.tokens / kLeastTokens);
@@ -719,13 +712,13 @@ int64_t sums_of(const Job& job) {
   return job.parts > 1 ? job.parts * args.batch * args.slots * 2 * args.heads * args.width : 0;
 }
 
-template <class T, int kWidth, bool kCopies>
+template <class T, int kWidth>
 cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t stream) {
   const int64_t rows = args.batch * args.heads * args.tokens;
   job.delta = static_cast<float*>(args.workspace);
   cudaError_t error = cudaSuccess;
   if constexpr (sizeof(T) == 4) {
-    error = launch<T, kWidth, kCopies, Pass::delta>(job, stream);
+    error = launch<T, kWidth, Pass::delta>(job, stream);
   } else {
     if (!fits_grid((rows + 3) / 4)) return cudaErrorInvalidConfiguration;
     LM2_LAUNCH(delta_kernel<T>, dim3(static_cast<unsigned>((rows + 3) / 4)), dim3(128), 0, stream,
@@ -734,13 +727,13 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   }
   if (error == cudaSuccess && args.dquery != nullptr) {
     job.result = args.dquery;
-    error = launch<T, kWidth, kCopies, Pass::dquery>(job, stream);
+    error = launch<T, kWidth, Pass::dquery>(job, stream);
   }
   if (error == cudaSuccess && args.dkey_value != nullptr) {
     job.result = args.dkey_value;
-    choose_parts<Tiles<T, kWidth, kCopies>>(job);
+    choose_parts<Tiles<T, kWidth>>(job);
     job.sums = job.delta + rows;
-    error = launch<T, kWidth, kCopies, Pass::dkey_value>(job, stream);
+    error = launch<T, kWidth, Pass::dkey_value>(job, stream);
     if (error == cudaSuccess && job.parts > 1) {
       const int64_t size = args.slots * 2 * args.heads * args.width;
       const int64_t blocks = divide_up(args.batch * size, 256);
@@ -753,41 +746,35 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   return error;
 }
 
+// Stages that the current device has the shared memory for; it copies while it computes, too.
+int stages_here() {
+  int device = 0, major = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 8 ? 2 : 1;
+}
+
 Job job_of(const MemoryAttention& args, const View& dout) {
   Job job = {};
   job.args = args;
   job.dout = dout;
   job.vectors = true;
+  job.stages = args.dtype == Dtype::float32 ? 1 : stages_here();
   for (const View& view : {args.query, args.key, args.value, dout}) {
     job.vectors = job.vectors && has_vectors(view, args.width);
   }
   return job;
 }
 
-// Whether the current device has what kCopies stands for.
-bool device_copies() {
-  int device = 0, major = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 8;
-}
-
-// Calls run<T, kWidth, kCopies>() for the op's dtype, the tile that holds its head width and the
-// device.
+// Calls run<T, kWidth>() for the op's dtype and the tile that holds its head width.
 template <class Run>
 cudaError_t dispatch(const MemoryAttention& args, const Run& run) {
   if (args.top_k != 0 || args.width > 256) return cudaErrorInvalidValue;
-  const auto by_device = [&]<class T, int kWidth>() {
-    if constexpr (sizeof(T) == 2) {
-      if (device_copies()) return run.template operator()<T, kWidth, true>();
-    }
-    return run.template operator()<T, kWidth, false>();
-  };
   const auto by_width = [&](auto type) {
     using T = decltype(type);
-    if (args.width <= 64) return by_device.template operator()<T, 64>();
-    if (args.width <= 128) return by_device.template operator()<T, 128>();
-    return by_device.template operator()<T, 256>();
+    if (args.width <= 64) return run.template operator()<T, 64>();
+    if (args.width <= 128) return run.template operator()<T, 128>();
+    return run.template operator()<T, 256>();
   };
   switch (args.dtype) {
     case Dtype::float32:
@@ -808,24 +795,22 @@ cudaError_t memory_attention_forward(const MemoryAttentionForward& args, cudaStr
   Job job = job_of(args, View{});
   job.result = args.out;
   job.new_statistics = static_cast<float*>(args.statistics);
-  return dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
-    return launch<T, kWidth, kCopies, Pass::forward>(job, stream);
-  });
+  return dispatch(
+      args, [&]<class T, int kWidth>() { return launch<T, kWidth, Pass::forward>(job, stream); });
 }
 
 cudaError_t memory_attention_backward(const MemoryAttentionBackward& args, cudaStream_t stream) {
   Job job = job_of(args, args.dout);
   job.statistics = static_cast<const float*>(args.statistics);
-  return dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
-    return backward<T, kWidth, kCopies>(job, args, stream);
-  });
+  return dispatch(args,
+                  [&]<class T, int kWidth>() { return backward<T, kWidth>(job, args, stream); });
 }
 
 int64_t workspace_bytes(const MemoryAttentionBackward& args) {
   Job job = job_of(args, args.dout);
   if (args.dkey_value != nullptr) {
-    dispatch(args, [&]<class T, int kWidth, bool kCopies>() {
-      choose_parts<Tiles<T, kWidth, kCopies>>(job);
+    dispatch(args, [&]<class T, int kWidth>() {
+      choose_parts<Tiles<T, kWidth>>(job);
       return cudaSuccess;
     });
   }

@@ -53,7 +53,7 @@ __device__ __forceinline__ void lm2_mma_by_shuffles(float (&d)[4], const uint32_
 #ifndef CUEMU
 // A 16-byte vector from global into shared memory, or zeros where it is not `there` (then `from` is
 // not read), while the thread goes on: it lies there once lm2_copies_landed says so, for this
-// thread, and after a barrier for the others. For sm_80 and newer alone.
+// thread, and after a barrier for the others. Code for sm_75 copies at once.
 __device__ __forceinline__ void lm2_copy_async(void* to, const void* from, bool there) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
@@ -61,6 +61,8 @@ __device__ __forceinline__ void lm2_copy_async(void* to, const void* from, bool 
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from),
                  "r"(there ? 16 : 0)
                : "memory");
+#else
+  *static_cast<float4*>(to) = there ? *static_cast<const float4*>(from) : float4{};
 #endif
 }
 

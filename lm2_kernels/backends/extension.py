@@ -113,8 +113,7 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
     """Whether code built for ``archs`` ("8.0", "9.0a", "12.0+PTX") runs on a GPU.
 
     Binaries run on the same major version from their minor on, those with an "a" on exactly their
-    own (taken to hold for "f" as well); PTX on everything newer. But that of before 8.0 not from
-    8.0 on, where other tiles are launched than it has.
+    own (taken to hold for "f" as well); PTX on everything newer.
     """
     for arch in archs:
         number = arch.removesuffix("+PTX")
@@ -126,7 +125,7 @@ def _covers(archs: list[str], capability: tuple[int, int]) -> bool:
             continue
         if built[0] == capability[0] and built[1] <= capability[1]:
             return True
-        if arch.endswith("+PTX") and built <= capability and not built < (8, 0) <= capability:
+        if arch.endswith("+PTX") and built <= capability:
             return True
     return False
 
