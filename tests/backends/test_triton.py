@@ -140,7 +140,7 @@ def test_compile_checks_with_another_triton():
     assert found.is_relative_to(Path(OTHER_TRITON).resolve())
     # on one target in one dtype: all of them are a minute more
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
-    checks = f"({everyday}) or (tensor_cores and sm_90) or candidate_compiles"
+    checks = f"({everyday}) or (tensor_cores and sm_90) or (candidate_compiles and 256)"
     files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
 
