@@ -186,19 +186,26 @@ def _default_cases(name: str) -> Sequence[Case]:
 @contextlib.contextmanager
 def _steady_arithmetic() -> Iterator[None]:
     """One CPU thread and no TF32, restored afterwards."""
-    # not get_float32_matmul_precision, which refuses what was set by the newer way
-    matmul = torch.backends.cuda.matmul
-    threads, precision = torch.get_num_threads(), matmul.fp32_precision
+    threads = torch.get_num_threads()
+    newer = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    precisions = [matmul.fp32_precision for matmul in newer]
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # set by the newer way alone, which the older one does not answer for
+        precision = "highest"
     # tensors this small lose to the cost of waking threads: all cases on two busy cores, eager,
     # took 2 s with one thread and 52 s with two
     torch.set_num_threads(1)
     # the rule measures against plain float32 products
-    matmul.fp32_precision = "ieee"
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-        matmul.fp32_precision = precision
+        torch.set_float32_matmul_precision(precision)
+        for matmul, before in zip(newer, precisions, strict=True):
+            matmul.fp32_precision = before
 
 
 def _run(name: str, dtype: str, device: str, subject: Case | Golden, seed: int) -> Check | Skip:

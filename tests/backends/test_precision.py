@@ -5,6 +5,7 @@ import torch
 
 from lm2_kernels import testing
 from lm2_kernels.backends.triton import tables
+from lm2_kernels.testing import verify
 from tools import launches
 from tools.rounding import assert_rule, tf32_comparisons
 
@@ -93,6 +94,27 @@ def test_what_was_launched_is_not_taken_for_the_other(tf32):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
     assert all(torch.equal(by_tf32[name], again[name]) for name in exact)
     assert not any(torch.equal(by_tf32[name], exact[name]) for name in exact)
+
+
+@pytest.mark.parametrize("asked", ("highest", "high", "medium", "newer"))
+def test_verify_computes_in_float32_whatever_was_asked_for(asked):
+    """By the older way or by the newer, after which PyTorch refuses to answer for the older."""
+    matmuls = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    try:
+        if asked == "newer":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision(asked)
+        before = [matmul.fp32_precision for matmul in matmuls]
+        with verify._steady_arithmetic():
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cuda.matmul.allow_tf32
+            assert [matmul.fp32_precision for matmul in matmuls] == ["ieee", "ieee"]
+        assert [matmul.fp32_precision for matmul in matmuls] == before
+        if asked != "newer":
+            assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def _odd_rows(tensor):
