@@ -99,32 +99,52 @@ struct Tiles {
 __device__ __forceinline__ int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 __device__ __forceinline__ int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Rows [first, first + rows) of a (batch, head) into shared memory, a Unit at a time.
+// The rows of one (batch, head) in global memory.
+template <class T>
+struct Rows {
+  const T* start;
+  int64_t stride, count;
+  int width;
+  const uint8_t* mask;  // null: all of them count
+  int64_t mask_stride;
+
+  __device__ __forceinline__ Rows(const Job& job, const View& view, int64_t b, int64_t h,
+                                  bool are_slots)
+      : start(static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride),
+        stride(view.row_stride),
+        count(are_slots ? job.args.slots : job.args.tokens),
+        width(static_cast<int>(job.args.width)),
+        mask(are_slots && job.args.slot_mask != nullptr
+                 ? job.args.slot_mask + b * job.args.mask_batch_stride
+                 : nullptr),
+        mask_stride(job.args.mask_slot_stride) {}
+
+  // 0 * NaN is NaN: a masked slot must not come near.
+  __device__ __forceinline__ bool has(int64_t row, int column) const {
+    return column < width && row < count && (mask == nullptr || mask[row * mask_stride] != 0);
+  }
+
+  __device__ __forceinline__ const T* at(int64_t row, int column) const {
+    return start + row * stride + column;
+  }
+};
+
+// Rows [first, first + rows) into shared memory, zeros where there are none, a Unit at a time.
 template <class Unit, class T, int kWidth>
-__device__ __forceinline__ void load_units(T* tile, const Job& job, const View& view, int64_t b,
-                                           int64_t h, int64_t first, int rows, bool are_slots) {
+__device__ __forceinline__ void load_units(T* tile, const Rows<T>& source, int64_t first,
+                                           int rows) {
   constexpr int kStride = Tiles<T, kWidth>::kStride;
   constexpr int kUnit = static_cast<int>(sizeof(Unit) / sizeof(T)), kUnits = kWidth / kUnit;
   // a thread's loads in flight: a block of one warp has many, and nobody else to hide them
   constexpr int kBatch = 4;
-  const MemoryAttention& args = job.args;
-  const int threads = blockDim.x, width = static_cast<int>(args.width);
-  const int64_t limit = are_slots ? args.slots : args.tokens;
-  const T* const source =
-      static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
-  const uint8_t* const mask = are_slots && args.slot_mask != nullptr
-                                  ? args.slot_mask + b * args.mask_batch_stride
-                                  : nullptr;
+  const int threads = blockDim.x;
   for (int start = threadIdx.x; start < rows * kUnits; start += kBatch * threads) {
     Unit batch[kBatch] = {};
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const int i = start + j * threads, row = i / kUnits, column = i % kUnits * kUnit;
-      const int64_t index = first + row;
-      // 0 * NaN is NaN: a masked slot must not come near
-      if (row < rows && column < width && index < limit &&
-          (mask == nullptr || mask[index * args.mask_slot_stride] != 0)) {
-        batch[j] = *reinterpret_cast<const Unit*>(source + index * view.row_stride + column);
+      if (row < rows && source.has(first + row, column)) {
+        batch[j] = *reinterpret_cast<const Unit*>(source.at(first + row, column));
       }
     }
 #pragma unroll
@@ -137,42 +157,32 @@ __device__ __forceinline__ void load_units(T* tile, const Job& job, const View& 
 
 // The same by copies that land later.
 template <class T, int kWidth>
-__device__ __forceinline__ void copy_units(T* tile, const Job& job, const View& view, int64_t b,
-                                           int64_t h, int64_t first, int rows, bool are_slots) {
+__device__ __forceinline__ void copy_units(T* tile, const Rows<T>& source, int64_t first,
+                                           int rows) {
   constexpr int kUnit = 16 / static_cast<int>(sizeof(T)), kUnits = kWidth / kUnit;
-  const MemoryAttention& args = job.args;
-  const int width = static_cast<int>(args.width);
-  const int64_t limit = are_slots ? args.slots : args.tokens;
-  const T* const source =
-      static_cast<const T*>(view.data) + b * view.batch_stride + h * view.head_stride;
-  const uint8_t* const mask = are_slots && args.slot_mask != nullptr
-                                  ? args.slot_mask + b * args.mask_batch_stride
-                                  : nullptr;
   for (int i = threadIdx.x; i < rows * kUnits; i += blockDim.x) {
     const int row = i / kUnits, column = i % kUnits * kUnit;
-    const int64_t index = first + row;
-    // 0 * NaN is NaN: a masked slot must not come near
-    const bool there = column < width && index < limit &&
-                       (mask == nullptr || mask[index * args.mask_slot_stride] != 0);
+    const bool there = source.has(first + row, column);
     lm2_copy_async(tile + row * Tiles<T, kWidth>::kStride + column,
-                   there ? source + index * view.row_stride + column : source, there);
+                   there ? source.at(first + row, column) : source.start, there);
   }
 }
 
 template <class T, int kWidth>
 __device__ __forceinline__ void load_tile(T* tile, const Job& job, const View& view, int64_t b,
                                           int64_t h, int64_t first, int rows, bool are_slots) {
+  const Rows<T> source(job, view, b, h, are_slots);
   if (!job.vectors) {
-    load_units<T, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+    load_units<T, T, kWidth>(tile, source, first, rows);
     return;
   }
   if constexpr (!Tiles<T, kWidth>::kIsFloat) {
     if (job.stages > 1) {
-      copy_units<T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+      copy_units<T, kWidth>(tile, source, first, rows);
       return;
     }
   }
-  load_units<float4, T, kWidth>(tile, job, view, b, h, first, rows, are_slots);
+  load_units<float4, T, kWidth>(tile, source, first, rows);
 }
 
 // Whether a tile that ends after `count` rows reaches the row `start`. All threads agree.
