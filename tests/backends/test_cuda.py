@@ -128,7 +128,7 @@ def test_a_block_has_as_many_warps_as_its_rows_need(rows, dtype, width, blocks, 
         # of 160 tokens, for tiles begin and end together
         (1, 1100, 128, 7),
         # 4 times 66 blocks of 4 warps are a wave
-        (66, 512, 64, 4),
+        pytest.param(66, 512, 64, 4, marks=pytest.mark.slow),
         pytest.param(67, 512, 64, 1, marks=pytest.mark.slow),
     ),
 )
