@@ -16,11 +16,14 @@ from torch import Tensor
 
 from lm2_kernels.backends.triton import launch, memory_attention, residual_layer_norm, tables
 from lm2_kernels.bench import measure
+from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.bench.works import Row
 
 # with the number of their products
 KERNELS = {"forward": 2, "dkey_value": 4, "dquery": 3}
 _WIDTH, _TOKENS = 2048, 2048
+# under as many tokens
+_FEW_SLOTS = (64, 128, 16)
 Config = tables.AttentionConfig | tables.Config
 Call = Callable[[Config], list[Tensor]]
 
@@ -45,17 +48,25 @@ def entries(context: Context, phase: str) -> list[Entry]:
 
     tokens = _tokens(context.device)
     for batch, kernel, width in itertools.product(batches, KERNELS, widths):
-        own = own_config(kernel, target, width, batch)
-        (_, *others), forms = neighbours(own), candidates(kernel, target, width)
-        configs = [others[0], *list(forms)[:1]] if context.is_rehearsal else [own, *forms, *others]
-        call = functools.partial(_attention, context.device, kernel, width)
-        flops = 2.0 * KERNELS[kernel] * _WIDTH * (tokens * (tokens + 1) // 2)
-        for index, config in enumerate(configs):
-            key = f"{kernel} K={width} {config.block_tokens}x{config.block_slots}"
-            key += f" warps {config.num_warps} stages {config.num_stages}"
-            key += "" if config.form == "pointers" else f" {config.form}"
-            predicted = forms.get(config)
-            add(index, key, call, config, batch, own, config, flops, predicted)
+        # None: as many as tokens
+        for slots in (None, *_FEW_SLOTS[: 1 if context.is_rehearsal else None]):
+            own = own_config(kernel, target, width, batch, slots)
+            forms = candidates(kernel, target, width, slots)
+            if slots and not forms:
+                continue
+            others = [] if slots else neighbours(own)[1:]
+            configs = [own, *forms, *others]
+            if context.is_rehearsal:
+                configs = [*others[:1], *list(forms)[:1]]
+            call = functools.partial(_attention, context.device, kernel, width, slots)
+            flops = 2.0 * KERNELS[kernel] * _WIDTH * seen_pairs(tokens, slots or tokens, 0)
+            for index, config in enumerate(configs):
+                key = f"{kernel} K={width} " + (f"N={slots} " if slots else "")
+                key += f"{config.block_tokens}x{config.block_slots}"
+                key += f" warps {config.num_warps} stages {config.num_stages}"
+                key += "" if config.form == "pointers" else f" {config.form}"
+                predicted = forms.get(config)
+                add(index, key, call, config, batch, own, config, flops, predicted)
     own = tables.residual_layer_norm(target, _WIDTH, backward=True)
     for batch in batches:
         call = functools.partial(_norm, context.device, width=_WIDTH)
@@ -73,18 +84,33 @@ def norms(own: tables.Config) -> list[tables.Config]:
     return [own, *(config for config in found if config != own)]
 
 
-def own_config(kernel: str, target: str, width: int, batch: int) -> tables.AttentionConfig:
+def own_config(
+    kernel: str, target: str, width: int, batch: int, slots: int | None
+) -> tables.AttentionConfig:
     """What the tables say in 16 bits."""
-    sizes = (batch * _WIDTH // width, _TOKENS, _TOKENS) if kernel == "forward" else (_TOKENS,)
+    sizes = (slots or _TOKENS,)
+    if kernel == "forward":
+        sizes = (batch * _WIDTH // width, _TOKENS, *sizes)
     # of a call that a descriptor can serve, without dropout and TF32
     choose = getattr(tables, f"attention_{kernel}")
     return choose(target, torch.bfloat16, width, False, *sizes, True, False, False)
 
 
-def candidates(kernel: str, target: str, width: int) -> dict[tables.AttentionConfig, int]:
+def candidates(
+    kernel: str, target: str, width: int, slots: int | None
+) -> dict[tables.AttentionConfig, int]:
     """The other forms that this release of Triton compiles, with the TFLOP/s predicted of each."""
-    found = tables.CANDIDATES[kernel, width] if target == "sm_90" else ()
-    return {c.config: c.predicted for c in found if c.is_for(triton.__version__)}
+    if target != "sm_90":
+        return {}
+    if slots is None:
+        found = tables.CANDIDATES[kernel, width]
+        return {c.config: c.predicted for c in found if c.is_for(triton.__version__)}
+    # predicted at the most slots, of the time that queries and results take at any number
+    return {
+        config._replace(block_slots=slots): predicted * slots // config.block_slots
+        for config, predicted, _ in tables.CANDIDATES_FEW.get((kernel, width), ())
+        if slots <= config.block_slots
+    }
 
 
 def neighbours(own: tables.AttentionConfig) -> list[tables.AttentionConfig]:
@@ -119,13 +145,17 @@ def _by_config(function: str, run: Callable[[], tuple[Tensor, ...]]) -> Call:
     return under
 
 
-def _attention(device: str, kernel: str, width: int, batch: int, tokens: int) -> Call:
+def _attention(
+    device: str, kernel: str, width: int, slots: int | None, batch: int, tokens: int
+) -> Call:
     """Those of the backward run after the delta pass."""
     torch.manual_seed(0)
     # the interpreter has float16 alone of 16 bits, and one head is enough for it
     heads, dtype = (1, torch.float16) if device == "cpu" else (_WIDTH // width, torch.bfloat16)
-    shape = (batch, tokens, heads, width)
-    dout, *inputs = (torch.randn(shape, device=device, dtype=dtype) for _ in range(4))
+    dout, *inputs = (
+        torch.randn(batch, rows, heads, width, device=device, dtype=dtype)
+        for rows in (tokens, tokens, slots or tokens, slots or tokens)
+    )
     inputs += [None, None]
     options = (True, 0, width**-0.5, None, 0.0)
     # below the layer that rewords Triton's errors

@@ -16,6 +16,10 @@ float32.
 ``DEVICES``: what it runs on, by torch's type of device and in words, as ``{"cuda": "NVIDIA
 GPUs"}``; None is any. It is given nothing that lies elsewhere.
 
+One function a backend may have or not, :data:`NORM_AND_TANH`: it takes what
+``residual_layer_norm_forward`` takes, and gives what that gives and ``tanh(residual)`` besides, in
+the dtype of the residual. The release layer needs both of a memory's rows, which so are read once.
+
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
 It goes by their shapes, dtypes and devices alone: of a layer it is asked once for each combination.
@@ -145,4 +149,5 @@ RESULTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
         pooled_gate_backward,
     )
 }
+NORM_AND_TANH = "residual_layer_norm_and_tanh_forward"
 OPS = tuple(name.removesuffix("_forward") for name in RESULTS if name.endswith("_forward"))

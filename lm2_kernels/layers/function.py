@@ -1,9 +1,9 @@
 """What both layers are made of as one ``torch.autograd.Function`` each.
 
 A layer whose every part is plain (:mod:`lm2_kernels.plain`) is one node of autograd's graph for a
-whole segment: its forward is that of its ops bit for bit, its backward is derived by hand from
-theirs, and sums of gradients are made by the products that they are sums of. Kernels are the
-backends', called as the ops call them.
+whole segment: its forward is that of its ops bit for bit (but for a tanh that a backend's norm
+takes along: to round-off), its backward is derived by hand from theirs, and sums of gradients are
+made by the products that they are sums of. Kernels are the backends', called as the ops call them.
 """
 
 import functools

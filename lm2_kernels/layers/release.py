@@ -12,10 +12,12 @@ from lm2_kernels import unchecked
 from lm2_kernels.backends import (
     autocast_dtype,
     computed_dtype,
+    get,
     requested_backend,
     select,
     use_backend,
 )
+from lm2_kernels.backends.contract import NORM_AND_TANH
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -580,15 +582,21 @@ class ReleaseMemory(MemoryLayer):
         rows = memory[:, : num_rows(x.shape[1], self.tokens_per_slot)]
         is_cast = autocast_dtype(x.device.type) is not None
         normed = (computed, rows, first.weight, first.bias)
+        norm = select("residual_layer_norm", normed, self.backend)
+        tanh_dtype = memory.dtype if is_cast else x.dtype
         return ReleaseOptions(
             prefix=self.pooled_gate == "prefix",
             num_pooled=0 if pooled_sum is None else slot_offset * self.tokens_per_slot,
             applications=self.attention_mlp.places,
-            tanh_dtype=memory.dtype if is_cast else x.dtype,
+            tanh_dtype=tanh_dtype,
             tanh=requested_backend() if self.backend is None else self.backend,
+            # of rows that tokens share, or in another dtype, it would be another one's
+            tanh_by_norm=self.tokens_per_slot == 1
+            and memory.dtype == tanh_dtype
+            and hasattr(get(norm), NORM_AND_TANH),
             first_eps=first.eps,
             second_eps=second.eps,
-            norm=select("residual_layer_norm", normed, self.backend),
+            norm=norm,
             pool=select("pooled_gate", (x, weight), self.backend),
         )
 

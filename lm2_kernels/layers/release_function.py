@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lm2_kernels.backends import call_without_autocast as call
-from lm2_kernels.backends.contract import accumulation_dtype
+from lm2_kernels.backends.contract import NORM_AND_TANH, accumulation_dtype
 from lm2_kernels.chunks import sum_by_slot
 from lm2_kernels.layers.function import (
     REST,
@@ -39,6 +39,7 @@ class ReleaseOptions(NamedTuple):
         applications: of the shared Linear.
         tanh_dtype: in which the rows' tanh is taken.
         tanh: the backend that was asked for, which says whose tanh that is.
+        tanh_by_norm: whether the first norm's backend takes it along instead.
         first_eps, second_eps: of the LayerNorms.
         norm, pool: the backends of their ops.
     """
@@ -48,6 +49,7 @@ class ReleaseOptions(NamedTuple):
     applications: int
     tanh_dtype: torch.dtype
     tanh: str
+    tanh_by_norm: bool
     first_eps: float
     second_eps: float
     norm: str
@@ -191,13 +193,13 @@ class ReleaseMemoryFunction(LayerFunction):
         gate_bias += torch.cat(biases).to(options.dtype)
 
         rows = contiguous_rows(options.rows_of(memory, x.shape[1]))
-        candidate, of_candidate, after = _candidate(
+        candidate, rows_tanh, of_candidate, after = _candidate(
             options, keeps, operand, memory, rows, slot_mask, seed, p
         )
         if not keeps:
             pooled = operand = None
         # the gates last: what is not kept of the candidate has made room
-        gates, of_gates = _gates_of_rows(options, keeps, rows, p)
+        gates, of_gates = _gates_of_rows(options, keeps, rows, rows_tanh, p)
         output, new_rows = call(
             options.update,
             "memory_update_forward",
@@ -438,22 +440,23 @@ def _candidate(
     slot_mask: Tensor | None,
     seed: Tensor | None,
     p: ReleaseParameters,
-) -> tuple[Tensor, Tensors, Tensors]:
-    """The candidate, and what is kept of it for backward: from ``out`` on in :class:`_Kept`, and
-    behind that. The rest makes room for what comes next.
+) -> tuple[Tensor, Tensor | None, Tensors, Tensors]:
+    """The candidate, the rows' tanh if the norm takes it along, and what is kept for backward: from
+    ``out`` on in :class:`_Kept`, and behind that. The rest makes room for what comes next.
     """
     more = options.more
     query = linear(operand, p.query_weight, p.query_bias)
     out, reading = read(options, keeps, query, memory, slot_mask, seed, *p[2:6])
     del query
-    attended, first_mean, first_rstd = call(
+    attended, first_mean, first_rstd, *rows_tanh = call(
         more.norm,
-        "residual_layer_norm_forward",
+        NORM_AND_TANH if more.tanh_by_norm else "residual_layer_norm_forward",
         *with_rows(out, rows, options.tokens_per_slot),
         p.first_norm_weight,
         p.first_norm_bias,
         more.first_eps,
     )
+    rows_tanh = rows_tanh[0] if rows_tanh else None
     attended = attended.view(out.shape)
     if not keeps:
         del out
@@ -474,18 +477,23 @@ def _candidate(
     if p.candidate_weight is not None:
         candidate = linear(operand, p.candidate_weight, p.candidate_bias).add_(candidate)
     if not keeps:
-        return candidate, (), ()
+        return candidate, rows_tanh, (), ()
     statistics = first_mean, first_rstd, second_mean, second_rstd
     kept = out, attended, mixed[-1], candidate, *statistics
-    return candidate, kept, (*reading, *mixed[1:-1])
+    return candidate, rows_tanh, kept, (*reading, *mixed[1:-1])
 
 
 def _gates_of_rows(
-    options: Options, keeps: bool, rows: Tensor, p: ReleaseParameters
+    options: Options,
+    keeps: bool,
+    rows: Tensor,
+    rows_tanh: Tensor | None,
+    p: ReleaseParameters,
 ) -> tuple[Tensor, Tensors]:
     """The gates' part of the rows, and what is kept of it for backward."""
-    cast_rows = rows.to(options.more.tanh_dtype) if options.is_cast else rows
-    rows_tanh = tanh(cast_rows, options.more.tanh)
+    if rows_tanh is None:
+        cast_rows = rows.to(options.more.tanh_dtype) if options.is_cast else rows
+        rows_tanh = tanh(cast_rows, options.more.tanh)
     operand = options.operand(rows_tanh)
     gates = linear(operand, p.rows_weight, p.rows_bias)
     return gates, (rows_tanh, operand, gates) if keeps else ()

@@ -11,12 +11,20 @@ from tools import forms, launches
 from tools.fake_gpu import ptxas_log
 from tools.rounding import assert_rule
 
-CANDIDATES = [
-    pytest.param(kernel, width, found.config, id=f"{kernel}-{width}-{index}-{found.config.form}")
-    for (kernel, width), several in tables.CANDIDATES.items()
-    for index, found in enumerate(several)
-    if found.is_for(triton.__version__)
-]
+
+def _candidates(table) -> list:
+    """All that this release compiles; every day the first of each form."""
+    params, begun = [], set()
+    for (kernel, width), several in table.items():
+        for index, (config, *_) in enumerate(c for c in several if c.is_for(triton.__version__)):
+            marks = (pytest.mark.slow,) if (kernel, width, config.form) in begun else ()
+            begun.add((kernel, width, config.form))
+            name = f"{kernel}-{width}-{index}-{config.form}"
+            params.append(pytest.param(kernel, width, config, id=name, marks=marks))
+    return params
+
+
+CANDIDATES, CANDIDATES_FEW = _candidates(tables.CANDIDATES), _candidates(tables.CANDIDATES_FEW)
 
 
 def _read(batch, tokens, slots, heads, width, **options) -> testing.Case:
@@ -24,6 +32,7 @@ def _read(batch, tokens, slots, heads, width, **options) -> testing.Case:
     return testing.Case("memory_attention", batch, tokens, slots, heads, width, options)
 
 
+_NAMES = {"forward": "fwd", "dkey_value": "bwd_dkey_value", "dquery": "bwd_dquery"}
 # rows and slots beyond the last tile, several batches and heads, and widths that a tile pads
 CASES = (
     _read(2, 33, 45, 2, 16),
@@ -93,10 +102,7 @@ def test_candidate_compiles(kernel, width, config, dropout):
     case = _read(1, 512, 512, 2, width, **options)
     with launches.compiled("sm_90") as gpu, forms.measured((kernel, width, config)):
         testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
-    names = {"forward": "fwd", "dkey_value": "bwd_dkey_value", "dquery": "bwd_dquery"}
-    (found,) = (
-        each for each in gpu.launches if each.kernel == f"_memory_attention_{names[kernel]}_kernel"
-    )
+    (found,) = (each for each in gpu.launches if f"attention_{_NAMES[kernel]}_" in each.kernel)
     if dropout and config.form == "specialized" and kernel != "forward":
         assert found.signature["key_ptr"] == "*bf16"
         return
@@ -210,5 +216,107 @@ def test_later_launches_describe_new_tensors():
         assert comparison.passed, comparison
 
 
+# --- few slots, all of which a program keeps ------------------------------------------------------
+
+FEW_CASES = (
+    _read(2, 70, 45, 2, 16),
+    _read(2, 130, 64, 3, 48),
+    _read(3, 37, 20, 1, 16, slot_offset=5),
+    _read(2, 20, 50, 2, 16, slot_offset=45),
+    _read(2, 100, 45, 2, 32, causal=False),
+    _read(1, 1, 50, 2, 16, slot_offset=49),
+    _read(2, 40, 45, 2, 16, scale=-0.3),
+    _read(2, 70, 30, 2, 16, dropout_p=0.5),
+    _read(2, 70, 45, 2, 16, slot_mask="random"),
+    # rows that see nothing
+    _read(2, 70, 45, 2, 16, slot_mask="prefix"),
+    _read(2, 70, 7, 2, 16, slot_mask="prefix", causal=False),
+)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
+def test_few_slots_match_oracle(case, dtype):
+    # a part of the tokens a program, some of which end within a tile
+    chosen = forms.small("resident")
+    with launches.interpreted("sm_90"), forms.measured(*chosen, wave=4) as ran:
+        assert_rule(lambda seed: testing.check_case(case, dtype, "triton", seed=seed))
+    assert [config.form for config in ran.configs[:3]] == ["resident", "resident", "pointers"]
+    assert not ran.described
+
+
+@pytest.mark.parametrize(("kernel", "width", "config"), CANDIDATES_FEW)
+def test_candidate_for_few_slots_matches_oracle(kernel, width, config):
+    case = _read(1, 150, config.block_slots - 5, 1, width, slot_offset=3)
+    with launches.interpreted("sm_90"), forms.measured((kernel, width, config), wave=1) as ran:
+        assert_rule(lambda seed: testing.check_case(case, torch.float16, "triton", seed=seed))
+    assert config in ran.configs
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {},
+        pytest.param({"slot_mask": "prefix"}, marks=pytest.mark.slow),
+        pytest.param({"dropout_p": 0.1, "causal": False}, marks=pytest.mark.slow),
+        pytest.param({"slot_mask": "prefix", "dropout_p": 0.1}, marks=pytest.mark.slow),
+    ),
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "share", (1, *(pytest.param(share, marks=pytest.mark.slow) for share in (2, 4, 8)))
+)
+@pytest.mark.parametrize(("kernel", "width", "config"), CANDIDATES_FEW)
+def test_candidate_for_few_slots_compiles(kernel, width, config, share, options):
+    """No spills; slots that are in shared memory before the loop, queries that come meanwhile."""
+    slots = config.block_slots // share
+    narrower = width - 16 if len(options) == 2 else width
+    case = _read(1, 512, slots, 2, narrower, **options)
+    with launches.compiled("sm_90") as gpu, forms.measured((kernel, width, config)):
+        testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
+        name = f"few_slots_{_NAMES[kernel]}_kernel"
+        found = gpu.launches[:] = [each for each in gpu.launches if each.kernel == name]
+    if "dropout_p" in options and share == 1:
+        # random numbers take the registers of half of the slots
+        assert not found
+        return
+    (found,) = found
+    assert found.tensor_cores == {"wgmma.mma_async"}
+    assert found.async_copies and found.num_warps == config.num_warps
+    assert "serialized" not in ptxas_log(found.warpgroup_ptx, "sm_90a"), found
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "is_kept"),
+    (
+        (_read(1, 33, 64, 2, 16), torch.float16, True),
+        (_read(1, 33, 65, 2, 16), torch.float16, False),
+        (_read(1, 33, 32, 2, 16, dropout_p=0.5), torch.float16, True),
+        (_read(1, 33, 33, 2, 16, dropout_p=0.5), torch.float16, False),
+        (_read(1, 33, 20, 2, 16), torch.float32, False),
+        # rows of 34 bytes
+        (_read(1, 33, 20, 2, 17), torch.float16, False),
+    ),
+)
+def test_how_many_slots_are_kept(case, dtype, is_kept):
+    with launches.grids("sm_90"), forms.measured(*forms.small("resident")) as ran:
+        testing.run_case(case, testing.make_inputs(case, dtype), "triton")
+    assert ("resident" in {config.form for config in ran.configs}) == is_kept
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "parts"),
+    # two waves of programs, whole blocks of 32 tokens
+    ((1, 4096, 128), (2, 1000, 32), (66, 4096, 2), (67, 4096, 1), (132, 64, 1), (1, 5, 1)),
+)
+def test_parts_of_the_tokens_fill_a_gpu(batch, tokens, parts):
+    case = _read(batch, tokens, 8, 2, 16)
+    with launches.grids("sm_90") as grids, forms.measured(*forms.small("resident"), wave=132):
+        inputs = testing.make_inputs(case, torch.float16)
+        with torch.no_grad():
+            lm2.memory_attention(**inputs.tensors, backend="triton")
+    assert grids == [(2 * batch * parts,)]
+
+
 def test_nothing_is_chosen_that_no_hardware_has_run():
-    assert not tables.MEASURED
+    assert not tables.MEASURED and not tables.MEASURED_FEW

@@ -51,6 +51,34 @@ def test_other_forms_match_oracle_on_gpu(kernel, width, index, case):
     assert (candidate.config in ran.configs) == is_taken == bool(ran.described)
 
 
+FEW_CASES = (
+    testing.Case("memory_attention", 2, 2048, 64, 2, 0),
+    testing.Case("memory_attention", 3, 515, 45, 2, 0, (("slot_offset", 30),)),
+    testing.Case("memory_attention", 70, 130, 16, 2, 0, (("slot_mask", "prefix"),)),
+    testing.Case("memory_attention", 2, 515, 32, 2, 0, (("dropout_p", 0.9), ("causal", False))),
+)
+
+
+@pytest.mark.parametrize("case", FEW_CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize(
+    ("kernel", "width", "index"),
+    [(*key, i) for key, several in tables.CANDIDATES_FEW.items() for i in range(len(several))],
+)
+def test_few_slots_kept_match_oracle_on_gpu(kernel, width, index, case):
+    if launch.target(0) != "sm_90":
+        pytest.skip(f"the tiles are for sm_90, this is {launch.target(0)}")
+    config = tables.CANDIDATES_FEW[kernel, width][index].config
+    case = case._replace(width=width)
+    with forms.measured((kernel, width, config), wave=tables._ONE_WAVE) as ran:
+        assert_rule(lambda seed: _checked(case, seed))
+        inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
+        first = testing.run_case(case, inputs, "triton")
+        for _ in range(20):
+            again = testing.run_case(case, inputs, "triton")
+            assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+    assert "resident" in {config.form for config in ran.configs}
+
+
 def test_descriptors_under_a_graph():
     """A replay reads what the buffers hold then."""
     chosen = [(kernel, 64, tables.CANDIDATES[kernel, 64][0].config) for kernel in forms.KERNELS]

@@ -6,6 +6,7 @@ It is caught when the rule refuses a result, or the interpreter's checks refuse 
 
 import contextlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ MUTANTS = (
         "scale forgotten",
         "memory_attention",
         "p = tl.exp2((products - finite_max[:, None]) * scale_log2)",
-        "p = tl.exp2((products - finite_max[:, None]) * _LOG2_E)",
+        "p = tl.exp2((products - finite_max[:, None]) * LOG2_E)",
         READ,
     ),
     Mutant(
@@ -286,7 +287,7 @@ MUTANTS = (
 
 
 BY_DESCRIPTORS = _read(2, 33, 45, 2, 16, slot_offset=3)
-FORM_MUTANTS = (
+DESCRIPTOR_MUTANTS = (
     Mutant(
         "tiles of the first batch entry",
         "memory_attention",
@@ -331,17 +332,93 @@ FORM_MUTANTS = (
     ),
 )
 
+KEPT = _read(2, 70, 45, 2, 16, slot_offset=3)
+KEPT_MASKED = _read(2, 70, 45, 2, 16, slot_mask="prefix")
+RESIDENT_MUTANTS = (
+    Mutant(
+        "every part begins with the first token",
+        "memory_attention",
+        "start = tl.program_id(0) % num_parts * tokens_per_part",
+        "start = 0",
+        KEPT,
+    ),
+    Mutant(
+        "a token too few in every part",
+        "memory_attention",
+        "tl.minimum(start + tokens_per_part, num_tokens)",
+        "tl.minimum(start + tokens_per_part, num_tokens) - 1",
+        _read(2, 65, 45, 2, 16),
+    ),
+    Mutant(
+        "the padding of the only tile seen",
+        "memory_attention",
+        "last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)",
+        "last_seen = slot_offset + offs_t",
+        KEPT,
+    ),
+    Mutant(
+        "masked slots seen",
+        "memory_attention",
+        "            visible = visible & taken[None, :]\n",
+        "            visible = visible\n",
+        KEPT_MASKED,
+    ),
+    Mutant(
+        "rows that see nothing, and do not know it",
+        "memory_attention",
+        "first_visible = tl.min(tl.where(taken, slots, 2147483647), 0)",
+        "first_visible = 0",
+        KEPT_MASKED,
+    ),
+    Mutant(
+        "random numbers of the row before",
+        "memory_attention",
+        "dropout_row_keys(seed, (b * num_heads + h) * num_tokens + offs_t64)",
+        "dropout_row_keys(seed, (b * num_heads + h) * num_tokens + offs_t64 - 1)",
+        _read(2, 70, 30, 2, 16, dropout_p=0.5),
+    ),
+    Mutant(
+        "dQ of another row's random numbers",
+        "memory_attention",
+        "dropout_row_keys(seed, first_score_row + offs_t64)",
+        "dropout_row_keys(seed, first_score_row + offs_t64 - 1)",
+        _read(2, 70, 30, 2, 16, dropout_p=0.5),
+    ),
+    Mutant(
+        "dQ without the scale",
+        "memory_attention",
+        "dq = tl.dot(ds.to(k.dtype), k) * scale",
+        "dq = tl.dot(ds.to(k.dtype), k)",
+        KEPT,
+    ),
+    Mutant(
+        "dQ of the first head's statistics",
+        "memory_attention",
+        "    statistics_ptr += 2 * first_score_row\n    delta_ptr += first_score_row\n\n    for",
+        "    delta_ptr += first_score_row\n\n    for",
+        KEPT,
+    ),
+)
+FORM_MUTANTS = {"descriptors": DESCRIPTOR_MUTANTS, "resident": RESIDENT_MUTANTS}
 
-def _mutated(mutant: Mutant, folder: Path):
-    """The op's Triton module with the mutation applied."""
-    package = Path(backends.get("triton").__file__).parent
-    source = (package / f"{mutant.op}.py").read_text()
-    assert mutant.old in source, "the kernel has changed: give the mutant its new text"
-    path = folder / f"{mutant.op}.py"
-    path.write_text(source.replace(mutant.old, mutant.new))
-    spec = importlib.util.spec_from_file_location(f"mutant_{mutant.op}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+def _mutated(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The op's Triton module with the mutation applied, to it or to what it is made of."""
+    package = backends.get("triton")
+    parts = ("attention_tiles", "few_slots") if mutant.op == "memory_attention" else ()
+    changed = False
+    for name in (*parts, mutant.op):
+        source = Path(package.__file__).with_name(f"{name}.py").read_text()
+        changed |= mutant.old in source
+        path = folder / f"{name}.py"
+        path.write_text(source.replace(mutant.old, mutant.new))
+        spec = importlib.util.spec_from_file_location(f"mutant_{name}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        # for those that come after it
+        monkeypatch.setitem(sys.modules, f"{package.__name__}.{name}", module)
+        monkeypatch.setattr(package, name, module, raising=False)
+    assert changed, "the kernel has changed: give the mutant its new text"
     return module
 
 
@@ -350,16 +427,22 @@ def _worst_share(case: testing.Case) -> float:
     return max(c.share for c in testing.check_case(case, torch.float16, "triton"))
 
 
-@pytest.mark.parametrize("mutant", (*MUTANTS, *FORM_MUTANTS), ids=lambda mutant: mutant.name)
-def test_mutant_is_caught(mutant, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("form", "mutant"),
+    [
+        pytest.param(form, mutant, id=mutant.name)
+        for form, mutants in ((None, MUTANTS), *FORM_MUTANTS.items())
+        for mutant in mutants
+    ],
+)
+def test_mutant_is_caught(form, mutant, tmp_path, monkeypatch):
     triton = backends.get("triton")
-    form = contextlib.nullcontext()
-    if mutant in FORM_MUTANTS:
-        form = forms.measured(*forms.small("descriptors"))
+    # two waves of programs are more than one of each head, so that parts end within the tokens
+    form = forms.measured(*forms.small(form), wave=4) if form else contextlib.nullcontext()
     with launches.interpreted("sm_90"), form:
         # the kernel as it is passes: it is the mutation that fails
         assert _worst_share(mutant.case) <= 1.0
-        module = _mutated(mutant, tmp_path)
+        module = _mutated(mutant, tmp_path, monkeypatch)
         for direction in ("forward", "backward"):
             name = f"{mutant.op}_{direction}"
             monkeypatch.setattr(triton, name, getattr(module, name))

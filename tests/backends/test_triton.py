@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing, unchecked
 from lm2_kernels.backends import dropout
+from lm2_kernels.backends.contract import NORM_AND_TANH
 from lm2_kernels.backends.triton import launch as launch_module
 from lm2_kernels.backends.triton import tables
 from tools import launches
@@ -121,6 +122,35 @@ def test_kernel_resources_exhaustive(case, dtype, target):
     _compile(case, dtype, target)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "target", ("sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm_90"))
+)
+@pytest.mark.parametrize("width", (100, 512, 2048, 8192, 10_000))
+def test_norm_and_tanh_resources(width, target, dtype):
+    x, residual = torch.zeros(2, 1, 16, width, dtype=testing.DTYPES[dtype])
+    with launches.compiled(target) as gpu:
+        backends.call("triton", NORM_AND_TANH, x, residual, x[0, 0], x[0, 0], 1e-5)
+    assert len(gpu.launches) == 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(("rows", "width"), ((5, 24), (3, 130), (2, 10_000)))
+def test_norm_and_tanh(rows, width, dtype):
+    """What the norm alone gives, bit for bit, and the tanh of its second summand."""
+    inputs = [torch.randn(2, rows, width), 3 * torch.randn(2, rows, 2 * width)[..., ::2]]
+    inputs = [t.to(dtype) for t in (*inputs, torch.randn(width), torch.randn(width))]
+    with launches.interpreted("sm_90"):
+        *found, tanh = backends.call("triton", NORM_AND_TANH, *inputs, 1e-5)
+        wanted = backends.call("triton", "residual_layer_norm_forward", *inputs, 1e-5)
+    assert all(map(torch.equal, found, wanted))
+    assert tanh.dtype == dtype and tanh.is_contiguous()
+    exact = inputs[1].double().tanh()
+    # a rounding, and what float32 arithmetic errs by before
+    bound = (0.5 * torch.finfo(dtype).eps + 2e-7) * exact.abs()
+    assert ((tanh.double() - exact).abs() <= bound).all()
+
+
 # where `pip install --no-deps --target` has put another release
 OTHER_TRITON = os.environ.get("LM2_KERNELS_TEST_TRITON")
 
@@ -140,7 +170,7 @@ def test_compile_checks_with_another_triton():
     assert found.is_relative_to(Path(OTHER_TRITON).resolve())
     # on one target in one dtype: all of them are a minute more
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
-    checks = f"({everyday}) or (tensor_cores and sm_90) or (candidate_compiles and 256)"
+    checks = f"({everyday}) or (candidate_compiles and (forward-256 or dkey_value-256))"
     files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
+from lm2_kernels.backends.contract import NORM_AND_TANH
 from lm2_kernels.layers import base, function, paper_function, release_function
 from tools.layers import (
     LAYERS,
@@ -302,6 +303,53 @@ def test_low_precision(kind, options, way):
         return [
             testing.compare(f"d{name}", *(one[name] for one in gradients)) for name in gradients[0]
         ]
+
+    assert_rule(compare)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "dtypes", "is_along"),
+    (
+        ({"candidate": "token"}, torch.float32, {}, True),
+        ({"pooled_gate": "prefix"}, torch.float16, {}, True),
+        # rows that tokens share, and rows in another dtype than their tanh
+        ({"write": "chunk", "tokens_per_slot": 2}, torch.float32, {}, False),
+        ({}, torch.float16, {"memory": torch.float32}, False),
+    ),
+    ids=("float32", "float16", "chunk", "float32 memory"),
+)
+@pytest.mark.parametrize("arguments", ("offset", "mask"))
+def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, is_along, arguments):
+    """As Triton's does, which so reads the rows once; gradients and results by the rule."""
+    launches = pytest.importorskip("tools.launches")
+    is_chunk = "tokens_per_slot" in options
+    given = {"slot_offset": 0} if is_chunk else ARGUMENTS[arguments]
+
+    def compare(seed: int) -> list[testing.Comparison]:
+        exact, (x, memory) = make_layer(lm2.ReleaseMemory, **options), make_inputs(seed=seed)
+        layer = copy.deepcopy(exact).to(dtype)
+        inputs = [
+            t.detach().to(dtypes.get(name, dtype)).requires_grad_()
+            for name, t in (("x", x), ("memory", memory))
+        ]
+        with launches.interpreted("sm_90"), lm2.use_backend("triton"), lm2.recording() as ran:
+            found = run(layer, inputs, **given)
+        functions = [name for name, _ in ran]
+        assert found[2] and functions.count(NORM_AND_TANH) == is_along
+        assert functions.count("residual_layer_norm_forward") == 2 - is_along
+        with lm2.use_backend("eager"), made_of_ops():
+            wanted = run(layer, inputs, **given)
+            rounded = [t.detach().double().requires_grad_() for t in inputs]
+            exact.load_state_dict({n: t.double() for n, t in layer.state_dict().items()})
+            truth = run(exact, rounded, **given)
+        names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
+        every = []
+        for outputs, gradients, _ in (found, truth, wanted):
+            one = dict(zip(names, gradients, strict=True))
+            vectors = [one.pop(name) for name in names if one[name].dim() == 1]
+            every.append({"output": outputs[0], "new memory": outputs[1], **one})
+            every[-1]["vectors"] = torch.cat(vectors)
+        return [testing.compare(name, *(one[name] for one in every)) for name in every[0]]
 
     assert_rule(compare)
 

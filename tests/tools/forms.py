@@ -25,7 +25,9 @@ def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> 
     GPU had so few multiprocessors that a program for each is not worth other tiles.
     """
     ran = Ran([], [])
-    chosen = {(kernel, "sm_90", width): config for kernel, width, config in found}
+    chosen: dict[bool, dict] = {True: {}, False: {}}
+    for kernel, width, config in found:
+        chosen[config.form == "resident"][kernel, "sm_90", width] = config
     tiled, constants = memory_attention._tiled, memory_attention._constants
 
     def recorded_tensor(tensor: Tensor, *args: int) -> object:
@@ -40,7 +42,8 @@ def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> 
     launch.forget()
     try:
         with (
-            mock.patch.dict(tables.MEASURED, chosen),
+            mock.patch.dict(tables.MEASURED, chosen[False]),
+            mock.patch.dict(tables.MEASURED_FEW, chosen[True]),
             mock.patch.object(tables, "_ONE_WAVE", wave),
             mock.patch.object(memory_attention, "_tiled", recorded_tensor),
             mock.patch.object(memory_attention, "_constants", recorded_config),
@@ -51,7 +54,13 @@ def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> 
 
 
 def small(form: str, *, slots: int = 32) -> list[tuple[str, int, tables.AttentionConfig]]:
-    """One configuration of each kernel for heads of up to 64, small enough for the interpreter."""
+    """One configuration of each kernel for heads of up to 64, small enough for the interpreter.
+
+    ``slots``: of a tile; the resident form, which keeps all, has twice as many.
+    """
+    if form == "resident":
+        few = tables.AttentionConfig(32, 2 * slots, 8, 2, form)
+        return [("forward", 64, few), ("dquery", 64, few)]
     tokens, warps = (64, 4) if form == "specialized" else (32, 8)
     sizes = {"forward": (tokens, slots), "dkey_value": (32, slots), "dquery": (tokens, slots)}
     return [

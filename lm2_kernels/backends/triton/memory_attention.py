@@ -1,7 +1,8 @@
 """Memory attention in Triton: tokens read the memory slots.
 
 Four kernels, none of which writes to an address that another program touches: the forward; and for
-the backward one each for ``delta``, for dK with dV, and for dQ. Scores are recomputed tile by tile
+the backward one each for ``delta``, for dK with dV, and for dQ. (For few slots, forward and dQ have
+others, in :mod:`lm2_kernels.backends.triton.few_slots`.) Scores are recomputed tile by tile
 and never stored. Letters as in :mod:`lm2_kernels.reference`; ``o`` is ``slot_offset``.
 
 What the backward kernels know of a row are two numbers: the largest of its visible products
@@ -16,6 +17,8 @@ What a kernel may not assume: the strides of its inputs (only the last axis is c
 finite values in slots that are masked off.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +27,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import composite, dropout
-from lm2_kernels.backends.triton import launch, library, tables
+from lm2_kernels.backends.triton import few_slots, launch, library, tables
+from lm2_kernels.backends.triton.attention_tiles import (
+    LOG2_E,
+    load_rows,
+    load_statistics,
+    load_tile,
+    probabilities,
+    store_result,
+    store_rows,
+)
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 # below it a scale is 0
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
@@ -67,50 +77,6 @@ def _head_and_block(num_blocks, heads_per_group):
     pid_in_group = pid - first_pair * num_blocks
     num_in_group = tl.minimum(heads_per_group, num_pairs - first_pair)
     return first_pair + pid_in_group % num_in_group, pid_in_group // num_in_group
-
-
-@triton.jit
-def _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Load a tile of rows of one head: (rows, BLOCK_K), zeros where masked or past the width."""
-    if HEAD_WIDTH == BLOCK_K:
-        return tl.load(ptrs, mask=mask_rows[:, None], other=0.0)
-    return tl.load(ptrs, mask=mask_rows[:, None] & (offs_k < HEAD_WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_tile(
-    source,
-    b,
-    h,
-    first_row,
-    rows_64,
-    stride,
-    mask_rows,
-    offs_k,
-    HEAD_WIDTH: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-):
-    """A tile of rows of one head, (rows, BLOCK_K), zeros where there are none.
-
-    ``source`` is where the head's rows begin, with their ``stride``: rows off the mask are zeros,
-    too. Or, if DESCRIPTORS, it describes (B, H, rows, K).
-    """
-    if DESCRIPTORS:
-        tile = source.load([b.to(tl.int32), h.to(tl.int32), first_row, 0])
-        tile = tl.reshape(tile, rows_64.shape[0], offs_k.shape[0])
-    else:
-        ptrs = source + rows_64[:, None] * stride + offs_k[None, :]
-        tile = _load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH, offs_k.shape[0])
-    return tile
-
-
-@triton.jit
-def _store_rows(ptrs, tile, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
-    tile = tile.to(ptrs.dtype.element_ty)
-    if HEAD_WIDTH == BLOCK_K:
-        tl.store(ptrs, tile, mask=mask_rows[:, None])
-    else:
-        tl.store(ptrs, tile, mask=mask_rows[:, None] & (offs_k < HEAD_WIDTH)[None, :])
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -182,10 +148,10 @@ def _memory_attention_fwd_kernel(
         rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
         key_a, key_b = dropout_row_keys(tl.load(seed_ptr), rows)
 
-    q = _load_tile(
+    q = load_tile(
         query_ptr, b, h, first_token, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
     )
-    scale_log2 = scale * _LOG2_E
+    scale_log2 = scale * LOG2_E
     row_max = tl.full([BLOCK_T], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_T], tl.float32)
     acc = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
@@ -209,7 +175,7 @@ def _memory_attention_fwd_kernel(
         else:
             visible = taken[None, :]
 
-        k = _load_tile(
+        k = load_tile(
             key_ptr, b, h, start, slots_64, stride_kn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -226,48 +192,35 @@ def _memory_attention_fwd_kernel(
             p = tl.where(keep, p, 0.0)
 
         # a masked slot is not even read: 0 * NaN would reach every row
-        v = _load_tile(
+        v = load_tile(
             value_ptr, b, h, start, slots_64, stride_vn, taken, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
-    # visible scores that are all -inf leave 0 / 0 = NaN, as softmax does
-    log_sum = tl.log2(row_sum)
-    if HAS_MASK:
-        if CAUSAL:
-            sees_any = tl.min(first_visible, 0) <= slot_offset + offs_t
-        else:
-            sees_any = (tl.min(first_visible, 0) < num_slots) & mask_t
-        log_sum = tl.where(sees_any, log_sum, float("inf"))
-        row_sum = tl.where(sees_any, row_sum, 1.0)
-    factor = 1.0 / row_sum
-    if HAS_DROPOUT:
-        factor = factor * keep_scale
-    acc = acc * factor[:, None]
-
-    statistics_ptrs = statistics_ptr + pid_bh.to(tl.int64) * 2 * num_tokens + offs_t
-    tl.store(statistics_ptrs, row_max, mask=mask_t)
-    tl.store(statistics_ptrs + num_tokens, log_sum, mask=mask_t)
-    out_rows = (b * num_tokens + offs_t64) * num_heads + h
-    out_ptrs = out_ptr + out_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
-    _store_rows(out_ptrs, acc, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
-
-
-@triton.jit
-def _load_statistics(ptrs, num_tokens, mask_t):
-    """The largest products of some rows, and the logarithms of their sums.
-
-    The latter is +inf for a row that is not there or sees no slot: it has no probabilities.
-    """
-    largest = tl.load(ptrs, mask=mask_t, other=0.0)
-    return largest, tl.load(ptrs + num_tokens, mask=mask_t, other=float("inf"))
-
-
-@triton.jit
-def _probabilities(products, largest, log_sum, scale_log2):
-    # a NaN becomes 0: what counts in such a row is its sum, NaN or +inf
-    below = tl.minimum(products - largest, 0.0, propagate_nan=tl.PropagateNan.NONE)
-    return tl.exp2(below * scale_log2 - log_sum)
+    store_result(
+        acc,
+        row_max,
+        row_sum,
+        tl.min(first_visible, 0) if HAS_MASK else None,
+        statistics_ptr,
+        out_ptr,
+        b,
+        h,
+        pid_bh.to(tl.int64),
+        offs_t,
+        offs_t64,
+        mask_t,
+        offs_k,
+        num_tokens,
+        num_slots,
+        num_heads,
+        slot_offset,
+        keep_scale,
+        HEAD_WIDTH,
+        CAUSAL,
+        HAS_MASK,
+        HAS_DROPOUT,
+    )
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -308,8 +261,8 @@ def _memory_attention_bwd_delta_kernel(
     dout_ptrs = dout_ptr + offs_t64[:, None] * stride_dot + offs_k[None, :]
     out_ptr += b * stride_ob + h * stride_oh
     out_ptrs = out_ptr + offs_t64[:, None] * stride_ot + offs_k[None, :]
-    dout = _load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
-    out = _load_rows(out_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
+    dout = load_rows(dout_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
+    out = load_rows(out_ptrs, mask_t, offs_k, HEAD_WIDTH, BLOCK_K).to(tl.float32)
     if dout_ptr.dtype.element_ty == tl.float32:
         local = tl.arange(0, BLOCK_T)
         products = tl.dot(dout, tl.trans(out), input_precision=PRECISION)
@@ -409,10 +362,10 @@ def _memory_attention_bwd_dkey_value_kernel(
         value_ptr += b * stride_vb + h * stride_vh
         query_ptr += b * stride_qb + h * stride_qh
         dout_ptr += b * stride_dob + h * stride_doh
-    k = _load_tile(
+    k = load_tile(
         key_ptr, b, h, first_slot, offs_n64, stride_kn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
     )
-    v = _load_tile(
+    v = load_tile(
         value_ptr, b, h, first_slot, offs_n64, stride_vn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
     )
     first_score_row = pid_bh.to(tl.int64) * num_tokens
@@ -421,23 +374,23 @@ def _memory_attention_bwd_dkey_value_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
-    scale_log2 = scale * _LOG2_E
+    scale_log2 = scale * LOG2_E
     dk = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in tl.range(first_row, end, BLOCK_T, warp_specialize=SPECIALIZED):
         rows = start + offs_t
         rows_64 = rows.to(tl.int64)
         mask_t = rows < num_tokens
-        q = _load_tile(
+        q = load_tile(
             query_ptr, b, h, start, rows_64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
-        largest, log_sum = _load_statistics(statistics_ptr + rows, num_tokens, mask_t)
+        largest, log_sum = load_statistics(statistics_ptr + rows, num_tokens, mask_t)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        p = _probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
+        p = probabilities(products, largest[None, :], log_sum[None, :], scale_log2)
         if CAUSAL:
             p = tl.where(offs_n[:, None] <= (slot_offset + rows)[None, :], p, 0.0)
 
-        dout = _load_tile(
+        dout = load_tile(
             dout_ptr, b, h, start, rows_64, stride_dot, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
@@ -464,9 +417,9 @@ def _memory_attention_bwd_dkey_value_kernel(
         dv = tl.where(slot_mask[:, None], dv, 0.0)
     dk_rows = (bank * num_slots + offs_n64) * 2 * num_heads + h
     dk_ptrs = dkey_value_ptr + dk_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
-    _store_rows(dk_ptrs, dk, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+    store_rows(dk_ptrs, dk, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
     dv_ptrs = dk_ptrs + num_heads * HEAD_WIDTH
-    _store_rows(dv_ptrs, dv, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
+    store_rows(dv_ptrs, dv, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
@@ -534,17 +487,17 @@ def _memory_attention_bwd_dquery_kernel(
         dout_ptr += b * stride_dob + h * stride_doh
         key_ptr += b * stride_kb + h * stride_kh
         value_ptr += b * stride_vb + h * stride_vh
-    q = _load_tile(
+    q = load_tile(
         query_ptr, b, h, first_token, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
     )
-    dout = _load_tile(
+    dout = load_tile(
         dout_ptr, b, h, first_token, offs_t64, stride_dot, mask_t, offs_k, HEAD_WIDTH, DESCRIPTORS
     )
     score_rows = pid_bh.to(tl.int64) * num_tokens + offs_t64
     delta = tl.load(delta_ptr + score_rows, mask=mask_t, other=0.0)
-    scale_log2 = scale * _LOG2_E
+    scale_log2 = scale * LOG2_E
     statistics_ptr += pid_bh.to(tl.int64) * 2 * num_tokens
-    largest, log_sum = _load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
+    largest, log_sum = load_statistics(statistics_ptr + offs_t, num_tokens, mask_t)
 
     if HAS_MASK:
         slot_mask_ptr += b * stride_mb
@@ -571,12 +524,12 @@ def _memory_attention_bwd_dquery_kernel(
             visible = taken[None, :]
 
         # a masked slot is not even read: 0 * NaN would reach every row
-        k = _load_tile(
+        k = load_tile(
             key_ptr, b, h, start, slots_64, stride_kn, taken, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        p = _probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
-        v = _load_tile(
+        p = probabilities(products, largest[:, None], log_sum[:, None], scale_log2)
+        v = load_tile(
             value_ptr, b, h, start, slots_64, stride_vn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
         )
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -589,7 +542,7 @@ def _memory_attention_bwd_dquery_kernel(
     dq = dq * scale
     dq_rows = (b * num_tokens + offs_t64) * num_heads + h
     dq_ptrs = dquery_ptr + dq_rows[:, None] * HEAD_WIDTH + offs_k[None, :]
-    _store_rows(dq_ptrs, dq, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
+    store_rows(dq_ptrs, dq, mask_t, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
 def _composite_reason(head_width: int, top_k: int | None) -> str | None:
@@ -618,14 +571,19 @@ def _constants(
     tf32: bool,
 ) -> dict[str, int | str]:
     """Of every kernel that has scores."""
+    by_form: dict[str, int | str] = {}
+    if config.form != "resident":
+        by_form = {
+            "DESCRIPTORS": config.form != "pointers",
+            "SPECIALIZED": config.form == "specialized",
+            "PRECISION": "tf32" if tf32 else "ieee",
+        }
     return {
         "HEAD_WIDTH": head_width,
         "CAUSAL": causal,
         "HAS_MASK": mask is not None,
         "HAS_DROPOUT": seed is not None,
-        "DESCRIPTORS": config.form != "pointers",
-        "SPECIALIZED": config.form == "specialized",
-        "PRECISION": "tf32" if tf32 else "ieee",
+        **by_form,
         "BLOCK_T": config.block_tokens,
         "BLOCK_N": config.block_slots,
         "BLOCK_K": _block_k(head_width),
@@ -715,12 +673,32 @@ def _by_form(
     of_slots: tuple[Tensor, ...],
 ) -> tuple[Tensor | TensorDescriptor, ...]:
     """Tensors as a kernel of this form takes them, in order."""
-    if config.form == "pointers":
+    if config.form in ("pointers", "resident"):
         return of_tokens + of_slots
     return (
         *(_tiled(tensor, config.block_tokens, block_k) for tensor in of_tokens),
         *(_tiled(tensor, config.block_slots, block_k) for tensor in of_slots),
     )
+
+
+class _Over(NamedTuple):
+    """How programs that own rows of tokens are laid out: how many, and what the kernel is told."""
+
+    num_programs: int
+    scalars: tuple[int, ...]
+
+
+def _over_tokens(
+    config: tables.AttentionConfig, num_pairs: int, key: Tensor, num_tokens: int
+) -> _Over:
+    """A program for a block of rows, or RESIDENT for a part of the tokens."""
+    num_slots, _, head_width = key.shape[1:]
+    if config.form == "resident":
+        tokens_per_part = tables.attention_run(num_pairs, num_tokens, config.block_tokens)
+        num_parts = triton.cdiv(num_tokens, tokens_per_part)
+        return _Over(num_pairs * num_parts, (num_parts, tokens_per_part))
+    heads_per_group = _heads_per_group(num_pairs, num_slots, head_width, key.element_size())
+    return _Over(num_pairs * triton.cdiv(num_tokens, config.block_tokens), (heads_per_group,))
 
 
 def _block_k(head_width: int) -> int:
@@ -791,6 +769,7 @@ def memory_attention_forward(
         return library.forward(by_library, query, key, value, causal, scale)
 
     def arguments() -> launch.Arguments:
+        over = _over_tokens(config, batch * num_heads, key, num_tokens)
         scalars = (
             *_strides(query, key, value),
             *_mask_strides(mask),
@@ -801,14 +780,16 @@ def memory_attention_forward(
             scale,
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            _heads_per_group(batch * num_heads, num_slots, head_width, key.element_size()),
+            *over.scalars,
         )
         constants = _constants(config, head_width, causal, mask, seed, tf32)
-        num_blocks = triton.cdiv(num_tokens, config.block_tokens)
-        return (batch * num_heads * num_blocks,), scalars, constants
+        return (over.num_programs,), scalars, constants
 
     tensors = (*_by_form(config, block_k, (query,), (key, value)), mask, seed, out, statistics)
-    launches.run(_memory_attention_fwd_kernel, tensors, arguments, ("slot_offset", slot_offset))
+    kernel = _memory_attention_fwd_kernel
+    if config.form == "resident":
+        kernel = few_slots.few_slots_fwd_kernel
+    launches.run(kernel, tensors, arguments, ("slot_offset", slot_offset))
     return out, statistics
 
 
@@ -895,9 +876,7 @@ def memory_attention_backward(
         grid = (num_pairs * triton.cdiv(num_tokens, block_tokens),)
         return grid, (*_strides(dout, out), num_tokens, num_heads), constants
 
-    def arguments(
-        config: tables.AttentionConfig, num_programs: int, shared_rows: int
-    ) -> launch.Arguments:
+    def arguments(config: tables.AttentionConfig, over: _Over) -> launch.Arguments:
         """What the two kernels below have in common."""
         scalars = (
             *_strides(dout, query, key, value),
@@ -909,10 +888,10 @@ def memory_attention_backward(
             scale,
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            _heads_per_group(num_pairs, shared_rows, head_width, query.element_size()),
+            *over.scalars,
         )
         constants = _constants(config, head_width, causal, mask, seed, tf32)
-        return (num_programs,), scalars, constants
+        return (over.num_programs,), scalars, constants
 
     def dquery_config() -> tables.AttentionConfig:
         return tables.attention_dquery(*known())
@@ -934,11 +913,14 @@ def memory_attention_backward(
         dquery_choice = launches.once(dquery_config)
 
         def dquery_arguments() -> launch.Arguments:
-            num_blocks = triton.cdiv(num_tokens, dquery_choice.block_tokens)
-            return arguments(dquery_choice, num_pairs * num_blocks, num_slots)
+            over = _over_tokens(dquery_choice, num_pairs, key, num_tokens)
+            return arguments(dquery_choice, over)
 
+        dquery_kernel = _memory_attention_bwd_dquery_kernel
+        if dquery_choice.form == "resident":
+            dquery_kernel = few_slots.few_slots_bwd_dquery_kernel
         launches.run(
-            _memory_attention_bwd_dquery_kernel,
+            dquery_kernel,
             (*tensors(dquery_choice), dquery),
             dquery_arguments,
             ("slot_offset", slot_offset),
@@ -947,9 +929,11 @@ def memory_attention_backward(
         config, num_programs, num_parts, tokens_per_part = launches.once(dkey_value_parts)
 
         def dkey_value_arguments() -> launch.Arguments:
-            grid, scalars, constants = arguments(config, num_programs * num_parts, num_tokens)
+            heads = _heads_per_group(num_pairs, num_tokens, head_width, query.element_size())
+            over = _Over(num_programs * num_parts, (heads, num_parts, tokens_per_part))
+            grid, scalars, constants = arguments(config, over)
             constants["IN_PARTS"] = num_parts > 1
-            return grid, (*scalars, num_parts, tokens_per_part), constants
+            return grid, scalars, constants
 
         if num_parts > 1:
             shape = (batch, num_parts, *packed[1:])

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lm2_kernels.backends.triton import launch, tables
+from lm2_kernels.backends.triton.primitives import tanh
 
 # the widest row that is tested; the kernels for wide rows set no limit of their own
 MAX_WIDTH = 32768
@@ -60,6 +61,7 @@ def _residual_layer_norm_fwd_kernel(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    tanh_ptr,  # of the residual, or None
     stride_xb,
     stride_xt,
     stride_rb,
@@ -77,7 +79,12 @@ def _residual_layer_norm_fwd_kernel(
     mask_d = offs_d < width
     mask = mask_t[:, None] & mask_d[None, :]
     total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
-    total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+    residual = _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+    row = pid_b * num_tokens + offs_t
+    offs_out = row[:, None] * width + offs_d[None, :]
+    if tanh_ptr is not None:
+        tl.store(tanh_ptr + offs_out, tanh(residual).to(tanh_ptr.dtype.element_ty), mask=mask)
+    total += residual
 
     mean = tl.sum(total, axis=1) / width
     # padded lanes hold 0, which is off the mean: they must not enter the variance
@@ -87,9 +94,7 @@ def _residual_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
     out = centered * rstd[:, None] * weight[None, :] + bias[None, :]
-    row = pid_b * num_tokens + offs_t
-    out_ptrs = out_ptr + row[:, None] * width + offs_d[None, :]
-    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + row, mean, mask=mask_t)
     tl.store(rstd_ptr + row, rstd, mask=mask_t)
 
@@ -103,6 +108,7 @@ def _residual_layer_norm_fwd_wide_kernel(
     out_ptr,
     mean_ptr,
     rstd_ptr,
+    tanh_ptr,  # of the residual, or None
     stride_xb,
     stride_xt,
     stride_rb,
@@ -142,12 +148,15 @@ def _residual_layer_norm_fwd_wide_kernel(
         mask_d = offs_d < width
         mask = mask_d[None, :]
         total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
-        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        residual = _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        offs_out = row * width + offs_d[None, :]
+        if tanh_ptr is not None:
+            tl.store(tanh_ptr + offs_out, tanh(residual).to(tanh_ptr.dtype.element_ty), mask=mask)
+        total += residual
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         out = (total - mean) * rstd * weight[None, :] + bias[None, :]
-        out_ptrs = out_ptr + row * width + offs_d[None, :]
-        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + offs_out, out.to(out_ptr.dtype.element_ty), mask=mask)
     one = tl.arange(0, 1)[:, None]
     tl.store(mean_ptr + row + one, mean)
     tl.store(rstd_ptr + row + one, rstd)
@@ -279,16 +288,31 @@ def residual_layer_norm_forward(
     bias: Tensor,  # (D,)
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
+    out, mean, rstd, _ = _forward(x, residual, weight, bias, eps, with_tanh=False)
+    return out, mean, rstd
+
+
+def residual_layer_norm_and_tanh_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends.contract`."""
+    return _forward(x, residual, weight, bias, eps, with_tanh=True)
+
+
+def _forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, with_tanh: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     x, residual, weight, bias = map(launch.last_contiguous, (x, residual, weight, bias))
     batch, num_tokens, width = x.shape
     out = x.new_empty(x.shape)
     mean = x.new_empty((batch, num_tokens), dtype=torch.float32)
     rstd = torch.empty_like(mean)
+    of_residual = residual.new_empty(residual.shape) if with_tanh else None
     if out.numel() == 0:
-        return out, mean, rstd
+        return out, mean, rstd, of_residual
     inputs = (x, residual, weight, bias)
-    launches = launch.launches("residual_layer_norm", inputs, eps)
+    launches = launch.launches("residual_layer_norm", inputs, eps, with_tanh)
 
     def choice() -> tables.Config | None:
         return tables.residual_layer_norm(launch.target_of(x), width, backward=False)
@@ -312,13 +336,13 @@ def residual_layer_norm_forward(
         scalars = (*launch.all_row_strides(x, residual), num_tokens, num_blocks_t, width, eps)
         return (batch * num_blocks_t,), scalars, constants
 
-    tensors = (*inputs, out, mean, rstd)
+    tensors = (*inputs, out, mean, rstd, of_residual)
     config = launches.once(choice)
     if config is None:
         launches.run(_residual_layer_norm_fwd_wide_kernel, tensors, wide_arguments)
     else:
         launches.run(_residual_layer_norm_fwd_kernel, tensors, arguments)
-    return out, mean, rstd
+    return out, mean, rstd, of_residual
 
 
 def residual_layer_norm_backward(
@@ -331,7 +355,7 @@ def residual_layer_norm_backward(
     needs_dx: bool,
     needs_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See :mod:`lm2_kernels.backends`."""
+    """See :mod:`lm2_kernels.backends.contract`."""
     dout, x, residual, weight = map(launch.last_contiguous, (dout, x, residual, weight))
     mean, rstd = mean.contiguous(), rstd.contiguous()
     batch, num_tokens, width = x.shape

@@ -41,8 +41,10 @@ class AttentionConfig(NamedTuple):
 # How the tiles of queries, keys, values and dout get from memory: a row at a time by the addresses
 # of its elements; or whole, by the copy engine of sm_90 (TMA), which is given a descriptor, needs
 # no registers for addresses and fills what is not there with zeros; or so, but asked for by warps
-# of their own, so that loads, products and softmax overlap (the compiler makes 12 warps of 4).
-FORMS = ("pointers", "descriptors", "specialized")
+# of their own, so that loads, products and softmax overlap (the compiler makes 12 warps of 4). Or,
+# for few slots, by addresses, while a program keeps all slots and runs over tokens: ``block_slots``
+# is the most that it can keep.
+FORMS = ("pointers", "descriptors", "specialized", "resident")
 
 
 _Attention = dict[str, dict[int, AttentionConfig]]  # by target and padded head width
@@ -274,15 +276,21 @@ class Candidate(NamedTuple):
 
 # By kernel and padded head width, for sm_90 and 16 bits. Predictions are of a model (750 TFLOP/s of
 # products, 128 bytes a clock of shared memory, softmax that overlaps in part). In brackets:
-# registers without and with dropout, kilobytes of shared memory.
+# registers without and with dropout, kilobytes of shared memory. Of two stages the next tiles are
+# asked for after the last product of a step and waited for before the first of the next; of three,
+# a whole step before.
 CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ("forward", 64): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 340),  # (166, 206, 80)
+        Candidate(AttentionConfig(128, 128, 8, 3, "descriptors"), 360),  # (165, 206, 112)
+        # two programs a multiprocessor
+        Candidate(AttentionConfig(128, 64, 8, 3, "descriptors"), 380),  # (109, 128, 64)
         Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, 168, 88)
         Candidate(AttentionConfig(128, 128, 4, 2, "specialized"), 370, ("3.6",)),  # (168, 168, 96)
     ),
     ("forward", 128): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 400),  # (197, 234, 160)
+        Candidate(AttentionConfig(128, 64, 8, 3, "descriptors"), 420),  # (144, 168, 128)
         Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 400),  # (168, 168, 160)
         Candidate(AttentionConfig(128, 128, 4, 2, "specialized"), 480, ("3.6",)),  # (168, 168, 176)
     ),
@@ -294,10 +302,12 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ),
     ("dkey_value", 64): (
         Candidate(AttentionConfig(64, 128, 8, 2, "descriptors"), 330),  # (224, 195, 64)
+        Candidate(AttentionConfig(64, 128, 8, 3, "descriptors"), 340),  # (254, 214, 81)
         Candidate(AttentionConfig(64, 64, 4, 2, "specialized"), 330),  # (168, -, 64)
     ),
     ("dkey_value", 128): (
         Candidate(AttentionConfig(32, 128, 8, 2, "descriptors"), 340),  # (216, 243, 96)
+        Candidate(AttentionConfig(32, 128, 8, 3, "descriptors"), 350),  # (220, 242, 112)
         Candidate(AttentionConfig(32, 128, 4, 2, "specialized"), 370, ("3.6",)),  # (168, -, 112)
     ),
     ("dkey_value", 256): (
@@ -306,15 +316,18 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ),
     ("dquery", 64): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 340),  # (238, 252, 96)
+        Candidate(AttentionConfig(128, 64, 8, 3, "descriptors"), 350),  # (141, 164, 80)
         Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 340),  # (168, -, 96)
     ),
     ("dquery", 128): (
         Candidate(AttentionConfig(128, 128, 8, 2, "descriptors"), 400),  # (234, 255, 192)
+        Candidate(AttentionConfig(128, 64, 8, 3, "descriptors"), 420),  # (173, 200, 160)
         Candidate(AttentionConfig(64, 128, 4, 2, "specialized"), 400),  # (168, -, 176)
     ),
     ("dquery", 256): (
         Candidate(AttentionConfig(128, 32, 8, 2, "descriptors"), 360),  # (206, 216, 192)
         Candidate(AttentionConfig(64, 64, 4, 2, "descriptors"), 380),  # (251, 253, 192)
+        Candidate(AttentionConfig(64, 32, 4, 3, "descriptors"), 360),  # (204, 215, 160)
         Candidate(AttentionConfig(128, 64, 8, 1, "descriptors"), 400),  # (249, 247, 192)
     ),
 }
@@ -323,6 +336,34 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
 # A descriptor costs 3 us of Python a tensor, which short calls have to win back. No kernel of this
 # package has run on hardware yet.
 MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
+
+# The same where slots are few, of the resident form, for up to so many as its tile has; with
+# dropout for half of them, as random numbers take registers. Predictions are at the most: queries
+# and results at 90 % of 3 TB/s, which is N times 2.7 TFLOP/s of N slots.
+CANDIDATES_FEW: dict[tuple[str, int], tuple[Candidate, ...]] = {
+    ("forward", 64): (
+        Candidate(AttentionConfig(64, 128, 4, 3, "resident"), 290),  # (201, 168, 64)
+        Candidate(AttentionConfig(64, 256, 8, 3, "resident"), 300),  # (255, 216, 96)
+    ),
+    ("forward", 128): (
+        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 320),  # (210, 164, 128)
+    ),
+    ("forward", 256): (
+        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 170),  # (246, 220, 176)
+        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 246, 208)
+    ),
+    ("dquery", 64): (
+        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 280),  # (255, 200, 89)
+    ),
+    ("dquery", 128): (
+        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 170),  # (187, 200, 145)
+        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 200, 144)
+    ),
+    ("dquery", 256): (
+        Candidate(AttentionConfig(64, 64, 8, 2, "resident"), 160),  # (210, 200, 208)
+    ),
+}
+MEASURED_FEW: dict[tuple[str, str, int], AttentionConfig] = {}
 
 
 class Library(NamedTuple):
@@ -384,13 +425,21 @@ def takes_tf32(target: str, is_ragged: bool) -> bool:
 def _measured(
     kernel: str,
     target: str,
+    dtype: torch.dtype,
     block_k: int,
+    is_ragged: bool,
     num_slots: int,
     takes_descriptors: bool,
     has_dropout: bool,
 ) -> AttentionConfig | None:
     """``takes_descriptors``: whether the call is one that a descriptor can serve."""
-    found = MEASURED.get((kernel, target, max(64, block_k))) if takes_descriptors else None
+    if dtype == torch.float32 or is_ragged:
+        return None
+    key = (kernel, target, max(64, block_k))
+    few = MEASURED_FEW.get(key)
+    if few is not None and num_slots <= few.block_slots // (2 if has_dropout else 1):
+        return _for_slots(few, num_slots)
+    found = MEASURED.get(key) if takes_descriptors else None
     if found is None or num_slots < found.block_slots:
         return None
     # warps of dQ have no registers for the random numbers at 128, 36 words spill, those of dK and
@@ -423,8 +472,10 @@ def attention_forward(
 ) -> AttentionConfig:
     """``num_pairs``: batch times heads; ``tf32``: of float32 by TF32 tensor cores."""
     tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
-    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    by_form = (target, dtype, block_k, is_ragged, num_slots, takes_descriptors, has_dropout)
     config = _measured("forward", *by_form)
+    if config is not None and config.form == "resident":
+        return config
     if config is None:
         by_tf32 = FORWARD_TF32 if tf32 else None
         config = _attention(*tables, target, dtype, block_k, is_ragged, by_tf32)
@@ -452,7 +503,7 @@ def attention_dkey_value(
     has_dropout: bool,
     tf32: bool,
 ) -> AttentionConfig:
-    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    by_form = (target, dtype, block_k, is_ragged, num_slots, takes_descriptors, has_dropout)
     measured = _measured("dkey_value", *by_form)
     if measured is not None:
         return measured
@@ -481,6 +532,16 @@ def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int
     return -(-num_tokens // (parts * block_tokens)) * block_tokens
 
 
+def attention_run(num_pairs: int, num_tokens: int, block_tokens: int) -> int:
+    """How many tokens a program runs over that keeps all slots of a head.
+
+    Two waves of programs at most, as narrow heads leave room for two on a multiprocessor; of fewer
+    tokens each would load its slots for less and less.
+    """
+    parts = min(max(1, 2 * _ONE_WAVE // num_pairs), -(-num_tokens // block_tokens))
+    return -(-num_tokens // (parts * block_tokens)) * block_tokens
+
+
 def attention_dquery(
     target: str,
     dtype: torch.dtype,
@@ -491,7 +552,7 @@ def attention_dquery(
     has_dropout: bool,
     tf32: bool,
 ) -> AttentionConfig:
-    by_form = (target, block_k, num_slots, takes_descriptors, has_dropout)
+    by_form = (target, dtype, block_k, is_ragged, num_slots, takes_descriptors, has_dropout)
     measured = _measured("dquery", *by_form)
     if measured is not None:
         return measured
