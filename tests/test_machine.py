@@ -1,9 +1,12 @@
 """Which device there is to compute on."""
 
+import platform
+
 import pytest
 import torch
 
 from lm2_kernels import cli, machine
+from tools.interpreter import run_python
 
 
 @pytest.mark.parametrize(
@@ -29,6 +32,28 @@ def test_the_accelerator_that_is_here(found, types, choices, monkeypatch):
     machine.check_device(types[-1])
     with pytest.raises(ValueError, match="'tpu': torch sees no GPU of this type"):
         machine.check_device("tpu")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that learns")
+def test_memory_that_a_layer_frees_stays_with_the_process():
+    code = """
+import torch
+import lm2_kernels as lm2
+
+def is_of_the_heap():
+    place = torch.empty(30 << 20, dtype=torch.uint8).data_ptr()
+    for line in open("/proc/self/maps"):
+        first, last = (int(end, 16) for end in line.split()[0].split("-"))
+        if first <= place < last:
+            return line.rstrip().endswith("[heap]")
+
+layer, x = lm2.PaperMemory(16, 2), torch.randn(1, 4, 16)
+layer(x, x)
+print(is_of_the_heap())
+"""
+    # what the caller has set of it is respected, and so would hide it
+    done = run_python(code, GLIBC_TUNABLES=None, MALLOC_TRIM_THRESHOLD_=None)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.parametrize("command", ("verify", "bench"))

@@ -34,6 +34,7 @@ from lm2_kernels.checks import (
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.layers import function
 from lm2_kernels.linear import apply_linear
+from lm2_kernels.machine import keep_freed_pages
 from lm2_kernels.plain import (
     ORDINARY,
     calls_are_plain,
@@ -274,6 +275,8 @@ class MemoryLayer(nn.Module):
                 parameters, x, memory, slot_offset, *more_inputs, gives_rows=cache is not None
             )
             _known[key] = options
+            if x.device.type == "cpu":
+                keep_freed_pages()
         if options is None:
             return None
         seed = unchecked.draw_seed(x.device) if options.read.dropout > 0.0 else None
