@@ -463,6 +463,8 @@ def test_backend_needs_no_torch_for_pure_python(backend, monkeypatch, capsys):
         (["8.6"], (8, 0), False),
         (["8.0"], (9, 0), False),
         (["8.0+PTX"], (9, 0), True),
+        (["7.5+PTX"], (8, 0), True),
+        (["7.5"], (8, 0), False),
         (["12.0+PTX"], (9, 0), False),
         (["9.0a"], (9, 0), True),
         (["10.0a"], (10, 3), False),

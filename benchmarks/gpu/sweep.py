@@ -22,8 +22,8 @@ from lm2_kernels.bench.works import Row
 # with the number of their products
 KERNELS = {"forward": 2, "dkey_value": 4, "dquery": 3}
 _WIDTH, _TOKENS = 2048, 2048
-# under as many tokens
-_FEW_SLOTS = (64, 128, 16)
+# slots, where _TOKENS read fewer than they are
+_FEW_SLOTS = (64, 128, 16, 256)
 Config = tables.AttentionConfig | tables.Config
 Call = Callable[[Config], list[Tensor]]
 
@@ -102,14 +102,14 @@ def candidates(
     """The other forms that this release of Triton compiles, with the TFLOP/s predicted of each."""
     if target != "sm_90":
         return {}
+    table = tables.CANDIDATES if slots is None else tables.CANDIDATES_FEW
+    found = [c for c in table.get((kernel, width), ()) if c.is_for(triton.__version__)]
     if slots is None:
-        found = tables.CANDIDATES[kernel, width]
-        return {c.config: c.predicted for c in found if c.is_for(triton.__version__)}
-    # predicted at the most slots, of the time that queries and results take at any number
+        return {c.config: c.predicted for c in found}
     return {
-        config._replace(block_slots=slots): predicted * slots // config.block_slots
-        for config, predicted, _ in tables.CANDIDATES_FEW.get((kernel, width), ())
-        if slots <= config.block_slots
+        c.config._replace(block_slots=slots): min(c.predicted, int(tables.FEW_BY_MEMORY * slots))
+        for c in found
+        if slots <= c.config.block_slots
     }
 
 

@@ -756,7 +756,8 @@ cudaError_t backward(Job job, const MemoryAttentionBackward& args, cudaStream_t 
   return error;
 }
 
-// Stages that the current device has the shared memory for; it copies while it computes, too.
+// Of the current device: from sm_80 on it copies a tile while it computes with another, and has the
+// shared memory for both.
 int stages_here() {
   int device = 0, major = 0;
   cudaGetDevice(&device);

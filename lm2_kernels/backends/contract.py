@@ -19,6 +19,8 @@ GPUs"}``; None is any. It is given nothing that lies elsewhere.
 One function a backend may have or not, :data:`NORM_AND_TANH`: it takes what
 ``residual_layer_norm_forward`` takes, and gives what that gives and ``tanh(residual)`` besides, in
 the dtype of the residual. The release layer needs both of a memory's rows, which so are read once.
+A backend made from another's functions, with a norm of its own, has one of its own of this too, or
+none.
 
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.

@@ -590,7 +590,8 @@ class ReleaseMemory(MemoryLayer):
             applications=self.attention_mlp.places,
             tanh_dtype=tanh_dtype,
             tanh=requested_backend() if self.backend is None else self.backend,
-            # of rows that tokens share, or in another dtype, it would be another one's
+            # where tokens share a row, the norm has one for each; in another dtype the tanh would
+            # be rounded elsewhere
             tanh_by_norm=self.tokens_per_slot == 1
             and memory.dtype == tanh_dtype
             and hasattr(get(norm), NORM_AND_TANH),

@@ -200,6 +200,7 @@ class ReleaseMemoryFunction(LayerFunction):
             pooled = operand = None
         # the gates last: what is not kept of the candidate has made room
         gates, of_gates = _gates_of_rows(options, keeps, rows, rows_tanh, p)
+        del rows_tanh
         output, new_rows = call(
             options.update,
             "memory_update_forward",

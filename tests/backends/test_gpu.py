@@ -18,6 +18,7 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, reference, testing
+from lm2_kernels.backends.contract import NORM_AND_TANH
 from tools import curves
 from tools.rounding import assert_rule
 
@@ -138,6 +139,8 @@ def _layers(seed=0, **options):
     torch.manual_seed(seed)
     yield lm2.PaperMemory(512, 4, device="cuda", **options)
     yield lm2.ReleaseMemory(512, 4, pooled_gate="prefix", num_blocks=2, device="cuda", **options)
+    # as one Function
+    yield lm2.ReleaseMemory(512, 4, device="cuda", **options)
 
 
 def test_layers_in_cuda_graph(backend):
@@ -236,6 +239,21 @@ def test_layers_compiled_by_inductor(backend):
         assert_rule(run)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("width", (2048, 16_384))
+def test_a_norm_takes_the_tanh_along(backend, width, dtype):
+    if not hasattr(backends.get(backend), NORM_AND_TANH):
+        pytest.skip(f"{backend} has no kernel of both")
+    x, residual = torch.randn(2, 4, 600, width, device="cuda", dtype=dtype)
+    weight, bias = torch.randn(2, width, device="cuda", dtype=dtype)
+    *found, tanh = backends.call(backend, NORM_AND_TANH, x, residual, weight, bias, 1e-5)
+    inputs = (x, residual, weight, bias, 1e-5)
+    wanted = backends.call(backend, "residual_layer_norm_forward", *inputs)
+    assert all(map(torch.equal, found, wanted))
+    exact = residual.double().tanh()
+    assert testing.compare("tanh", tanh, exact, residual.tanh()).passed
+
+
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))
 def test_layers_under_autocast(backend, autocast_dtype):
     for layer in _layers(backend=backend):
@@ -271,7 +289,7 @@ def test_training_follows_the_oracle(backend, dtype):
         oracle, eager, fused = curves.losses(models, loss, lr=0.05)
         return [testing.compare("losses", fused, oracle, eager)]
 
-    for index in range(2):
+    for index in range(3):
         # a ReLU may be off in one that is on in the other
         assert_rule(functools.partial(run, index=index), narrow=math.inf)
 

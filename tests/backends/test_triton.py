@@ -134,20 +134,28 @@ def test_norm_and_tanh_resources(width, target, dtype):
     assert len(gpu.launches) == 1
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    (
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ),
+)
 @pytest.mark.parametrize(("rows", "width"), ((5, 24), (3, 130), (2, 10_000)))
-def test_norm_and_tanh(rows, width, dtype):
+def test_norm_and_tanh(rows, width, dtype, residual_dtype):
     """What the norm alone gives, bit for bit, and the tanh of its second summand."""
     inputs = [torch.randn(2, rows, width), 3 * torch.randn(2, rows, 2 * width)[..., ::2]]
     inputs = [t.to(dtype) for t in (*inputs, torch.randn(width), torch.randn(width))]
+    inputs[1] = inputs[1].to(residual_dtype)
     with launches.interpreted("sm_90"):
         *found, tanh = backends.call("triton", NORM_AND_TANH, *inputs, 1e-5)
         wanted = backends.call("triton", "residual_layer_norm_forward", *inputs, 1e-5)
     assert all(map(torch.equal, found, wanted))
-    assert tanh.dtype == dtype and tanh.is_contiguous()
+    assert tanh.dtype == residual_dtype and tanh.is_contiguous()
     exact = inputs[1].double().tanh()
     # a rounding, and what float32 arithmetic errs by before
-    bound = (0.5 * torch.finfo(dtype).eps + 2e-7) * exact.abs()
+    bound = (0.5 * torch.finfo(residual_dtype).eps + 2e-7) * exact.abs()
     assert ((tanh.double() - exact).abs() <= bound).all()
 
 
@@ -171,6 +179,7 @@ def test_compile_checks_with_another_triton():
     # on one target in one dtype: all of them are a minute more
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
     checks = f"({everyday}) or (candidate_compiles and (forward-256 or dkey_value-256))"
+    checks += " or (few_slots_compiles and 256) or (norm_and_tanh_resources and 2048)"
     files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
 

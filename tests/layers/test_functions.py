@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
+from lm2_kernels.backends import eager
 from lm2_kernels.backends.contract import NORM_AND_TANH
 from lm2_kernels.layers import base, function, paper_function, release_function
 from tools.layers import (
@@ -308,22 +309,20 @@ def test_low_precision(kind, options, way):
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype", "dtypes", "is_along"),
+    ("options", "dtype", "dtypes", "given", "is_along"),
     (
-        ({"candidate": "token"}, torch.float32, {}, True),
-        ({"pooled_gate": "prefix"}, torch.float16, {}, True),
+        ({"candidate": "token"}, torch.float32, {}, ARGUMENTS["mask"], True),
+        ({"pooled_gate": "prefix"}, torch.float16, {}, ARGUMENTS["offset"], True),
+        ({"recompute": True}, torch.float16, {}, ARGUMENTS["mask"], True),
         # rows that tokens share, and rows in another dtype than their tanh
-        ({"write": "chunk", "tokens_per_slot": 2}, torch.float32, {}, False),
-        ({}, torch.float16, {"memory": torch.float32}, False),
+        ({"write": "chunk", "tokens_per_slot": 2}, torch.float32, {}, {}, False),
+        ({}, torch.float16, {"memory": torch.float32}, ARGUMENTS["mask"], False),
     ),
-    ids=("float32", "float16", "chunk", "float32 memory"),
+    ids=("float32", "float16", "recomputed", "chunk", "float32 memory"),
 )
-@pytest.mark.parametrize("arguments", ("offset", "mask"))
-def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, is_along, arguments):
+def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, given, is_along):
     """As Triton's does, which so reads the rows once; gradients and results by the rule."""
     launches = pytest.importorskip("tools.launches")
-    is_chunk = "tokens_per_slot" in options
-    given = {"slot_offset": 0} if is_chunk else ARGUMENTS[arguments]
 
     def compare(seed: int) -> list[testing.Comparison]:
         exact, (x, memory) = make_layer(lm2.ReleaseMemory, **options), make_inputs(seed=seed)
@@ -335,8 +334,9 @@ def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, is_along, argume
         with launches.interpreted("sm_90"), lm2.use_backend("triton"), lm2.recording() as ran:
             found = run(layer, inputs, **given)
         functions = [name for name, _ in ran]
-        assert found[2] and functions.count(NORM_AND_TANH) == is_along
-        assert functions.count("residual_layer_norm_forward") == 2 - is_along
+        times = 2 if layer.recompute else 1
+        assert found[2] and functions.count(NORM_AND_TANH) == times * is_along
+        assert functions.count("residual_layer_norm_forward") == times * (2 - is_along)
         with lm2.use_backend("eager"), made_of_ops():
             wanted = run(layer, inputs, **given)
             rounded = [t.detach().double().requires_grad_() for t in inputs]
@@ -519,6 +519,16 @@ def test_a_weight_of_another_shape_is_checked(kind):
 CALLS = {lm2.PaperMemory: (69, 198), lm2.ReleaseMemory: (122, 292)}
 
 
+class _WithTanh(types.SimpleNamespace):
+    """The eager backend, whose norm takes a tanh along."""
+
+    def __init__(self):
+        super().__init__(**vars(eager))
+
+    def residual_layer_norm_and_tanh_forward(self, x, residual, *args):
+        return (*eager.residual_layer_norm_forward(x, residual, *args), residual.tanh())
+
+
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize(
     ("kind", "options", "last", "most"),
@@ -529,13 +539,23 @@ CALLS = {lm2.PaperMemory: (69, 198), lm2.ReleaseMemory: (122, 292)}
         (lm2.ReleaseMemory, {"candidate": "token", "attention_mlp_layers": 3}, 2, 3),
         # which has gates of tokens too, and what is pooled
         (lm2.ReleaseMemory, {"pooled_gate": "prefix"}, 3, 5),
+        # whose norm takes a tanh along
+        (lm2.ReleaseMemory, {"backend": "with_tanh"}, 2, 3),
     ],
 )
 def test_what_nobody_keeps_makes_room(kind, options, last, most, recompute, monkeypatch):
     """When the rows are updated there is what the update reads, and nothing else: the candidate
     and the gates. Before that there is at most what the attention reads, or as much.
     """
-    layer, inputs = make_layer(kind, recompute=recompute, **options), make_inputs(N)
+    registered = contextlib.nullcontext()
+    if "backend" in options:
+        registered = backends.register(options["backend"], _WithTanh(), before="eager")
+    with registered:
+        layer = make_layer(kind, recompute=recompute, **options)
+        _assert_room(layer, make_inputs(N), last, most, recompute, monkeypatch)
+
+
+def _assert_room(layer, inputs, last, most, recompute, monkeypatch):
     made, alive = [], []
 
     def watched(work):

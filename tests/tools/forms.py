@@ -20,14 +20,17 @@ class Ran(NamedTuple):
 
 
 @contextlib.contextmanager
-def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> Iterator[Ran]:
+def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 1) -> Iterator[Ran]:
     """As if hardware had found these (kernel, width, config) to be the fastest here, and as if a
     GPU had so few multiprocessors that a program for each is not worth other tiles.
     """
     ran = Ran([], [])
-    chosen: dict[bool, dict] = {True: {}, False: {}}
+    chosen, few = {}, {}
     for kernel, width, config in found:
-        chosen[config.form == "resident"][kernel, "sm_90", width] = config
+        if config.keeps_slots:
+            few[kernel, "sm_90", width] = tables.Few(config)
+        else:
+            chosen[kernel, "sm_90", width] = config
     tiled, constants = memory_attention._tiled, memory_attention._constants
 
     def recorded_tensor(tensor: Tensor, *args: int) -> object:
@@ -42,8 +45,8 @@ def measured(*found: tuple[str, int, tables.AttentionConfig], wave: int = 0) -> 
     launch.forget()
     try:
         with (
-            mock.patch.dict(tables.MEASURED, chosen[False]),
-            mock.patch.dict(tables.MEASURED_FEW, chosen[True]),
+            mock.patch.dict(tables.MEASURED, chosen),
+            mock.patch.dict(tables.MEASURED_FEW, few),
             mock.patch.object(tables, "_ONE_WAVE", wave),
             mock.patch.object(memory_attention, "_tiled", recorded_tensor),
             mock.patch.object(memory_attention, "_constants", recorded_config),

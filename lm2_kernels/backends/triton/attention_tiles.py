@@ -5,6 +5,20 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+# arguments that change from call to call, and nothing in the code depends on their divisibility
+NOT_SPECIALIZED = [
+    "num_tokens",
+    "num_slots",
+    "num_heads",
+    "slot_offset",
+    "scale",
+    "threshold",
+    "keep_scale",
+    "heads_per_group",
+    "num_parts",
+    "tokens_per_part",
+]
+
 
 @triton.jit
 def load_rows(ptrs, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -51,6 +65,18 @@ def store_rows(ptrs, tile, mask_rows, offs_k, HEAD_WIDTH: tl.constexpr, BLOCK_K:
 
 
 @triton.jit
+def which_visible(slots, taken, last_seen, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
+    """(rows, slots). Slots past the last one are off ``taken``, and above every ``last_seen``."""
+    if CAUSAL:
+        visible = slots[None, :] <= last_seen[:, None]
+        if HAS_MASK:
+            visible = visible & taken[None, :]
+    else:
+        visible = taken[None, :]
+    return visible
+
+
+@triton.jit
 def store_result(
     acc,
     row_max,
@@ -77,6 +103,8 @@ def store_result(
 ):
     """Store the result of some rows of one head, and what the backward kernels know of them.
 
+    ``pair``: of batch entry and head; ``offs_t64``, ``mask_t``: of ``offs_t``, as callers have them
+    (computed again, they cost warp-specialised kernels the registers of 22 words).
     ``acc``: weighted sums of values, with weights that sum to ``row_sum``; ``row_max``: the largest
     visible products; ``first_visible``: HAS_MASK, the first slot that is not masked off.
     """

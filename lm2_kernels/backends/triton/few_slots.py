@@ -15,26 +15,15 @@ import triton.language as tl
 
 from lm2_kernels.backends.triton.attention_tiles import (
     LOG2_E,
+    NOT_SPECIALIZED,
     load_statistics,
     load_tile,
     probabilities,
     store_result,
     store_rows,
+    which_visible,
 )
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
-
-# change from call to call, and nothing in the code depends on their divisibility
-_NOT_SPECIALIZED = [
-    "num_tokens",
-    "num_slots",
-    "num_heads",
-    "slot_offset",
-    "scale",
-    "threshold",
-    "keep_scale",
-    "num_parts",
-    "tokens_per_part",
-]
 
 
 @triton.jit
@@ -51,18 +40,43 @@ def _part_of_head(num_tokens, num_heads, num_parts, tokens_per_part):
 
 
 @triton.jit
-def _visible(slots, taken, last_seen, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr):
-    """Which slots which rows see; those past the last slot are off ``taken`` and ``last_seen``."""
-    if CAUSAL:
-        visible = slots[None, :] <= last_seen[:, None]
-        if HAS_MASK:
-            visible = visible & taken[None, :]
-    else:
-        visible = taken[None, :]
-    return visible
+def _slots_of_head(
+    key_ptr,
+    value_ptr,
+    slot_mask_ptr,
+    b,
+    h,
+    stride_kb,
+    stride_kn,
+    stride_kh,
+    stride_vb,
+    stride_vn,
+    stride_vh,
+    stride_mb,
+    stride_mn,
+    num_slots,
+    HEAD_WIDTH: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All slots of one head, which of them take part, and their keys and values."""
+    slots = tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    slots_64 = slots.to(tl.int64)
+    taken = slots < num_slots
+    if HAS_MASK:
+        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + slots_64 * stride_mn
+        taken = tl.load(slot_mask_ptrs, mask=taken, other=0) != 0
+    # a masked slot is not even read: 0 * NaN would reach every row
+    key_ptr += b * stride_kb + h * stride_kh
+    k = load_tile(key_ptr, b, h, 0, slots_64, stride_kn, taken, offs_k, HEAD_WIDTH, False)
+    value_ptr += b * stride_vb + h * stride_vh
+    v = load_tile(value_ptr, b, h, 0, slots_64, stride_vn, taken, offs_k, HEAD_WIDTH, False)
+    return slots, taken, k, v
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def few_slots_fwd_kernel(
     query_ptr,  # (B, T, H, K)
     key_ptr,  # (B, N, H, K)
@@ -101,25 +115,34 @@ def few_slots_fwd_kernel(
 ):
     """One program owns all slots of one head, at most BLOCK_N, and runs over a part of its rows."""
     b, h, first_token, end = _part_of_head(num_tokens, num_heads, num_parts, tokens_per_part)
-    slots = tl.arange(0, BLOCK_N)
+    slots, taken, k, v = _slots_of_head(
+        key_ptr,
+        value_ptr,
+        slot_mask_ptr,
+        b,
+        h,
+        stride_kb,
+        stride_kn,
+        stride_kh,
+        stride_vb,
+        stride_vn,
+        stride_vh,
+        stride_mb,
+        stride_mn,
+        num_slots,
+        HEAD_WIDTH,
+        HAS_MASK,
+        BLOCK_N,
+        BLOCK_K,
+    )
     offs_k = tl.arange(0, BLOCK_K)
-    slots_64 = slots.to(tl.int64)
-    mask_n = slots < num_slots
-    taken = mask_n
     first_visible = 0
     if HAS_MASK:
-        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + slots_64 * stride_mn
-        taken = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
         first_visible = tl.min(tl.where(taken, slots, 2147483647), 0)
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
     query_ptr += b * stride_qb + h * stride_qh
-    key_ptr += b * stride_kb + h * stride_kh
-    value_ptr += b * stride_vb + h * stride_vh
-    # a masked slot is not even read: 0 * NaN would reach every row
-    k = load_tile(key_ptr, b, h, 0, slots_64, stride_kn, taken, offs_k, HEAD_WIDTH, False)
-    v = load_tile(value_ptr, b, h, 0, slots_64, stride_vn, taken, offs_k, HEAD_WIDTH, False)
     scale_log2 = scale * LOG2_E
 
     for start in tl.range(first_token, end, BLOCK_T):
@@ -128,7 +151,7 @@ def few_slots_fwd_kernel(
         offs_t64 = offs_t.to(tl.int64)
         # rows bound past the last slot see all of them, and none of the tile's padding
         last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
-        visible = _visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
+        visible = which_visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
 
         q = load_tile(query_ptr, b, h, 0, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, False)
         products = tl.where(visible, tl.dot(q, tl.trans(k)), float("-inf"))
@@ -167,7 +190,7 @@ def few_slots_fwd_kernel(
         )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def few_slots_bwd_dquery_kernel(
     dout_ptr,  # (B, T, H, K)
     query_ptr,  # (B, T, H, K)
@@ -211,24 +234,32 @@ def few_slots_bwd_dquery_kernel(
 ):
     """One program owns all slots of one head, at most BLOCK_N, and runs over a part of its rows."""
     b, h, first_token, end = _part_of_head(num_tokens, num_heads, num_parts, tokens_per_part)
-    slots = tl.arange(0, BLOCK_N)
+    slots, taken, k, v = _slots_of_head(
+        key_ptr,
+        value_ptr,
+        slot_mask_ptr,
+        b,
+        h,
+        stride_kb,
+        stride_kn,
+        stride_kh,
+        stride_vb,
+        stride_vn,
+        stride_vh,
+        stride_mb,
+        stride_mn,
+        num_slots,
+        HEAD_WIDTH,
+        HAS_MASK,
+        BLOCK_N,
+        BLOCK_K,
+    )
     offs_k = tl.arange(0, BLOCK_K)
-    slots_64 = slots.to(tl.int64)
-    mask_n = slots < num_slots
-    taken = mask_n
-    if HAS_MASK:
-        slot_mask_ptrs = slot_mask_ptr + b * stride_mb + slots_64 * stride_mn
-        taken = tl.load(slot_mask_ptrs, mask=mask_n, other=0) != 0
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
 
     dout_ptr += b * stride_dob + h * stride_doh
     query_ptr += b * stride_qb + h * stride_qh
-    key_ptr += b * stride_kb + h * stride_kh
-    value_ptr += b * stride_vb + h * stride_vh
-    # a masked slot is not even read: 0 * NaN would reach every row
-    k = load_tile(key_ptr, b, h, 0, slots_64, stride_kn, taken, offs_k, HEAD_WIDTH, False)
-    v = load_tile(value_ptr, b, h, 0, slots_64, stride_vn, taken, offs_k, HEAD_WIDTH, False)
     scale_log2 = scale * LOG2_E
     first_score_row = (b * num_heads + h) * num_tokens
     statistics_ptr += 2 * first_score_row
@@ -240,7 +271,7 @@ def few_slots_bwd_dquery_kernel(
         offs_t64 = offs_t.to(tl.int64)
         # rows bound past the last slot see all of them, and none of the tile's padding
         last_seen = tl.minimum(slot_offset + offs_t, num_slots - 1)
-        visible = _visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
+        visible = which_visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
 
         q = load_tile(query_ptr, b, h, 0, offs_t64, stride_qt, mask_t, offs_k, HEAD_WIDTH, False)
         dout = load_tile(dout_ptr, b, h, 0, offs_t64, stride_dot, mask_t, offs_k, HEAD_WIDTH, False)

@@ -30,12 +30,14 @@ from lm2_kernels.backends import composite, dropout
 from lm2_kernels.backends.triton import few_slots, launch, library, tables
 from lm2_kernels.backends.triton.attention_tiles import (
     LOG2_E,
+    NOT_SPECIALIZED,
     load_rows,
     load_statistics,
     load_tile,
     probabilities,
     store_result,
     store_rows,
+    which_visible,
 )
 from lm2_kernels.backends.triton.primitives import dropout_keep, dropout_row_keys
 
@@ -45,20 +47,6 @@ _LEAST_SCALE = torch.finfo(torch.float32).tiny
 # a group of heads is scheduled together while what its programs share stays within this many bytes:
 # well inside the level 2 cache of the data centre GPUs (40 MB and more)
 _GROUP_BYTES = 16 << 20
-
-# change from call to call, and nothing in the code depends on their divisibility
-_NOT_SPECIALIZED = [
-    "num_tokens",
-    "num_slots",
-    "num_heads",
-    "slot_offset",
-    "scale",
-    "threshold",
-    "keep_scale",
-    "heads_per_group",
-    "num_parts",
-    "tokens_per_part",
-]
 
 
 @triton.jit
@@ -79,7 +67,7 @@ def _head_and_block(num_blocks, heads_per_group):
     return first_pair + pid_in_group % num_in_group, pid_in_group // num_in_group
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _memory_attention_fwd_kernel(
     query_ptr,  # (B, T, H, K), as the next two a pointer or a descriptor
     key_ptr,  # (B, N, H, K)
@@ -168,12 +156,7 @@ def _memory_attention_fwd_kernel(
             slot_mask = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0)
             taken = slot_mask != 0
             first_visible = tl.minimum(first_visible, tl.where(taken, slots, 2147483647))
-        if CAUSAL:
-            visible = slots[None, :] <= last_seen[:, None]
-            if HAS_MASK:
-                visible = visible & taken[None, :]
-        else:
-            visible = taken[None, :]
+        visible = which_visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
 
         k = load_tile(
             key_ptr, b, h, start, slots_64, stride_kn, mask_n, offs_k, HEAD_WIDTH, DESCRIPTORS
@@ -223,7 +206,7 @@ def _memory_attention_fwd_kernel(
     )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _memory_attention_bwd_delta_kernel(
     dout_ptr,  # (B, T, H, K)
     out_ptr,  # (B, T, H, K)
@@ -272,7 +255,7 @@ def _memory_attention_bwd_delta_kernel(
     tl.store(delta_ptr + pid_bh.to(tl.int64) * num_tokens + offs_t, delta, mask=mask_t)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _memory_attention_bwd_dkey_value_kernel(
     dout_ptr,  # (B, T, H, K), as the next three a pointer or a descriptor
     query_ptr,  # (B, T, H, K)
@@ -422,7 +405,7 @@ def _memory_attention_bwd_dkey_value_kernel(
     store_rows(dv_ptrs, dv, mask_n, offs_k, HEAD_WIDTH, BLOCK_K)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALIZED)
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def _memory_attention_bwd_dquery_kernel(
     dout_ptr,  # (B, T, H, K), as the next three a pointer or a descriptor
     query_ptr,  # (B, T, H, K)
@@ -516,12 +499,7 @@ def _memory_attention_bwd_dquery_kernel(
         if HAS_MASK:
             slot_mask = tl.load(slot_mask_ptr + slots_64 * stride_mn, mask=mask_n, other=0)
             taken = slot_mask != 0
-        if CAUSAL:
-            visible = slots[None, :] <= last_seen[:, None]
-            if HAS_MASK:
-                visible = visible & taken[None, :]
-        else:
-            visible = taken[None, :]
+        visible = which_visible(slots, taken, last_seen, CAUSAL, HAS_MASK)
 
         # a masked slot is not even read: 0 * NaN would reach every row
         k = load_tile(
@@ -572,9 +550,9 @@ def _constants(
 ) -> dict[str, int | str]:
     """Of every kernel that has scores."""
     by_form: dict[str, int | str] = {}
-    if config.form != "resident":
+    if not config.keeps_slots:
         by_form = {
-            "DESCRIPTORS": config.form != "pointers",
+            "DESCRIPTORS": config.by_descriptors,
             "SPECIALIZED": config.form == "specialized",
             "PRECISION": "tf32" if tf32 else "ieee",
         }
@@ -673,7 +651,7 @@ def _by_form(
     of_slots: tuple[Tensor, ...],
 ) -> tuple[Tensor | TensorDescriptor, ...]:
     """Tensors as a kernel of this form takes them, in order."""
-    if config.form in ("pointers", "resident"):
+    if not config.by_descriptors:
         return of_tokens + of_slots
     return (
         *(_tiled(tensor, config.block_tokens, block_k) for tensor in of_tokens),
@@ -681,24 +659,29 @@ def _by_form(
     )
 
 
-class _Over(NamedTuple):
-    """How programs that own rows of tokens are laid out: how many, and what the kernel is told."""
+class _Programs(NamedTuple):
+    """How many there are, and what the kernel is told of it.
 
-    num_programs: int
+    Args:
+        number: of programs.
+        scalars: its last arguments.
+    """
+
+    number: int
     scalars: tuple[int, ...]
 
 
 def _over_tokens(
     config: tables.AttentionConfig, num_pairs: int, key: Tensor, num_tokens: int
-) -> _Over:
-    """A program for a block of rows, or RESIDENT for a part of the tokens."""
+) -> _Programs:
+    """A program for a block of rows, or that keeps all slots for a part of the tokens."""
     num_slots, _, head_width = key.shape[1:]
-    if config.form == "resident":
+    if config.keeps_slots:
         tokens_per_part = tables.attention_run(num_pairs, num_tokens, config.block_tokens)
         num_parts = triton.cdiv(num_tokens, tokens_per_part)
-        return _Over(num_pairs * num_parts, (num_parts, tokens_per_part))
+        return _Programs(num_pairs * num_parts, (num_parts, tokens_per_part))
     heads_per_group = _heads_per_group(num_pairs, num_slots, head_width, key.element_size())
-    return _Over(num_pairs * triton.cdiv(num_tokens, config.block_tokens), (heads_per_group,))
+    return _Programs(num_pairs * triton.cdiv(num_tokens, config.block_tokens), (heads_per_group,))
 
 
 def _block_k(head_width: int) -> int:
@@ -769,7 +752,7 @@ def memory_attention_forward(
         return library.forward(by_library, query, key, value, causal, scale)
 
     def arguments() -> launch.Arguments:
-        over = _over_tokens(config, batch * num_heads, key, num_tokens)
+        programs = _over_tokens(config, batch * num_heads, key, num_tokens)
         scalars = (
             *_strides(query, key, value),
             *_mask_strides(mask),
@@ -780,14 +763,14 @@ def memory_attention_forward(
             scale,
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            *over.scalars,
+            *programs.scalars,
         )
         constants = _constants(config, head_width, causal, mask, seed, tf32)
-        return (over.num_programs,), scalars, constants
+        return (programs.number,), scalars, constants
 
     tensors = (*_by_form(config, block_k, (query,), (key, value)), mask, seed, out, statistics)
     kernel = _memory_attention_fwd_kernel
-    if config.form == "resident":
+    if config.keeps_slots:
         kernel = few_slots.few_slots_fwd_kernel
     launches.run(kernel, tensors, arguments, ("slot_offset", slot_offset))
     return out, statistics
@@ -876,7 +859,7 @@ def memory_attention_backward(
         grid = (num_pairs * triton.cdiv(num_tokens, block_tokens),)
         return grid, (*_strides(dout, out), num_tokens, num_heads), constants
 
-    def arguments(config: tables.AttentionConfig, over: _Over) -> launch.Arguments:
+    def arguments(config: tables.AttentionConfig, programs: _Programs) -> launch.Arguments:
         """What the two kernels below have in common."""
         scalars = (
             *_strides(dout, query, key, value),
@@ -888,10 +871,10 @@ def memory_attention_backward(
             scale,
             dropout.threshold(dropout_p),
             1.0 / (1.0 - dropout_p),
-            *over.scalars,
+            *programs.scalars,
         )
         constants = _constants(config, head_width, causal, mask, seed, tf32)
-        return (over.num_programs,), scalars, constants
+        return (programs.number,), scalars, constants
 
     def dquery_config() -> tables.AttentionConfig:
         return tables.attention_dquery(*known())
@@ -913,11 +896,11 @@ def memory_attention_backward(
         dquery_choice = launches.once(dquery_config)
 
         def dquery_arguments() -> launch.Arguments:
-            over = _over_tokens(dquery_choice, num_pairs, key, num_tokens)
-            return arguments(dquery_choice, over)
+            programs = _over_tokens(dquery_choice, num_pairs, key, num_tokens)
+            return arguments(dquery_choice, programs)
 
         dquery_kernel = _memory_attention_bwd_dquery_kernel
-        if dquery_choice.form == "resident":
+        if dquery_choice.keeps_slots:
             dquery_kernel = few_slots.few_slots_bwd_dquery_kernel
         launches.run(
             dquery_kernel,
@@ -930,8 +913,8 @@ def memory_attention_backward(
 
         def dkey_value_arguments() -> launch.Arguments:
             heads = _heads_per_group(num_pairs, num_tokens, head_width, query.element_size())
-            over = _Over(num_programs * num_parts, (heads, num_parts, tokens_per_part))
-            grid, scalars, constants = arguments(config, over)
+            programs = _Programs(num_programs * num_parts, (heads, num_parts, tokens_per_part))
+            grid, scalars, constants = arguments(config, programs)
             constants["IN_PARTS"] = num_parts > 1
             return grid, scalars, constants
 

@@ -37,6 +37,16 @@ class AttentionConfig(NamedTuple):
     num_stages: int
     form: str = "pointers"
 
+    @property
+    def by_descriptors(self) -> bool:
+        """Whether the copy engine loads tiles."""
+        return self.form in ("descriptors", "specialized")
+
+    @property
+    def keeps_slots(self) -> bool:
+        """Whether a program keeps all slots, and runs over tokens."""
+        return self.form == "resident"
+
 
 # How the tiles of queries, keys, values and dout get from memory: a row at a time by the addresses
 # of its elements; or whole, by the copy engine of sm_90 (TMA), which is given a descriptor, needs
@@ -337,33 +347,49 @@ CANDIDATES: dict[tuple[str, int], tuple[Candidate, ...]] = {
 # package has run on hardware yet.
 MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
 
-# The same where slots are few, of the resident form, for up to so many as its tile has; with
-# dropout for half of them, as random numbers take registers. Predictions are at the most: queries
-# and results at 90 % of 3 TB/s, which is N times 2.7 TFLOP/s of N slots.
+# The same where slots are few, of the resident form, which needs no descriptor and takes slot
+# masks: for up to so many as its tile has, with dropout for half of them, as random numbers take
+# registers. Predicted is what products and softmax allow; of N slots no more than N times
+# FEW_BY_MEMORY, which is queries and results at 90 % of 3 TB/s.
+FEW_BY_MEMORY = 2.7
 CANDIDATES_FEW: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ("forward", 64): (
-        Candidate(AttentionConfig(64, 128, 4, 3, "resident"), 290),  # (201, 168, 64)
-        Candidate(AttentionConfig(64, 256, 8, 3, "resident"), 300),  # (255, 216, 96)
+        Candidate(AttentionConfig(64, 128, 4, 3, "resident"), 300),  # (201, 166, 64)
+        Candidate(AttentionConfig(64, 256, 8, 3, "resident"), 300),  # (255, 255, 96)
     ),
     ("forward", 128): (
-        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 320),  # (210, 164, 128)
+        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 320),  # (220, 176, 128)
     ),
     ("forward", 256): (
-        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 170),  # (246, 220, 176)
-        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 246, 208)
+        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 320),  # (246, 212, 176)
+        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 242, 208)
     ),
     ("dquery", 64): (
-        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 280),  # (255, 200, 89)
+        Candidate(AttentionConfig(64, 128, 8, 3, "resident"), 280),  # (255, 208, 89)
     ),
     ("dquery", 128): (
-        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 170),  # (187, 200, 145)
-        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 200, 144)
+        Candidate(AttentionConfig(64, 64, 8, 3, "resident"), 320),  # (187, 168, 145)
+        Candidate(AttentionConfig(64, 128, 8, 2, "resident"), 320),  # (255, 250, 144)
     ),
     ("dquery", 256): (
-        Candidate(AttentionConfig(64, 64, 8, 2, "resident"), 160),  # (210, 200, 208)
+        Candidate(AttentionConfig(64, 64, 8, 2, "resident"), 160),  # (210, 208, 208)
     ),
 }
-MEASURED_FEW: dict[tuple[str, str, int], AttentionConfig] = {}
+
+
+class Few(NamedTuple):
+    """A form that keeps all slots, where hardware found it to be faster.
+
+    Args:
+        config: of the launch, whose tile has the most slots.
+        least_slots: from how many on.
+    """
+
+    config: AttentionConfig
+    least_slots: int = 1
+
+
+MEASURED_FEW: dict[tuple[str, str, int], Few] = {}
 
 
 class Library(NamedTuple):
@@ -437,8 +463,10 @@ def _measured(
         return None
     key = (kernel, target, max(64, block_k))
     few = MEASURED_FEW.get(key)
-    if few is not None and num_slots <= few.block_slots // (2 if has_dropout else 1):
-        return _for_slots(few, num_slots)
+    if few is not None:
+        most = few.config.block_slots // (2 if has_dropout else 1)
+        if few.least_slots <= num_slots <= most:
+            return _for_slots(few.config, num_slots)
     found = MEASURED.get(key) if takes_descriptors else None
     if found is None or num_slots < found.block_slots:
         return None
@@ -474,7 +502,7 @@ def attention_forward(
     tables = (FORWARD_16BIT, FORWARD_FLOAT32, RAGGED_FORWARD, RAGGED_FLOAT32)
     by_form = (target, dtype, block_k, is_ragged, num_slots, takes_descriptors, has_dropout)
     config = _measured("forward", *by_form)
-    if config is not None and config.form == "resident":
+    if config is not None and config.keeps_slots:
         return config
     if config is None:
         by_tf32 = FORWARD_TF32 if tf32 else None
@@ -535,11 +563,16 @@ def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int
 def attention_run(num_pairs: int, num_tokens: int, block_tokens: int) -> int:
     """How many tokens a program runs over that keeps all slots of a head.
 
-    Two waves of programs at most, as narrow heads leave room for two on a multiprocessor; of fewer
-    tokens each would load its slots for less and less.
+    Programs run in waves, the last of which may leave multiprocessors idle; and each loads its
+    slots, which takes about as long as a block of tokens. The fewest waves of the fewest blocks.
     """
-    parts = min(max(1, 2 * _ONE_WAVE // num_pairs), -(-num_tokens // block_tokens))
-    return -(-num_tokens // (parts * block_tokens)) * block_tokens
+    blocks = -(-num_tokens // block_tokens)
+
+    def duration(parts: int) -> int:
+        return -(-num_pairs * parts // _ONE_WAVE) * (-(-blocks // parts) + 1)
+
+    parts = min(range(1, min(blocks, _ONE_WAVE) + 1), key=duration)
+    return -(-blocks // parts) * block_tokens
 
 
 def attention_dquery(
