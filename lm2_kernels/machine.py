@@ -1,5 +1,6 @@
 """What a result can depend on: versions of software, and the devices of this machine."""
 
+import contextlib
 import functools
 import importlib
 import os
@@ -9,6 +10,9 @@ import subprocess
 import torch
 
 from lm2_kernels.version import __version__
+
+# the largest that teaches glibc something is 32 MB, with what it adds to a block
+_LARGE_BLOCK = 31 << 20
 
 
 def versions() -> dict[str, str]:
@@ -48,14 +52,18 @@ def _driver() -> str:
 def keep_freed_pages() -> None:
     """Have glibc keep the memory of a layer's temporaries from one call to the next.
 
-    It gives what is free at the end of its heap back to the system as soon as that is more than
-    twice the largest block that was ever mapped apart and freed, of blocks up to 32 MB. Pages that
-    come back are cleared by the kernel first: of a layer of 512 columns up to a fifth of the time.
-    So one block of nearly as much is asked for here, once, and freed, never touched: afterwards up
-    to 62 MB of what was freed stay with the process. Thresholds set by the environment stay as they
-    are, and other allocators do what they do.
+    It maps blocks above a threshold apart, and returns what is free at the end of a heap as soon as
+    that is more than twice the threshold, which follows the largest block that was mapped and
+    freed, up to 32 MB. Pages that come back are cleared by the kernel first: of a layer of 512
+    columns up to a fifth of the time. So one block of nearly as much is asked for here, once, and
+    freed; nobody touches it. Afterwards blocks below 31 MB are of the heap, and up to 62 MB stay
+    free at its end (and what lies below a block that is in use, as ever). A process that frees a
+    large tensor of its own has the same. Thresholds set by the environment stay as they are, and
+    other allocators do what they do.
     """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+    # where memory is too short for that, the layer may yet have what it needs
+    with contextlib.suppress(RuntimeError):
+        torch.UntypedStorage(_LARGE_BLOCK, device="cpu")
 
 
 def device_types() -> tuple[str, ...]:

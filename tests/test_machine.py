@@ -1,5 +1,6 @@
 """Which device there is to compute on."""
 
+import os
 import platform
 
 import pytest
@@ -41,7 +42,8 @@ import torch
 import lm2_kernels as lm2
 
 def is_of_the_heap():
-    place = torch.empty(30 << 20, dtype=torch.uint8).data_ptr()
+    block = torch.empty(30 << 20, dtype=torch.uint8)
+    place = block.data_ptr()
     for line in open("/proc/self/maps"):
         first, last = (int(end, 16) for end in line.split()[0].split("-"))
         if first <= place < last:
@@ -52,8 +54,16 @@ layer(x, x)
 print(is_of_the_heap())
 """
     # what the caller has set of it is respected, and so would hide it
-    done = run_python(code, GLIBC_TUNABLES=None, MALLOC_TRIM_THRESHOLD_=None)
+    own = {name: None for name in os.environ if name.startswith("MALLOC_")}
+    done = run_python(code, GLIBC_TUNABLES=None, LD_PRELOAD=None, **own)
     assert done.stdout == "True\n", done.stderr
+    done = run_python(code, GLIBC_TUNABLES="glibc.malloc.trim_threshold=131072", LD_PRELOAD=None)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_too_little_memory_for_that_is_no_error(monkeypatch):
+    monkeypatch.setattr(machine, "_LARGE_BLOCK", 1 << 62)
+    machine.keep_freed_pages.__wrapped__()
 
 
 @pytest.mark.parametrize("command", ("verify", "bench"))

@@ -22,7 +22,7 @@ from lm2_kernels.bench.works import Row
 # with the number of their products
 KERNELS = {"forward": 2, "dkey_value": 4, "dquery": 3}
 _WIDTH, _TOKENS = 2048, 2048
-# slots, where _TOKENS read fewer than they are
+# numbers of slots where these are fewer than tokens
 _FEW_SLOTS = (64, 128, 16, 256)
 Config = tables.AttentionConfig | tables.Config
 Call = Callable[[Config], list[Tensor]]

@@ -618,7 +618,8 @@ def test_extreme_logits_that_tie(backend, dtype, size, record_property):
     if dtype == "float16" and size > torch.finfo(torch.float16).max:
         size = 2.0**10
     for options, scale, tokens in itertools.product(ATTENTION_OPTIONS, (0.5, -0.5, 0.0), (3, 20)):
-        if options and tokens == 3:
+        # rows so few have tiles of their own, which differ by no sign of the scale
+        if options and tokens == 3 and scale != 0.5:
             continue
         case = testing.Case("memory_attention", 1, tokens, 24, 2, 8, (*options, ("scale", scale)))
 

@@ -13,11 +13,14 @@ from tools.rounding import assert_rule
 
 
 def _candidates(table) -> list:
-    """All that this release compiles; every day the first of each form, of 64 and 256 columns."""
+    """All that this release compiles; every day the first of each form, of 64 and 256 columns
+    where there are many slots.
+    """
     params, begun = [], set()
     for (kernel, width), several in table.items():
         for index, (config, *_) in enumerate(c for c in several if c.is_for(triton.__version__)):
-            is_everyday = width != 128 and (kernel, width, config.form) not in begun
+            is_everyday = width != 128 or config.keeps_slots
+            is_everyday &= (kernel, width, config.form) not in begun
             marks = () if is_everyday else pytest.mark.slow
             begun.add((kernel, width, config.form))
             name = f"{kernel}-{width}-{index}-{config.form}"
@@ -347,14 +350,27 @@ def test_parts_of_the_tokens(batch, tokens, parts):
 def test_parts_of_the_tokens_fill_a_gpu():
     """Whatever the number of heads: little is waited for at the end of the last wave."""
     wave, blocks = tables._ONE_WAVE, 64
-    for pairs in range(4, 400):
-        run = tables.attention_run(pairs, blocks * 64, 64)
-        waves = -(-pairs * -(-blocks * 64 // run) // wave)
-        assert pairs * blocks >= 0.8 * wave * waves * (run // 64), pairs
+    for pairs in range(16, 400):
+        for warps in (8, 4):
+            config = tables.AttentionConfig(64, 64, warps, 3, "resident")
+            run = tables.attention_run(config, pairs, blocks * 64)
+            # programs of four warps run two at a time
+            at_once = wave * 8 // warps
+            waves = -(-pairs * -(-blocks * 64 // run) // at_once)
+            assert pairs * blocks >= 0.8 * at_once * waves * (run // 64), pairs
 
 
 def test_nothing_is_chosen_that_no_hardware_has_run():
     assert not tables.MEASURED and not tables.MEASURED_FEW
+
+
+@pytest.mark.parametrize(("slots", "is_kept"), ((15, False), (16, True), (64, True), (65, False)))
+def test_from_how_many_slots_on_they_are_kept(slots, is_kept, monkeypatch):
+    few = tables.Few(tables.CANDIDATES_FEW["forward", 256][0].config, least_slots=16)
+    monkeypatch.setitem(tables.MEASURED_FEW, ("forward", "sm_90", 256), few)
+    sizes = (64, 2048, slots)
+    args = ("sm_90", torch.bfloat16, 256, False, *sizes, False, False, False)
+    assert tables.attention_forward(*args).keeps_slots == is_kept
 
 
 def test_what_may_be_chosen():
@@ -362,5 +378,6 @@ def test_what_may_be_chosen():
     for (kernel, _), several in tables.CANDIDATES_FEW.items():
         assert kernel in ("forward", "dquery") and all(c.config.keeps_slots for c in several)
     assert not any(c.config.keeps_slots for found in tables.CANDIDATES.values() for c in found)
-    few = {(kernel, width) for kernel, _, width in tables.MEASURED_FEW}
-    assert few <= tables.CANDIDATES_FEW.keys()
+    for (kernel, _, width), few in tables.MEASURED_FEW.items():
+        assert (kernel, width) in tables.CANDIDATES_FEW and few.config.keeps_slots
+        assert 1 <= few.least_slots <= few.config.block_slots

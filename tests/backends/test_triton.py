@@ -47,7 +47,7 @@ FEW_SLOTS = tuple(
     for slots, width in ((12, 64), (24, 64), (48, 64), (12, 128), (24, 128), (12, 256), (12, 80))
     for options in ((), FULL_ATTENTION[0].options)
 )
-# the narrowest and the widest entries of the tables, which every day has
+# heads of every day; those of 128 columns are for the default of the largest GPUs alone
 EVERYDAY_ATTENTION = (PLAIN_ATTENTION[2], PLAIN_ATTENTION[4])
 LARGE_ATTENTION = tuple(case._replace(batch=64) for case in PLAIN_ATTENTION)
 ROWS = (
@@ -97,10 +97,10 @@ def _compile(case, dtype, target):
 
 
 def _everyday():
-    """Attention for every target; of the kernels of rows, which are much the same on all, each row
-    of their tables for one of NVIDIA's and for AMD's. The exhaustive sweep has the others."""
+    """Attention for every target (heads of 128 columns for sm_90 alone); of the kernels of rows,
+    which are much the same on all, each row of their tables for one of NVIDIA's and for AMD's. The
+    exhaustive sweep has the others."""
     wide = [*((case, "bfloat16", target) for case in EVERYDAY_ATTENTION for target in TARGETS)]
-    # the default of the largest GPUs, width by width
     wide += [(PLAIN_ATTENTION[3], "bfloat16", "sm_90")]
     wide += [(case, "float32", "sm_90") for case in EVERYDAY_ATTENTION]
     wide += [(FEW_SLOTS[6], "bfloat16", target) for target in TARGETS]
@@ -199,7 +199,7 @@ def test_compile_checks_with_another_triton():
 )
 def test_attention_uses_tensor_cores(target, kind):
     with launches.compiled(target) as gpu:
-        for case in EVERYDAY_ATTENTION:
+        for case in PLAIN_ATTENTION[2:] if target == "sm_90" else EVERYDAY_ATTENTION:
             testing.run_case(case, testing.make_inputs(case, torch.bfloat16), "triton")
     for launch in gpu.launches:
         if "delta" in launch.kernel:

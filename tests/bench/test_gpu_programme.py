@@ -370,6 +370,17 @@ def test_candidates_of_the_sweep(modules):
                 assert all(config.block_slots == 16 for config in few)
 
 
+@pytest.mark.parametrize(("phase", "batches"), (("compile", 2), ("sweep", 1), ("sweep_one", 1)))
+def test_every_sweep_has_its_entries(modules, phase, batches):
+    sweep, entries = modules("sweep"), modules("entries")
+    found = sweep.entries(entries.Context(False, FOLDER, "sm_90"), phase)
+    keys = {entry.key for entry in found}
+    # a launch is compiled, or timed, for each batch; its name is the same
+    assert len(keys) == len(found) > 100 and len(sweep._BATCHES[phase]) == batches
+    few = {key for key in keys if " N=256 " in key and "resident" in key}
+    assert few and all("x256 " in key for key in few)
+
+
 @pytest.mark.parametrize(("release", "compiled"), (("3.6.0", True), ("3.8.1", False)))
 def test_a_form_is_tried_by_the_releases_that_compile_it(modules, monkeypatch, release, compiled):
     sweep = modules("sweep")

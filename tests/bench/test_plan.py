@@ -19,8 +19,8 @@ from lm2_kernels.bench.works import Row
 from lm2_kernels.model.config import LM2Config
 from tools.models import FLOWS, KINDS, SMALL
 
-# a segment and a half
-BATCH, TOKENS = 2, 9
+# two segments and a token
+BATCH, TOKENS = 2, 13
 
 
 def _config(formulation="paper", flow="depth", **options) -> LM2Config:

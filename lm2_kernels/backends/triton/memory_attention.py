@@ -677,7 +677,7 @@ def _over_tokens(
     """A program for a block of rows, or that keeps all slots for a part of the tokens."""
     num_slots, _, head_width = key.shape[1:]
     if config.keeps_slots:
-        tokens_per_part = tables.attention_run(num_pairs, num_tokens, config.block_tokens)
+        tokens_per_part = tables.attention_run(config, num_pairs, num_tokens)
         num_parts = triton.cdiv(num_tokens, tokens_per_part)
         return _Programs(num_pairs * num_parts, (num_parts, tokens_per_part))
     heads_per_group = _heads_per_group(num_pairs, num_slots, head_width, key.element_size())

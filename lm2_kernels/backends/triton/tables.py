@@ -349,8 +349,9 @@ MEASURED: dict[tuple[str, str, int], AttentionConfig] = {}
 
 # The same where slots are few, of the resident form, which needs no descriptor and takes slot
 # masks: for up to so many as its tile has, with dropout for half of them, as random numbers take
-# registers. Predicted is what products and softmax allow; of N slots no more than N times
-# FEW_BY_MEMORY, which is queries and results at 90 % of 3 TB/s.
+# registers. Predicted is what products and softmax allow (of dQ at 256 with loads that overlap
+# little, as two tensors leave room for two stages); of N slots no more than N times FEW_BY_MEMORY,
+# which is what comes and goes with the tokens at 90 % of 3 TB/s, forward and dQ alike.
 FEW_BY_MEMORY = 2.7
 CANDIDATES_FEW: dict[tuple[str, int], tuple[Candidate, ...]] = {
     ("forward", 64): (
@@ -560,19 +561,21 @@ def attention_part(num_programs: int, num_tokens: int, block_tokens: int) -> int
     return -(-num_tokens // (parts * block_tokens)) * block_tokens
 
 
-def attention_run(num_pairs: int, num_tokens: int, block_tokens: int) -> int:
+def attention_run(config: AttentionConfig, num_pairs: int, num_tokens: int) -> int:
     """How many tokens a program runs over that keeps all slots of a head.
 
     Programs run in waves, the last of which may leave multiprocessors idle; and each loads its
-    slots, which takes about as long as a block of tokens. The fewest waves of the fewest blocks.
+    slots, which takes about as long as a block of tokens. The fewest waves of the fewest blocks,
+    with two programs of 4 warps on a multiprocessor.
     """
-    blocks = -(-num_tokens // block_tokens)
+    blocks = -(-num_tokens // config.block_tokens)
+    at_once = _ONE_WAVE * 8 // config.num_warps
 
     def duration(parts: int) -> int:
-        return -(-num_pairs * parts // _ONE_WAVE) * (-(-blocks // parts) + 1)
+        return -(-num_pairs * parts // at_once) * (-(-blocks // parts) + 1)
 
-    parts = min(range(1, min(blocks, _ONE_WAVE) + 1), key=duration)
-    return -(-blocks // parts) * block_tokens
+    parts = min(range(1, min(blocks, at_once) + 1), key=duration)
+    return -(-blocks // parts) * config.block_tokens
 
 
 def attention_dquery(
