@@ -19,6 +19,16 @@ def _checked(case: testing.Case, seed: int) -> list[testing.Comparison]:
     return testing.check_case(case, torch.bfloat16, "triton", "cuda", seed=seed)
 
 
+def _assert_right_and_repeated(case: testing.Case) -> None:
+    """Results and gradients by the rule, and the same bits in 20 runs."""
+    assert_rule(lambda seed: _checked(case, seed))
+    inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
+    first = testing.run_case(case, inputs, "triton")
+    for _ in range(20):
+        again = testing.run_case(case, inputs, "triton")
+        assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+
+
 CASES = (
     testing.Case("memory_attention", 2, 2048, 2048, 2, 0),
     testing.Case("memory_attention", 3, 515, 1027, 2, 0, (("slot_offset", 300),)),
@@ -33,19 +43,14 @@ CASES = (
     [(*key, index) for key, several in tables.CANDIDATES.items() for index in range(len(several))],
 )
 def test_other_forms_match_oracle_on_gpu(kernel, width, index, case):
-    """Those that no table names yet, and 20 runs give the same bits."""
+    """Those that no table names yet."""
     candidate = tables.CANDIDATES[kernel, width][index]
     if launch.target(0) != "sm_90" or not candidate.is_for(triton.__version__):
         reason = f"{candidate} is not for {launch.target(0)} and triton {triton.__version__}"
         pytest.skip(reason)
     case = case._replace(width=width)
     with forms.measured((kernel, width, candidate.config)) as ran:
-        assert_rule(lambda seed: _checked(case, seed))
-        inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
-        first = testing.run_case(case, inputs, "triton")
-        for _ in range(20):
-            again = testing.run_case(case, inputs, "triton")
-            assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+        _assert_right_and_repeated(case)
     is_dropped = "dropout_p" in dict(case.options)
     is_taken = kernel == "forward" or candidate.config.form != "specialized" or not is_dropped
     assert (candidate.config in ran.configs) == is_taken == bool(ran.described)
@@ -70,12 +75,7 @@ def test_few_slots_kept_match_oracle_on_gpu(kernel, width, index, case):
     config = tables.CANDIDATES_FEW[kernel, width][index].config
     case = case._replace(width=width)
     with forms.measured((kernel, width, config), wave=tables._ONE_WAVE) as ran:
-        assert_rule(lambda seed: _checked(case, seed))
-        inputs = testing.make_inputs(case, torch.bfloat16, "cuda")
-        first = testing.run_case(case, inputs, "triton")
-        for _ in range(20):
-            again = testing.run_case(case, inputs, "triton")
-            assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
+        _assert_right_and_repeated(case)
     assert "resident" in {config.form for config in ran.configs}
 
 

@@ -270,6 +270,36 @@ LOW = {
 }
 
 
+def lowered(kind, options, dtype, dtypes, seed):
+    """A layer and its inputs in a dtype, or those of ``dtypes``; and what gives the truth of them:
+    a function of what the layer is called with, in float64.
+    """
+    exact, (x, memory) = make_layer(kind, **options), make_inputs(seed=seed)
+    layer = copy.deepcopy(exact).to(dtype)
+    inputs = [
+        t.detach().to(dtypes.get(name, dtype)).requires_grad_()
+        for name, t in (("x", x), ("memory", memory))
+    ]
+
+    def truth(**arguments):
+        rounded = [t.detach().double().requires_grad_() for t in inputs]
+        exact.load_state_dict({n: t.double() for n, t in layer.state_dict().items()})
+        return run(exact, rounded, **arguments)
+
+    return layer, inputs, truth
+
+
+def compared_gradients(layer, *runs) -> list[testing.Comparison]:
+    """Of what was found, the truth and what is allowed, as :func:`run` gives them."""
+    names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
+    gradients = [dict(zip(names, one[1], strict=True)) for one in runs]
+    # vectors as one: a single number, or one that is 0 but for rounding, is right by luck
+    for one in gradients:
+        vectors = [one.pop(name) for name in names if one[name].dim() == 1]
+        one["vectors"] = torch.cat(vectors) if vectors else torch.zeros(0)
+    return [testing.compare(f"d{name}", *(one[name] for one in gradients)) for name in gradients[0]]
+
+
 @both_layers
 @pytest.mark.parametrize("way", LOW)
 @pytest.mark.parametrize(
@@ -280,30 +310,14 @@ def test_low_precision(kind, options, way):
     dtype, dtypes, arguments = LOW[way]
 
     def compare(seed: int) -> list[testing.Comparison]:
-        exact, (x, memory) = make_layer(kind, **options), make_inputs(seed=seed)
-        layer = copy.deepcopy(exact).to(dtype)
-        inputs = [
-            t.detach().to(dtypes.get(name, dtype)).requires_grad_()
-            for name, t in (("x", x), ("memory", memory))
-        ]
+        layer, inputs, truth = lowered(kind, options, dtype, dtypes, seed)
         found = run(layer, inputs, **arguments)
         with made_of_ops():
-            wanted = run(layer, inputs, **arguments)
-            rounded = [t.detach().double().requires_grad_() for t in inputs]
-            exact.load_state_dict({n: t.double() for n, t in layer.state_dict().items()})
-            truth = run(exact, rounded)
+            wanted, true = run(layer, inputs, **arguments), truth()
         assert (found[2], wanted[2]) == (True, False)
         for got, want in zip(found[0], wanted[0], strict=True):
             assert torch.equal(got, want)
-        names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
-        gradients = [dict(zip(names, one[1], strict=True)) for one in (found, truth, wanted)]
-        # vectors as one: a single number, or one that is 0 but for rounding, is right by luck
-        for one in gradients:
-            vectors = [one.pop(name) for name in names if one[name].dim() == 1]
-            one["vectors"] = torch.cat(vectors) if vectors else torch.zeros(0)
-        return [
-            testing.compare(f"d{name}", *(one[name] for one in gradients)) for name in gradients[0]
-        ]
+        return compared_gradients(layer, found, true, wanted)
 
     assert_rule(compare)
 
@@ -325,12 +339,7 @@ def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, given, is_along)
     launches = pytest.importorskip("tools.launches")
 
     def compare(seed: int) -> list[testing.Comparison]:
-        exact, (x, memory) = make_layer(lm2.ReleaseMemory, **options), make_inputs(seed=seed)
-        layer = copy.deepcopy(exact).to(dtype)
-        inputs = [
-            t.detach().to(dtypes.get(name, dtype)).requires_grad_()
-            for name, t in (("x", x), ("memory", memory))
-        ]
+        layer, inputs, truth = lowered(lm2.ReleaseMemory, options, dtype, dtypes, seed)
         with launches.interpreted("sm_90"), lm2.use_backend("triton"), lm2.recording() as ran:
             found = run(layer, inputs, **given)
         functions = [name for name, _ in ran]
@@ -338,18 +347,12 @@ def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, given, is_along)
         assert found[2] and functions.count(NORM_AND_TANH) == times * is_along
         assert functions.count("residual_layer_norm_forward") == times * (2 - is_along)
         with lm2.use_backend("eager"), made_of_ops():
-            wanted = run(layer, inputs, **given)
-            rounded = [t.detach().double().requires_grad_() for t in inputs]
-            exact.load_state_dict({n: t.double() for n, t in layer.state_dict().items()})
-            truth = run(exact, rounded, **given)
-        names = ["x", "memory", *(name for name, _ in layer.named_parameters())]
-        every = []
-        for outputs, gradients, _ in (found, truth, wanted):
-            one = dict(zip(names, gradients, strict=True))
-            vectors = [one.pop(name) for name in names if one[name].dim() == 1]
-            every.append({"output": outputs[0], "new memory": outputs[1], **one})
-            every[-1]["vectors"] = torch.cat(vectors)
-        return [testing.compare(name, *(one[name] for one in every)) for name in every[0]]
+            wanted, true = run(layer, inputs, **given), truth(**given)
+        compared = compared_gradients(layer, found, true, wanted)
+        for index, name in enumerate(("output", "new memory")):
+            results = (one[0][index] for one in (found, true, wanted))
+            compared.append(testing.compare(name, *results))
+        return compared
 
     assert_rule(compare)
 
