@@ -240,6 +240,8 @@ def test_planted_bug_is_caught(plant):
         ("matrices", "address", None),
         ("copies", "thread", None),
         ("zeros", "address", None),
+        ("phases", "thread", None),
+        ("phases", "address", None),
         ("unwritten shared memory", "address", None),
         ("allowed shared memory", "address", None),
         # the emulator's own checks
@@ -251,6 +253,12 @@ def test_planted_bug_is_caught(plant):
         ("copies never ended", "address", "not waited for"),
         ("copies never waited for", "address", "not waited for"),
         ("misaligned copy", "address", "misaligned copy"),
+        ("phase not waited for", "address", "not NaN"),
+        ("phase not waited for", "thread", _RACE),
+        # those that come late wait for a phase that nobody begins
+        ("phase of the other parity", "address", "deadlock"),
+        ("phase of too many", "address", "deadlock"),
+        ("phase before its barrier", "thread", f"{_RACE}|not initialised"),
         ("shared banks", "address", "share a bank"),
         ("misaligned matrix", "address", "misaligned row"),
         ("not in mask", "address", "caller not in mask"),

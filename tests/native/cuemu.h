@@ -10,7 +10,8 @@
 // the order was.
 //
 // What is copied asynchronously lands at once or not before its thread waits for it, by chance:
-// until then there are NaN patterns. Matrices are loaded as by the instruction, and rows of one
+// until then there are NaN patterns. Copies may be handed to a barrier in shared memory (mbarrier),
+// and land with its phase. Matrices are loaded as by the instruction, and rows of one
 // that share a bank of shared memory are an error.
 //
 // Not emulated: clusters, their copies and barriers, the hardware's rounding order inside mma,
@@ -96,7 +97,10 @@ asm(".text\n.globl cuemu_switch\n.weak cuemu_switch\ncuemu_switch:\n push %rbp\n
     " mov %rsi,%rsp\n pop %r15\n pop %r14\n pop %r13\n pop %r12\n pop %rbx\n pop %rbp\n ret\n");
 constexpr size_t STACK = 256 << 10;
 struct Bar {
-  int arrived = 0, expected = 0;
+  // what TSan knows a round by, this one and the next: who leaves one late has not seen what others
+  // did on their way to the next. Of the heap, where it forgets what was there before
+  std::vector<char> tags = std::vector<char>(2);
+  int round = 0, arrived = 0, expected = 0;
   const void* site = nullptr;
   std::vector<int> who;
 };
@@ -107,6 +111,12 @@ struct Warp {
 struct Copy {
   void* to;
   const void* from;  // null: zeros
+};
+// a barrier in shared memory, and what is handed to its phase
+struct Phases {
+  int expected = 0, arrived = 0, phase = 0;
+  std::vector<Copy> copies;
+  std::vector<int> who;
 };
 struct Fiber {
   std::vector<std::vector<Copy>> copies{{}};  // by group, the open one last
@@ -136,6 +146,7 @@ struct Machine {
   size_t dyn = 0;
   char launch_tag, block_tag;
   std::map<std::pair<const void*, int>, std::unique_ptr<char[]>> shared;
+  std::map<const uint64_t*, Phases> phases;
   void wake(int i) { ready[i / 32].push_back(i); }
   unsigned rnd() {
     rng ^= rng << 13;
@@ -222,16 +233,18 @@ inline void arrive(Bar& b, int expected, const void* site, const char* what) {
          std::to_string(me));
   b.site = site;
   b.arrived++;
-  CUEMU_REL(&b);
+  [[maybe_unused]] char* const tag = &b.tags[b.round % 2];
+  CUEMU_REL(tag);
   b.who.push_back(me);
   b.expected = expected;
   if (b.arrived == expected) {
     for (int w : b.who) m.wake(w);
     b.who.clear();
     b.arrived = 0;
+    b.round++;
   }
   to_main(false);  // also the last one yields: order is random again
-  CUEMU_ACQ(&b);
+  CUEMU_ACQ(tag);
 }
 inline void syncthreads(const void* site) {
   Machine& m = M();
@@ -336,6 +349,7 @@ void launch(F body, dim3 g, dim3 b, size_t dyn = 0) {
     m.ready.assign(m.warps.size(), {});
     m.block = Bar{};
     m.shared.clear();
+    m.phases.clear();
     m.alive = m.n;
     for (auto& w : m.warps) w.bar.clear();
     for (int i = 0; i < m.n; i++) {
@@ -503,6 +517,63 @@ void lm2_copies_landed() {
   }
   for (const auto& copy : landed)
     if (copy.to) cuemu::land(copy);
+}
+// mbarrier.init, which the others have to wait for
+inline void lm2_mbarrier_init(uint64_t* barrier, int count) {
+  if (uintptr_t(barrier) % 8) cuemu::fail("a misaligned mbarrier");
+  *barrier = count;
+  CuemuQuiet quiet;
+  cuemu::M().phases[barrier] = {count};
+}
+namespace cuemu {
+inline Phases& phases_of(const uint64_t* barrier) {
+  (void)*static_cast<const volatile uint64_t*>(barrier);
+  CuemuQuiet quiet;
+  const auto found = M().phases.find(barrier);
+  if (found == M().phases.end()) fail("an mbarrier that is not initialised");
+  return found->second;
+}
+}  // namespace cuemu
+// mbarrier.arrive, or with_copies cp.async.mbarrier.arrive.noinc: when all that this thread copies
+// has landed
+inline void lm2_mbarrier_arrive(uint64_t* barrier, bool with_copies) {
+  cuemu::Phases& phases = cuemu::phases_of(barrier);
+  std::vector<cuemu::Copy> landed;
+  CUEMU_REL(&phases);
+  bool is_last = false;
+  {
+    CuemuQuiet quiet;
+    auto& groups = cuemu::M().cur->copies;
+    if (with_copies) {
+      for (const auto& group : groups)
+        phases.copies.insert(phases.copies.end(), group.begin(), group.end());
+      groups.assign(1, {});
+    }
+    is_last = ++phases.arrived == phases.expected;
+    if (is_last) landed.swap(phases.copies);
+  }
+  if (!is_last) return;
+  CUEMU_ACQ(&phases);
+  for (const auto& copy : landed)
+    if (copy.to) cuemu::land(copy);
+  CUEMU_REL(&phases);
+  CuemuQuiet quiet;
+  phases.arrived = 0;
+  phases.phase++;
+  for (int thread : phases.who) cuemu::M().wake(thread);
+  phases.who.clear();
+}
+// mbarrier.try_wait.parity, until it answers: the phase of this parity has ended
+inline void lm2_mbarrier_wait(uint64_t* barrier, int parity) {
+  cuemu::Phases& phases = cuemu::phases_of(barrier);
+  {
+    CuemuQuiet quiet;
+    while (phases.phase % 2 == parity) {
+      phases.who.push_back(cuemu::M().cur->id);
+      cuemu::to_main(false);
+    }
+  }
+  CUEMU_ACQ(&phases);
 }
 template <bool kTransposed, class T>
 void lm2_load_matrices(uint32_t (&result)[4], const T* row) {

@@ -133,6 +133,28 @@ __global__ void copied_neighbour(const float* x, float* out, int shift, Wait wai
   if (wait != Wait::never) lm2_copies_landed<0>();
 }
 
+enum class Phase { right, no_wait, stale, too_many, early };
+
+// each thread's neighbour's four values, twice: a phase of the barrier each
+__global__ void copied_by_phases(const float* x, float* out, Phase how) {
+  LM2_SHARED(shared, float[4 * kThreads]);
+  LM2_SHARED(barrier, uint64_t[1]);
+  const int i = threadIdx.x;
+  if (i == kThreads / 2) lm2_mbarrier_init(barrier, kThreads + (how == Phase::too_many));
+  if (how != Phase::early) __syncthreads();
+  for (int step = 0; step < 2; ++step) {
+    lm2_copy_async(&shared[4 * i], x + 4 * (i + step), true);
+    lm2_mbarrier_arrive(barrier, true);
+    if (how != Phase::no_wait) lm2_mbarrier_wait(barrier, how == Phase::stale ? 1 - step : step);
+    for (int j = 0; j < 4; ++j) {
+      const float value = shared[4 * ((i + 1) % kThreads) + j];
+      out[4 * i + j] = step == 0 ? value : out[4 * i + j] + value;
+    }
+    // before a tile is written over
+    __syncthreads();
+  }
+}
+
 __global__ void copies_zeros(const float* x, float* out) {
   LM2_SHARED(shared, float[4 * kThreads]);
   lm2_copy_async(&shared[4 * threadIdx.x], x + 4 * threadIdx.x, threadIdx.x % 2 == 0);
@@ -227,6 +249,19 @@ void check_copies(int shift, Wait wait) {
   }
 }
 
+void check_phases(Phase how) {
+  const std::unique_ptr<float[]> x_values(new float[4 * kThreads + 4]);
+  const std::unique_ptr<float[]> out_values(new float[4 * kThreads]);
+  float *const x = x_values.get(), *const out = out_values.get();
+  for (int i = 0; i < 4 * kThreads + 4; ++i) x[i] = static_cast<float>(i);
+  LM2_LAUNCH(copied_by_phases, dim3(1), dim3(kThreads), 0, nullptr, x, out, how);
+  for (int i = 0; i < 4 * kThreads; ++i) {
+    const int from = (i + 4) % (4 * kThreads);
+    if (out[i] != out[i]) wrong("not NaN");
+    if (out[i] != x[from] + x[from + 4]) wrong("phases");
+  }
+}
+
 void check_zeros() {
   const std::unique_ptr<float[]> x_values(new float[4 * kThreads]);
   const std::unique_ptr<float[]> out_values(new float[4 * kThreads]);
@@ -305,6 +340,16 @@ int main(int, char** arguments) {
       check_copies(0, Wait::never);
     } else if (is("misaligned copy")) {
       check_copies(1, Wait::right);
+    } else if (is("phases")) {
+      check_phases(Phase::right);
+    } else if (is("phase not waited for")) {
+      check_phases(Phase::no_wait);
+    } else if (is("phase of the other parity")) {
+      check_phases(Phase::stale);
+    } else if (is("phase of too many")) {
+      check_phases(Phase::too_many);
+    } else if (is("phase before its barrier")) {
+      check_phases(Phase::early);
     } else if (is("zeros")) {
       check_zeros();
     } else if (is("allowed shared memory") || is("shared memory that nobody allowed")) {
