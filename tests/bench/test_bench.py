@@ -19,6 +19,7 @@ from lm2_kernels.bench import measure, plots, report, suite, works
 from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.bench.peers import SDPA_KERNELS
 from lm2_kernels.testing.cases import ALL_SHAPES, GPU_SHAPES, Shape
+from tools.interpreter import run_python
 
 TINY = Shape("tiny", 2, 16, 16, 2, 32, "these tests")
 PIECE = Shape("piece", 2, 3, 16, 2, 32, "these tests")
@@ -272,8 +273,14 @@ def test_saved_and_peak_memory(tiny):
     row = works.Row(lambda: ((x.exp() * 2.0).sin(),), (x,))
     # exp keeps its result, sin its argument
     assert measure.saved_bytes(row) == 2 * 4_000_000
-    peak = measure.peak_bytes(lambda: torch.ones(8_000_000).add(1.0), "cpu")
-    assert peak is None or 60e6 < peak < 80e6
+    # in a process of its own, as the benchmark measures it: here, what earlier tests freed may
+    # be used again, where glibc cannot return it
+    code = (
+        "import torch; from lm2_kernels.bench import measure; "
+        "print(measure.peak_bytes(lambda: torch.ones(8_000_000).add(1.0), 'cpu'))"
+    )
+    peak = run_python(code).stdout.strip()
+    assert peak == "None" or 60e6 < int(peak) < 80e6
 
 
 def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
