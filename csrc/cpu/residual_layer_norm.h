@@ -9,21 +9,28 @@
 namespace lm2::cpu {
 namespace {
 
-// total[i] = x + residual of one row, through the piece buffers.
-template <class S>
-static void add_row(const ResidualLayerNorm& args, int64_t row, typename S::Scalar* total) {
+// total[i] = x + residual of one row, through the piece buffers. Gives the sum of term(total).
+template <class S, class F>
+LM2_INLINE typename S::Scalar add_row(const ResidualLayerNorm& args, int64_t row,
+                                      typename S::Scalar* total, const F& term) {
   using Scalar = typename S::Scalar;
   alignas(64) Scalar x_buffer[kPiece], residual_buffer[kPiece];
   const int64_t b = row / args.tokens, t = row % args.tokens;
+  auto sum = S::zero();
   for (int64_t column = 0; column < args.width; column += kPiece) {
     const int64_t count = smaller(kPiece, args.width - column);
     const Scalar* x = read<S>(row_of(args.x, b, t, column), args.x.dtype, count, x_buffer);
     const Scalar* residual =
         read<S>(row_of(args.residual, b, t, column), args.residual.dtype, count, residual_buffer);
+    auto piece = S::zero();
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      put<S>(total + column + i, get<S>(x + i, part) + get<S>(residual + i, part), part);
+      const auto element = get<S>(x + i, part) + get<S>(residual + i, part);
+      put<S>(total + column + i, element, part);
+      piece = piece + keep<S>(term(element), S::zero(), part);
     });
+    sum = sum + piece;
   }
+  return S::sum(sum);
 }
 
 // The sum of f(element vector) over a row; lanes that are not there give f nothing to add.
@@ -57,40 +64,38 @@ void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
   const Scalar* weight = read<S>(args.weight, args.parameter_dtype, width, place);
   const Scalar* bias =
       read<S>(args.bias, args.parameter_dtype, width, place + bytes / sizeof(Scalar));
-  parallel(args.batch * args.tokens, larger<int64_t>(1, kGrain / width),
-           [&](int64_t begin, int64_t end) {
-             Scalar* const total = static_cast<Scalar*>(scratch(kFirstRow, bytes));
-             alignas(64) Scalar out_buffer[kPiece];
-             for (int64_t row = begin; row < end; ++row) {
-               add_row<S>(args, row, total);
-               const auto term = [&](int64_t i, auto part) __attribute__((always_inline)) {
-                 return get<S>(total + i, part);
-               };
-               const Scalar mean = row_sum<S>(width, term) / static_cast<Scalar>(width);
-               const auto m = S::set(mean);
-               const auto square = [&](int64_t i, auto part) __attribute__((always_inline)) {
-                 const auto centred = get<S>(total + i, part) - m;
-                 return centred * centred;
-               };
-               const Scalar variance = row_sum<S>(width, square) / static_cast<Scalar>(width);
-               const Scalar rstd = 1 / std::sqrt(variance + static_cast<Scalar>(args.eps));
-               static_cast<Scalar*>(args.mean)[row] = mean;
-               static_cast<Scalar*>(args.rstd)[row] = rstd;
-               for (int64_t column = 0; column < width; column += kPiece) {
-                 const int64_t count = smaller(kPiece, width - column);
-                 const auto out = Destination<S>::open(
-                     at(args.out, args.dtype, row * width + column), args.dtype, out_buffer);
-                 vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-                   const auto normed = (get<S>(total + column + i, part) - m) * S::set(rstd);
-                   put<S>(out.row + i,
-                          S::fma(normed, get<S>(weight + column + i, part),
-                                 get<S>(bias + column + i, part)),
-                          part);
-                 });
-                 out.finish(count);
-               }
-             }
-           });
+  parallel(
+      args.batch * args.tokens, larger<int64_t>(1, kGrain / width),
+      [&](int64_t begin, int64_t end) {
+        Scalar* const total = static_cast<Scalar*>(scratch(kFirstRow, bytes));
+        alignas(64) Scalar out_buffer[kPiece];
+        for (int64_t row = begin; row < end; ++row) {
+          const auto itself = [](auto element) __attribute__((always_inline)) { return element; };
+          const Scalar mean = add_row<S>(args, row, total, itself) / static_cast<Scalar>(width);
+          const auto m = S::set(mean);
+          const auto square = [&](int64_t i, auto part) __attribute__((always_inline)) {
+            const auto centred = get<S>(total + i, part) - m;
+            return centred * centred;
+          };
+          const Scalar variance = row_sum<S>(width, square) / static_cast<Scalar>(width);
+          const Scalar rstd = 1 / std::sqrt(variance + static_cast<Scalar>(args.eps));
+          static_cast<Scalar*>(args.mean)[row] = mean;
+          static_cast<Scalar*>(args.rstd)[row] = rstd;
+          for (int64_t column = 0; column < width; column += kPiece) {
+            const int64_t count = smaller(kPiece, width - column);
+            const auto out = Destination<S>::open(at(args.out, args.dtype, row * width + column),
+                                                  args.dtype, out_buffer);
+            vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+              const auto normed = (get<S>(total + column + i, part) - m) * S::set(rstd);
+              put<S>(out.row + i,
+                     S::fma(normed, get<S>(weight + column + i, part),
+                            get<S>(bias + column + i, part)),
+                     part);
+            });
+            out.finish(count);
+          }
+        }
+      });
 }
 
 template <class S>
@@ -119,40 +124,41 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
         for (int64_t i = 0; i < width; ++i) dweight[i] = dbias[i] = 0;
       }
       for (int64_t row = item * chunk; row < smaller((item + 1) * chunk, rows); ++row) {
-        add_row<S>(args, row, normed);
         const auto m = S::set(static_cast<const Scalar*>(args.mean)[row]);
         const auto r = S::set(static_cast<const Scalar*>(args.rstd)[row]);
         const Scalar size = static_cast<Scalar>(width);
         // a large mean has lost digits: what is left of it must not count as signal
-        const auto centred = [&](int64_t i, auto part) __attribute__((always_inline)) {
-          return get<S>(normed + i, part) - m;
-        };
-        const auto left = S::set(row_sum<S>(width, centred) / size);
+        const auto centred = [&](auto element)
+                                 __attribute__((always_inline)) { return element - m; };
+        const auto left = S::set(add_row<S>(args, row, normed, centred) / size);
+        auto sum_g = S::zero(), sum_gn = S::zero();
         for (int64_t column = 0; column < width; column += kPiece) {
           const int64_t count = smaller(kPiece, width - column);
           const Scalar* dout =
               read<S>(row_of(args.dout, row / args.tokens, row % args.tokens, column),
                       args.dout.dtype, count, buffer);
+          auto piece_g = S::zero(), piece_gn = S::zero();
           vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
             const int64_t c = column + i;
             const auto n = ((get<S>(normed + c, part) - m) - left) * r;
             const auto d = get<S>(dout + i, part);
+            const auto g = d * get<S>(weight + c, part);
             put<S>(normed + c, n, part);
-            put<S>(gradient + c, d * get<S>(weight + c, part), part);
+            put<S>(gradient + c, g, part);
+            // 0 in the lanes that are not there
+            piece_g = piece_g + g;
+            piece_gn = S::fma(g, n, piece_gn);
             if (needs_parameters) {
               put<S>(dweight + c, S::fma(d, n, get<S>(dweight + c, part)), part);
               put<S>(dbias + c, get<S>(dbias + c, part) + d, part);
             }
           });
+          sum_g = sum_g + piece_g;
+          sum_gn = sum_gn + piece_gn;
         }
         if (args.dx == nullptr) continue;
-        const auto g = [&](int64_t i, auto part)
-                           __attribute__((always_inline)) { return get<S>(gradient + i, part); };
-        const auto gn = [&](int64_t i, auto part) __attribute__((always_inline)) {
-          return get<S>(gradient + i, part) * get<S>(normed + i, part);
-        };
-        const auto mean_g = S::set(row_sum<S>(width, g) / size);
-        const auto mean_gn = S::set(row_sum<S>(width, gn) / size);
+        const auto mean_g = S::set(S::sum(sum_g) / size);
+        const auto mean_gn = S::set(S::sum(sum_gn) / size);
         for (int64_t column = 0; column < width; column += kPiece) {
           const int64_t count = smaller(kPiece, width - column);
           const auto dx = Destination<S>::open(at(args.dx, args.dx_dtype, row * width + column),
