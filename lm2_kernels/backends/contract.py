@@ -16,11 +16,17 @@ float32.
 ``DEVICES``: what it runs on, by torch's type of device and in words, as ``{"cuda": "NVIDIA
 GPUs"}``; None is any. It is given nothing that lies elsewhere.
 
-One function a backend may have or not, :data:`NORM_AND_TANH`: it takes what
-``residual_layer_norm_forward`` takes, and gives what that gives and ``tanh(residual)`` besides, in
-the dtype of the residual. The release layer needs both of a memory's rows, which so are read once.
-A backend made from another's functions, with a norm of its own, has one of its own of this too, or
-none.
+Two pairs of functions a backend has or not, forward and backward, :data:`OPTIONAL`. They spare the
+release layer's norms passes over what lies beside them. All take what
+``residual_layer_norm_forward`` and ``_backward`` take but for ``needs_dx``, and the gradients of x
+and residual have their dtypes. A backend made from another's functions, with a norm of its own, has
+these of its own too, or none.
+
+- :data:`NORM_AND_TANH` gives ``tanh(residual)`` besides, in the dtype of the residual. Backward
+  takes, before ``needs_dparams``, ``dtanh`` and ``dresidual``, what the residual gets otherwise. It
+  gives ``dx``, ``dresidual + dx + dtanh (1 - tanh(residual)^2)``, ``dweight``, ``dbias``.
+- :data:`NORM_OF_RELU` is the norm of ``relu(x) + residual``, of which NaN stays NaN. Backward gives
+  ``dx``, which is 0 where x is not positive, ``dresidual``, ``dweight``, ``dbias``.
 
 ``unsupported_reason(op, *tensors) -> str | None`` says why the backend cannot run ``op`` on these
 tensors (or, without tensors, on this machine). It feeds the error text, ``info`` and test skips.
@@ -151,5 +157,11 @@ RESULTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
         pooled_gate_backward,
     )
 }
-NORM_AND_TANH = "residual_layer_norm_and_tanh_forward"
+NORM = "residual_layer_norm"
+NORM_AND_TANH = "residual_layer_norm_and_tanh"
+NORM_OF_RELU = "residual_layer_norm_of_relu"
+# what a backend may have besides
+OPTIONAL = tuple(
+    f"{name}_{way}" for name in (NORM_AND_TANH, NORM_OF_RELU) for way in ("forward", "backward")
+)
 OPS = tuple(name.removesuffix("_forward") for name in RESULTS if name.endswith("_forward"))

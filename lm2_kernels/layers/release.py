@@ -17,7 +17,7 @@ from lm2_kernels.backends import (
     select,
     use_backend,
 )
-from lm2_kernels.backends.contract import NORM_AND_TANH
+from lm2_kernels.backends.contract import NORM_AND_TANH, NORM_OF_RELU
 from lm2_kernels.checks import (
     check_dtypes,
     check_eps,
@@ -594,7 +594,8 @@ class ReleaseMemory(MemoryLayer):
             # be rounded elsewhere
             tanh_by_norm=self.tokens_per_slot == 1
             and memory.dtype == tanh_dtype
-            and hasattr(get(norm), NORM_AND_TANH),
+            and hasattr(get(norm), f"{NORM_AND_TANH}_forward"),
+            relu_by_norm=hasattr(get(norm), f"{NORM_OF_RELU}_forward"),
             first_eps=first.eps,
             second_eps=second.eps,
             norm=norm,

@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from lm2_kernels.backends import call_without_autocast as call
-from lm2_kernels.backends.contract import NORM_AND_TANH, accumulation_dtype
+from lm2_kernels.backends.contract import (
+    NORM,
+    NORM_AND_TANH,
+    NORM_OF_RELU,
+    accumulation_dtype,
+)
 from lm2_kernels.chunks import sum_by_slot
 from lm2_kernels.layers.function import (
     REST,
@@ -39,7 +44,8 @@ class ReleaseOptions(NamedTuple):
         applications: of the shared Linear.
         tanh_dtype: in which the rows' tanh is taken.
         tanh: the backend that was asked for, which says whose tanh that is.
-        tanh_by_norm: whether the first norm's backend takes it along instead.
+        tanh_by_norm: whether the first norm's backend takes it along instead, in backward too.
+        relu_by_norm: whether the second norm's backend takes the MLP's last ReLU.
         first_eps, second_eps: of the LayerNorms.
         norm, pool: the backends of their ops.
     """
@@ -50,6 +56,7 @@ class ReleaseOptions(NamedTuple):
     tanh_dtype: torch.dtype
     tanh: str
     tanh_by_norm: bool
+    relu_by_norm: bool
     first_eps: float
     second_eps: float
     norm: str
@@ -93,13 +100,13 @@ class _Kept(NamedTuple):
     operand: Tensor  # x as products take it
     rows: Tensor
     pooled: Tensor  # (B, 1 or T, D)
-    tanh: Tensor  # of the rows
+    tanh: Tensor | None  # of the rows, unless the norm takes it along
     tanh_operand: Tensor  # the same as products take it
     gates: Tensor  # (B, R, 2 D)
     gate_bias: Tensor  # (B, 1 or T, 2 D)
     out: Tensor  # what was read
     attended: Tensor
-    mixed: Tensor  # by the MLP
+    mixed: Tensor  # by the MLP, before its last ReLU if that is the norm's
     candidate: Tensor
     first_mean: Tensor
     first_rstd: Tensor
@@ -287,6 +294,9 @@ class ReleaseMemoryFunction(LayerFunction):
             input_gate, forget_gate = kept.gates.chunk(2, dim=-1)
             of_tokens = (needs_gates and not own_rows) or (needs_gate_bias and not own_bias)
             of_slots = (needs_gates and own_rows) or (needs_gate_bias and own_bias)
+            # over all of them, the gradient of either bias
+            one_sum = needs_gate_bias and own_rows == own_bias
+            dtanh = None
             dcandidate, dwritten, by_token, by_slot, _ = call(
                 options.update,
                 "memory_update_backward",
@@ -312,12 +322,14 @@ class ReleaseMemoryFunction(LayerFunction):
             if needs_gates:
                 dgates = (by_slot if own_rows else by_token).flatten(2).to(options.dtype)
                 of["rows_weight"], of["rows_bias"] = of_linear(
-                    dgates, kept.tanh_operand, need.rows_weight, need.rows_bias
+                    dgates, kept.tanh_operand, need.rows_weight, need.rows_bias and not one_sum
                 )
                 if needs_memory:
-                    dtanh = times(dgates, kept.rows_weight).to(kept.tanh.dtype)
-                    drows.add(torch.ops.aten.tanh_backward(dtanh, kept.tanh))
-                    del dtanh
+                    dtanh = times(dgates, kept.rows_weight)
+                    if not more.tanh_by_norm:
+                        dtanh = dtanh.to(kept.tanh.dtype)
+                        drows.add(torch.ops.aten.tanh_backward(dtanh, kept.tanh))
+                        dtanh = None
             if needs_gate_bias:
                 dgates = (by_slot if own_bias else by_token).flatten(2)
                 if kept.gate_bias.shape[1] != dgates.shape[1]:
@@ -325,6 +337,8 @@ class ReleaseMemoryFunction(LayerFunction):
                 dbiases, dgates = sum_of_rows(dgates), dgates.to(options.dtype)
                 of["pooled_weight"], _ = of_linear(dgates, kept.pooled, need.pooled_weight, False)
                 of["pooled_bias"] = dbiases if need.pooled_bias else None
+                if need.rows_bias and one_sum:
+                    of["rows_bias"] = dbiases.clone() if need.pooled_bias else dbiases
                 dinput, dforget = dbiases.chunk(2)
                 of["input_bias"] = dinput.sum(0, True) if need.input_bias else None
                 of["forget_bias"] = dforget.sum(0, True) if need.forget_bias else None
@@ -338,12 +352,13 @@ class ReleaseMemoryFunction(LayerFunction):
                     dcandidate, operand, need.candidate_weight, need.candidate_bias
                 )
             if needs_second:
-                dattended, of["second_norm_weight"], of["second_norm_bias"] = _norm_backward(
+                of_summands, of["second_norm_weight"], of["second_norm_bias"] = _norm_backward(
                     more.norm,
+                    NORM_OF_RELU if more.relu_by_norm else NORM,
                     dcandidate.view(kept.candidate.shape),
                     (kept.mixed, kept.attended),
                     (kept.second_norm_weight, kept.second_mean, kept.second_rstd),
-                    needs_mlp,
+                    () if more.relu_by_norm else (needs_mlp,),
                     need.second_norm_weight,
                     need.second_norm_bias,
                 )
@@ -351,7 +366,7 @@ class ReleaseMemoryFunction(LayerFunction):
             if needs_mlp:
                 mixed = tuple(map(matrix, (kept.attended, *saved[after:], kept.mixed)))
                 dattended, of["mlp_weight"], of["mlp_bias"] = _mlp_backward(
-                    matrix(dattended),
+                    tuple(map(matrix, of_summands)),
                     mixed,
                     kept.mlp_weight,
                     needs_first,
@@ -360,17 +375,23 @@ class ReleaseMemoryFunction(LayerFunction):
                 )
             if needs_first:
                 normed = with_rows(kept.out, kept.rows, c)
-                dread, of["first_norm_weight"], of["first_norm_bias"] = _norm_backward(
+                of_summands, of["first_norm_weight"], of["first_norm_bias"] = _norm_backward(
                     more.norm,
+                    NORM if dtanh is None else NORM_AND_TANH,
                     dattended.view(normed[0].shape),
                     normed,
                     (kept.first_norm_weight, kept.first_mean, kept.first_rstd),
-                    needs_read,
+                    (needs_read,) if dtanh is None else (dtanh, drows.total),
                     need.first_norm_weight,
                     need.first_norm_bias,
                 )
+                del dtanh
             if needs_read:
-                if needs_memory:
+                dread = of_summands[0]
+                if len(of_summands) > 1:
+                    # all of it
+                    drows = Sum(of_summands[1])
+                elif needs_memory:
                     # not the first of the sum, which would be written to: it is read again
                     drows.add(sum_by_slot(dread.view(kept.out.shape), c))
                 dread = options.operand(dread)
@@ -451,7 +472,7 @@ def _candidate(
     del query
     attended, first_mean, first_rstd, *rows_tanh = call(
         more.norm,
-        NORM_AND_TANH if more.tanh_by_norm else "residual_layer_norm_forward",
+        f"{NORM_AND_TANH if more.tanh_by_norm else NORM}_forward",
         *with_rows(out, rows, options.tokens_per_slot),
         p.first_norm_weight,
         p.first_norm_bias,
@@ -462,13 +483,14 @@ def _candidate(
     if not keeps:
         del out
     mixed = [attended]
-    for _ in range(more.applications):
-        mixed.append(linear(mixed[-1], p.mlp_weight, p.mlp_bias, relu=True))
+    for left in reversed(range(more.applications)):
+        relu = left > 0 or not more.relu_by_norm
+        mixed.append(linear(mixed[-1], p.mlp_weight, p.mlp_bias, relu=relu))
         if not keeps:
             del mixed[0]
     candidate, second_mean, second_rstd = call(
         more.norm,
-        "residual_layer_norm_forward",
+        f"{NORM_OF_RELU if more.relu_by_norm else NORM}_forward",
         mixed[-1],
         attended,
         p.second_norm_weight,
@@ -496,6 +518,9 @@ def _gates_of_rows(
         cast_rows = rows.to(options.more.tanh_dtype) if options.is_cast else rows
         rows_tanh = tanh(cast_rows, options.more.tanh)
     operand = options.operand(rows_tanh)
+    if options.more.tanh_by_norm:
+        # its backward takes the tanh again
+        rows_tanh = None
     gates = linear(operand, p.rows_weight, p.rows_bias)
     return gates, (rows_tanh, operand, gates) if keeps else ()
 
@@ -514,29 +539,24 @@ def with_rows(out: Tensor, rows: Tensor, tokens_per_slot: int) -> tuple[Tensor, 
 
 def _norm_backward(
     backend: str,
+    norm: str,
     dout: Tensor,
     summands: tuple[Tensor, Tensor],
     known: tuple[Tensor, Tensor, Tensor],  # weight, mean, rstd
-    needs_dx: bool,
+    more: tuple[Tensor | bool, ...],
     needs_dweight: bool,
     needs_dbias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of both summands, which is one, of weight and of bias."""
+) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+    """Gradients of the summands, or one of both, of weight and of bias."""
     needs_dparams = needs_dweight or needs_dbias
-    dx, dweight, dbias = call(
-        backend,
-        "residual_layer_norm_backward",
-        dout,
-        *summands,
-        *known,
-        needs_dx,
-        needs_dparams,
+    *of_summands, dweight, dbias = call(
+        backend, f"{norm}_backward", dout, *summands, *known, *more, needs_dparams
     )
-    return dx, dweight if needs_dweight else None, dbias if needs_dbias else None
+    return tuple(of_summands), dweight if needs_dweight else None, dbias if needs_dbias else None
 
 
 def _mlp_backward(
-    dattended: Tensor,
+    of_summands: tuple[Tensor, ...],
     mixed: Tensors,
     weight: Tensor,
     needs_dattended: bool,
@@ -545,13 +565,16 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the MLP's input, of weight and of bias.
 
-    ``dattended`` is the gradient of both summands of the norm behind: of the MLP's result, and of
-    its input. It is overwritten.
+    Given those of the summands of the norm behind: one, of the MLP's result and of its input, or
+    two, of the result before its last ReLU and of its input. The latter is overwritten.
     """
-    total, dweight, dbias, dresult = Sum(), Sum(), Sum(), dattended
-    total.add(dattended)
+    total, dweight, dbias, dresult = Sum(), Sum(), Sum(), of_summands[0]
+    total.add(of_summands[-1])
+    is_after_relu = len(of_summands) == 1
     for given, result in zip(reversed(mixed[:-1]), reversed(mixed[1:]), strict=True):
-        dresult = torch.ops.aten.threshold_backward(dresult, result, 0)
+        if is_after_relu:
+            dresult = torch.ops.aten.threshold_backward(dresult, result, 0)
+        is_after_relu = True
         one, other = of_linear(dresult, given, needs_dweight, needs_dbias)
         dweight.add(one)
         dbias.add(other)

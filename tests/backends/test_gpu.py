@@ -18,8 +18,7 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, reference, testing
-from lm2_kernels.backends.contract import NORM_AND_TANH
-from tools import curves
+from tools import curves, norms
 from tools.rounding import assert_rule
 
 pytestmark = pytest.mark.gpu
@@ -239,19 +238,25 @@ def test_layers_compiled_by_inductor(backend):
         assert_rule(run)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(
+    ("dtype", "residual_dtype"),
+    (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ),
+)
 @pytest.mark.parametrize("width", (2048, 16_384))
-def test_a_norm_takes_the_tanh_along(backend, width, dtype):
-    if not hasattr(backends.get(backend), NORM_AND_TANH):
-        pytest.skip(f"{backend} has no kernel of both")
-    x, residual = torch.randn(2, 4, 600, width, device="cuda", dtype=dtype)
-    weight, bias = torch.randn(2, width, device="cuda", dtype=dtype)
-    *found, tanh = backends.call(backend, NORM_AND_TANH, x, residual, weight, bias, 1e-5)
-    inputs = (x, residual, weight, bias, 1e-5)
-    wanted = backends.call(backend, "residual_layer_norm_forward", *inputs)
-    assert all(map(torch.equal, found, wanted))
-    exact = residual.double().tanh()
-    assert testing.compare("tanh", tanh, exact, residual.tanh()).passed
+@pytest.mark.parametrize("name", norms.NAMES)
+def test_optional_norms(backend, name, width, dtype, residual_dtype):
+    if not hasattr(backends.get(backend), f"{name}_forward"):
+        pytest.skip(f"{backend} has no {name}")
+
+    def run(seed: int) -> list[testing.Comparison]:
+        shape = (4, 600, width)
+        return norms.comparisons(backend, name, shape, dtype, residual_dtype, seed, "cuda")
+
+    assert_rule(run)
 
 
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))

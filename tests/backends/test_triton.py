@@ -23,10 +23,10 @@ from triton.runtime.jit import JITFunction
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing, unchecked
 from lm2_kernels.backends import dropout
-from lm2_kernels.backends.contract import NORM_AND_TANH
+from lm2_kernels.backends.contract import NORM_AND_TANH, NORM_OF_RELU
 from lm2_kernels.backends.triton import launch as launch_module
 from lm2_kernels.backends.triton import tables
-from tools import launches
+from tools import launches, norms
 from tools.fake_gpu import fake_gpu, ptxas_log
 from tools.rounding import assert_rule
 
@@ -131,36 +131,55 @@ def test_kernel_resources_exhaustive(case, dtype, target):
     "target", ("sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in TARGETS if t != "sm_90"))
 )
 @pytest.mark.parametrize("width", (100, 512, 2048, 8192, 10_000))
-def test_norm_and_tanh_resources(width, target, dtype):
+@pytest.mark.parametrize("name", norms.NAMES)
+def test_optional_norms_resources(name, width, target, dtype):
     x, residual = torch.zeros(2, 1, 16, width, dtype=testing.DTYPES[dtype])
+    weight, statistic = x[0, 0], torch.zeros(1, 16)
+    more = (x, residual) if name == NORM_AND_TANH else ()
     with launches.compiled(target) as gpu:
-        backends.call("triton", NORM_AND_TANH, x, residual, x[0, 0], x[0, 0], 1e-5)
-    assert len(gpu.launches) == 1
+        backends.call("triton", f"{name}_forward", x, residual, weight, weight, 1e-5)
+        given = (x, x, residual, weight, statistic, statistic)
+        backends.call("triton", f"{name}_backward", *given, *more, True)
+    # of wide rows the backward takes its means first
+    assert len(gpu.launches) == (2 if width <= 4096 else 3)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "residual_dtype"),
-    (
-        (torch.float32, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.float16, torch.float32),
-    ),
+NORM_DTYPES = (
+    (torch.float32, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
 )
+
+
+@pytest.mark.parametrize(("dtype", "residual_dtype"), NORM_DTYPES)
 @pytest.mark.parametrize(("rows", "width"), ((5, 24), (3, 130), (2, 10_000)))
-def test_norm_and_tanh(rows, width, dtype, residual_dtype):
-    """What the norm alone gives, bit for bit, and the tanh of its second summand."""
-    inputs = [torch.randn(2, rows, width), 3 * torch.randn(2, rows, 2 * width)[..., ::2]]
-    inputs = [t.to(dtype) for t in (*inputs, torch.randn(width), torch.randn(width))]
-    inputs[1] = inputs[1].to(residual_dtype)
+@pytest.mark.parametrize("name", norms.NAMES)
+def test_optional_norms(name, rows, width, dtype, residual_dtype):
+    def run(seed: int) -> list[testing.Comparison]:
+        with launches.interpreted("sm_90"):
+            shape = (2, rows, width)
+            return norms.comparisons("triton", name, shape, dtype, residual_dtype, seed)
+
+    assert_rule(run)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
+@pytest.mark.parametrize("width", (24, 10_000))
+def test_optional_norms_have_the_bits_of_the_norm(width, dtype):
+    x, residual = torch.randn(2, 1, 3, width, dtype=dtype)
+    parameters = (*torch.randn(2, width, dtype=dtype), 1e-5)
     with launches.interpreted("sm_90"):
-        *found, tanh = backends.call("triton", NORM_AND_TANH, *inputs, 1e-5)
-        wanted = backends.call("triton", "residual_layer_norm_forward", *inputs, 1e-5)
-    assert all(map(torch.equal, found, wanted))
-    assert tanh.dtype == residual_dtype and tanh.is_contiguous()
-    exact = inputs[1].double().tanh()
-    # a rounding, and what float32 arithmetic errs by before
-    bound = (0.5 * torch.finfo(residual_dtype).eps + 2e-7) * exact.abs()
-    assert ((tanh.double() - exact).abs() <= bound).all()
+        wanted = backends.call("triton", "residual_layer_norm_forward", x, residual, *parameters)
+        *found, _ = backends.call("triton", f"{NORM_AND_TANH}_forward", x, residual, *parameters)
+        assert all(map(torch.equal, found, wanted))
+        args = (residual, *parameters)
+        wanted = backends.call("triton", "residual_layer_norm_forward", x.relu(), *args)
+        x[0, 1, 2] = torch.nan
+        found = backends.call("triton", f"{NORM_OF_RELU}_forward", x, *args)
+    for got, want in zip(found, wanted, strict=True):
+        # NaN does not pass for a negative number
+        assert got[0, 1].isnan().all()
+        assert torch.equal(got[0, 0::2], want[0, 0::2])
 
 
 # where `pip install --no-deps --target` has put another release
@@ -183,7 +202,7 @@ def test_compile_checks_with_another_triton():
     # on one target in one dtype: all of them are a minute more
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
     checks = f"({everyday}) or (candidate_compiles and (forward-256 or dkey_value-256))"
-    checks += " or (few_slots_compiles and 256) or (norm_and_tanh_resources and 2048)"
+    checks += " or (few_slots_compiles and 256) or (optional_norms_resources and 2048)"
     files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
     run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
 from lm2_kernels.backends import eager
-from lm2_kernels.backends.contract import NORM_AND_TANH
+from lm2_kernels.backends.contract import NORM, NORM_AND_TANH, NORM_OF_RELU
 from lm2_kernels.layers import base, function, paper_function, release_function
 from tools.layers import (
     LAYERS,
@@ -328,14 +328,15 @@ def test_low_precision(kind, options, way):
         ({"candidate": "token"}, torch.float32, {}, ARGUMENTS["mask"], True),
         ({"pooled_gate": "prefix"}, torch.float16, {}, ARGUMENTS["offset"], True),
         ({"recompute": True}, torch.float16, {}, ARGUMENTS["mask"], True),
+        ({"attention_mlp_layers": 1}, torch.float32, {}, {}, True),
         # rows that tokens share, and rows in another dtype than their tanh
         ({"write": "chunk", "tokens_per_slot": 2}, torch.float32, {}, {}, False),
         ({}, torch.float16, {"memory": torch.float32}, ARGUMENTS["mask"], False),
     ),
-    ids=("float32", "float16", "recomputed", "chunk", "float32 memory"),
+    ids=("float32", "float16", "recomputed", "one MLP layer", "chunk", "float32 memory"),
 )
-def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, given, is_along):
-    """As Triton's does, which so reads the rows once; gradients and results by the rule."""
+def test_norms_may_take_tanh_and_relu_along(options, dtype, dtypes, given, is_along):
+    """As Triton's do, with what gradients they have; gradients and results by the rule."""
     launches = pytest.importorskip("tools.launches")
 
     def compare(seed: int) -> list[testing.Comparison]:
@@ -343,9 +344,11 @@ def test_a_norm_may_take_the_tanh_along(options, dtype, dtypes, given, is_along)
         with launches.interpreted("sm_90"), lm2.use_backend("triton"), lm2.recording() as ran:
             found = run(layer, inputs, **given)
         functions = [name for name, _ in ran]
-        times = 2 if layer.recompute else 1
-        assert found[2] and functions.count(NORM_AND_TANH) == times * is_along
-        assert functions.count("residual_layer_norm_forward") == times * (2 - is_along)
+        expected = {NORM: 1 - is_along, NORM_AND_TANH: is_along, NORM_OF_RELU: 1}
+        for norm, times in expected.items():
+            assert functions.count(f"{norm}_forward") == (2 if layer.recompute else 1) * times
+            assert functions.count(f"{norm}_backward") == times
+        assert found[2]
         with lm2.use_backend("eager"), made_of_ops():
             wanted, true = run(layer, inputs, **given), truth(**given)
         compared = compared_gradients(layer, found, true, wanted)
@@ -522,14 +525,17 @@ def test_a_weight_of_another_shape_is_checked(kind):
 CALLS = {lm2.PaperMemory: (69, 198), lm2.ReleaseMemory: (122, 292)}
 
 
-class _WithTanh(types.SimpleNamespace):
-    """The eager backend, whose norm takes a tanh along."""
+class _WithNorms(types.SimpleNamespace):
+    """The eager backend, whose norms take tanh and ReLU along."""
 
     def __init__(self):
         super().__init__(**vars(eager))
 
     def residual_layer_norm_and_tanh_forward(self, x, residual, *args):
         return (*eager.residual_layer_norm_forward(x, residual, *args), residual.tanh())
+
+    def residual_layer_norm_of_relu_forward(self, x, *args):
+        return eager.residual_layer_norm_forward(x.relu(), *args)
 
 
 @pytest.mark.parametrize("recompute", (False, True))
@@ -542,8 +548,8 @@ class _WithTanh(types.SimpleNamespace):
         (lm2.ReleaseMemory, {"candidate": "token", "attention_mlp_layers": 3}, 2, 3),
         # which has gates of tokens too, and what is pooled
         (lm2.ReleaseMemory, {"pooled_gate": "prefix"}, 3, 5),
-        # whose norm takes a tanh along
-        (lm2.ReleaseMemory, {"backend": "with_tanh"}, 2, 3),
+        # whose norms take tanh and ReLU along
+        (lm2.ReleaseMemory, {"backend": "with_norms"}, 2, 3),
     ],
 )
 def test_what_nobody_keeps_makes_room(kind, options, last, most, recompute, monkeypatch):
@@ -552,7 +558,7 @@ def test_what_nobody_keeps_makes_room(kind, options, last, most, recompute, monk
     """
     registered = contextlib.nullcontext()
     if "backend" in options:
-        registered = backends.register(options["backend"], _WithTanh(), before="eager")
+        registered = backends.register(options["backend"], _WithNorms(), before="eager")
     with registered:
         layer = make_layer(kind, recompute=recompute, **options)
         _assert_room(layer, make_inputs(N), last, most, recompute, monkeypatch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from lm2_kernels.backends import constant_when_compiled
-from lm2_kernels.backends.contract import NORM_AND_TANH, RESULTS
+from lm2_kernels.backends.contract import OPTIONAL, RESULTS
 from lm2_kernels.backends.triton import (
     launch,
     memory_attention,
@@ -46,7 +46,7 @@ def _explained(function: Callable) -> Callable:
 
 
 for _module in _MODULES:
-    for _function in {*RESULTS, NORM_AND_TANH} & vars(_module).keys():
+    for _function in {*RESULTS, *OPTIONAL} & vars(_module).keys():
         globals()[_function] = _explained(getattr(_module, _function))
 
 

@@ -1,4 +1,4 @@
-"""``LayerNorm(x + residual)`` on a GPU.
+"""``LayerNorm(x + residual)`` on a GPU, also of the ReLU of x, and with ``tanh(residual)`` besides.
 
 The sum, the mean and the variance are taken in float32 from registers, the variance from the
 deviations (mean of squares minus square of the mean loses its digits when the mean is large).
@@ -36,6 +36,13 @@ def _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask):
 
 
 @triton.jit
+def _load_x(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask, OF_RELU: tl.constexpr):
+    """x, or the ReLU of it, of which NaN stays NaN."""
+    x = _load(ptr, pid_b, offs_t, offs_d, stride_b, stride_t, mask)
+    return tl.where(x <= 0.0, 0.0, x) if OF_RELU else x
+
+
+@triton.jit
 def _means(g, gn, n, width):
     """The two means that dx takes off, from g = dout * weight, n = normalised row, gn = g * n.
 
@@ -70,6 +77,7 @@ def _residual_layer_norm_fwd_kernel(
     num_blocks_t,
     width,
     eps: tl.float32,
+    OF_RELU: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -78,7 +86,7 @@ def _residual_layer_norm_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < width
     mask = mask_t[:, None] & mask_d[None, :]
-    total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+    total = _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
     residual = _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
     row = pid_b * num_tokens + offs_t
     offs_out = row[:, None] * width + offs_d[None, :]
@@ -116,6 +124,7 @@ def _residual_layer_norm_fwd_wide_kernel(
     num_tokens,
     width,
     eps: tl.float32,
+    OF_RELU: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """For rows too wide for registers: three loops over the columns, the later two from cache.
@@ -129,7 +138,7 @@ def _residual_layer_norm_fwd_wide_kernel(
     for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask = (offs_d < width)[None, :]
-        acc += _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        acc += _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
         acc += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
     mean = tl.sum(acc, axis=1)[:, None] / width
 
@@ -137,7 +146,7 @@ def _residual_layer_norm_fwd_wide_kernel(
     for start in range(0, width, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask = (offs_d < width)[None, :]
-        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total = _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
         total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
         centered = tl.where(mask, total - mean, 0.0)
         acc += centered * centered
@@ -147,7 +156,7 @@ def _residual_layer_norm_fwd_wide_kernel(
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = offs_d < width
         mask = mask_d[None, :]
-        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total = _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
         residual = _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
         offs_out = row * width + offs_d[None, :]
         if tanh_ptr is not None:
@@ -179,6 +188,7 @@ def _residual_layer_norm_bwd_means_kernel(
     stride_rt,
     num_tokens,
     width,
+    OF_RELU: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The two means over a row that dx needs, for rows too wide for registers. Grid: rows."""
@@ -195,7 +205,7 @@ def _residual_layer_norm_bwd_means_kernel(
         mask_d = offs_d < width
         mask = mask_d[None, :]
         dout = _load(dout_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
-        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
+        total = _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
         total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
         weight = tl.load(weight_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
         g = dout * weight[None, :]
@@ -220,6 +230,9 @@ def _residual_layer_norm_bwd_kernel(
     means_ptr,
     dx_ptr,
     partials_ptr,
+    dtanh_ptr,  # (B, T, D) contiguous, or None
+    dresidual_ptr,  # the same
+    total_ptr,  # of the residual, or None where it is dx
     stride_yb,
     stride_yt,
     stride_xb,
@@ -230,6 +243,7 @@ def _residual_layer_norm_bwd_kernel(
     num_blocks_t,
     num_blocks,
     width,
+    OF_RELU: tl.constexpr,
     HAS_MEANS: tl.constexpr,
     NEEDS_DX: tl.constexpr,
     NEEDS_DPARAMS: tl.constexpr,
@@ -241,7 +255,8 @@ def _residual_layer_norm_bwd_kernel(
 
     Program p takes the row blocks p, p + P, p + 2 P, ... of its columns and keeps the sums for
     dweight and dbias: partials (2, P, D). All columns are one block unless HAS_MEANS. Of
-    NUM_STAGES one is computed with while the next row blocks are on their way.
+    NUM_STAGES one is computed with while the next row blocks are on their way. With a gradient of
+    the residual alone NEEDS_DX holds.
     """
     pid = tl.program_id(0)
     num_partials = tl.num_programs(0)
@@ -256,8 +271,9 @@ def _residual_layer_norm_bwd_kernel(
         row = pid_b * num_tokens + offs_t
         mask = mask_t[:, None] & mask_d[None, :]
         dout = _load(dout_ptr, pid_b, offs_t, offs_d, stride_yb, stride_yt, mask)
-        total = _load(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask)
-        total += _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        x = _load_x(x_ptr, pid_b, offs_t, offs_d, stride_xb, stride_xt, mask, OF_RELU)
+        residual = _load(residual_ptr, pid_b, offs_t, offs_d, stride_rb, stride_rt, mask)
+        total = x + residual
         mean = tl.load(mean_ptr + row, mask=mask_t, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row, mask=mask_t, other=0.0)[:, None]
         normalised = tl.where(mask, (total - mean) * rstd, 0.0)
@@ -272,8 +288,19 @@ def _residual_layer_norm_bwd_kernel(
             else:
                 mean_g, mean_gn = _means(g, g * normalised, normalised, width)
             dx = rstd * (g - mean_g - normalised * mean_gn)
-            dx_ptrs = dx_ptr + row[:, None] * width + offs_d[None, :]
-            tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+            offs = row[:, None] * width + offs_d[None, :]
+            if total_ptr is not None:
+                of_residual = dx
+                if dtanh_ptr is not None:
+                    of_tanh = tanh(residual)
+                    dtanh = tl.load(dtanh_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                    of_residual += dtanh * (1.0 - of_tanh * of_tanh)
+                    dresidual = tl.load(dresidual_ptr + offs, mask=mask, other=0.0)
+                    of_residual += dresidual.to(tl.float32)
+                tl.store(total_ptr + offs, of_residual.to(total_ptr.dtype.element_ty), mask=mask)
+            if OF_RELU:
+                dx = tl.where(x <= 0.0, 0.0, dx)
+            tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if NEEDS_DPARAMS:
         partials_ptrs = partials_ptr + pid.to(tl.int64) * width + offs_d
         tl.store(partials_ptrs, tl.sum(dweight, axis=0), mask=mask_d)
@@ -289,8 +316,7 @@ def residual_layer_norm_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`."""
-    out, mean, rstd, _ = _forward(x, residual, weight, bias, eps, with_tanh=False)
-    return out, mean, rstd
+    return _forward(x, residual, weight, bias, eps)[:3]
 
 
 def residual_layer_norm_and_tanh_forward(
@@ -300,8 +326,22 @@ def residual_layer_norm_and_tanh_forward(
     return _forward(x, residual, weight, bias, eps, with_tanh=True)
 
 
+def residual_layer_norm_of_relu_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends.contract`."""
+    return _forward(x, residual, weight, bias, eps, of_relu=True)[:3]
+
+
 def _forward(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, with_tanh: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    with_tanh: bool = False,
+    of_relu: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     x, residual, weight, bias = map(launch.last_contiguous, (x, residual, weight, bias))
     batch, num_tokens, width = x.shape
@@ -312,14 +352,18 @@ def _forward(
     if out.numel() == 0:
         return out, mean, rstd, of_residual
     inputs = (x, residual, weight, bias)
-    launches = launch.launches("residual_layer_norm", inputs, eps, with_tanh)
+    launches = launch.launches("residual_layer_norm", inputs, eps, with_tanh, of_relu)
 
     def choice() -> tables.Config | None:
         return tables.residual_layer_norm(launch.target_of(x), width, backward=False)
 
     def wide_arguments() -> launch.Arguments:
         wide = tables.residual_layer_norm_wide(launch.target_of(x))
-        constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
+        constants = {
+            "OF_RELU": of_relu,
+            "BLOCK_D": wide.block_cols,
+            "num_warps": wide.num_warps,
+        }
         return (
             (batch * num_tokens,),
             (*launch.all_row_strides(x, residual), num_tokens, width, eps),
@@ -329,6 +373,7 @@ def _forward(
     def arguments() -> launch.Arguments:
         num_blocks_t = triton.cdiv(num_tokens, config.block_rows)
         constants = {
+            "OF_RELU": of_relu,
             "BLOCK_T": config.block_rows,
             "BLOCK_D": config.block_cols,
             "num_warps": config.num_warps,
@@ -356,17 +401,69 @@ def residual_layer_norm_backward(
     needs_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :mod:`lm2_kernels.backends.contract`."""
+    dx_dtype = x.dtype if x.dtype == residual.dtype else torch.float32
+    dx = x.new_empty(x.shape if needs_dx else 0, dtype=dx_dtype)
+    inputs = (dout, x, residual, weight, mean, rstd)
+    return dx, *_backward(inputs, needs_dparams, dx)
+
+
+def residual_layer_norm_and_tanh_backward(
+    dout: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    mean: Tensor,  # (B, T)
+    rstd: Tensor,  # (B, T)
+    dtanh: Tensor,  # (B, T, D)
+    dresidual: Tensor,  # (B, T, D)
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends.contract`."""
+    dx, total = x.new_empty(x.shape), residual.new_empty(residual.shape)
+    inputs = (dout, x, residual, weight, mean, rstd)
+    of_rows = dtanh.contiguous(), dresidual.contiguous()
+    return dx, total, *_backward(inputs, needs_dparams, dx, total, of_rows)
+
+
+def residual_layer_norm_of_relu_backward(
+    dout: Tensor,  # (B, T, D)
+    x: Tensor,  # (B, T, D)
+    residual: Tensor,  # (B, T, D)
+    weight: Tensor,  # (D,)
+    mean: Tensor,  # (B, T)
+    rstd: Tensor,  # (B, T)
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See :mod:`lm2_kernels.backends.contract`."""
+    dx, total = x.new_empty(x.shape), residual.new_empty(residual.shape)
+    inputs = (dout, x, residual, weight, mean, rstd)
+    return dx, total, *_backward(inputs, needs_dparams, dx, total, of_relu=True)
+
+
+def _backward(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    needs_dparams: bool,
+    dx: Tensor,
+    total: Tensor | None = None,
+    of_rows: tuple[Tensor | None, Tensor | None] = (None, None),
+    *,
+    of_relu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias. Written to are dx, unless it is empty, and, if it is given,
+    ``total``, the residual's gradient.
+    """
+    dout, x, residual, weight, mean, rstd = inputs
     dout, x, residual, weight = map(launch.last_contiguous, (dout, x, residual, weight))
     mean, rstd = mean.contiguous(), rstd.contiguous()
     batch, num_tokens, width = x.shape
-    dx_dtype = x.dtype if x.dtype == residual.dtype else torch.float32
-    dx = x.new_empty(x.shape if needs_dx else 0, dtype=dx_dtype)
+    needs_dx = dx.shape == x.shape
     if x.numel() == 0 or not (needs_dx or needs_dparams):
         dweight, dbias = (weight.new_zeros(width if needs_dparams else 0) for _ in range(2))
-        return dx, dweight, dbias
+        return dweight, dbias
 
     inputs = (dout, x, residual, weight, mean, rstd)
-    launches = launch.launches("residual_layer_norm_backward", inputs, needs_dx, needs_dparams)
+    options = dx.dtype, needs_dx, needs_dparams, of_relu
+    launches = launch.launches("residual_layer_norm_backward", (*inputs, *of_rows), *options)
 
     def choice() -> tuple[bool, tables.Config, int, int]:
         """Whether rows are wide, the configuration, row blocks of a batch entry, partial sums."""
@@ -383,7 +480,11 @@ def residual_layer_norm_backward(
 
     def means_arguments() -> launch.Arguments:
         wide = tables.residual_layer_norm_wide(launch.target_of(x))
-        constants = {"BLOCK_D": wide.block_cols, "num_warps": wide.num_warps}
+        constants = {
+            "OF_RELU": of_relu,
+            "BLOCK_D": wide.block_cols,
+            "num_warps": wide.num_warps,
+        }
         return (
             (batch * num_tokens,),
             (*launch.all_row_strides(dout, x, residual), num_tokens, width),
@@ -392,6 +493,7 @@ def residual_layer_norm_backward(
 
     def arguments() -> launch.Arguments:
         constants = {
+            "OF_RELU": of_relu,
             "HAS_MEANS": means is not None,
             "NEEDS_DX": needs_dx,
             "NEEDS_DPARAMS": needs_dparams,
@@ -410,9 +512,10 @@ def residual_layer_norm_backward(
     if needs_dx and is_wide:
         means = x.new_empty((batch, num_tokens, 2), dtype=torch.float32)
         launches.run(_residual_layer_norm_bwd_means_kernel, (*inputs, means), means_arguments)
-    launches.run(_residual_layer_norm_bwd_kernel, (*inputs, means, dx, partials), arguments)
+    tensors = (*inputs, means, dx, partials, *of_rows, total)
+    launches.run(_residual_layer_norm_bwd_kernel, tensors, arguments)
     if not needs_dparams:
-        return dx, weight.new_empty(0), weight.new_empty(0)
+        return weight.new_empty(0), weight.new_empty(0)
     # two sums, as the results may not share their storage
     dweight, dbias = (partial.sum(0).to(weight.dtype) for partial in partials)
-    return dx, dweight, dbias
+    return dweight, dbias

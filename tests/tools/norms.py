@@ -1,0 +1,89 @@
+"""A backend's optional norms, forward and backward, held to autograd of the oracle."""
+
+import torch
+from torch import Tensor
+
+from lm2_kernels import backends, reference, testing
+from lm2_kernels.backends.contract import NORM_AND_TANH, NORM_OF_RELU
+
+NAMES = (NORM_AND_TANH, NORM_OF_RELU)
+_EPS = 1e-5
+
+
+def comparisons(
+    backend: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    seed: int,
+    device: str = "cpu",
+) -> list[testing.Comparison]:
+    """The rule for every result and every gradient of one of :data:`NAMES`."""
+    torch.manual_seed(seed)
+    dtypes = {"residual": residual_dtype, "dtanh": dtype, "dresidual": residual_dtype}
+    # rows with gaps between them
+    *names, width = "x", "residual", "dout", "dtanh", "dresidual", 2 * shape[-1]
+    tensors = {
+        key: torch.randn(*shape[:-1], width, device=device)[..., : shape[-1]].to(
+            dtypes.get(key, dtype)
+        )
+        for key in names
+    }
+    for key in ("weight", "bias"):
+        tensors[key] = torch.randn(shape[-1], device=device).to(dtype)
+    found = _by_backend(backend, name, **tensors)
+    exact = _by_autograd(name, **{key: each.double() for key, each in tensors.items()})
+    eager = _by_autograd(name, **tensors)
+    assert found.keys() == exact.keys()
+    for key, result in found.items():
+        assert result.dtype == eager[key].dtype and result.is_contiguous(), key
+    return [testing.compare(key, found[key], exact[key], eager[key]) for key in exact]
+
+
+def _by_backend(
+    backend: str,
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    dout: Tensor,
+    dtanh: Tensor,
+    dresidual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> dict[str, Tensor]:
+    def call(way: str, *args) -> tuple[Tensor, ...]:
+        return backends.call(backend, f"{name}_{way}", *args)
+
+    out, mean, rstd, *of_tanh = call("forward", x, residual, weight, bias, _EPS)
+    more = (dtanh, dresidual) if name == NORM_AND_TANH else ()
+    found = call("backward", dout, x, residual, weight, mean, rstd, *more, True)
+    again = call("backward", dout, x, residual, weight, mean, rstd, *more, False)
+    assert all(map(torch.equal, found[:2], again[:2]))
+    assert all(each.numel() == 0 for each in again[2:])
+    results = {"out": out, **dict(zip(("dx", "dresidual", "dweight", "dbias"), found, strict=True))}
+    return results | dict(zip(("tanh",), of_tanh, strict=False))
+
+
+def _by_autograd(
+    name: str,
+    x: Tensor,
+    residual: Tensor,
+    dout: Tensor,
+    dtanh: Tensor,
+    dresidual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+) -> dict[str, Tensor]:
+    leaves = [each.clone().requires_grad_() for each in (x, residual, weight, bias)]
+    x, residual, weight, bias = leaves
+    summand = x.relu() if name == NORM_OF_RELU else x
+    results = {"out": reference.residual_layer_norm(summand, residual, weight, bias, _EPS)}
+    pairs = [(results["out"], dout)]
+    if name == NORM_AND_TANH:
+        results["tanh"] = residual.tanh()
+        pairs += (results["tanh"], dtanh.to(residual.dtype)), (residual, dresidual)
+    outputs, cotangents = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(outputs, leaves, cotangents)
+    results = {key: result.detach() for key, result in results.items()}
+    return results | dict(zip(("dx", "dresidual", "dweight", "dbias"), gradients, strict=True))
