@@ -97,6 +97,7 @@ struct ResidualLayerNorm {
   Dtype dtype;            // of x
   Dtype parameter_dtype;  // of weight and bias
   View x, residual;       // residual may have another dtype than x, float32 being one of the two
+  bool of_relu;           // normalised is relu(x) + residual
   const void* weight;     // (D,) contiguous
 };
 
@@ -106,14 +107,18 @@ struct ResidualLayerNormForward : ResidualLayerNorm {
   void* out;   // (B, T, D) contiguous, x's dtype
   void* mean;  // (B, T) contiguous
   void* rstd;  // (B, T) contiguous
+  void* tanh;  // (B, T, D) contiguous, of residual in its dtype; null: not needed
 };
 
 struct ResidualLayerNormBackward : ResidualLayerNorm {
   View dout;  // x's dtype
   const void* mean;
   const void* rstd;
-  void* dx;         // (B, T, D) contiguous, dx_dtype; null: not needed
-  Dtype dx_dtype;   // x's where x and residual agree, else float32
+  void* dx;        // (B, T, D) contiguous, dx_dtype; null: not needed
+  Dtype dx_dtype;  // x's where x and residual agree or dresidual is there, else float32
+  View dtanh, dresidual_otherwise;  // of x's and residual's dtype; absent, or there is a dresidual
+  void* dresidual;  // (B, T, D) contiguous, residual's dtype: dx, but for a ReLU, and what comes by
+                    // those two; null: not needed. With it there is a dx
   void* dweight;    // (D,) contiguous, parameter_dtype; null: not needed
   void* dbias;      // null exactly where dweight is
   void* workspace;  // as above

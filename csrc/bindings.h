@@ -468,42 +468,79 @@ struct Bindings {
     args.weight = call.plain("weight", weight, {args.width}, scalar_type(args.parameter_dtype));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_forward(const Tensor& x,
-                                                                        const Tensor& residual,
-                                                                        const Tensor& weight,
-                                                                        const Tensor& bias,
-                                                                        double eps) {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const Tensor& x,
+                                                                 const Tensor& residual,
+                                                                 const Tensor& weight,
+                                                                 const Tensor& bias, double eps,
+                                                                 bool with_tanh, bool of_relu) {
     Call<Device> call("residual_layer_norm", x);
     ResidualLayerNormForward args;
     fill(call, args, x, residual, weight);
+    args.of_relu = of_relu;
     args.bias = call.plain("bias", bias, {args.width}, scalar_type(args.parameter_dtype));
     args.eps = eps;
     Tensor out = call.result({args.batch, args.tokens, args.width}, args.dtype);
     Tensor mean = call.result({args.batch, args.tokens}, accumulation(args.dtype));
     Tensor rstd = call.result({args.batch, args.tokens}, accumulation(args.dtype));
+    Tensor tanh =
+        call.result({args.batch, args.tokens, args.width}, args.residual.dtype, with_tanh);
     args.out = pointer(out);
     args.mean = pointer(mean);
     args.rstd = pointer(rstd);
+    args.tanh = pointer(tanh, with_tanh);
     if (args.batch > 0) call.run(args);
+    return {out, mean, rstd, tanh};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_forward(const Tensor& x,
+                                                                        const Tensor& residual,
+                                                                        const Tensor& weight,
+                                                                        const Tensor& bias,
+                                                                        double eps) {
+    auto [out, mean, rstd, _] = norm_forward(x, residual, weight, bias, eps, false, false);
     return {out, mean, rstd};
   }
 
-  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_backward(
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_and_tanh_forward(
+      const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+      double eps) {
+    return norm_forward(x, residual, weight, bias, eps, true, false);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_of_relu_forward(
+      const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias,
+      double eps) {
+    auto [out, mean, rstd, _] = norm_forward(x, residual, weight, bias, eps, false, true);
+    return {out, mean, rstd};
+  }
+
+  // dx, dresidual, dweight and dbias.
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> norm_backward(
       const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& weight,
-      const Tensor& mean, const Tensor& rstd, bool needs_dx, bool needs_dparams) {
+      const Tensor& mean, const Tensor& rstd, const OptionalTensor& dtanh,
+      const OptionalTensor& dresidual_otherwise, bool of_relu, bool needs_dx, bool needs_dresidual,
+      bool needs_dparams) {
     Call<Device> call("residual_layer_norm", x);
     ResidualLayerNormBackward args;
     fill(call, args, x, residual, weight);
+    args.of_relu = of_relu;
+    const auto rows = {args.batch, args.tokens, args.width};
+    const ScalarType type = scalar_type(args.dtype);
     const ScalarType statistics = scalar_type(accumulation(args.dtype));
-    args.dout =
-        call.view("dout", dout, {args.batch, args.tokens, args.width}, {scalar_type(args.dtype)});
+    args.dout = call.view("dout", dout, rows, {type});
     args.mean = call.plain("mean", mean, {args.batch, args.tokens}, statistics);
     args.rstd = call.plain("rstd", rstd, {args.batch, args.tokens}, statistics);
-    args.dx_dtype = args.residual.dtype == args.dtype ? args.dtype : Dtype::float32;
-    Tensor dx = call.result({args.batch, args.tokens, args.width}, args.dx_dtype, needs_dx);
+    args.dtanh = call.view("dtanh", dtanh, rows, {type});
+    args.dresidual_otherwise =
+        call.view("dresidual", dresidual_otherwise, rows, {scalar_type(args.residual.dtype)});
+    const bool agree = args.residual.dtype == args.dtype || needs_dresidual;
+    args.dx_dtype = agree ? args.dtype : Dtype::float32;
+    Tensor dx = call.result(rows, args.dx_dtype, needs_dx);
+    Tensor dresidual = call.result(rows, args.residual.dtype, needs_dresidual);
     Tensor dweight = call.result({args.width}, args.parameter_dtype, needs_dparams);
     Tensor dbias = call.result({args.width}, args.parameter_dtype, needs_dparams);
     args.dx = pointer(dx, needs_dx);
+    args.dresidual = pointer(dresidual, needs_dresidual);
     args.dweight = pointer(dweight, needs_dparams);
     args.dbias = pointer(dbias, needs_dparams);
     if (args.batch == 0) {
@@ -511,7 +548,31 @@ struct Bindings {
     } else if (needs_dx || needs_dparams) {
       call.run(args);
     }
+    return {dx, dresidual, dweight, dbias};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> residual_layer_norm_backward(
+      const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& weight,
+      const Tensor& mean, const Tensor& rstd, bool needs_dx, bool needs_dparams) {
+    auto [dx, _, dweight, dbias] =
+        norm_backward(dout, x, residual, weight, mean, rstd, std::nullopt, std::nullopt, false,
+                      needs_dx, false, needs_dparams);
     return {dx, dweight, dbias};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_and_tanh_backward(
+      const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& weight,
+      const Tensor& mean, const Tensor& rstd, const Tensor& dtanh, const Tensor& dresidual,
+      bool needs_dparams) {
+    return norm_backward(dout, x, residual, weight, mean, rstd, dtanh, dresidual, false, true, true,
+                         needs_dparams);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_layer_norm_of_relu_backward(
+      const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& weight,
+      const Tensor& mean, const Tensor& rstd, bool needs_dparams) {
+    return norm_backward(dout, x, residual, weight, mean, rstd, std::nullopt, std::nullopt, true,
+                         true, true, needs_dparams);
   }
 
   static void zero(std::initializer_list<Tensor> tensors) {
@@ -590,6 +651,14 @@ struct Bindings {
     m.impl("memory_update_backward", TORCH_BOX(&Bindings::memory_update_backward));
     m.impl("residual_layer_norm_forward", TORCH_BOX(&Bindings::residual_layer_norm_forward));
     m.impl("residual_layer_norm_backward", TORCH_BOX(&Bindings::residual_layer_norm_backward));
+    m.impl("residual_layer_norm_and_tanh_forward",
+           TORCH_BOX(&Bindings::residual_layer_norm_and_tanh_forward));
+    m.impl("residual_layer_norm_and_tanh_backward",
+           TORCH_BOX(&Bindings::residual_layer_norm_and_tanh_backward));
+    m.impl("residual_layer_norm_of_relu_forward",
+           TORCH_BOX(&Bindings::residual_layer_norm_of_relu_forward));
+    m.impl("residual_layer_norm_of_relu_backward",
+           TORCH_BOX(&Bindings::residual_layer_norm_of_relu_backward));
     m.impl("pooled_gate_forward", TORCH_BOX(&Bindings::pooled_gate_forward));
     m.impl("pooled_gate_backward", TORCH_BOX(&Bindings::pooled_gate_backward));
   }

@@ -1,5 +1,6 @@
 // The operators' schemas: the signatures of lm2_kernels/backends/eager.py in torch's words, with
-// which tests/test_operators.py compares them.
+// which tests/test_operators.py compares them, and those of the optional functions of
+// lm2_kernels/backends/contract.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -34,6 +35,20 @@ void define_schemas(Library& m) {
       "residual_layer_norm_backward(Tensor dout, Tensor x, Tensor residual, Tensor weight, "
       "Tensor mean, Tensor rstd, bool needs_dx, bool needs_dparams) "
       "-> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_and_tanh_forward(Tensor x, Tensor residual, Tensor weight, "
+      "Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_and_tanh_backward(Tensor dout, Tensor x, Tensor residual, "
+      "Tensor weight, Tensor mean, Tensor rstd, Tensor dtanh, Tensor dresidual, "
+      "bool needs_dparams) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_of_relu_forward(Tensor x, Tensor residual, Tensor weight, "
+      "Tensor bias, float eps) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "residual_layer_norm_of_relu_backward(Tensor dout, Tensor x, Tensor residual, "
+      "Tensor weight, Tensor mean, Tensor rstd, bool needs_dparams) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "pooled_gate_forward(Tensor x, Tensor weight, Tensor? pooled_sum, bool prefix, "
       "SymInt num_pooled) -> (Tensor, Tensor)");

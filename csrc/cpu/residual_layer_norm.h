@@ -4,12 +4,13 @@
 // variance and result are computed from it.
 #pragma once
 
-#include "rows.h"
+#include "tanh.h"
 
 namespace lm2::cpu {
 namespace {
 
-// total[i] = x + residual of one row, through the piece buffers. Gives the sum of term(total).
+// total[i] = x + residual of one row, or relu(x) + residual, through the piece buffers. Gives the
+// sum of term(total).
 template <class S, class F>
 LM2_INLINE typename S::Scalar add_row(const ResidualLayerNorm& args, int64_t row,
                                       typename S::Scalar* total, const F& term) {
@@ -24,7 +25,9 @@ LM2_INLINE typename S::Scalar add_row(const ResidualLayerNorm& args, int64_t row
         read<S>(row_of(args.residual, b, t, column), args.residual.dtype, count, residual_buffer);
     auto piece = S::zero();
     vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-      const auto element = get<S>(x + i, part) + get<S>(residual + i, part);
+      auto summand = get<S>(x + i, part);
+      if (args.of_relu) summand = S::unless_not_positive(summand, summand);
+      const auto element = summand + get<S>(residual + i, part);
       put<S>(total + column + i, element, part);
       piece = piece + keep<S>(term(element), S::zero(), part);
     });
@@ -52,6 +55,21 @@ LM2_INLINE typename S::Scalar row_sum(int64_t width, const F& term) {
     for (int lane = 0; lane < width - i; ++lane) rest += last[lane];
   }
   return S::sum((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
+}
+
+template <class S>
+static void tanh_of_residual(const ResidualLayerNormForward& args, int64_t row) {
+  const Dtype dtype = args.residual.dtype;
+  alignas(64) typename S::Scalar buffer[kPiece], result[kPiece];
+  for (int64_t column = 0; column < args.width; column += kPiece) {
+    const int64_t count = smaller(kPiece, args.width - column);
+    const auto* const residual = read<S>(
+        row_of(args.residual, row / args.tokens, row % args.tokens, column), dtype, count, buffer);
+    const auto to =
+        Destination<S>::open(at(args.tanh, dtype, row * args.width + column), dtype, result);
+    tanh_of_piece<S>(residual, to.row, count);
+    to.finish(count);
+  }
 }
 
 template <class S>
@@ -94,8 +112,43 @@ void residual_layer_norm_forward(const ResidualLayerNormForward& args) {
             });
             out.finish(count);
           }
+          if (args.tanh != nullptr) tanh_of_residual<S>(args, row);
         }
       });
+}
+
+// dx and dresidual of a piece, from the gradient of what is normalised.
+template <class S, class F>
+LM2_INLINE void of_summands(const ResidualLayerNormBackward& args, int64_t row, int64_t column,
+                            typename S::Scalar* dx, const F& of_total) {
+  using Scalar = typename S::Scalar;
+  alignas(64) Scalar x_buffer[kPiece], residual_buffer[kPiece], dtanh_buffer[kPiece],
+      otherwise_buffer[kPiece], result_buffer[kPiece];
+  const int64_t count = smaller(kPiece, args.width - column);
+  const auto piece = [&](const View& view, Scalar* buffer) {
+    const void* const data = row_of(view, row / args.tokens, row % args.tokens, column);
+    return view ? read<S>(data, view.dtype, count, buffer) : nullptr;
+  };
+  const Scalar* const x = piece(args.x, x_buffer);
+  const Scalar* const residual = piece(args.residual, residual_buffer);
+  const Scalar* const dtanh = piece(args.dtanh, dtanh_buffer);
+  const Scalar* const otherwise = piece(args.dresidual_otherwise, otherwise_buffer);
+  const auto to =
+      Destination<S>::open(at(args.dresidual, args.residual.dtype, row * args.width + column),
+                           args.residual.dtype, result_buffer);
+  vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    const auto d = of_total(i, part);
+    auto of_residual = d;
+    if (dtanh != nullptr) {
+      auto slope = S::zero();
+      S::tanh(get<S>(residual + i, part), &slope);
+      of_residual = S::fma(get<S>(dtanh + i, part), slope, of_residual);
+    }
+    if (otherwise != nullptr) of_residual = of_residual + get<S>(otherwise + i, part);
+    put<S>(to.row + i, of_residual, part);
+    put<S>(dx + i, args.of_relu ? S::unless_not_positive(get<S>(x + i, part), d) : d, part);
+  });
+  to.finish(count);
 }
 
 template <class S>
@@ -163,11 +216,17 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
           const int64_t count = smaller(kPiece, width - column);
           const auto dx = Destination<S>::open(at(args.dx, args.dx_dtype, row * width + column),
                                                args.dx_dtype, buffer);
-          vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+          const auto of_total = [&](int64_t i, auto part) __attribute__((always_inline)) {
             const int64_t c = column + i;
-            const auto d = get<S>(gradient + c, part) - mean_g - get<S>(normed + c, part) * mean_gn;
-            put<S>(dx.row + i, d * r, part);
-          });
+            return (get<S>(gradient + c, part) - mean_g - get<S>(normed + c, part) * mean_gn) * r;
+          };
+          if (args.dresidual == nullptr) {
+            vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+              put<S>(dx.row + i, of_total(i, part), part);
+            });
+          } else {
+            of_summands<S>(args, row, column, dx.row, of_total);
+          }
           dx.finish(count);
         }
       }

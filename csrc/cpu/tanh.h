@@ -10,6 +10,14 @@ namespace {
 constexpr int64_t kTanhGrain = kGrain / 8;
 
 template <class S>
+LM2_INLINE void tanh_of_piece(const typename S::Scalar* x, typename S::Scalar* result,
+                              int64_t count) {
+  vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
+    put<S>(result + i, S::accurate_tanh(get<S>(x + i, part)), part);
+  });
+}
+
+template <class S>
 void tanh(const Tanh& args) {
   using Scalar = typename S::Scalar;
   const Dtype dtype = args.x.dtype;
@@ -24,9 +32,7 @@ void tanh(const Tanh& args) {
           read<S>(row_of(args.x, row / args.rows, row % args.rows, column), dtype, count, wide);
       const auto to =
           Destination<S>::open(at(args.result, dtype, row * args.width + column), dtype, result);
-      vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
-        put<S>(to.row + i, S::accurate_tanh(get<S>(x + i, part)), part);
-      });
+      tanh_of_piece<S>(x, to.row, count);
       to.finish(count);
     }
   });

@@ -1,4 +1,5 @@
-// residual_layer_norm in CUDA C++: LayerNorm(x + residual), forward and backward.
+// residual_layer_norm in CUDA C++: LayerNorm(x + residual), forward and backward, also of relu(x),
+// and with tanh(residual) besides.
 //
 // A block owns a row of any width and goes over it again for every sum: what it has read stays in
 // the caches. Backward adds the parameters' gradients up in chunks of rows, one thread a column,
@@ -21,12 +22,18 @@ __device__ __forceinline__ float row_sum(int64_t width, const F& term) {
   return block_sum<kThreads>(sum);
 }
 
+// What is normalised.
+__device__ __forceinline__ float total_of(const ResidualLayerNorm& args, int64_t b, int64_t t,
+                                          int64_t column) {
+  const float x = load(args.x, b, t, column);
+  // NaN is not below 0
+  return (args.of_relu && x <= 0.0f ? 0.0f : x) + load(args.residual, b, t, column);
+}
+
 __global__ void __launch_bounds__(kThreads) forward_kernel(const ResidualLayerNormForward args) {
   const int64_t row = blockIdx.x, b = row / args.tokens, t = row % args.tokens;
   const float size = static_cast<float>(args.width);
-  const auto total = [&](int64_t column) {
-    return load(args.x, b, t, column) + load(args.residual, b, t, column);
-  };
+  const auto total = [&](int64_t column) { return total_of(args, b, t, column); };
   const float mean = row_sum(args.width, total) / size;
   const auto square = [&](int64_t column) {
     const float centred = total(column) - mean;
@@ -43,28 +50,28 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const ResidualLayerNo
     const float y = fmaf(normed, load(args.weight, args.parameter_dtype, column),
                          load(args.bias, args.parameter_dtype, column));
     store(args.out, args.dtype, row * args.width + column, y);
+    if (args.tanh == nullptr) continue;
+    store(args.tanh, args.residual.dtype, row * args.width + column,
+          tanhf(load(args.residual, b, t, column)));
   }
 }
 
-// x + residual, normalised again. A large mean has lost digits: what is left of it, `left`, must
+// The same in backward. A large mean has lost digits: what is left of it, `left`, must
 // not count as signal.
 __device__ __forceinline__ float normalised(const ResidualLayerNormBackward& args, int64_t row,
                                             int64_t column, float left) {
   const int64_t b = row / args.tokens, t = row % args.tokens;
-  const float total = load(args.x, b, t, column) + load(args.residual, b, t, column);
-  return ((total - static_cast<const float*>(args.mean)[row]) - left) *
+  return ((total_of(args, b, t, column) - static_cast<const float*>(args.mean)[row]) - left) *
          static_cast<const float*>(args.rstd)[row];
 }
 
-// Writes dx, and each row's `left`.
+// Writes dx and dresidual, and each row's `left`.
 __global__ void __launch_bounds__(kThreads)
     row_kernel(const ResidualLayerNormBackward args, float* left_of) {
   const int64_t row = blockIdx.x, b = row / args.tokens, t = row % args.tokens;
   const float size = static_cast<float>(args.width);
   const float mean = static_cast<const float*>(args.mean)[row];
-  const auto centred = [&](int64_t column) {
-    return load(args.x, b, t, column) + load(args.residual, b, t, column) - mean;
-  };
+  const auto centred = [&](int64_t column) { return total_of(args, b, t, column) - mean; };
   const float left = row_sum(args.width, centred) / size;
   if (threadIdx.x == 0) left_of[row] = left;
   if (args.dx == nullptr) return;
@@ -77,8 +84,19 @@ __global__ void __launch_bounds__(kThreads)
   const float rstd = static_cast<const float*>(args.rstd)[row];
   for (int64_t column = threadIdx.x; column < args.width; column += kThreads) {
     const float n = normalised(args, row, column, left);
-    store(args.dx, args.dx_dtype, row * args.width + column,
-          (g(column) - mean_g - n * mean_gn) * rstd);
+    float dx = (g(column) - mean_g - n * mean_gn) * rstd;
+    const int64_t index = row * args.width + column;
+    if (args.dresidual != nullptr) {
+      float dresidual = dx;
+      if (args.dtanh) {
+        const float u = tanhf(load(args.residual, b, t, column));
+        dresidual = fmaf(load(args.dtanh, b, t, column), 1.0f - u * u, dresidual);
+      }
+      if (args.dresidual_otherwise) dresidual += load(args.dresidual_otherwise, b, t, column);
+      store(args.dresidual, args.residual.dtype, index, dresidual);
+    }
+    if (args.of_relu && load(args.x, b, t, column) <= 0.0f) dx = 0.0f;
+    store(args.dx, args.dx_dtype, index, dx);
   }
 }
 

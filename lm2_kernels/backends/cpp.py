@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import composite, constant_when_compiled, extension
-from lm2_kernels.backends.contract import RESULTS
+from lm2_kernels.backends.contract import OPTIONAL, RESULTS
 
 DEVICES = {"cpu": "CPUs", "cuda": "NVIDIA GPUs"}
 NAMESPACE = "lm2_kernels_cpp"
@@ -65,7 +65,7 @@ def memory_attention_backward(dout, query, *args):
     return _call("memory_attention_backward", dout, query, *args)
 
 
-for _function in RESULTS:
+for _function in (*RESULTS, *OPTIONAL):
     globals().setdefault(_function, functools.partial(_call, _function))
 
 

@@ -497,6 +497,8 @@ def _candidate(
         p.second_norm_bias,
         more.second_eps,
     )
+    if not keeps:
+        del attended, mixed
     if p.candidate_weight is not None:
         candidate = linear(operand, p.candidate_weight, p.candidate_bias).add_(candidate)
     if not keeps:

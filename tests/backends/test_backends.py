@@ -17,7 +17,8 @@ import torch
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
-from tools import launches
+from lm2_kernels.backends.contract import NORM
+from tools import launches, norms
 from tools.emulated_avx512 import avx512_reason, emulated_avx512
 from tools.emulated_cuda import emulated_cuda, emulation_reason
 from tools.interpreter import run_python
@@ -129,6 +130,30 @@ def test_op_matches_oracle(backend, case, dtype, index, record_property):
     with _on(backend, case.op, index, compiled=dtype != "float16" or case in _FLOAT16_COMPILED):
         record_property("backend", backend)
         _check(case, testing.DTYPES[dtype], backend)
+
+
+def _optional_norms():
+    pairs = [(dtype, dtype) for dtype in CPU_DTYPES] + [("bfloat16", "float32")]
+    for backend, (dtypes, _) in BACKENDS.items():
+        for name, pair, shape in itertools.product(norms.NAMES, pairs, norms.SHAPES):
+            # what eager has is the op's
+            if backend != "eager" and set(pair) <= set(dtypes):
+                sizes = "x".join(map(str, shape))
+                yield _param(backend, name, pair, shape, id=f"{name}-{'-'.join(pair)}-{sizes}")
+
+
+@pytest.mark.parametrize(("backend", "name", "dtypes", "shape"), list(_optional_norms()))
+def test_optional_norms(backend, name, dtypes, shape):
+    """They are those of the oracle, and where both compute the same, those of the op."""
+    pair = [testing.DTYPES[dtype] for dtype in dtypes]
+
+    def run(seed: int) -> list[testing.Comparison]:
+        with _on(backend, NORM, seed):
+            return norms.comparisons(_name(backend), name, shape, *pair, seed)
+
+    assert_rule(run)
+    with _on(backend, NORM):
+        norms.assert_bits_of_the_op(_name(backend), name, shape, *pair)
 
 
 @pytest.mark.slow

@@ -257,6 +257,7 @@ def test_optional_norms(backend, name, width, dtype, residual_dtype):
         return norms.comparisons(backend, name, shape, dtype, residual_dtype, seed, "cuda")
 
     assert_rule(run)
+    norms.assert_bits_of_the_op(backend, name, (4, 600, width), dtype, residual_dtype, "cuda")
 
 
 @pytest.mark.parametrize("autocast_dtype", (torch.bfloat16, torch.float16))

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing, unchecked
 from lm2_kernels.backends import dropout
-from lm2_kernels.backends.contract import NORM_AND_TANH, NORM_OF_RELU
+from lm2_kernels.backends.contract import NORM_AND_TANH
 from lm2_kernels.backends.triton import launch as launch_module
 from lm2_kernels.backends.triton import tables
 from tools import launches, norms
@@ -142,44 +142,6 @@ def test_optional_norms_resources(name, width, target, dtype):
         backends.call("triton", f"{name}_backward", *given, *more, True)
     # of wide rows the backward takes its means first
     assert len(gpu.launches) == (2 if width <= 4096 else 3)
-
-
-NORM_DTYPES = (
-    (torch.float32, torch.float32),
-    (torch.float16, torch.float16),
-    (torch.float16, torch.float32),
-)
-
-
-@pytest.mark.parametrize(("dtype", "residual_dtype"), NORM_DTYPES)
-@pytest.mark.parametrize(("rows", "width"), ((5, 24), (3, 130), (2, 10_000)))
-@pytest.mark.parametrize("name", norms.NAMES)
-def test_optional_norms(name, rows, width, dtype, residual_dtype):
-    def run(seed: int) -> list[testing.Comparison]:
-        with launches.interpreted("sm_90"):
-            shape = (2, rows, width)
-            return norms.comparisons("triton", name, shape, dtype, residual_dtype, seed)
-
-    assert_rule(run)
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16))
-@pytest.mark.parametrize("width", (24, 10_000))
-def test_optional_norms_have_the_bits_of_the_norm(width, dtype):
-    x, residual = torch.randn(2, 1, 3, width, dtype=dtype)
-    parameters = (*torch.randn(2, width, dtype=dtype), 1e-5)
-    with launches.interpreted("sm_90"):
-        wanted = backends.call("triton", "residual_layer_norm_forward", x, residual, *parameters)
-        *found, _ = backends.call("triton", f"{NORM_AND_TANH}_forward", x, residual, *parameters)
-        assert all(map(torch.equal, found, wanted))
-        args = (residual, *parameters)
-        wanted = backends.call("triton", "residual_layer_norm_forward", x.relu(), *args)
-        x[0, 1, 2] = torch.nan
-        found = backends.call("triton", f"{NORM_OF_RELU}_forward", x, *args)
-    for got, want in zip(found, wanted, strict=True):
-        # NaN does not pass for a negative number
-        assert got[0, 1].isnan().all()
-        assert torch.equal(got[0, 0::2], want[0, 0::2])
 
 
 # where `pip install --no-deps --target` has put another release

@@ -279,6 +279,30 @@ void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype str
   buffers.clear();
 }
 
+// With tanh(residual) besides, or of relu(x).
+void optional_norm(ResidualLayerNormForward forward, bool with_tanh, Dtype stream, Layout layout) {
+  const int64_t batch = forward.batch, tokens = forward.tokens, width = forward.width;
+  const int64_t size = batch * tokens * width;
+  forward.of_relu = !with_tanh;
+  forward.out = result("out", size, forward.dtype);
+  if (with_tanh) forward.tanh = result("tanh", size, stream);
+  run(with_tanh ? "norm and tanh" : "norm of ReLU", forward, device::residual_layer_norm_forward);
+  ResidualLayerNormBackward backward = {};
+  static_cast<ResidualLayerNorm&>(backward) = forward;
+  backward.dout = input(forward.dtype, layout, batch, tokens, 1, width);
+  backward.mean = forward.mean;
+  backward.rstd = forward.rstd;
+  backward.dx_dtype = forward.dtype;
+  backward.dx = result("dx", size, forward.dtype);
+  backward.dresidual = result("dresidual", size, stream);
+  if (with_tanh) {
+    backward.dtanh = input(forward.dtype, layout, batch, tokens, 1, width);
+    backward.dresidual_otherwise = input(stream, layout, batch, tokens, 1, width);
+  }
+  run(with_tanh ? "norm and tanh, backward" : "norm of ReLU, backward", backward,
+      device::residual_layer_norm_backward);
+}
+
 void norm(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype stream, Layout layout) {
   const Dtype wide = dtype == Dtype::float64 ? dtype : Dtype::float32;
   const int64_t rows = batch * tokens;
@@ -291,7 +315,7 @@ void norm(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype strea
   common.x = input(dtype, layout, batch, tokens, 1, width);
   common.residual = input(stream, layout, batch, tokens, 1, width);
   common.weight = input(stream, Layout::unaligned, 1, 1, 1, width).data;
-  ResidualLayerNormForward forward = {common, nullptr, 1e-5, nullptr, nullptr, nullptr};
+  ResidualLayerNormForward forward = {common, nullptr, 1e-5, nullptr, nullptr, nullptr, nullptr};
   forward.bias = input(stream, Layout::unaligned, 1, 1, 1, width).data;
   forward.out = result("out", rows * width, dtype);
   forward.mean = result("mean", rows, wide);
@@ -311,6 +335,8 @@ void norm(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype strea
     }
     run("residual_layer_norm_backward", backward, device::residual_layer_norm_backward);
   }
+  optional_norm(forward, true, stream, layout);
+  optional_norm(forward, false, stream, layout);
   buffers.clear();
 }
 

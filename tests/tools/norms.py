@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from lm2_kernels import backends, reference, testing
-from lm2_kernels.backends.contract import NORM_AND_TANH, NORM_OF_RELU
+from lm2_kernels.backends.contract import NORM, NORM_AND_TANH, NORM_OF_RELU
 
 NAMES = (NORM_AND_TANH, NORM_OF_RELU)
+# rows of less than a vector, of parts of one, in pieces, and too wide for registers
+SHAPES = ((2, 5, 24), (2, 3, 130), (1, 2, 1100), (1, 2, 10_000))
 _EPS = 1e-5
 
 
@@ -39,6 +41,28 @@ def comparisons(
     for key, result in found.items():
         assert result.dtype == eager[key].dtype and result.is_contiguous(), key
     return [testing.compare(key, found[key], exact[key], eager[key]) for key in exact]
+
+
+def assert_bits_of_the_op(
+    backend: str,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    device: str = "cpu",
+) -> None:
+    """What is normalised has the bits of the op, of x or of its ReLU, and NaN stays NaN."""
+    x, residual = torch.randn(2, *shape, device=device)
+    x[0, 1, 2] = torch.nan
+    x, residual = x.to(dtype), residual.to(residual_dtype)
+    parameters = (*torch.randn(2, shape[-1], device=device).to(dtype), _EPS)
+    summand = x.relu() if name == NORM_OF_RELU else x
+    found = backends.call(backend, f"{name}_forward", x, residual, *parameters)
+    wanted = backends.call(backend, f"{NORM}_forward", summand, residual, *parameters)
+    assert wanted[0][0, 1].isnan().all()
+    for got, want in zip(found, wanted, strict=False):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+        assert torch.equal(got.isnan(), want.isnan())
 
 
 def _by_backend(
