@@ -92,8 +92,14 @@ Tensor tanh(const Tensor& x) {
 }  // namespace
 }  // namespace lm2
 
+#include "layers.h"
+
 STABLE_TORCH_LIBRARY_IMPL(lm2_kernels_cpp, CPU, m) {
   lm2::Bindings<lm2::Cpu>::implement(m);
   m.impl("transposed_and_sums", TORCH_BOX(&lm2::transposed_and_sums));
   m.impl("tanh", TORCH_BOX(&lm2::tanh));
+  m.impl("paper_layer_forward", TORCH_BOX(&lm2::paper_layer_forward));
+  m.impl("paper_layer_backward", TORCH_BOX(&lm2::paper_layer_backward));
+  m.impl("release_layer_forward", TORCH_BOX(&lm2::release_layer_forward));
+  m.impl("release_layer_backward", TORCH_BOX(&lm2::release_layer_backward));
 }

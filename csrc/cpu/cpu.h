@@ -23,6 +23,24 @@ struct Tanh {
   void* result;  // (batch, rows, width) contiguous, of x's dtype
 };
 
+// to += from, (rows, columns), `to` contiguous; float32 or float64.
+struct Add {
+  int64_t rows, columns;
+  Dtype dtype;
+  void* to;
+  const void* from;
+  int64_t from_stride;  // of its rows; 0: one row for all
+};
+
+// to = dy where a ReLU's result is positive, else 0; float32 or float64. `to` may be dy.
+struct ReluBackward {
+  int64_t count;
+  Dtype dtype;
+  const void* dy;
+  const void* result;
+  void* to;
+};
+
 void memory_attention_forward(const MemoryAttentionForward& args);
 void memory_attention_backward(const MemoryAttentionBackward& args);
 void memory_update_forward(const MemoryUpdateForward& args);
@@ -33,6 +51,8 @@ void pooled_gate_forward(const PooledGateForward& args);
 void pooled_gate_backward(const PooledGateBackward& args);
 void transpose(const Transpose& args);
 void tanh(const Tanh& args);
+void add(const Add& args);
+void relu_backward(const ReluBackward& args);
 
 // "avx512_bf16", "avx512", "avx2" or "base": the instructions in use. The best of this processor,
 // or what the environment variable LM2_KERNELS_CPU_LEVEL lowers it to.

@@ -157,5 +157,7 @@ void pooled_gate_backward(const PooledGateBackward& args) {
 }
 void transpose(const Transpose& args) { kernels(args.dtype).transpose(args); }
 void tanh(const Tanh& args) { kernels(args.x.dtype).tanh(args); }
+void add(const Add& args) { kernels(args.dtype).add(args); }
+void relu_backward(const ReluBackward& args) { kernels(args.dtype).relu_backward(args); }
 
 }  // namespace lm2::cpu

@@ -1,6 +1,7 @@
 // All kernels of one level, in a table. Included by each level_*.cpp with its instructions enabled.
 #pragma once
 
+#include "elementwise.h"
 #include "levels.h"
 #include "memory_attention.h"
 #include "memory_update.h"
@@ -22,7 +23,9 @@ constexpr Kernels kernels_of() {
           &pooled_gate_forward<S>,
           &pooled_gate_backward<S>,
           &transpose<S>,
-          &tanh<S>};
+          &tanh<S>,
+          &add<S>,
+          &relu_backward<S>};
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ struct Kernels {
   void (*pooled_gate_backward)(const PooledGateBackward&);
   void (*transpose)(const Transpose&);
   void (*tanh)(const Tanh&);
+  void (*add)(const Add&);
+  void (*relu_backward)(const ReluBackward&);
 };
 
 extern const Kernels kFloat64Kernels;  // of the base level's file

@@ -272,6 +272,11 @@ def call_without_autocast(name: str, function: str, *args):
     return getattr(get(name) if module is None else module, function)(*args)
 
 
+def is_recording() -> bool:
+    """Whether a :func:`recording` is open."""
+    return bool(_recordings)
+
+
 def record(function: str, name: str) -> None:
     """Note in every open :func:`recording` that ``name`` ran ``function``."""
     for recorded in tuple(_recordings.values()):

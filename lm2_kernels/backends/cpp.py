@@ -34,7 +34,8 @@ def has(function: str) -> bool:
     return extension.cpu_reason() is None and _operator(NAMESPACE, function) is not None
 
 
-def _call(function: str, *args):
+def call(function: str, *args):
+    """Call an operator of the extension, by its name."""
     operator = _operator(NAMESPACE, function)
     # autograd has been dealt with above: this spares its layer of the dispatcher
     with torch._C._AutoDispatchBelowAutograd():
@@ -53,7 +54,7 @@ def memory_attention_forward(query, key, value, slot_mask, seed, *options):
     if _composite(query, top_k):
         backends.record("memory_attention_forward", "cpp/composite")
         return composite.memory_attention_forward(query, key, value, slot_mask, seed, *options)
-    return _call("memory_attention_forward", query, key, value, slot_mask, seed, *options)
+    return call("memory_attention_forward", query, key, value, slot_mask, seed, *options)
 
 
 def memory_attention_backward(dout, query, *args):
@@ -62,11 +63,11 @@ def memory_attention_backward(dout, query, *args):
     if _composite(query, top_k):
         backends.record("memory_attention_backward", "cpp/composite")
         return composite.memory_attention_backward(dout, query, *args)
-    return _call("memory_attention_backward", dout, query, *args)
+    return call("memory_attention_backward", dout, query, *args)
 
 
 for _function in (*RESULTS, *OPTIONAL):
-    globals().setdefault(_function, functools.partial(_call, _function))
+    globals().setdefault(_function, functools.partial(call, _function))
 
 
 def transposed(matrix: Tensor, needs_sums: bool = False) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def transposed(matrix: Tensor, needs_sums: bool = False) -> tuple[Tensor, Tensor
         matrix: (I, J) on a CPU, float32 or float64, with contiguous rows.
         needs_sums: without it an empty tensor stands for the sums.
     """
-    return _call("transposed_and_sums", matrix, needs_sums)
+    return call("transposed_and_sums", matrix, needs_sums)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ def tanh(x: Tensor) -> Tensor:
     Args:
         x: (B, R, D) on a CPU, of any dtype that the ops take.
     """
-    return _call("tanh", x)
+    return call("tanh", x)
 
 
 # torch.compile takes the answer as it is: it cannot trace the extension

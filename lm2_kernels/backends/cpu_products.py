@@ -100,12 +100,18 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     multiplications = a.numel() * columns
     if dtype != torch.float32:
         return multiplications >= fewest and a.numel() >= _MIN_ROWS * a.shape[-1]
-    if multiplications >= fewest:
+    # the others are asked most often, and have no shape to look at
+    return multiplications >= _MIN_MULTIPLICATIONS_OF_FEW and _is_large_float32(
+        multiplications, _rows_or_terms(a)
+    )
+
+
+def _is_large_float32(multiplications: int, rows_or_terms: int) -> bool:
+    if multiplications >= _MIN_MULTIPLICATIONS[torch.float32]:
         return True
     if multiplications < _MIN_MULTIPLICATIONS_OF_FEW:
         return False
-    few = _rows_or_terms(a)
-    return few <= _FEW and multiplications >= few * _MIN_WALK
+    return rows_or_terms <= _FEW and multiplications >= rows_or_terms * _MIN_WALK
 
 
 def _rows_or_terms(a: Tensor) -> int:
@@ -123,7 +129,10 @@ def _size(dtype: torch.dtype, a: Tensor, columns: int) -> int:
     """Which of the sizes that are timed stands for a product (..., J) (J, columns)."""
     if dtype == torch.float32 and _rows_or_terms(a) <= _FEW:
         return _FEW
-    multiplications = a.numel() * columns
+    return _size_of(a.numel() * columns)
+
+
+def _size_of(multiplications: int) -> int:
     return next((s for s in reversed(_SIZES) if multiplications >= s**3), _SIZES[0])
 
 
@@ -190,6 +199,17 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tenso
         return total.addmm_(a, b) if in_place else torch.addmm(total, a, b)
     product = way(a, b, None)
     return total.add_(product) if in_place else product.add_(total)
+
+
+def is_by_onednn(rows: int, terms: int, columns: int, dense_a: bool, dense_b: bool) -> bool:
+    """Whether :func:`product` multiplies float32 matrices (rows, terms) and (terms, columns) by
+    oneDNN. Of a dense one rows are contiguous, of another columns.
+    """
+    multiplications, few = rows * terms * columns, rows if dense_a else terms
+    if not _is_large_float32(multiplications, few):
+        return False
+    size = _FEW if few <= _FEW else _size_of(multiplications)
+    return _ratio(torch.float32, dense_a, dense_b, size) > _MARGIN
 
 
 def _is_choice(a: Tensor, b: Tensor, bias: Tensor | None = None) -> bool:

@@ -32,7 +32,7 @@ from lm2_kernels.checks import (
     go_together,
 )
 from lm2_kernels.chunks import num_rows
-from lm2_kernels.layers import function
+from lm2_kernels.layers import function, in_cpp
 from lm2_kernels.linear import apply_linear
 from lm2_kernels.machine import keep_freed_pages
 from lm2_kernels.plain import (
@@ -193,6 +193,10 @@ class MemoryLayer(nn.Module):
         """What :class:`function.Options` has as ``more``, the other inputs checked."""
         raise NotImplementedError
 
+    def _more_backends(self, more: object) -> tuple[str, ...]:
+        """Of the ops that the other layer has not."""
+        return ()
+
     def _as_one(
         self,
         x: Tensor,
@@ -316,15 +320,26 @@ class MemoryLayer(nn.Module):
             dropout=float(self.dropout) if self.training else 0.0,
             backend=select("memory_attention", (query, key, key), self.backend),
         )
+        update = select("memory_update", (x, query.flatten(-2), rows), self.backend)
+        is_cast = any(t is not None and t.dtype != dtype for t in (x, memory, *parameters))
+        names = {read.backend, update, *self._more_backends(more)}
+        may_be_one_call = (
+            not is_cast
+            and self.tokens_per_slot == 1
+            # of others a part is seen, which has gaps
+            and (num_seen == num_slots or batch == 1)
+            and in_cpp.is_possible(x.device.type, dtype, names)
+        )
         return function.Options(
             layer=type(self).__name__,
             read=read,
             tokens_per_slot=self.tokens_per_slot,
             dtype=dtype,
-            is_cast=any(t is not None and t.dtype != dtype for t in (x, memory, *parameters)),
+            is_cast=is_cast,
             recompute=self.recompute,
             gives_rows=gives_rows,
-            update=select("memory_update", (x, query.flatten(-2), rows), self.backend),
+            update=update,
+            in_cpp=may_be_one_call,
             more=more,
         )
 

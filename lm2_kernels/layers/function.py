@@ -63,6 +63,7 @@ class Options(NamedTuple):
         recompute: whether the inputs alone are kept for backward.
         gives_rows: whether the rows that were written come back, not the whole bank.
         update: the backend of the update.
+        in_cpp: whether it may be one call of the compiled backend.
         more: what the other layer has not.
     """
 
@@ -74,6 +75,7 @@ class Options(NamedTuple):
     recompute: bool
     gives_rows: bool
     update: str
+    in_cpp: bool
     more: Any
 
     def rows_of(self, memory: Tensor, num_tokens: int) -> Tensor:
@@ -229,16 +231,8 @@ def read(
     """What projected queries read of a bank, (B, T, D), and what backward needs besides if anything
     is kept for it.
     """
-    how, bank = options.read, memory
-    if how.causal:
-        # later slots are hidden from every token: no need to project them
-        end = how.slot_offset + query.shape[1]
-        bank = bank if end == how.num_slots else bank[:, :end]
-        slot_mask = None if slot_mask is None else slot_mask[:, :end]
-    if slot_mask is not None:
-        # 0 * NaN is NaN in the gradients of the projections too
-        bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
-    bank = options.operand(bank)
+    how = options.read
+    bank, slot_mask = bank_of(options, query.shape[1], memory, slot_mask)
     query = heads(query, how)
     key = heads(linear(bank, key_weight, key_bias), how)
     value = heads(linear(bank, value_weight, value_bias), how)
@@ -258,6 +252,22 @@ def read(
     )
     reading = Reading(bank, query, key, value, out, statistics, slot_mask, seed) if keeps else None
     return out.flatten(-2), reading
+
+
+def bank_of(
+    options: Options, num_tokens: int, memory: Tensor, slot_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The slots that some token sees, as products take them, and their mask."""
+    how, bank = options.read, memory
+    if how.causal:
+        # later slots are hidden from every token: no need to project them
+        end = how.slot_offset + num_tokens
+        bank = bank if end == how.num_slots else bank[:, :end]
+        slot_mask = None if slot_mask is None else slot_mask[:, :end]
+    if slot_mask is not None:
+        # 0 * NaN is NaN in the gradients of the projections too
+        bank = bank.masked_fill(~slot_mask[:, :, None], 0.0)
+    return options.operand(bank), slot_mask
 
 
 def read_backward(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lm2_kernels.backends import call_without_autocast as call
+from lm2_kernels.layers import in_cpp
 from lm2_kernels.layers.function import (
     LayerFunction,
     Options,
@@ -100,6 +101,9 @@ class PaperMemoryFunction(LayerFunction):
         *parameters: Tensor | None,
     ) -> tuple[Tensors, Tensors]:
         """Results, and what is kept for backward."""
+        if in_cpp.fits(options, x, memory):
+            inputs = x, memory, slot_mask, seed
+            return in_cpp.paper_forward(options, keeps, *inputs, parameters)
         (wq, bq, wk, bk, wv, bv, wo, bo, wi, bi, wf, bf, wc, bc) = options.operands(*parameters)
         operand = options.operand(x)
         query = linear(operand, wq, bq)
@@ -147,8 +151,12 @@ class PaperMemoryFunction(LayerFunction):
             dmemory = dnew_memory, in the rows written dP, and dK Wk + dV Wv everywhere
         """
         doutput, dnew_memory = gradients
+        needs_all = needs[0] and all(needs[4:16:2]) and needs[16] == (saved[3] is not None)
+        reading = Reading(*saved[_SIZE:])
+        if needs_all and in_cpp.fits(options, doutput, dnew_memory, saved[0], reading.bank):
+            return in_cpp.paper_backward(options, needs, gradients, saved[:_SIZE], reading)
         weights = options.operands(*saved[_WEIGHTS:_SIZE])
-        kept, reading = _Kept(*saved[:_WEIGHTS], *weights), Reading(*saved[_SIZE:])
+        kept = _Kept(*saved[:_WEIGHTS], *weights)
         needs_x, needs_memory, _, _, *needs_parameters = needs
         pairs = list(zip(needs_parameters[::2], needs_parameters[1::2], strict=True))
         of_query, of_key, of_value, of_output, of_input, of_forget, of_candidate = pairs

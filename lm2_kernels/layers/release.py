@@ -602,6 +602,9 @@ class ReleaseMemory(MemoryLayer):
             pool=select("pooled_gate", (x, weight), self.backend),
         )
 
+    def _more_backends(self, more: ReleaseOptions) -> tuple[str, ...]:
+        return more.norm, more.pool
+
     def _forward(
         self,
         x: Tensor,

@@ -13,6 +13,7 @@ from lm2_kernels.backends.contract import (
     accumulation_dtype,
 )
 from lm2_kernels.chunks import sum_by_slot
+from lm2_kernels.layers import in_cpp
 from lm2_kernels.layers.function import (
     REST,
     LayerFunction,
@@ -126,6 +127,7 @@ class _Kept(NamedTuple):
 
 _TENSORS = ("x", "memory", "slot_mask", "seed", "pooled_sum", *ReleaseParameters._fields)
 _SIZE = len(_Kept._fields)
+_CANDIDATE = _Kept._fields.index("candidate_weight")
 _WEIGHTS = slice(*map(_Kept._fields.index, ("query_weight", "first_norm_weight")))
 # whose gradients come through the attention, the norms and the MLP
 _READERS = "x memory query_weight query_bias key_weight key_bias value_weight value_bias"
@@ -180,6 +182,9 @@ class ReleaseMemoryFunction(LayerFunction):
     ) -> tuple[Tensors, Tensors]:
         """Results, and what is kept for backward."""
         more = options.more
+        if in_cpp.fits(options, x, memory):
+            inputs = x, memory, slot_mask, seed, pooled_sum
+            return in_cpp.release_forward(options, keeps, *inputs, parameters)
         *vectors, input_bias, forget_bias = parameters[LINEARS:]
         vectors = map(contiguous_rows, vectors)
         linears = options.operands(*parameters[:LINEARS])
@@ -257,9 +262,14 @@ class ReleaseMemoryFunction(LayerFunction):
         """
         doutput, dnew_memory, dnew_sum = gradients
         after = _SIZE + len(Reading._fields)
+        has_candidate = saved[_CANDIDATE] is not None
+        needs_all = all((needs[0], *needs[5:17:2], *needs[19:])) and needs[17] == has_candidate
+        reading, some = Reading(*saved[_SIZE:after]), dnew_memory if doutput is None else doutput
+        if needs_all and not needs[4] and in_cpp.fits(options, some, *saved[:2], reading.bank):
+            kept, mixed = saved[:_SIZE], saved[after:]
+            return in_cpp.release_backward(options, needs, gradients, kept, reading, mixed)
         weights = options.operands(*saved[_WEIGHTS])
         kept = _Kept(*saved[: _WEIGHTS.start], *weights, *saved[_WEIGHTS.stop : _SIZE])
-        reading = Reading(*saved[_SIZE:after])
         c, more = options.tokens_per_slot, options.more
         needs_x, needs_memory, _, _, needs_sum, *needs_parameters = needs
         need = ReleaseParameters(*needs_parameters)

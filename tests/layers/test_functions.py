@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, testing
-from lm2_kernels.backends import eager
+from lm2_kernels.backends import cpp, cpu_products, eager
 from lm2_kernels.backends.contract import NORM, NORM_AND_TANH, NORM_OF_RELU
-from lm2_kernels.layers import base, function, paper_function, release_function
+from lm2_kernels.layers import base, function, in_cpp, paper_function, release_function
 from tools.layers import (
     LAYERS,
     B,
@@ -43,10 +43,12 @@ NODE = {lm2.PaperMemory: "PaperMemoryFunction", lm2.ReleaseMemory: "ReleaseMemor
 both_layers = pytest.mark.parametrize("kind", NODE)
 MASK = torch.rand(B, N, generator=torch.Generator().manual_seed(3)) < 0.6
 
+# the last of a causal segment's slots is seen by its last token in all but one
 ARGUMENTS = {
     "whole": {},
+    "part": {"slot_offset": 1},
     "offset": {"slot_offset": 2},
-    "mask": {"slot_offset": 1, "slot_mask": MASK},
+    "mask": {"slot_offset": 2, "slot_mask": MASK},
 }
 
 
@@ -74,26 +76,47 @@ def run(layer, inputs, used=None, autocast=False, **arguments):
 
 
 def assert_agree(layer, inputs, **arguments) -> None:
-    """As one and as ops: the same bits, the same gradients to round-off, of the same tensors."""
-    outputs, gradients, one = run(layer, inputs, **arguments)
-    assert one
+    """As one and as ops: the same bits, the same gradients to round-off, of the same tensors. So
+    too where the one is called part by part, which on a CPU may be one call.
+    """
     with made_of_ops():
         wanted, wanted_gradients, one = run(layer, inputs, **arguments)
     assert not one
-    for got, want in zip(outputs, wanted, strict=True):
-        assert torch.equal(got, want)
-        assert got.dtype == want.dtype
-        assert got.stride() == want.stride()
-    for got, want in zip(gradients, wanted_gradients, strict=True):
-        assert (got is None) == (want is None)
-        if got is not None:
-            assert_round_off(got, want)
+    for context in (contextlib.nullcontext(), by_parts()):
+        with context:
+            outputs, gradients, one = run(layer, inputs, **arguments)
+        assert one
+        for got, want in zip(outputs, wanted, strict=True):
+            assert torch.equal(got, want)
+            assert got.dtype == want.dtype
+            assert got.stride() == want.stride()
+        for got, want in zip(gradients, wanted_gradients, strict=True):
+            assert (got is None) == (want is None)
+            if got is not None:
+                assert_round_off(got, want)
+
+
+def by_parts():
+    return mock.patch.object(in_cpp, "enabled", False)
+
+
+@contextlib.contextmanager
+def calls_of_the_extension():
+    """Which of its functions are called by the layers, without the op's or the way's name."""
+    called, original = [], cpp.call
+
+    def call(function, *args):
+        called.append(function)
+        return original(function, *args)
+
+    with mock.patch.object(cpp, "call", call):
+        yield called
 
 
 @every_layer
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_it_is_the_layer_made_of_ops(kind, options, arguments):
-    # as many rows as columns once, from where on two gates' weights go into one product
+    # more rows than columns once, from where on two gates' weights go into one product
     tokens = N if arguments == "whole" else T
     layer, inputs = make_layer(kind, **options), make_inputs(tokens)
     if not is_whole(options):
@@ -261,6 +284,82 @@ def test_a_batch_of_nothing_and_strides(kind):
     assert_agree(layer, strided)
 
 
+ONE_CALL = {lm2.PaperMemory: "paper_layer", lm2.ReleaseMemory: "release_layer"}
+
+
+@needs_cpp
+@both_layers
+@pytest.mark.parametrize(
+    ("options", "given", "one_call"),
+    (
+        ({}, "offset", True),
+        ({"candidate": "token"}, "mask", True),
+        ({"recompute": True}, "offset", True),
+        ({"dropout": 0.4, "top_k": 3}, "offset", True),
+        ({"causal": False}, "part", True),
+        # a part of the bank is seen; rows that tokens share
+        ({}, "part", False),
+        ({"write": "chunk", "tokens_per_slot": 2}, "whole", False),
+    ),
+    ids=str,
+)
+def test_when_it_is_one_call(kind, options, given, one_call):
+    layer, (x, memory) = make_layer(kind, **options), make_inputs()
+    forward, backward = (f"{ONE_CALL[kind]}_{way}" for way in ("forward", "backward"))
+
+    def called(*inputs, context=None):
+        with context or contextlib.nullcontext(), calls_of_the_extension() as functions:
+            run(layer, inputs, **ARGUMENTS[given])
+        return [forward in functions, backward in functions]
+
+    assert called(x, memory) == [one_call, one_call]
+    assert_agree(layer, (x, memory), **ARGUMENTS[given])
+    # every part is there to see for whoever records, and in other backends
+    assert called(x, memory, context=backends.recording()) == [False, False]
+    assert called(x, memory, context=lm2.use_backend("eager")) == [False, False]
+    assert called(x.mT.contiguous().mT, memory) == [False, False]
+    for tensor, is_wanted in ((x, True), (layer.value_proj.weight, True), (memory, False)):
+        tensor.requires_grad_(False)
+        assert called(x, memory) == [one_call, one_call and not is_wanted]
+        assert_agree(layer, (x, memory), **ARGUMENTS[given])
+        tensor.requires_grad_(True)
+
+
+@needs_cpp
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (lm2.PaperMemory, {"candidate": "token", "bias": True}),
+        (lm2.PaperMemory, {"output": "memory"}),
+        (lm2.ReleaseMemory, {"candidate": "token", "attention_mlp_layers": 3}),
+        (lm2.ReleaseMemory, {"pooled_gate": "prefix"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tokens", (T, 2 * N))
+@pytest.mark.parametrize("way", ("torch", "onednn"))
+def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
+    """By either way of products: the bits of the parts, gradients by the rule."""
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, way)
+    monkeypatch.setattr(cpu_products, "_is_large_float32", lambda *_: True)
+    monkeypatch.setattr(cpu_products, "is_large", lambda dtype, *_: dtype == torch.float32)
+
+    def compare(seed: int) -> list[testing.Comparison]:
+        layer, inputs, truth = lowered(kind, options, torch.float32, {}, seed, tokens, tokens)
+        with calls_of_the_extension() as functions:
+            found = run(layer, inputs)
+        assert f"{ONE_CALL[kind]}_backward" in functions
+        with by_parts():
+            wanted = run(layer, inputs)
+        for got, want in zip(found[0], wanted[0], strict=True):
+            assert torch.equal(got, want)
+        with made_of_ops():
+            true = truth()
+        return compared_gradients(layer, found, true, wanted)
+
+    assert_rule(compare)
+
+
 LOW = {
     "bfloat16": (torch.bfloat16, {}, {}),
     "float16": (torch.float16, {}, {}),
@@ -270,11 +369,11 @@ LOW = {
 }
 
 
-def lowered(kind, options, dtype, dtypes, seed):
+def lowered(kind, options, dtype, dtypes, seed, tokens=T, slots=N):
     """A layer and its inputs in a dtype, or those of ``dtypes``; and what gives the truth of them:
     a function of what the layer is called with, in float64.
     """
-    exact, (x, memory) = make_layer(kind, **options), make_inputs(seed=seed)
+    exact, (x, memory) = make_layer(kind, **options), make_inputs(tokens, slots, seed=seed)
     layer = copy.deepcopy(exact).to(dtype)
     inputs = [
         t.detach().to(dtypes.get(name, dtype)).requires_grad_()
@@ -522,7 +621,12 @@ def test_a_weight_of_another_shape_is_checked(kind):
 
 
 # calls of this package's Python functions at most: in forward, and with backward
-CALLS = {lm2.PaperMemory: (69, 198), lm2.ReleaseMemory: (122, 292)}
+CALLS = {
+    (lm2.PaperMemory, True): (49, 166),
+    (lm2.PaperMemory, False): (71, 186),
+    (lm2.ReleaseMemory, True): (80, 242),
+    (lm2.ReleaseMemory, False): (120, 280),
+}
 
 
 class _WithNorms(types.SimpleNamespace):
@@ -561,6 +665,8 @@ def test_what_nobody_keeps_makes_room(kind, options, last, most, recompute, monk
         registered = backends.register(options["backend"], _WithNorms(), before="eager")
     with registered:
         layer = make_layer(kind, recompute=recompute, **options)
+        # the parts are what is watched
+        monkeypatch.setattr(in_cpp, "enabled", False)
         _assert_room(layer, make_inputs(N), last, most, recompute, monkeypatch)
 
 
@@ -595,9 +701,12 @@ def _assert_room(layer, inputs, last, most, recompute, monkeypatch):
     assert all(map(torch.equal, got, results))
 
 
+@pytest.mark.parametrize(
+    "in_one", (pytest.param(True, marks=needs_cpp), False), ids=("one call", "parts")
+)
 @both_layers
-def test_how_much_python_a_call_takes(kind):
-    layer, inputs = make_layer(kind), make_inputs()
+def test_how_much_python_a_call_takes(kind, in_one, monkeypatch):
+    layer, inputs = make_layer(kind), make_inputs(N)
     leaves, package = [*inputs, *layer.parameters()], str(Path(lm2.__file__).parent)
 
     def count(work) -> int:
@@ -618,7 +727,8 @@ def test_how_much_python_a_call_takes(kind):
         torch.autograd.grad([output.sum() for output in layer(*inputs)], leaves)
 
     both()
-    most_forward, most_both = CALLS[kind]
+    monkeypatch.setattr(in_cpp, "enabled", in_one)
+    most_forward, most_both = CALLS[kind, in_one]
     assert 0 < count(lambda: layer(*inputs)) <= most_forward
     assert count(both) <= most_both
 
