@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(lm2_kernels_cpp, m) {
       "Tensor? candidate, Tensor input_gate, Tensor forget_gate, Tensor output_gate, " LM2_KEPT
       ", Tensor?[] weights, bool[] has_bias, " LM2_READING
       ", str output, "
-      "bool needs_drows) -> Tensor[]");
+      "bool needs_drows, bool is_whole) -> Tensor[]");
   m.def(
       "release_layer_forward(Tensor x, Tensor rows, Tensor bank, Tensor? slot_mask, Tensor? seed, "
       "Tensor? pooled_sum, Tensor?[] parameters, " LM2_READING
@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(lm2_kernels_cpp, m) {
       "Tensor[] mixed, Tensor candidate, Tensor[] statistics_of_norms, " LM2_KEPT
       ", Tensor?[] weights, bool[] has_bias, Tensor first_norm, Tensor second_norm, "
       "Tensor pool_weight, " LM2_READING
-      ", bool prefix, int num_pooled, bool needs_drows) "
+      ", bool prefix, int num_pooled, bool needs_drows, "
+      "bool is_whole) "
       "-> Tensor[]");
 }

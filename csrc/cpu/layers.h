@@ -25,21 +25,27 @@ enum Way : int64_t {
   kPooled = 1 << 3,
   // gradients of what is multiplied
   kTokensBackward = 1 << 4,
-  kWideBackward = 1 << 5,
-  kPooledBackward = 1 << 6,
+  kSlotsBackward = 1 << 5,
+  kWideBackward = 1 << 6,
+  kSlotsWideBackward = 1 << 7,
+  kPooledBackward = 1 << 8,
   // gradients of weights
-  kTokensWeight = 1 << 7,
-  kSlotsWeight = 1 << 8,
-  kWideWeight = 1 << 9,
-  kPooledWeight = 1 << 10,
+  kTokensWeight = 1 << 9,
+  kSlotsWeight = 1 << 10,
+  kWideWeight = 1 << 11,
+  kPooledWeight = 1 << 12,
 };
 
 // A PyTorch operator by its name.
 template <class... Args>
-Tensor aten(const char* name, const Args&... args) {
+Tensor aten_overload(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{stable_detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return stable_detail::to<Tensor>(stack[0]);
+}
+template <class... Args>
+Tensor aten(const char* name, const Args&... args) {
+  return aten_overload(name, "", args...);
 }
 
 constexpr const char* kLayer = "layer";
@@ -137,18 +143,58 @@ Tensor sum_of_rows(const Tensor& matrix) {
   return torch::stable::sum(matrix, torch::headeronly::IntHeaderOnlyArrayRef(&axis, 1));
 }
 
+// The transposed copies that products take, one after the other in the same memory: what was just
+// written to is in a cache yet.
+class Copies {
+ public:
+  // Of a matrix with contiguous rows, and the sums of its rows if they are needed.
+  std::tuple<Tensor, OptionalTensor> transpose(const Tensor& matrix, bool needs_sums) {
+    const int64_t rows = matrix.size(0), columns = matrix.size(1), size = rows * columns;
+    check(matrix.dim() == 2 && size > 0 && matrix.stride(1) == 1 && storage_covers(matrix), kLayer,
+          "what is transposed must be a matrix with contiguous rows");
+    if (!memory_ || memory_->numel() < size) {
+      memory_ = std::nullopt;
+      memory_ = torch::stable::new_empty(matrix, {size});
+    }
+    OptionalTensor sums;
+    if (needs_sums) sums = torch::stable::new_empty(matrix, {columns});
+    cpu::transpose({rows, columns, dtype_of(kLayer, "matrix", matrix), matrix.data_ptr(),
+                    matrix.stride(0), memory_->data_ptr(),
+                    needs_sums ? sums->data_ptr() : nullptr});
+    return {strided(*memory_, {columns, rows}, {rows, 1}), sums};
+  }
+
+ private:
+  OptionalTensor memory_;
+};
+
 // Gradients of weight and bias, which are put behind `results` in this order.
-void gradients_of_linear(std::vector<Tensor>& results, const Tensor& dy, const Tensor& x,
-                         bool has_bias, bool by_onednn) {
+void gradients_of_linear(std::vector<Tensor>& results, Copies& copies, const Tensor& dy,
+                         const Tensor& x, bool has_bias, bool by_onednn) {
   if (!by_onednn) {
     results.push_back(aten("aten::mm", transposed(dy), x));
     if (has_bias) results.push_back(sum_of_rows(dy));
     return;
   }
-  const auto [columns, sums] = transposed_and_sums(dy, has_bias);
+  const auto [columns, sums] = copies.transpose(dy, has_bias);
   results.push_back(onednn(columns, transposed(x)));
-  if (has_bias) results.push_back(sums);
+  if (has_bias) results.push_back(*sums);
 }
+
+// One weight below another, (2 L, D).
+Tensor joined(const Tensor& first, const Tensor& second) {
+  const int64_t rows = first.size(0), columns = first.size(1);
+  const Tensor both = torch::stable::new_empty(first, {2 * rows, columns});
+  for (int64_t part = 0; part < 2; ++part) {
+    Tensor half = strided(both, {rows, columns}, {columns, 1}, part * rows * columns);
+    // which two threads do, unlike aten::cat
+    torch::stable::copy_(half, part == 0 ? first : second);
+  }
+  return both;
+}
+
+// Multiplications up to which oneDNN adds to a sum no slower than what comes after it.
+constexpr int64_t kMostSummedByProduct = int64_t{1} << 29;
 
 // A sum of gradients, of which the first term is not written to unless it is ours.
 class Sum {
@@ -161,7 +207,13 @@ class Sum {
     total_ = own;
   }
   void add_product(const Tensor& dy, const Tensor& weight, bool by_onednn) {
-    add(times(dy, weight, by_onednn));
+    const int64_t multiplications = dy.numel() * last_size(weight);
+    if (!total_ || !by_onednn || multiplications > kMostSummedByProduct) {
+      add(times(dy, weight, by_onednn));
+      return;
+    }
+    total_ = aten_overload("mkldnn::_linear_pointwise", "binary", dy, *total_, transposed(weight),
+                           OptionalTensor(), std::string("add"));
   }
   const Tensor& total() const { return *total_; }
   Tensor take() { return *std::exchange(total_, std::nullopt); }
@@ -199,10 +251,10 @@ Attended attend(const Tensor& x, const Tensor& bank, const OptionalTensor& slot_
 
 // Gradients of query (B T, D), and of key and value (B, N, 2 D) side by side; those of the three
 // Linears are put behind results.
-std::tuple<Tensor, Tensor> attend_backward(std::vector<Tensor>& results, const Tensor& dread,
-                                           const Tensor& x, const Attended& kept,
-                                           const std::vector<bool>& has_bias, int64_t ways,
-                                           const Attending& how) {
+std::tuple<Tensor, Tensor> attend_backward(std::vector<Tensor>& results, Copies& copies,
+                                           const Tensor& dread, const Tensor& x,
+                                           const Attended& kept, const std::vector<bool>& has_bias,
+                                           int64_t ways, const Attending& how) {
   const auto [dquery, dkey_value] = Ops::memory_attention_backward(
       by_heads(rows_of(dread, kept.query.size(0)), how.heads), kept.query, kept.key, kept.value,
       kept.slot_mask, kept.seed, kept.out, kept.statistics, how.causal, how.slot_offset, how.scale,
@@ -210,12 +262,35 @@ std::tuple<Tensor, Tensor> attend_backward(std::vector<Tensor>& results, const T
   const int64_t dim = how.heads * dquery.size(3), slots = dkey_value.numel() / (2 * dim);
   const Tensor of_query = matrix(merged(dquery)), bank = matrix(kept.bank);
   const Tensor of_bank = strided(dense(dkey_value), {slots, 2 * dim}, {2 * dim, 1});
-  gradients_of_linear(results, of_query, x, has_bias[0], ways & kTokensWeight);
+  gradients_of_linear(results, copies, of_query, x, has_bias[0], ways & kTokensWeight);
   for (int64_t part = 0; part < 2; ++part) {
-    gradients_of_linear(results, columns_of(of_bank, part * dim, dim), bank, has_bias[1 + part],
-                        ways & kSlotsWeight);
+    gradients_of_linear(results, copies, columns_of(of_bank, part * dim, dim), bank,
+                        has_bias[1 + part], ways & kSlotsWeight);
   }
   return {of_query, rows_of(of_bank, kept.query.size(0))};
+}
+
+// Puts behind results: the gradient of a memory of which all is read and rewritten; else, if it
+// needs one, that of the rows that are rewritten, and that of key and value.
+void put_memory(std::vector<Tensor>& results, const OptionalTensor& drows, const Tensor& dkey_value,
+                bool is_whole, const std::vector<OptionalTensor>& weights, int64_t ways) {
+  if (!drows || !is_whole) {
+    if (drows) results.push_back(*drows);
+    results.push_back(dkey_value);
+    return;
+  }
+  const Tensor &key = given(weights[1]), &value = given(weights[2]), of_bank = matrix(dkey_value);
+  const int64_t dim = last_size(key);
+  Sum total(matrix(*drows));
+  if (of_bank.size(0) >= dim) {
+    total.add_product(of_bank, joined(key, value), ways & kSlotsWideBackward);
+  } else {
+    for (int64_t part = 0; part < 2; ++part) {
+      total.add_product(columns_of(of_bank, part * dim, dim), part == 0 ? key : value,
+                        ways & kSlotsBackward);
+    }
+  }
+  results.push_back(rows_of(total.total(), drows->size(0)));
 }
 
 // --- the paper's layer ---------------------------------------------------------------------------
@@ -257,7 +332,7 @@ std::vector<Tensor> paper_layer_forward(const Tensor& x, const Tensor& rows, con
 }
 
 // Takes the weights in the same order, and which of the Linears have a bias. Gives the gradients of
-// x, of the rows if the memory needs one, of key and value (B, N, 2 D), and of the parameters:
+// x, what put_memory says, and the gradients of the parameters:
 // weight and bias of query, key, value, candidate, input, forget and output gate, but for what
 // there is not.
 std::vector<Tensor> paper_layer_backward(
@@ -268,7 +343,7 @@ std::vector<Tensor> paper_layer_backward(
     const OptionalTensor& slot_mask, const OptionalTensor& seed,
     const std::vector<OptionalTensor>& weights, const std::vector<bool>& has_bias, int64_t ways,
     int64_t heads, bool causal, int64_t slot_offset, double scale, std::optional<int64_t> top_k,
-    double dropout_p, const std::string& output, bool needs_drows) {
+    double dropout_p, const std::string& output, bool needs_drows, bool is_whole) {
   check(weights.size() == 7 && has_bias.size() == 7, kLayer, "there must be 7 Linears");
   const Attending how = {heads, causal, slot_offset, scale, top_k, dropout_p};
   const Attended kept = {bank, query, key, value, by_head, statistics, slot_mask, seed};
@@ -281,9 +356,10 @@ std::vector<Tensor> paper_layer_backward(
   const int64_t dim = last_size(x);
   const bool square = ways & kTokensBackward, of_weight = ways & kTokensWeight;
   std::vector<Tensor> of_candidate, of_gates, of_readers;
+  Copies copies;
   Sum dx(matrix(doutput)), dread;
   if (candidate) {
-    gradients_of_linear(of_candidate, matrix(dcandidate), x_rows, has_bias[6], of_weight);
+    gradients_of_linear(of_candidate, copies, matrix(dcandidate), x_rows, has_bias[6], of_weight);
     dx.add_product(matrix(dcandidate), given(weights[6]), square);
   }
   dread.add(matrix(std::exchange(dcandidate, Tensor())));
@@ -294,14 +370,13 @@ std::vector<Tensor> paper_layer_backward(
     // of the input, the forget and the output gate, whose Linear comes before both
     const Tensor parts[] = {columns_of(gates, 0, dim), columns_of(gates, dim, dim),
                             columns_of(gates, 2 * dim, dim)};
-    gradients_of_linear(of_gates, parts[0], x_rows, has_bias[4], of_weight);
-    gradients_of_linear(of_gates, parts[1], out_rows, has_bias[5], of_weight);
-    gradients_of_linear(of_gates, parts[2], out_rows, has_bias[3], of_weight);
+    gradients_of_linear(of_gates, copies, parts[0], x_rows, has_bias[4], of_weight);
+    gradients_of_linear(of_gates, copies, parts[1], out_rows, has_bias[5], of_weight);
+    gradients_of_linear(of_gates, copies, parts[2], out_rows, has_bias[3], of_weight);
     dx.add_product(parts[0], given(weights[4]), square);
     if (x_rows.size(0) >= dim) {
-      const std::vector<Tensor> both = {given(weights[5]), given(weights[3])};
-      dread.add_product(columns_of(gates, dim, 2 * dim), aten("aten::cat", both, int64_t{0}),
-                        ways & kWideBackward);
+      dread.add_product(columns_of(gates, dim, 2 * dim),
+                        joined(given(weights[5]), given(weights[3])), ways & kWideBackward);
     } else {
       // joined weights would be more to copy than what they are multiplied with
       dread.add_product(parts[1], given(weights[5]), square);
@@ -309,11 +384,11 @@ std::vector<Tensor> paper_layer_backward(
     }
   }
   const auto [dquery, dkey_value] =
-      attend_backward(of_readers, dread.take(), x_rows, kept, has_bias, ways, how);
+      attend_backward(of_readers, copies, dread.take(), x_rows, kept, has_bias, ways, how);
   dx.add_product(dquery, given(weights[0]), square);
   std::vector<Tensor> results = {dx.total()};
-  if (needs_drows) results.push_back(drows);
-  results.push_back(dkey_value);
+  put_memory(results, needs_drows ? OptionalTensor(drows) : std::nullopt, dkey_value, is_whole,
+             weights, ways);
   for (const auto* more : {&of_readers, &of_candidate, &of_gates}) {
     results.insert(results.end(), more->begin(), more->end());
   }
@@ -420,8 +495,9 @@ struct GateGradients {
 };
 
 // dgates: (B, T, 2, D).
-GateGradients gates_backward(const Tensor& dgates, const Tensor& gate_bias, const Tensor& rows_tanh,
-                             const Tensor& pooled, const std::vector<OptionalTensor>& weights,
+GateGradients gates_backward(Copies& copies, const Tensor& dgates, const Tensor& gate_bias,
+                             const Tensor& rows_tanh, const Tensor& pooled,
+                             const std::vector<OptionalTensor>& weights,
                              const std::vector<bool>& has_bias, int64_t ways, bool needs_dtanh) {
   const int64_t batch = dense(dgates).size(0), tokens = dgates.size(1), width = 2 * dgates.size(3);
   const Tensor of_tokens = strided(dgates, {batch * tokens, width}, {width, 1});
@@ -433,8 +509,10 @@ GateGradients gates_backward(const Tensor& dgates, const Tensor& gate_bias, cons
   }
   GateGradients found;
   found.dbiases = sum_of_rows(of_bias);
-  gradients_of_linear(found.of_rows, of_tokens, matrix(rows_tanh), false, ways & kWideWeight);
-  gradients_of_linear(found.of_pooled, of_bias, matrix(pooled), false, ways & kPooledWeight);
+  gradients_of_linear(found.of_rows, copies, of_tokens, matrix(rows_tanh), false,
+                      ways & kWideWeight);
+  gradients_of_linear(found.of_pooled, copies, of_bias, matrix(pooled), false,
+                      ways & kPooledWeight);
   for (const auto& [results, linear] :
        {std::pair(&found.of_rows, kOfRows / 2), std::pair(&found.of_pooled, kOfPooled / 2)}) {
     // each its own
@@ -451,15 +529,15 @@ GateGradients gates_backward(const Tensor& dgates, const Tensor& gate_bias, cons
 
 // The gradient (B, T, D) of what goes into the MLP, given those of its result before the last ReLU
 // and of its input otherwise.
-Tensor mlp_backward(std::vector<Tensor>& of_mlp, const Tensor& dresult, const Tensor& dattended,
-                    const std::vector<Tensor>& mixed, const Tensor& weight, bool has_bias,
-                    int64_t ways) {
+Tensor mlp_backward(std::vector<Tensor>& of_mlp, Copies& copies, const Tensor& dresult,
+                    const Tensor& dattended, const std::vector<Tensor>& mixed, const Tensor& weight,
+                    bool has_bias, int64_t ways) {
   Sum total;
   total.add(matrix(dattended));
   Tensor dmixed = matrix(dresult);
   for (size_t i = mixed.size() - 1; i > 0; --i) {
     std::vector<Tensor> more;
-    gradients_of_linear(more, dmixed, matrix(mixed[i - 1]), has_bias, ways & kTokensWeight);
+    gradients_of_linear(more, copies, dmixed, matrix(mixed[i - 1]), has_bias, ways & kTokensWeight);
     for (size_t k = 0; k < of_mlp.size(); ++k) add_to(of_mlp[k], more[k]);
     if (of_mlp.empty()) of_mlp = more;
     dmixed = times(dmixed, weight, ways & kTokensBackward);
@@ -488,7 +566,7 @@ std::vector<Tensor> release_layer_backward(
     const std::vector<OptionalTensor>& weights, const std::vector<bool>& has_bias,
     const Tensor& first_norm, const Tensor& second_norm, const Tensor& pool_weight, int64_t ways,
     int64_t heads, bool causal, int64_t slot_offset, double scale, std::optional<int64_t> top_k,
-    double dropout_p, bool prefix, int64_t num_pooled, bool needs_drows) {
+    double dropout_p, bool prefix, int64_t num_pooled, bool needs_drows, bool is_whole) {
   check(weights.size() == 7 && has_bias.size() == 7 && mixed.size() > 1 &&
             statistics_of_norms.size() == 4,
         kLayer, "there must be 7 Linears, 2 results or more, and 4 statistics");
@@ -501,22 +579,23 @@ std::vector<Tensor> release_layer_backward(
   auto [dcandidate, dwritten, dgates, by_slot, dread_of_update] = Ops::memory_update_backward(
       doutput, dnew_rows, candidate, rows, columns_of(gates, 0, dim), columns_of(gates, dim, dim),
       std::nullopt, gate_bias, std::nullopt, "read", 1, true, needs_drows, true, false, false);
-  GateGradients of_gates = gates_backward(std::exchange(dgates, Tensor()), gate_bias, rows_tanh,
-                                          pooled, weights, has_bias, ways, needs_drows);
+  Copies copies;
+  GateGradients of_gates = gates_backward(copies, std::exchange(dgates, Tensor()), gate_bias,
+                                          rows_tanh, pooled, weights, has_bias, ways, needs_drows);
   std::vector<Tensor> of_readers, of_mlp, of_candidate;
   Sum dx(doutput ? OptionalTensor(matrix(*doutput)) : std::nullopt);
   if (weights[kCandidate / 2]) {
     dx.add_product(matrix(dcandidate), given(weights[kCandidate / 2]), square);
-    gradients_of_linear(of_candidate, matrix(dcandidate), x_rows, has_bias[kCandidate / 2],
+    gradients_of_linear(of_candidate, copies, matrix(dcandidate), x_rows, has_bias[kCandidate / 2],
                         of_weight);
   }
   auto [dresult, dattended, dsecond_weight, dsecond_bias] =
       Ops::residual_layer_norm_of_relu_backward(std::exchange(dcandidate, Tensor()), mixed.back(),
                                                 mixed.front(), second_norm, statistics_of_norms[2],
                                                 statistics_of_norms[3], true);
-  Tensor dnormed =
-      mlp_backward(of_mlp, std::exchange(dresult, Tensor()), std::exchange(dattended, Tensor()),
-                   mixed, given(weights[kMlp / 2]), has_bias[kMlp / 2], ways);
+  Tensor dnormed = mlp_backward(of_mlp, copies, std::exchange(dresult, Tensor()),
+                                std::exchange(dattended, Tensor()), mixed, given(weights[kMlp / 2]),
+                                has_bias[kMlp / 2], ways);
   const Tensor read = merged(by_head);
   Tensor dread, drows, dfirst_weight, dfirst_bias;
   if (needs_drows) {
@@ -529,16 +608,16 @@ std::vector<Tensor> release_layer_backward(
                                           statistics_of_norms[1], true, true);
   }
   dnormed = Tensor();
-  const auto [dquery, dkey_value] = attend_backward(of_readers, std::exchange(dread, Tensor()),
-                                                    x_rows, kept, has_bias, ways, how);
+  const auto [dquery, dkey_value] = attend_backward(
+      of_readers, copies, std::exchange(dread, Tensor()), x_rows, kept, has_bias, ways, how);
   dx.add_product(dquery, given(weights[0]), square);
   auto [of_x, dpool_weight, dpooled_sum] = Ops::pooled_gate_backward(
       of_gates.dpooled, dnew_sum, x, pool_weight, prefix, num_pooled, true, true, false);
   dx.add(matrix(of_x));
 
   std::vector<Tensor> results = {dx.total()};
-  if (needs_drows) results.push_back(drows);
-  results.push_back(dkey_value);
+  put_memory(results, needs_drows ? OptionalTensor(drows) : std::nullopt, dkey_value, is_whole,
+             weights, ways);
   for (const auto* more :
        {&of_readers, &of_mlp, &of_gates.of_pooled, &of_gates.of_rows, &of_candidate}) {
     results.insert(results.end(), more->begin(), more->end());

@@ -233,10 +233,19 @@ def _faster(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], T
     return _other(a.dtype) if is_faster else None
 
 
+def _request(variable: str) -> str:
+    return os.environ.get(variable) or "auto"
+
+
+def float32_request() -> str:
+    """How float32 products were asked to be computed, by the environment."""
+    return _request(FLOAT32_VARIABLE)
+
+
 def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float:
     """How many times faster the other way is than torch's own for operands of this layout."""
     variable = _16_BIT_VARIABLE if dtype in _16_BIT else FLOAT32_VARIABLE
-    request = os.environ.get(variable) or "auto"
+    request = _request(variable)
     choices = ("auto", "torch", _ALTERNATIVE[variable])
     if request not in choices:
         raise ValueError(f"{variable} must be one of {choices}, got {request!r}")

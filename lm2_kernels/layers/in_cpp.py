@@ -16,6 +16,9 @@ from lm2_kernels.layers.function import Options, Reading, Tensors, bank_of, of_m
 # off: a layer's parts are called one by one, as they are where anybody records them
 enabled = True
 _DTYPES = (torch.float32, torch.float64)
+# by what was asked for and sizes; they are few, but where lengths vary
+_ways: dict[tuple, int] = {}
+_MOST_WAYS = 4096
 
 
 def fits(options: Options, *dense: Tensor | None) -> bool:
@@ -44,26 +47,16 @@ def is_possible(device_type: str, dtype: torch.dtype, names: set[str]) -> bool:
 
 def _reading(options: Options, x: Tensor, bank: Tensor, num_pooled: int) -> tuple:
     """Options of reading, the products' first."""
-    how = options.read
-    tokens, slots, dim = x.numel() // x.shape[-1], bank.numel() // x.shape[-1], x.shape[-1]
-    ways = 0
+    how, ways = options.read, 0
     if options.dtype == torch.float32:
-        # in the order of csrc/cpu/layers.h: x W^T, dy W and dy^T x
-        products = (
-            (tokens, dim, dim, True, False),
-            (slots, dim, dim, True, False),
-            (tokens, dim, 2 * dim, True, False),
-            (num_pooled, dim, 2 * dim, True, False),
-            (tokens, dim, dim, True, True),
-            (tokens, 2 * dim, dim, True, True),
-            (num_pooled, 2 * dim, dim, True, True),
-            (dim, tokens, dim, False, True),
-            (dim, slots, dim, False, True),
-            (2 * dim, tokens, dim, False, True),
-            (2 * dim, num_pooled, dim, False, True),
-        )
-        for place, product in enumerate(products):
-            ways |= cpu_products.is_by_onednn(*product) << place
+        batch, num_tokens, dim = x.shape
+        sizes = batch * num_tokens, batch * bank.shape[1], num_pooled, dim
+        key = cpu_products.float32_request(), sizes
+        ways = _ways.get(key)
+        if ways is None:
+            if len(_ways) >= _MOST_WAYS:
+                _ways.clear()
+            ways = _ways[key] = _ways_of(*sizes)
     return (
         ways,
         how.num_heads,
@@ -75,9 +68,53 @@ def _reading(options: Options, x: Tensor, bank: Tensor, num_pooled: int) -> tupl
     )
 
 
+def _ways_of(tokens: int, slots: int, num_pooled: int, dim: int) -> int:
+    """Which products go to oneDNN, as csrc/cpu/layers.h numbers them."""
+    ways = 0
+    for place, product in enumerate(
+        (
+            # x W^T, dy W, dy^T x
+            (tokens, dim, dim, True, False),
+            (slots, dim, dim, True, False),
+            (tokens, dim, 2 * dim, True, False),
+            (num_pooled, dim, 2 * dim, True, False),
+            (tokens, dim, dim, True, True),
+            (slots, dim, dim, True, True),
+            (tokens, 2 * dim, dim, True, True),
+            (slots, 2 * dim, dim, True, True),
+            (num_pooled, 2 * dim, dim, True, True),
+            (dim, tokens, dim, False, True),
+            (dim, slots, dim, False, True),
+            (2 * dim, tokens, dim, False, True),
+            (2 * dim, num_pooled, dim, False, True),
+        )
+    ):
+        ways |= cpu_products.is_by_onednn(*product) << place
+    return ways
+
+
 def _take(found: Iterator[Tensor], needs: tuple[bool, bool]) -> Tensors:
     """The next gradients of a Linear: of its weight, and of its bias if there is one."""
     return tuple(next(found) if needed else None for needed in needs)
+
+
+def _of_memory(
+    options: Options,
+    found: Iterator[Tensor],
+    rows: Tensor,
+    dbank: Tensor | None,
+    reading: Reading,
+    weights: Tensors,
+    needs_memory: bool,
+    is_whole: bool,
+) -> Tensor | None:
+    """The next gradient, a memory's, or what it is made of."""
+    if not needs_memory:
+        next(found)
+        return None
+    if is_whole:
+        return next(found)
+    return of_memory(options, rows, next(found), dbank, reading, next(found), *weights[1:3])
 
 
 def paper_forward(
@@ -127,6 +164,7 @@ def paper_backward(
     x, rows, out, candidate, *gates = kept[:7]
     weights, needs_memory = kept[7:], needs[1]
     dnew_rows, dbank = options.gradients_of_rows(dnew_memory, x.shape[1])
+    is_whole = rows.shape[1] == options.read.num_slots and reading.slot_mask is None
     pairs = list(zip(needs[4::2], needs[5::2], strict=True))
     found = iter(
         cpp.call(
@@ -144,14 +182,13 @@ def paper_backward(
             *_reading(options, x, reading.bank, 0),
             options.more,
             needs_memory,
+            is_whole,
         )
     )
-    dx, drows, dkey_value = next(found), next(found) if needs_memory else None, next(found)
+    dx = next(found)
+    dmemory = _of_memory(options, found, rows, dbank, reading, weights, needs_memory, is_whole)
     # query, key, value, candidate, input, forget and output gate
     of = {place: _take(found, pairs[place]) for place in (0, 1, 2, 6, 4, 5, 3)}
-    dmemory = None
-    if needs_memory:
-        dmemory = of_memory(options, rows, drows, dbank, reading, dkey_value, *weights[1:3])
     return dx.view(x.shape), dmemory, None, None, *(t for place in range(7) for t in of[place])
 
 
@@ -214,6 +251,7 @@ def release_backward(
     x, _, rows, pooled, _, rows_tanh, gates, gate_bias, _, attended, last, candidate = kept[:12]
     statistics, weights, norms = kept[12:16], kept[16:23], kept[23:]
     dnew_rows, dbank = options.gradients_of_rows(dnew_memory, x.shape[1])
+    is_whole = rows.shape[1] == options.read.num_slots and reading.slot_mask is None
     pairs = list(zip(needs[5:19:2], needs[6:19:2], strict=True))
     found = iter(
         cpp.call(
@@ -238,12 +276,11 @@ def release_backward(
             more.prefix,
             more.num_pooled,
             needs_memory,
+            is_whole,
         )
     )
-    dx, drows, dkey_value = next(found), next(found) if needs_memory else None, next(found)
+    dx = next(found)
+    dmemory = _of_memory(options, found, rows, dbank, reading, weights, needs_memory, is_whole)
     of_linears = [_take(found, pair) for pair in pairs]
-    dmemory = None
-    if needs_memory:
-        dmemory = of_memory(options, rows, drows, dbank, reading, dkey_value, *weights[1:3])
     of_parameters = *(gradient for pair in of_linears for gradient in pair), *found
     return dx.view(x.shape), dmemory, None, None, None, *of_parameters

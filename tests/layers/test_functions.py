@@ -341,6 +341,7 @@ def test_when_it_is_one_call(kind, options, given, one_call):
 def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
     """By either way of products: the bits of the parts, gradients by the rule."""
     monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, way)
+    monkeypatch.setattr(in_cpp, "_ways", {})
     monkeypatch.setattr(cpu_products, "_is_large_float32", lambda *_: True)
     monkeypatch.setattr(cpu_products, "is_large", lambda dtype, *_: dtype == torch.float32)
 
