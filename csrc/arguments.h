@@ -52,6 +52,7 @@ struct MemoryAttentionBackward : MemoryAttention {
   const void* statistics;  // (B, H, 2, T) contiguous
   void* dquery;            // (B, T, H, K) contiguous; null: not needed
   void* dkey_value;        // (B, N, 2, H, K) contiguous; null: not needed. Not both are null
+  bool apart;              // it is (2, B, N, H, K); of the CPU's kernels alone
   void* workspace;  // of the size the backend asked for, 256-byte aligned; null if it asked for 0
 };
 
@@ -87,6 +88,7 @@ struct MemoryUpdateBackward : MemoryUpdate {
   void* dmemory;              // (B, R, D) contiguous, memory's dtype; null: not needed
   void* dgates;               // (B, T, G, D) contiguous, dtype; G is 3 with an output gate, else 2;
                               // null: not needed
+  bool apart;                 // they are (G, B, T, D); of the CPU's kernels alone
   void* dslot_gates;          // (B, R, G, D) contiguous, float32 or float64: sums over the slots'
                               // tokens; null: not needed, or a slot has one token
   void* dread;                // (B, T, D) contiguous, dtype; null: not needed, or no read

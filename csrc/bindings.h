@@ -316,6 +316,8 @@ struct Bindings {
     return {out, statistics};
   }
 
+  // kApart, here and below: what comes side by side lies one part after the other.
+  template <bool kApart>
   static std::tuple<Tensor, Tensor> memory_attention_backward(
       const Tensor& dout, const Tensor& query, const Tensor& key, const Tensor& value,
       const OptionalTensor& slot_mask, const OptionalTensor& seed, const Tensor& out,
@@ -332,8 +334,10 @@ struct Bindings {
     args.statistics = call.plain("statistics", statistics, {args.batch, args.heads, 2, args.tokens},
                                  scalar_type(accumulation(args.dtype)));
     Tensor dquery = call.result(read, args.dtype, needs_dquery);
-    Tensor dkey_value = call.result({args.batch, args.slots, 2, args.heads, args.width}, args.dtype,
-                                    needs_dkey_value);
+    std::vector<int64_t> packed = {args.batch, args.slots, args.heads, args.width};
+    packed.insert(packed.begin() + (kApart ? 0 : 2), 2);
+    Tensor dkey_value = call.result(packed, args.dtype, needs_dkey_value);
+    args.apart = kApart;
     args.dquery = pointer(dquery, needs_dquery);
     args.dkey_value = pointer(dkey_value, needs_dkey_value);
     if (args.batch > 0 && (needs_dquery || needs_dkey_value)) call.run(args);
@@ -411,6 +415,7 @@ struct Bindings {
     return {result, new_memory};
   }
 
+  template <bool kApart>
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> memory_update_backward(
       const OptionalTensor& doutput, const OptionalTensor& dnew_memory, const Tensor& candidate,
       const Tensor& memory, const Tensor& input_gate, const Tensor& forget_gate,
@@ -433,8 +438,10 @@ struct Bindings {
     Tensor dmemory =
         call.result({args.batch, args.slots, args.width}, args.memory.dtype, needs_dmemory);
     const int64_t gates = output_gate ? 3 : 2;
-    Tensor dgates =
-        call.result({args.batch, args.tokens, gates, args.width}, args.dtype, needs_dgates);
+    std::vector<int64_t> packed = rows;
+    packed.insert(packed.begin() + (kApart ? 0 : 2), gates);
+    Tensor dgates = call.result(packed, args.dtype, needs_dgates);
+    args.apart = kApart;
     Tensor dslot_gates = call.result({args.batch, args.slots, gates, args.width},
                                      accumulation(args.dtype), needs_dslot_gates);
     Tensor dread = call.result(rows, args.dtype, needs_dread);
@@ -646,9 +653,9 @@ struct Bindings {
   template <class Library>
   static void implement(Library& m) {
     m.impl("memory_attention_forward", TORCH_BOX(&Bindings::memory_attention_forward));
-    m.impl("memory_attention_backward", TORCH_BOX(&Bindings::memory_attention_backward));
+    m.impl("memory_attention_backward", TORCH_BOX(&Bindings::memory_attention_backward<false>));
     m.impl("memory_update_forward", TORCH_BOX(&Bindings::memory_update_forward));
-    m.impl("memory_update_backward", TORCH_BOX(&Bindings::memory_update_backward));
+    m.impl("memory_update_backward", TORCH_BOX(&Bindings::memory_update_backward<false>));
     m.impl("residual_layer_norm_forward", TORCH_BOX(&Bindings::residual_layer_norm_forward));
     m.impl("residual_layer_norm_backward", TORCH_BOX(&Bindings::residual_layer_norm_backward));
     m.impl("residual_layer_norm_and_tanh_forward",

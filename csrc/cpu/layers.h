@@ -27,13 +27,12 @@ enum Way : int64_t {
   kTokensBackward = 1 << 4,
   kSlotsBackward = 1 << 5,
   kWideBackward = 1 << 6,
-  kSlotsWideBackward = 1 << 7,
-  kPooledBackward = 1 << 8,
+  kPooledBackward = 1 << 7,
   // gradients of weights
-  kTokensWeight = 1 << 9,
-  kSlotsWeight = 1 << 10,
-  kWideWeight = 1 << 11,
-  kPooledWeight = 1 << 12,
+  kTokensWeight = 1 << 8,
+  kSlotsWeight = 1 << 9,
+  kWideWeight = 1 << 10,
+  kPooledWeight = 1 << 11,
 };
 
 // A PyTorch operator by its name.
@@ -181,18 +180,6 @@ void gradients_of_linear(std::vector<Tensor>& results, Copies& copies, const Ten
   if (has_bias) results.push_back(*sums);
 }
 
-// One weight below another, (2 L, D).
-Tensor joined(const Tensor& first, const Tensor& second) {
-  const int64_t rows = first.size(0), columns = first.size(1);
-  const Tensor both = torch::stable::new_empty(first, {2 * rows, columns});
-  for (int64_t part = 0; part < 2; ++part) {
-    Tensor half = strided(both, {rows, columns}, {columns, 1}, part * rows * columns);
-    // which two threads do, unlike aten::cat
-    torch::stable::copy_(half, part == 0 ? first : second);
-  }
-  return both;
-}
-
 // Multiplications up to which oneDNN adds to a sum no slower than what comes after it.
 constexpr int64_t kMostSummedByProduct = int64_t{1} << 29;
 
@@ -215,7 +202,6 @@ class Sum {
     total_ = aten_overload("mkldnn::_linear_pointwise", "binary", dy, *total_, transposed(weight),
                            OptionalTensor(), std::string("add"));
   }
-  const Tensor& total() const { return *total_; }
   Tensor take() { return *std::exchange(total_, std::nullopt); }
 
  private:
@@ -249,48 +235,42 @@ Attended attend(const Tensor& x, const Tensor& bank, const OptionalTensor& slot_
   return {bank, query, key, value, out, statistics, slot_mask, seed};
 }
 
-// Gradients of query (B T, D), and of key and value (B, N, 2 D) side by side; those of the three
-// Linears are put behind results.
-std::tuple<Tensor, Tensor> attend_backward(std::vector<Tensor>& results, Copies& copies,
+// Part `index` of (parts, ...), a matrix.
+Tensor part_of(const Tensor& parts, int64_t index, int64_t columns) {
+  const int64_t size = dense(parts).numel() / parts.size(0);
+  return strided(parts, {size / columns, columns}, {columns, 1}, index * size);
+}
+
+// Puts the gradients of the three Linears behind `of_readers`. Gives those of query (B T, D), and
+// of key and value (2, B, N, H, K).
+std::tuple<Tensor, Tensor> attend_backward(std::vector<Tensor>& of_readers, Copies& copies,
                                            const Tensor& dread, const Tensor& x,
                                            const Attended& kept, const std::vector<bool>& has_bias,
                                            int64_t ways, const Attending& how) {
-  const auto [dquery, dkey_value] = Ops::memory_attention_backward(
+  const auto [dquery, dkey_value] = Ops::memory_attention_backward<true>(
       by_heads(rows_of(dread, kept.query.size(0)), how.heads), kept.query, kept.key, kept.value,
       kept.slot_mask, kept.seed, kept.out, kept.statistics, how.causal, how.slot_offset, how.scale,
       how.top_k, how.dropout_p, true, true);
-  const int64_t dim = how.heads * dquery.size(3), slots = dkey_value.numel() / (2 * dim);
   const Tensor of_query = matrix(merged(dquery)), bank = matrix(kept.bank);
-  const Tensor of_bank = strided(dense(dkey_value), {slots, 2 * dim}, {2 * dim, 1});
-  gradients_of_linear(results, copies, of_query, x, has_bias[0], ways & kTokensWeight);
+  gradients_of_linear(of_readers, copies, of_query, x, has_bias[0], ways & kTokensWeight);
   for (int64_t part = 0; part < 2; ++part) {
-    gradients_of_linear(results, copies, columns_of(of_bank, part * dim, dim), bank,
+    gradients_of_linear(of_readers, copies, part_of(dkey_value, part, last_size(bank)), bank,
                         has_bias[1 + part], ways & kSlotsWeight);
   }
-  return {of_query, rows_of(of_bank, kept.query.size(0))};
+  return {of_query, dkey_value};
 }
 
-// Puts behind results: the gradient of a memory of which all is read and rewritten; else, if it
-// needs one, that of the rows that are rewritten, and that of key and value.
-void put_memory(std::vector<Tensor>& results, const OptionalTensor& drows, const Tensor& dkey_value,
+// Puts the gradient of a memory behind `results`, of which all is read and rewritten; else that of
+// the rows that are rewritten, and that of what is read.
+void put_memory(std::vector<Tensor>& results, const Tensor& drows, const Tensor& dkey_value,
                 bool is_whole, const std::vector<OptionalTensor>& weights, int64_t ways) {
-  if (!drows || !is_whole) {
-    if (drows) results.push_back(*drows);
-    results.push_back(dkey_value);
-    return;
+  if (!is_whole) results.push_back(drows);
+  Sum total(is_whole ? OptionalTensor(matrix(drows)) : std::nullopt);
+  for (int64_t part = 0; part < 2; ++part) {
+    const Tensor& weight = given(weights[1 + part]);
+    total.add_product(part_of(dkey_value, part, weight.size(0)), weight, ways & kSlotsBackward);
   }
-  const Tensor &key = given(weights[1]), &value = given(weights[2]), of_bank = matrix(dkey_value);
-  const int64_t dim = last_size(key);
-  Sum total(matrix(*drows));
-  if (of_bank.size(0) >= dim) {
-    total.add_product(of_bank, joined(key, value), ways & kSlotsWideBackward);
-  } else {
-    for (int64_t part = 0; part < 2; ++part) {
-      total.add_product(columns_of(of_bank, part * dim, dim), part == 0 ? key : value,
-                        ways & kSlotsBackward);
-    }
-  }
-  results.push_back(rows_of(total.total(), drows->size(0)));
+  results.push_back(rows_of(total.take(), dkey_value.size(1)));
 }
 
 // --- the paper's layer ---------------------------------------------------------------------------
@@ -349,7 +329,7 @@ std::vector<Tensor> paper_layer_backward(
   const Attended kept = {bank, query, key, value, by_head, statistics, slot_mask, seed};
   const bool shows_read = candidate && output == "read";
   const OptionalTensor shown = shows_read ? OptionalTensor(out) : std::nullopt;
-  auto [dcandidate, drows, dgates, _, dshown] = Ops::memory_update_backward(
+  auto [dcandidate, drows, dgates, _, dshown] = Ops::memory_update_backward<true>(
       doutput, dnew_rows, candidate ? *candidate : out, rows, input_gate, forget_gate, output_gate,
       std::nullopt, shown, output, 1, true, needs_drows, true, false, shows_read);
   const Tensor x_rows = matrix(x), out_rows = matrix(out);
@@ -365,30 +345,22 @@ std::vector<Tensor> paper_layer_backward(
   dread.add(matrix(std::exchange(dcandidate, Tensor())));
   if (shows_read) dread.add(matrix(std::exchange(dshown, Tensor())));
   {
-    const Tensor gates = strided(dense(dgates), {x_rows.size(0), 3 * dim}, {3 * dim, 1});
-    dgates = Tensor();
     // of the input, the forget and the output gate, whose Linear comes before both
-    const Tensor parts[] = {columns_of(gates, 0, dim), columns_of(gates, dim, dim),
-                            columns_of(gates, 2 * dim, dim)};
+    const Tensor parts[] = {part_of(dgates, 0, dim), part_of(dgates, 1, dim),
+                            part_of(dgates, 2, dim)};
+    dgates = Tensor();
     gradients_of_linear(of_gates, copies, parts[0], x_rows, has_bias[4], of_weight);
     gradients_of_linear(of_gates, copies, parts[1], out_rows, has_bias[5], of_weight);
     gradients_of_linear(of_gates, copies, parts[2], out_rows, has_bias[3], of_weight);
     dx.add_product(parts[0], given(weights[4]), square);
-    if (x_rows.size(0) >= dim) {
-      dread.add_product(columns_of(gates, dim, 2 * dim),
-                        joined(given(weights[5]), given(weights[3])), ways & kWideBackward);
-    } else {
-      // joined weights would be more to copy than what they are multiplied with
-      dread.add_product(parts[1], given(weights[5]), square);
-      dread.add_product(parts[2], given(weights[3]), square);
-    }
+    dread.add_product(parts[1], given(weights[5]), square);
+    dread.add_product(parts[2], given(weights[3]), square);
   }
   const auto [dquery, dkey_value] =
       attend_backward(of_readers, copies, dread.take(), x_rows, kept, has_bias, ways, how);
   dx.add_product(dquery, given(weights[0]), square);
-  std::vector<Tensor> results = {dx.total()};
-  put_memory(results, needs_drows ? OptionalTensor(drows) : std::nullopt, dkey_value, is_whole,
-             weights, ways);
+  std::vector<Tensor> results = {dx.take()};
+  if (needs_drows) put_memory(results, drows, dkey_value, is_whole, weights, ways);
   for (const auto* more : {&of_readers, &of_candidate, &of_gates}) {
     results.insert(results.end(), more->begin(), more->end());
   }
@@ -549,7 +521,7 @@ Tensor mlp_backward(std::vector<Tensor>& of_mlp, Copies& copies, const Tensor& d
                         mixed[i - 1].data_ptr(), dmixed.data_ptr()});
   }
   total.add(dmixed);
-  return rows_of(total.total(), dattended.size(0));
+  return rows_of(total.take(), dattended.size(0));
 }
 
 // Takes the weights in the order of the parameters up to kFirstNorm, and which of those Linears
@@ -576,9 +548,11 @@ std::vector<Tensor> release_layer_backward(
   const int64_t dim = x.size(2);
   const bool square = ways & kTokensBackward, of_weight = ways & kTokensWeight;
   const Tensor x_rows = matrix(x);
-  auto [dcandidate, dwritten, dgates, by_slot, dread_of_update] = Ops::memory_update_backward(
-      doutput, dnew_rows, candidate, rows, columns_of(gates, 0, dim), columns_of(gates, dim, dim),
-      std::nullopt, gate_bias, std::nullopt, "read", 1, true, needs_drows, true, false, false);
+  auto [dcandidate, dwritten, dgates, by_slot, dread_of_update] =
+      Ops::memory_update_backward<false>(doutput, dnew_rows, candidate, rows,
+                                         columns_of(gates, 0, dim), columns_of(gates, dim, dim),
+                                         std::nullopt, gate_bias, std::nullopt, "read", 1, true,
+                                         needs_drows, true, false, false);
   Copies copies;
   GateGradients of_gates = gates_backward(copies, std::exchange(dgates, Tensor()), gate_bias,
                                           rows_tanh, pooled, weights, has_bias, ways, needs_drows);
@@ -615,9 +589,8 @@ std::vector<Tensor> release_layer_backward(
       of_gates.dpooled, dnew_sum, x, pool_weight, prefix, num_pooled, true, true, false);
   dx.add(matrix(of_x));
 
-  std::vector<Tensor> results = {dx.total()};
-  put_memory(results, needs_drows ? OptionalTensor(drows) : std::nullopt, dkey_value, is_whole,
-             weights, ways);
+  std::vector<Tensor> results = {dx.take()};
+  if (needs_drows) put_memory(results, drows, dkey_value, is_whole, weights, ways);
   for (const auto* more :
        {&of_readers, &of_mlp, &of_gates.of_pooled, &of_gates.of_rows, &of_candidate}) {
     results.insert(results.end(), more->begin(), more->end());

@@ -591,15 +591,16 @@ static void backward_item(const MemoryAttentionBackward& args, const Head<S, T>&
   }
 }
 
-// One slot's rows of dkey and dvalue, to the dtype and layout of the result (B, N, 2, H, K).
+// One slot's rows of dkey and dvalue, to the dtype and layout of the result.
 template <class S, class T>
 static void put_bank(const MemoryAttentionBackward& args, int64_t batch_and_head, int64_t slot,
                      const typename S::Scalar* dkey, const typename S::Scalar* dvalue) {
   const int64_t b = batch_and_head / args.heads, h = batch_and_head % args.heads;
-  T* const row = static_cast<T*>(args.dkey_value) +
-                 (((b * args.slots + slot) * 2) * args.heads + h) * args.width;
+  const int64_t index = b * args.slots + slot, size = args.heads * args.width;
+  T* const row =
+      static_cast<T*>(args.dkey_value) + (args.apart ? index : 2 * index) * size + h * args.width;
   narrow<S>(dkey, row, args.width);
-  narrow<S>(dvalue, row + args.heads * args.width, args.width);
+  narrow<S>(dvalue, row + (args.apart ? args.batch * args.slots * size : size), args.width);
 }
 
 // The gradient of a few rows: as forward_few, and a slot's row of dkey and of dvalue is a sum of as

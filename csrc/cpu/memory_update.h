@@ -271,6 +271,7 @@ static void update_backward(const MemoryUpdateBackward& args) {
   const bool release = !args.output_gate, has_read = static_cast<bool>(args.read);
   const bool reaches_memory = args.dnew_memory || release;
   const int64_t gates = release ? 2 : 3;
+  const int64_t gate_stride = args.width * (args.apart ? args.batch * args.tokens : 1);
   for_each_piece(args, [&](const SlotPiece& piece) {
     alignas(64) Scalar all_buffers[kInputs + (kMany ? 16 : 10)][kPiece];
     Scalar(*const buffers)[kPiece] = all_buffers + kInputs;
@@ -303,10 +304,11 @@ static void update_backward(const MemoryUpdateBackward& args) {
       const int64_t offset = piece.token_offset(args, k);
       const auto dcandidate = place<S>(args.dcandidate, args.dtype, offset, buffers[3]);
       const auto dread = place<S>(args.dread, args.dtype, offset, buffers[7]);
-      const int64_t first_gate = gates * (offset - piece.column) + piece.column;
+      const int64_t first_gate =
+          args.apart ? offset : gates * (offset - piece.column) + piece.column;
       const auto gate = [&](int64_t index, Scalar* buffer) {
         return place<S>(index < gates ? args.dgates : nullptr, args.dtype,
-                        first_gate + index * args.width, buffer);
+                        first_gate + index * gate_stride, buffer);
       };
       const auto dinput = gate(0, buffers[4]);
       const auto dforget = gate(1, buffers[5]);

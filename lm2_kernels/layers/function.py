@@ -404,24 +404,42 @@ def of_memory(
     value_weight: Tensor,
 ) -> Tensor | None:
     """The gradient of a memory: of what was kept, of the rows that were rewritten, of the read."""
+    total = of_bank(options, rows, drows, dbank)
+    if dkey_value is None:
+        return total.total
+    slot_mask, is_whole = reading.slot_mask, dkey_value.shape[1] == options.read.num_slots
+    of_read = total if is_whole and slot_mask is None else Sum()
+    of_read.add_products(dkey_value, key_weight, value_weight)
+    if of_read is total:
+        return total.total
+    return with_read(options, rows, total, of_read.total, slot_mask)
+
+
+def of_bank(options: Options, rows: Tensor, drows: Tensor | None, dbank: Tensor | None) -> Sum:
+    """The same, but for the read."""
     num_slots, total = options.read.num_slots, Sum()
-    shape = (rows.shape[0], num_slots, rows.shape[2])
     if rows.shape[1] == num_slots:
         total.add(drows)
     elif drows is not None or dbank is not None:
+        shape = (rows.shape[0], num_slots, rows.shape[2])
         whole = rows.new_zeros(shape) if dbank is None else dbank.clone()
         place = options.read.slot_offset, rows.shape[1]
         whole.narrow(1, *place).copy_(whole.new_zeros(()) if drows is None else drows)
         total.add(whole)
-    if dkey_value is None:
-        return total.total
-    seen, slot_mask = dkey_value.shape[1], reading.slot_mask
-    of_read = total if seen == num_slots and slot_mask is None else Sum()
-    of_read.add_products(dkey_value, key_weight, value_weight)
-    if of_read is not total:
-        if slot_mask is not None:
-            of_read.total.masked_fill_(~slot_mask[:, :, None], 0.0)
-        if total.total is None:
-            total.add(rows.new_zeros(shape))
-        total.total[:, :seen] += of_read.total
+    return total
+
+
+def with_read(
+    options: Options,
+    rows: Tensor,
+    total: Sum,
+    of_read: Tensor,  # (B, N or fewer, D), ours
+    slot_mask: Tensor | None,
+) -> Tensor:
+    """The sum, with what is read of those slots that take part."""
+    if slot_mask is not None:
+        of_read.masked_fill_(~slot_mask[:, :, None], 0.0)
+    if total.total is None:
+        total.add(rows.new_zeros(rows.shape[0], options.read.num_slots, rows.shape[2]))
+    total.total[:, : of_read.shape[1]] += of_read
     return total.total

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import cpp, cpu_products
-from lm2_kernels.layers.function import Options, Reading, Tensors, bank_of, of_memory
+from lm2_kernels.layers.function import Options, Reading, Tensors, bank_of, of_bank, with_read
 
 # off: a layer's parts are called one by one, as they are where anybody records them
 enabled = True
@@ -81,7 +81,6 @@ def _ways_of(tokens: int, slots: int, num_pooled: int, dim: int) -> int:
             (tokens, dim, dim, True, True),
             (slots, dim, dim, True, True),
             (tokens, 2 * dim, dim, True, True),
-            (slots, 2 * dim, dim, True, True),
             (num_pooled, 2 * dim, dim, True, True),
             (dim, tokens, dim, False, True),
             (dim, slots, dim, False, True),
@@ -104,17 +103,16 @@ def _of_memory(
     rows: Tensor,
     dbank: Tensor | None,
     reading: Reading,
-    weights: Tensors,
     needs_memory: bool,
     is_whole: bool,
 ) -> Tensor | None:
     """The next gradient, a memory's, or what it is made of."""
     if not needs_memory:
-        next(found)
         return None
     if is_whole:
         return next(found)
-    return of_memory(options, rows, next(found), dbank, reading, next(found), *weights[1:3])
+    total = of_bank(options, rows, next(found), dbank)
+    return with_read(options, rows, total, next(found), reading.slot_mask)
 
 
 def paper_forward(
@@ -186,7 +184,7 @@ def paper_backward(
         )
     )
     dx = next(found)
-    dmemory = _of_memory(options, found, rows, dbank, reading, weights, needs_memory, is_whole)
+    dmemory = _of_memory(options, found, rows, dbank, reading, needs_memory, is_whole)
     # query, key, value, candidate, input, forget and output gate
     of = {place: _take(found, pairs[place]) for place in (0, 1, 2, 6, 4, 5, 3)}
     return dx.view(x.shape), dmemory, None, None, *(t for place in range(7) for t in of[place])
@@ -280,7 +278,7 @@ def release_backward(
         )
     )
     dx = next(found)
-    dmemory = _of_memory(options, found, rows, dbank, reading, weights, needs_memory, is_whole)
+    dmemory = _of_memory(options, found, rows, dbank, reading, needs_memory, is_whole)
     of_linears = [_take(found, pair) for pair in pairs]
     of_parameters = *(gradient for pair in of_linears for gradient in pair), *found
     return dx.view(x.shape), dmemory, None, None, None, *of_parameters

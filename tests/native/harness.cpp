@@ -98,6 +98,12 @@ struct Buffer {
   }
 };
 
+#ifdef HARNESS_CUDA
+constexpr bool kHasApart = false;
+#else
+constexpr bool kHasApart = true;
+#endif
+
 std::vector<std::unique_ptr<Buffer>> buffers;
 const char* current = "";
 
@@ -209,8 +215,10 @@ void attention(const Attention& c, Dtype dtype, Layout layout) {
   forward.statistics = result("statistics", 2 * c.batch * c.heads * c.tokens, wide);
   run("memory_attention_forward", forward, device::memory_attention_forward);
   for (int needs = kFirstSubset; needs < 4; ++needs) {
-    MemoryAttentionBackward backward = {common,  {},      {},     forward.statistics,
-                                        nullptr, nullptr, nullptr};
+    MemoryAttentionBackward backward = {};
+    static_cast<MemoryAttention&>(backward) = common;
+    backward.statistics = forward.statistics;
+    backward.apart = kHasApart && c.causal;
     backward.dout = input(dtype, layout, c.batch, c.tokens, c.heads, c.width);
     backward.out = {forward.out, dtype, c.tokens * c.heads * c.width, c.heads * c.width, c.width};
     if (needs & 1) backward.dquery = result("dquery", read, dtype);
@@ -263,6 +271,7 @@ void update(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype str
   for (int given = kFirstSubset; given < 4; ++given) {
     MemoryUpdateBackward backward = {};
     static_cast<MemoryUpdate&>(backward) = common;
+    backward.apart = kHasApart && c.paper;
     if (given & 1) backward.doutput = input(stream, layout, batch, tokens, 1, width);
     if (given & 2) backward.dnew_memory = input(stream, layout, batch, slots, 1, width);
     backward.dcandidate = result("dcandidate", size, dtype);
@@ -388,6 +397,20 @@ void transpose(int64_t rows, int64_t columns, Dtype dtype, Layout layout) {
   buffers.clear();
 }
 
+void elementwise(int64_t rows, int64_t columns, Dtype dtype) {
+  const View term = input(dtype, Layout::unaligned, 1, rows, 1, columns);
+  for (int64_t stride : {int64_t{0}, columns}) {
+    const View total = input(dtype, Layout::dense, 1, rows, 1, columns);
+    cpu::Add args = {rows, columns, dtype, total.data, term.data, stride};
+    run("add", args, cpu::add);
+  }
+  const View activated = input(dtype, Layout::dense, 1, rows, 1, columns);
+  cpu::ReluBackward args = {rows * columns, dtype, term.data, activated.data,
+                            result("of relu", rows * columns, dtype)};
+  run("relu_backward", args, cpu::relu_backward);
+  buffers.clear();
+}
+
 void tanh(int64_t batch, int64_t rows, int64_t width, Dtype dtype, Layout layout) {
   cpu::Tanh args = {batch, rows, width, input(dtype, layout, batch, rows, 1, width), nullptr};
   args.result = result("tanh", batch * rows * width, dtype);
@@ -451,6 +474,7 @@ int main() {
     tanh(1, 7, 1030, dtype, Layout::strided);
     for (const Layout layout : layouts) {
       if (dtype == stream) transpose(37, 53, dtype, layout);
+      if (dtype == stream && layout == Layout::dense) elementwise(7, 600, dtype);
       tanh(2, 3, 21, dtype, layout);
     }
     pool(3, 130, 517, dtype, dtype, true, Layout::strided);
