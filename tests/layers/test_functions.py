@@ -361,6 +361,45 @@ def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
     assert_rule(compare)
 
 
+def _refusals(kind):
+    """Places of the arguments of a layer in one call, what breaks them, and what is said then."""
+    parameters = 6 if kind is lm2.ReleaseMemory else 5
+    return (
+        (0, lambda x: x.mT.contiguous().mT, "has gaps"),
+        (0, lambda x: x[:0], "is empty|has no data|B"),
+        (0, lambda x: x.flatten(0, 1), "B, L, D|B, T, D|have shape"),
+        # by PyTorch, in its words
+        (2, lambda bank: bank[..., :-1].contiguous(), ""),
+        (parameters, lambda p: p[:-1], "parameters"),
+        (parameters, lambda p: (None, *p[1:]), "missing"),
+        (parameters + 2, lambda heads: heads + 2, "heads"),
+    )
+
+
+@needs_cpp
+@both_layers
+def test_what_the_operators_of_layers_refuse(kind):
+    """They can be reached without Python's checks."""
+    calls, original = [], cpp.call
+
+    def call(*args):
+        calls.append(args)
+        return original(*args)
+
+    layer, (x, memory) = make_layer(kind), make_inputs(N)
+    with mock.patch.object(cpp, "call", call):
+        outputs = layer(x, memory)
+        torch.autograd.grad([o.sum() for o in outputs], layer.query_proj.weight)
+    (forward, *arguments), *_ = calls
+    assert forward == f"{ONE_CALL[kind]}_forward"
+    with torch.no_grad():
+        for place, change, message in _refusals(kind):
+            changed = [*arguments]
+            changed[place] = change(changed[place])
+            with pytest.raises(RuntimeError, match=message):
+                original(forward, *changed)
+
+
 LOW = {
     "bfloat16": (torch.bfloat16, {}, {}),
     "float16": (torch.float16, {}, {}),
