@@ -160,8 +160,17 @@ RESULTS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 NORM = "residual_layer_norm"
 NORM_AND_TANH = "residual_layer_norm_and_tanh"
 NORM_OF_RELU = "residual_layer_norm_of_relu"
+_OP_OF = {NORM_AND_TANH: NORM, NORM_OF_RELU: NORM}
 # what a backend may have besides
 OPTIONAL = tuple(
     f"{name}_{way}" for name in (NORM_AND_TANH, NORM_OF_RELU) for way in ("forward", "backward")
 )
+
+
+def op_and_way(function: str) -> tuple[str, str]:
+    """The op whose work a backend's function does, and "forward" or "backward"."""
+    name, _, way = function.rpartition("_")
+    return _OP_OF.get(name, name), way
+
+
 OPS = tuple(name.removesuffix("_forward") for name in RESULTS if name.endswith("_forward"))
