@@ -166,8 +166,8 @@ def test_a_layer_goes_by_its_backend(backend, monkeypatch):
         layer = lm2.ReleaseMemory(8, 2, backend=backend if asked == "of the layer" else None)
         with lm2.use_backend(backend):
             one = layer(*inputs)
-            assert bool(calls) == is_by_kernel
-            calls.clear()
+            # the norm's kernel takes it along, or it is PyTorch's
+            assert not calls
             with made_of_ops():
                 of_ops = layer(*inputs)
             assert bool(calls) == is_by_kernel

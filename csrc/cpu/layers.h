@@ -386,8 +386,9 @@ enum Parameter {
 template <class Scalar>
 void add_biases(const Tensor& gates, const Tensor& input_bias, const Tensor& forget_bias) {
   for (const Tensor& bias : {input_bias, forget_bias}) {
-    check(dense(bias).numel() == 1 && bias.scalar_type() == gates.scalar_type(), kLayer,
-          "the gates' biases must be one number each");
+    check(bias.is_cpu() && bias.numel() == 1 && bias.scalar_type() == gates.scalar_type() &&
+              storage_covers(bias),
+          kLayer, "the gates' biases must be one number each");
   }
   const int64_t width = last_size(gates);
   const Tensor both = torch::stable::new_empty(gates, {width});

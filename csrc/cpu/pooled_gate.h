@@ -226,7 +226,7 @@ void pooled_gate_backward(const PooledGateBackward& args) {
     Scalar* const dactive = sums + item * stride;
     Scalar* const dweight = needs_dweight ? dweights + item * stride : nullptr;
     for (int64_t i = 0; needs_dweight && i < width; ++i) dweight[i] = 0;
-    if (!scans) {
+    if (!args.prefix) {
       // upwards, as memory is read ahead
       for (int64_t t = first; t < end; ++t) {
         pool_row_backward<S>(args, b, t, weight, dactive, dweight);
@@ -234,7 +234,7 @@ void pooled_gate_backward(const PooledGateBackward& args) {
       return;
     }
     for (int64_t t = end - 1; t >= first; --t) {
-      add_share<S>(args, b, t, dactive);
+      if (scans) add_share<S>(args, b, t, dactive);
       pool_row_backward<S>(args, b, t, weight, dactive, dweight);
     }
   });

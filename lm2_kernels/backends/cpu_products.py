@@ -100,18 +100,17 @@ def is_large(dtype: torch.dtype, a: Tensor, columns: int) -> bool:
     multiplications = a.numel() * columns
     if dtype != torch.float32:
         return multiplications >= fewest and a.numel() >= _MIN_ROWS * a.shape[-1]
-    # the others are asked most often, and have no shape to look at
-    return multiplications >= _MIN_MULTIPLICATIONS_OF_FEW and _is_large_float32(
+    if multiplications >= fewest:
+        return True
+    # the least are asked for most often
+    return multiplications >= _MIN_MULTIPLICATIONS_OF_FEW and _is_long_walk(
         multiplications, _rows_or_terms(a)
     )
 
 
-def _is_large_float32(multiplications: int, rows_or_terms: int) -> bool:
-    if multiplications >= _MIN_MULTIPLICATIONS[torch.float32]:
-        return True
-    if multiplications < _MIN_MULTIPLICATIONS_OF_FEW:
-        return False
-    return rows_or_terms <= _FEW and multiplications >= rows_or_terms * _MIN_WALK
+def _is_long_walk(multiplications: int, rows_or_terms: int) -> bool:
+    is_many = multiplications >= _MIN_MULTIPLICATIONS_OF_FEW
+    return is_many and rows_or_terms <= _FEW and multiplications >= rows_or_terms * _MIN_WALK
 
 
 def _rows_or_terms(a: Tensor) -> int:
@@ -206,7 +205,8 @@ def is_by_onednn(rows: int, terms: int, columns: int, dense_a: bool, dense_b: bo
     oneDNN. Of a dense one rows are contiguous, of another columns.
     """
     multiplications, few = rows * terms * columns, rows if dense_a else terms
-    if not _is_large_float32(multiplications, few):
+    is_large = multiplications >= _MIN_MULTIPLICATIONS[torch.float32]
+    if not is_large and not _is_long_walk(multiplications, few):
         return False
     size = _FEW if few <= _FEW else _size_of(multiplications)
     return _ratio(torch.float32, dense_a, dense_b, size) > _MARGIN

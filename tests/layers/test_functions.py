@@ -342,8 +342,7 @@ def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
     """By either way of products: the bits of the parts, gradients by the rule."""
     monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, way)
     monkeypatch.setattr(in_cpp, "_ways", {})
-    monkeypatch.setattr(cpu_products, "_is_large_float32", lambda *_: True)
-    monkeypatch.setattr(cpu_products, "is_large", lambda dtype, *_: dtype == torch.float32)
+    monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, torch.float32, 0)
 
     def compare(seed: int) -> list[testing.Comparison]:
         layer, inputs, truth = lowered(kind, options, torch.float32, {}, seed, tokens, tokens)
@@ -369,7 +368,7 @@ def _refusals(kind):
         (0, lambda x: x[:0], "is empty|has no data|B"),
         (0, lambda x: x.flatten(0, 1), "B, L, D|B, T, D|have shape"),
         # by PyTorch, in its words
-        (2, lambda bank: bank[..., :-1].contiguous(), ""),
+        (2, lambda bank: bank[..., :-1].contiguous(), None),
         (parameters, lambda p: p[:-1], "parameters"),
         (parameters, lambda p: (None, *p[1:]), "missing"),
         (parameters + 2, lambda heads: heads + 2, "heads"),
