@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lm2_kernels import backends
 from lm2_kernels.backends import cpp, eager
-from lm2_kernels.backends.contract import RESULTS
+from lm2_kernels.backends.contract import OPTIONAL, RESULTS
 
 
 def run(backend: str, function: str, *args):
@@ -70,6 +70,9 @@ def _register(function: str) -> None:
 
 for _function in RESULTS:
     _register(_function)
+for _function, _results in OPTIONAL.items():
+    if cpp.has(_function):
+        torch.library.register_fake(f"{cpp.NAMESPACE}::{_function}", _results)
 if cpp.has("transposed_and_sums"):
 
     @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed_and_sums")

@@ -16,38 +16,37 @@ namespace {
 using Ops = Bindings<Cpu>;
 namespace stable_detail = torch::stable::detail;
 
-// Which products go to oneDNN: by rows of tokens, of slots or of what is pooled, and for a Linear
-// of width D or 2 D. cpu_products.py has measured it.
-enum Way : int64_t {
-  kTokens = 1 << 0,
-  kSlots = 1 << 1,
-  kWide = 1 << 2,
-  kPooled = 1 << 3,
-  // gradients of what is multiplied
-  kTokensBackward = 1 << 4,
-  kSlotsBackward = 1 << 5,
-  kWideBackward = 1 << 6,
-  kPooledBackward = 1 << 7,
-  // gradients of weights
-  kTokensWeight = 1 << 8,
-  kSlotsWeight = 1 << 9,
-  kWideWeight = 1 << 10,
-  kPooledWeight = 1 << 11,
+// Which products go to oneDNN: by rows of tokens, of slots or of what is pooled, for a Linear of
+// width D or 2 D. cpu_products.py has measured it.
+enum ForwardWay : int64_t { kTokens = 1 << 0, kSlots = 1 << 1, kWide = 1 << 2, kPooled = 1 << 3 };
+enum BackwardWay : int64_t {
+  // gradients of what is multiplied, and of weights
+  kOfTokens = 1 << 0,
+  kOfSlots = 1 << 1,
+  kTokensWeight = 1 << 2,
+  kSlotsWeight = 1 << 3,
+  // of the Linears of width 2 D
+  kOfWide = 1 << 4,
+  kOfPooled = 1 << 5,
+  kWideWeight = 1 << 6,
+  kPooledWeight = 1 << 7,
 };
+
+constexpr const char* kLayer = "layer";
 
 // A PyTorch operator by its name.
 template <class... Args>
 Tensor aten_overload(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{stable_detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  if (torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION) != 0) {
+    check(false, kLayer, name, " failed; PyTorch has written why to stderr");
+  }
   return stable_detail::to<Tensor>(stack[0]);
 }
 template <class... Args>
 Tensor aten(const char* name, const Args&... args) {
   return aten_overload(name, "", args...);
 }
-
-constexpr const char* kLayer = "layer";
 
 // What is reinterpreted below, or given to a kernel as a pointer.
 const Tensor& dense(const Tensor& tensor) {
@@ -57,9 +56,29 @@ const Tensor& dense(const Tensor& tensor) {
   return tensor;
 }
 
+// What the kernels of this file know.
+Dtype float_of(const Tensor& tensor) {
+  const Dtype dtype = dtype_of(kLayer, "a tensor", tensor);
+  check(dtype == accumulation(dtype), kLayer, "tensors must be float32 or float64");
+  return dtype;
+}
+
 const Tensor& given(const OptionalTensor& tensor) {
   check(tensor.has_value(), kLayer, "a tensor is missing");
   return *tensor;
+}
+
+// The weights of Linears, of `wide` ones (2 D, D).
+void check_weights(const std::vector<OptionalTensor>& weights, int64_t dim,
+                   std::initializer_list<size_t> wide = {}) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!weights[i]) continue;
+    int64_t rows = dim;
+    for (size_t place : wide) rows = i == place ? 2 * dim : rows;
+    const Tensor& weight = dense(*weights[i]);
+    check(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == dim, kLayer,
+          "a weight must be (", rows, ", ", dim, ")");
+  }
 }
 
 // A view from element `first` on, of those that `tensor` has.
@@ -80,7 +99,9 @@ Tensor matrix(const Tensor& tensor) {
   return strided(tensor, {tensor.numel() / columns, columns}, {columns, 1});
 }
 Tensor rows_of(const Tensor& tensor, int64_t batch) {
-  const int64_t columns = last_size(dense(tensor)), rows = tensor.numel() / columns / batch;
+  const int64_t columns = last_size(dense(tensor));
+  check(batch > 0 && tensor.numel() % (columns * batch) == 0, kLayer, "a batch must divide rows");
+  const int64_t rows = tensor.numel() / columns / batch;
   return strided(tensor, {batch, rows, columns}, {rows * columns, columns, 1});
 }
 Tensor by_heads(const Tensor& rows, int64_t heads) {
@@ -115,12 +136,14 @@ void add_to(const Tensor& total, const Tensor& term) {
   check(total.scalar_type() == term.scalar_type() && last_size(total) == columns &&
             (is_row || term.numel() == total.numel()),
         kLayer, "terms of a sum must agree");
-  cpu::add({rows, columns, dtype_of(kLayer, "term", total), total.data_ptr(), term.data_ptr(),
-            is_row ? 0 : columns});
+  cpu::add(
+      {rows, columns, float_of(total), total.data_ptr(), term.data_ptr(), is_row ? 0 : columns});
 }
 
 // x @ weight^T by oneDNN, rows of x by rows of weight.
 Tensor onednn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
+  // it would read it as if it had no strides
+  check(!bias || bias->is_contiguous(), kLayer, "a bias must have no gaps");
   return aten("mkldnn::_linear_pointwise", x, weight, bias, std::string("none"),
               std::vector<double>{}, std::optional<std::string>(""));
 }
@@ -157,9 +180,8 @@ class Copies {
     }
     OptionalTensor sums;
     if (needs_sums) sums = torch::stable::new_empty(matrix, {columns});
-    cpu::transpose({rows, columns, dtype_of(kLayer, "matrix", matrix), matrix.data_ptr(),
-                    matrix.stride(0), memory_->data_ptr(),
-                    needs_sums ? sums->data_ptr() : nullptr});
+    cpu::transpose({rows, columns, float_of(matrix), matrix.data_ptr(), matrix.stride(0),
+                    memory_->data_ptr(), needs_sums ? sums->data_ptr() : nullptr});
     return {strided(*memory_, {columns, rows}, {rows, 1}), sums};
   }
 
@@ -238,6 +260,8 @@ Attended attend(const Tensor& x, const Tensor& bank, const OptionalTensor& slot_
 // Part `index` of (parts, ...), a matrix.
 Tensor part_of(const Tensor& parts, int64_t index, int64_t columns) {
   const int64_t size = dense(parts).numel() / parts.size(0);
+  check(index < parts.size(0) && columns > 0 && size % columns == 0, kLayer,
+        "there is no such part");
   return strided(parts, {size / columns, columns}, {columns, 1}, index * size);
 }
 
@@ -268,7 +292,7 @@ void put_memory(std::vector<Tensor>& results, const Tensor& drows, const Tensor&
   Sum total(is_whole ? OptionalTensor(matrix(drows)) : std::nullopt);
   for (int64_t part = 0; part < 2; ++part) {
     const Tensor& weight = given(weights[1 + part]);
-    total.add_product(part_of(dkey_value, part, weight.size(0)), weight, ways & kSlotsBackward);
+    total.add_product(part_of(dkey_value, part, weight.size(0)), weight, ways & kOfSlots);
   }
   results.push_back(rows_of(total.take(), dkey_value.size(1)));
 }
@@ -284,10 +308,12 @@ std::vector<Tensor> paper_layer_forward(const Tensor& x, const Tensor& rows, con
                                         int64_t heads, bool causal, int64_t slot_offset,
                                         double scale, std::optional<int64_t> top_k,
                                         double dropout_p, const std::string& output, bool keeps) {
-  check(p.size() == 14, kLayer, "there must be 14 parameters");
+  check(p.size() == 14 && dense(x).dim() == 3, kLayer, "there must be 14 parameters, x (B, T, D)");
+  float_of(x);
   const Attending how = {heads, causal, slot_offset, scale, top_k, dropout_p};
-  const Attended read = attend(x, bank, slot_mask, seed, p, ways, how);
+  Attended read = attend(x, bank, slot_mask, seed, p, ways, how);
   const Tensor out = merged(read.out);
+  if (!keeps) read = {};
   OptionalTensor candidate;
   if (p[12]) {
     candidate = linear(x, given(p[12]), p[13], ways & kTokens);
@@ -324,7 +350,10 @@ std::vector<Tensor> paper_layer_backward(
     const std::vector<OptionalTensor>& weights, const std::vector<bool>& has_bias, int64_t ways,
     int64_t heads, bool causal, int64_t slot_offset, double scale, std::optional<int64_t> top_k,
     double dropout_p, const std::string& output, bool needs_drows, bool is_whole) {
-  check(weights.size() == 7 && has_bias.size() == 7, kLayer, "there must be 7 Linears");
+  check(weights.size() == 7 && has_bias.size() == 7 && dense(x).dim() == 3, kLayer,
+        "there must be 7 Linears, x (B, T, D)");
+  float_of(x);
+  check_weights(weights, last_size(x));
   const Attending how = {heads, causal, slot_offset, scale, top_k, dropout_p};
   const Attended kept = {bank, query, key, value, by_head, statistics, slot_mask, seed};
   const bool shows_read = candidate && output == "read";
@@ -334,7 +363,7 @@ std::vector<Tensor> paper_layer_backward(
       std::nullopt, shown, output, 1, true, needs_drows, true, false, shows_read);
   const Tensor x_rows = matrix(x), out_rows = matrix(out);
   const int64_t dim = last_size(x);
-  const bool square = ways & kTokensBackward, of_weight = ways & kTokensWeight;
+  const bool square = ways & kOfTokens, of_weight = ways & kTokensWeight;
   std::vector<Tensor> of_candidate, of_gates, of_readers;
   Copies copies;
   Sum dx(matrix(doutput)), dread;
@@ -372,8 +401,8 @@ std::vector<Tensor> paper_layer_backward(
 // Places of release_function.ReleaseParameters.
 enum Parameter {
   kMlp = 6,
-  kOfPooled = 8,
-  kOfRows = 10,
+  kPooledLinear = 8,
+  kRowsLinear = 10,
   kCandidate = 12,
   kFirstNorm = 14,
   kSecondNorm = 16,
@@ -381,6 +410,7 @@ enum Parameter {
   kInputBias,
   kForgetBias
 };
+constexpr int64_t kMostApplications = 1 << 16;
 
 // gates += [input_bias | forget_bias], both of one element.
 template <class Scalar>
@@ -409,14 +439,16 @@ std::vector<Tensor> release_layer_forward(
     const std::vector<OptionalTensor>& p, int64_t ways, int64_t heads, bool causal,
     int64_t slot_offset, double scale, std::optional<int64_t> top_k, double dropout_p, bool prefix,
     int64_t num_pooled, int64_t applications, double first_eps, double second_eps, bool keeps) {
-  check(p.size() == kForgetBias + 1 && applications > 0, kLayer,
+  check(p.size() == kForgetBias + 1 && applications > 0 && applications < kMostApplications, kLayer,
         "there must be 21 parameters, and an MLP");
-  check(x.dim() == 3, kLayer, "x must be (B, T, D)");
+  check(dense(x).dim() == 3, kLayer, "x must be (B, T, D)");
+  float_of(x);
   const Attending how = {heads, causal, slot_offset, scale, top_k, dropout_p};
   const int64_t dim = x.size(2);
   auto [pooled, new_sum] =
       Ops::pooled_gate_forward(x, given(p[kPool]), pooled_sum, prefix, num_pooled);
-  const Tensor gate_bias = linear(pooled, given(p[kOfPooled]), p[kOfPooled + 1], ways & kPooled);
+  const Tensor gate_bias =
+      linear(pooled, given(p[kPooledLinear]), p[kPooledLinear + 1], ways & kPooled);
   const bool is_float64 = x.scalar_type() == ScalarType::Double;
   (is_float64 ? add_biases<double> : add_biases<float>)(gate_bias, given(p[kInputBias]),
                                                         given(p[kForgetBias]));
@@ -444,7 +476,7 @@ std::vector<Tensor> release_layer_forward(
     add_to(of_token, candidate);
     candidate = of_token;
   }
-  const Tensor gates = linear(rows_tanh, given(p[kOfRows]), p[kOfRows + 1], ways & kWide);
+  const Tensor gates = linear(rows_tanh, given(p[kRowsLinear]), p[kRowsLinear + 1], ways & kWide);
   auto [output, new_rows] = Ops::memory_update_forward(
       x, candidate, rows, columns_of(gates, 0, dim), columns_of(gates, dim, dim), std::nullopt,
       gate_bias, std::nullopt, "read", 1);
@@ -486,17 +518,17 @@ GateGradients gates_backward(Copies& copies, const Tensor& dgates, const Tensor&
                       ways & kWideWeight);
   gradients_of_linear(found.of_pooled, copies, of_bias, matrix(pooled), false,
                       ways & kPooledWeight);
-  for (const auto& [results, linear] :
-       {std::pair(&found.of_rows, kOfRows / 2), std::pair(&found.of_pooled, kOfPooled / 2)}) {
+  for (const auto& [results, linear] : {std::pair(&found.of_rows, kRowsLinear / 2),
+                                        std::pair(&found.of_pooled, kPooledLinear / 2)}) {
     // each its own
     if (has_bias[linear]) results->push_back(torch::stable::clone(found.dbiases));
   }
   if (needs_dtanh) {
-    const Tensor& weight = given(weights[kOfRows / 2]);
-    found.dtanh = rows_of(times(of_tokens, weight, ways & kWideBackward), batch);
+    const Tensor& weight = given(weights[kRowsLinear / 2]);
+    found.dtanh = rows_of(times(of_tokens, weight, ways & kOfWide), batch);
   }
-  const Tensor& weight = given(weights[kOfPooled / 2]);
-  found.dpooled = rows_of(times(of_bias, weight, ways & kPooledBackward), batch);
+  const Tensor& weight = given(weights[kPooledLinear / 2]);
+  found.dpooled = rows_of(times(of_bias, weight, ways & kOfPooled), batch);
   return found;
 }
 
@@ -513,12 +545,12 @@ Tensor mlp_backward(std::vector<Tensor>& of_mlp, Copies& copies, const Tensor& d
     gradients_of_linear(more, copies, dmixed, matrix(mixed[i - 1]), has_bias, ways & kTokensWeight);
     for (size_t k = 0; k < of_mlp.size(); ++k) add_to(of_mlp[k], more[k]);
     if (of_mlp.empty()) of_mlp = more;
-    dmixed = times(dmixed, weight, ways & kTokensBackward);
+    dmixed = times(dmixed, weight, ways & kOfTokens);
     if (i == 1) break;
     check(mixed[i - 1].numel() == dense(dmixed).numel() &&
               mixed[i - 1].scalar_type() == dmixed.scalar_type(),
           kLayer, "results of the MLP must agree");
-    cpu::relu_backward({dmixed.numel(), dtype_of(kLayer, "x", dmixed), dmixed.data_ptr(),
+    cpu::relu_backward({dmixed.numel(), float_of(dmixed), dmixed.data_ptr(),
                         mixed[i - 1].data_ptr(), dmixed.data_ptr()});
   }
   total.add(dmixed);
@@ -526,9 +558,9 @@ Tensor mlp_backward(std::vector<Tensor>& of_mlp, Copies& copies, const Tensor& d
 }
 
 // Takes the weights in the order of the parameters up to kFirstNorm, and which of those Linears
-// have a bias. Gives the gradients of x, of the rows if the memory needs one, of key and value (B
-// N, 2 D), and of the parameters: weight and bias of query, key, value, MLP, pooled, rows and
-// candidate, of the norms, of the pool, and of the two biases, but for what there is not.
+// have a bias. Gives the gradients of x, what put_memory says, and the gradients of the parameters:
+// weight and bias of query, key, value, MLP, pooled, rows and candidate, of the norms, of the pool,
+// and of the two biases, but for what there is not.
 std::vector<Tensor> release_layer_backward(
     const OptionalTensor& doutput, const OptionalTensor& dnew_rows, const OptionalTensor& dnew_sum,
     const Tensor& x, const Tensor& rows, const Tensor& pooled, const Tensor& rows_tanh,
@@ -543,11 +575,13 @@ std::vector<Tensor> release_layer_backward(
   check(weights.size() == 7 && has_bias.size() == 7 && mixed.size() > 1 &&
             statistics_of_norms.size() == 4,
         kLayer, "there must be 7 Linears, 2 results or more, and 4 statistics");
-  check(x.dim() == 3 && gate_bias.dim() == 3, kLayer, "x must be (B, T, D)");
+  check(dense(x).dim() == 3 && gate_bias.dim() == 3, kLayer, "x must be (B, T, D)");
+  float_of(x);
+  check_weights(weights, last_size(x), {kPooledLinear / 2, kRowsLinear / 2});
   const Attending how = {heads, causal, slot_offset, scale, top_k, dropout_p};
   const Attended kept = {bank, query, key, value, by_head, statistics, slot_mask, seed};
   const int64_t dim = x.size(2);
-  const bool square = ways & kTokensBackward, of_weight = ways & kTokensWeight;
+  const bool square = ways & kOfTokens, of_weight = ways & kTokensWeight;
   const Tensor x_rows = matrix(x);
   auto [dcandidate, dwritten, dgates, by_slot, dread_of_update] =
       Ops::memory_update_backward<false>(doutput, dnew_rows, candidate, rows,
@@ -576,7 +610,7 @@ std::vector<Tensor> release_layer_backward(
   if (needs_drows) {
     std::tie(dread, drows, dfirst_weight, dfirst_bias) = Ops::residual_layer_norm_and_tanh_backward(
         dnormed, read, rows, first_norm, statistics_of_norms[0], statistics_of_norms[1],
-        of_gates.dtanh, std::exchange(dwritten, Tensor()), true);
+        std::exchange(of_gates.dtanh, Tensor()), std::exchange(dwritten, Tensor()), true);
   } else {
     std::tie(dread, dfirst_weight, dfirst_bias) =
         Ops::residual_layer_norm_backward(dnormed, read, rows, first_norm, statistics_of_norms[0],

@@ -193,7 +193,8 @@ void residual_layer_norm_backward(const ResidualLayerNormBackward& args) {
           auto piece_g = S::zero(), piece_gn = S::zero();
           vectors<S>(count, [&](int64_t i, auto part) __attribute__((always_inline)) {
             const int64_t c = column + i;
-            const auto n = ((get<S>(normed + c, part) - m) - left) * r;
+            const auto all = ((get<S>(normed + c, part) - m) - left) * r;
+            const auto n = keep<S>(all, S::zero(), part);
             const auto d = get<S>(dout + i, part);
             const auto g = d * get<S>(weight + c, part);
             put<S>(normed + c, n, part);

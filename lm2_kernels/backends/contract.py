@@ -161,10 +161,42 @@ NORM = "residual_layer_norm"
 NORM_AND_TANH = "residual_layer_norm_and_tanh"
 NORM_OF_RELU = "residual_layer_norm_of_relu"
 _OP_OF = {NORM_AND_TANH: NORM, NORM_OF_RELU: NORM}
-# what a backend may have besides
-OPTIONAL = tuple(
-    f"{name}_{way}" for name in (NORM_AND_TANH, NORM_OF_RELU) for way in ("forward", "backward")
-)
+
+
+def residual_layer_norm_and_tanh_forward(x, residual, weight, bias, eps):
+    """``out``, ``mean``, ``rstd``, ``tanh`` (B, T, D)."""
+    return *residual_layer_norm_forward(x), residual.new_empty(residual.shape)
+
+
+def residual_layer_norm_and_tanh_backward(
+    dout, x, residual, weight, mean, rstd, dtanh, dresidual, needs_dparams
+):
+    """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
+    dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
+    return dx, residual.new_empty(residual.shape), *of_parameters
+
+
+def residual_layer_norm_of_relu_forward(x, residual, weight, bias, eps):
+    """``out``, ``mean``, ``rstd``."""
+    return residual_layer_norm_forward(x)
+
+
+def residual_layer_norm_of_relu_backward(dout, x, residual, weight, mean, rstd, needs_dparams):
+    """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
+    dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
+    return dx, residual.new_empty(residual.shape), *of_parameters
+
+
+# what a backend may have besides, by names too, with all of their arguments
+OPTIONAL: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    function.__name__: function
+    for function in (
+        residual_layer_norm_and_tanh_forward,
+        residual_layer_norm_and_tanh_backward,
+        residual_layer_norm_of_relu_forward,
+        residual_layer_norm_of_relu_backward,
+    )
+}
 
 
 def op_and_way(function: str) -> tuple[str, str]:

@@ -113,6 +113,11 @@ def _is_long_walk(multiplications: int, rows_or_terms: int) -> bool:
     return is_many and rows_or_terms <= _FEW and multiplications >= rows_or_terms * _MIN_WALK
 
 
+def _is_large_float32(multiplications: int, rows_or_terms: int) -> bool:
+    is_large = multiplications >= _MIN_MULTIPLICATIONS[torch.float32]
+    return is_large or _is_long_walk(multiplications, rows_or_terms)
+
+
 def _rows_or_terms(a: Tensor) -> int:
     """Rows of a matrix (..., J); of a transposed one J, the terms of its sums."""
     columns = a.shape[-1]
@@ -200,13 +205,20 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, *, in_place: bool) -> Tenso
     return total.add_(product) if in_place else product.add_(total)
 
 
+def is_linear_by_onednn(rows: int, terms: int, columns: int) -> bool:
+    """Whether a float32 Linear of so many rows, inputs and outputs goes to oneDNN: as
+    :func:`lm2_kernels.linear.linear` asks, as if it were square.
+    """
+    is_large = _is_large_float32(rows * terms * terms, rows)
+    return is_large and is_by_onednn(rows, terms, columns, True, False)
+
+
 def is_by_onednn(rows: int, terms: int, columns: int, dense_a: bool, dense_b: bool) -> bool:
     """Whether :func:`product` multiplies float32 matrices (rows, terms) and (terms, columns) by
     oneDNN. Of a dense one rows are contiguous, of another columns.
     """
     multiplications, few = rows * terms * columns, rows if dense_a else terms
-    is_large = multiplications >= _MIN_MULTIPLICATIONS[torch.float32]
-    if not is_large and not _is_long_walk(multiplications, few):
+    if not _is_large_float32(multiplications, few):
         return False
     size = _FEW if few <= _FEW else _size_of(multiplications)
     return _ratio(torch.float32, dense_a, dense_b, size) > _MARGIN
@@ -233,19 +245,10 @@ def _faster(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], T
     return _other(a.dtype) if is_faster else None
 
 
-def _request(variable: str) -> str:
-    return os.environ.get(variable) or "auto"
-
-
-def float32_request() -> str:
-    """How float32 products were asked to be computed, by the environment."""
-    return _request(FLOAT32_VARIABLE)
-
-
 def _ratio(dtype: torch.dtype, dense_a: bool, dense_b: bool, size: int) -> float:
     """How many times faster the other way is than torch's own for operands of this layout."""
     variable = _16_BIT_VARIABLE if dtype in _16_BIT else FLOAT32_VARIABLE
-    request = _request(variable)
+    request = os.environ.get(variable) or "auto"
     choices = ("auto", "torch", _ALTERNATIVE[variable])
     if request not in choices:
         raise ValueError(f"{variable} must be one of {choices}, got {request!r}")

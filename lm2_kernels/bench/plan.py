@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lm2_kernels import backends, operators
 from lm2_kernels.backends import eager
-from lm2_kernels.backends.contract import NORM, NORM_AND_TANH, NORM_OF_RELU, RESULTS
+from lm2_kernels.backends.contract import OPTIONAL, RESULTS
 from lm2_kernels.bench.pairs import seen_pairs
 from lm2_kernels.checks import check_int
 from lm2_kernels.layers.base import MemoryLayer
@@ -334,17 +334,12 @@ class _Shapes:
                 setattr(self, function, functools.partial(self._attention, function))
             else:
                 setattr(self, function, operators.shapes(function))
-        # what the backends that a layer is trained with have besides
-        setattr(self, f"{NORM_AND_TANH}_forward", self._norm_and_tanh)
-        setattr(self, f"{NORM_OF_RELU}_forward", operators.shapes(f"{NORM}_forward"))
+        # as the backends that layers are trained with
+        vars(self).update(OPTIONAL)
 
     def unsupported_reason(self, op: str, *tensors: Tensor) -> str | None:
         """See :mod:`lm2_kernels.backends.contract`."""
         return None if threading.get_ident() == self._thread else "it is another thread's plan"
-
-    def _norm_and_tanh(self, x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        results = operators.shapes(f"{NORM}_forward")(x, residual, *args)
-        return *results, torch.empty_like(residual)
 
     def _attention(self, function: str, *args: Any) -> tuple[Tensor, ...]:
         given = inspect.signature(getattr(eager, function)).bind(*args).arguments

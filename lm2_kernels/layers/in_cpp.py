@@ -4,7 +4,7 @@ It computes what :mod:`paper_function` and :mod:`release_function` do with its k
 for bit: at small sizes their Python takes a tenth of the time, and at the smallest most of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -12,25 +12,11 @@ from torch import Tensor
 from lm2_kernels import backends
 from lm2_kernels.backends import cpp, cpu_products
 from lm2_kernels.layers.function import Options, Reading, Tensors, bank_of, of_bank, with_read
+from lm2_kernels.plain import ORDINARY
 
-# off: a layer's parts are called one by one, as they are where anybody records them
+# off: a layer's parts are called one by one, as they are where anybody watches them
 enabled = True
 _DTYPES = (torch.float32, torch.float64)
-# by what was asked for and sizes; they are few, but where lengths vary
-_ways: dict[tuple, int] = {}
-_MOST_WAYS = 4096
-
-
-def fits(options: Options, *dense: Tensor | None) -> bool:
-    """Whether these options are those of a layer in one call, and it can be one now: where all
-    ``dense`` tensors are there, neither empty nor with gaps, and nobody records what is called.
-    """
-    return (
-        options.in_cpp
-        and enabled
-        and not backends.is_recording()
-        and all([t is not None and t.is_contiguous() and t.numel() > 0 for t in dense])
-    )
 
 
 def is_possible(device_type: str, dtype: torch.dtype, names: set[str]) -> bool:
@@ -45,18 +31,30 @@ def is_possible(device_type: str, dtype: torch.dtype, names: set[str]) -> bool:
     )
 
 
-def _reading(options: Options, x: Tensor, bank: Tensor, num_pooled: int) -> tuple:
-    """Options of reading, the products' first."""
+def fits(options: Options, tensors: Iterable[Tensor | None], parameters: Tensors) -> bool:
+    """Whether a layer with these options can be one call now: where nobody watches what is called,
+    all tensors are there and not empty, and neither they nor the parameters have gaps.
+    """
+    if not options.in_cpp or not enabled or backends.is_recording():
+        return False
+    # modes count operators or give them meaning, by the names that they know; of fake tensors
+    # without their mode our operators know nothing
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    for tensor in tensors:
+        if tensor is None or type(tensor) not in ORDINARY:
+            return False
+        if not tensor.is_contiguous() or tensor.numel() == 0:
+            return False
+    return all([p is None or p.is_contiguous() for p in parameters])
+
+
+def _reading(options: Options, products: Iterable[bool]) -> tuple:
+    """The products that go to oneDNN, as csrc/cpu/layers.h numbers them; the options of reading."""
     how, ways = options.read, 0
     if options.dtype == torch.float32:
-        batch, num_tokens, dim = x.shape
-        sizes = batch * num_tokens, batch * bank.shape[1], num_pooled, dim
-        key = cpu_products.float32_request(), sizes
-        ways = _ways.get(key)
-        if ways is None:
-            if len(_ways) >= _MOST_WAYS:
-                _ways.clear()
-            ways = _ways[key] = _ways_of(*sizes)
+        for place, is_by_onednn in enumerate(products):
+            ways |= is_by_onednn << place
     return (
         ways,
         how.num_heads,
@@ -68,33 +66,34 @@ def _reading(options: Options, x: Tensor, bank: Tensor, num_pooled: int) -> tupl
     )
 
 
-def _ways_of(tokens: int, slots: int, num_pooled: int, dim: int) -> int:
-    """Which products go to oneDNN, as csrc/cpu/layers.h numbers them."""
-    ways = 0
-    for place, product in enumerate(
-        (
-            # x W^T, dy W, dy^T x
-            (tokens, dim, dim, True, False),
-            (slots, dim, dim, True, False),
-            (tokens, dim, 2 * dim, True, False),
-            (num_pooled, dim, 2 * dim, True, False),
-            (tokens, dim, dim, True, True),
-            (slots, dim, dim, True, True),
-            (tokens, 2 * dim, dim, True, True),
-            (num_pooled, 2 * dim, dim, True, True),
-            (dim, tokens, dim, False, True),
-            (dim, slots, dim, False, True),
-            (2 * dim, tokens, dim, False, True),
-            (2 * dim, num_pooled, dim, False, True),
-        )
-    ):
-        ways |= cpu_products.is_by_onednn(*product) << place
-    return ways
+def _forward_products(x: Tensor, bank: Tensor, pooled_rows: int) -> Iterator[bool]:
+    dim = x.shape[-1]
+    tokens, slots = x.numel() // dim, bank.numel() // dim
+    yield cpu_products.is_linear_by_onednn(tokens, dim, dim)
+    yield cpu_products.is_linear_by_onednn(slots, dim, dim)
+    if pooled_rows > 0:
+        yield cpu_products.is_linear_by_onednn(tokens, dim, 2 * dim)
+        yield cpu_products.is_linear_by_onednn(pooled_rows, dim, 2 * dim)
 
 
-def _take(found: Iterator[Tensor], needs: tuple[bool, bool]) -> Tensors:
-    """The next gradients of a Linear: of its weight, and of its bias if there is one."""
-    return tuple(next(found) if needed else None for needed in needs)
+def _backward_products(x: Tensor, bank: Tensor, pooled_rows: int) -> Iterator[bool]:
+    dim = x.shape[-1]
+    tokens, slots = x.numel() // dim, bank.numel() // dim
+    # dy W, then dy^T x
+    yield cpu_products.is_by_onednn(tokens, dim, dim, True, True)
+    yield cpu_products.is_by_onednn(slots, dim, dim, True, True)
+    yield cpu_products.is_by_onednn(dim, tokens, dim, False, True)
+    yield cpu_products.is_by_onednn(dim, slots, dim, False, True)
+    if pooled_rows > 0:
+        yield cpu_products.is_by_onednn(tokens, 2 * dim, dim, True, True)
+        yield cpu_products.is_by_onednn(pooled_rows, 2 * dim, dim, True, True)
+        yield cpu_products.is_by_onednn(2 * dim, tokens, dim, False, True)
+        yield cpu_products.is_by_onednn(2 * dim, pooled_rows, dim, False, True)
+
+
+def _is_whole(options: Options, rows: Tensor, reading: Reading) -> bool:
+    """Whether all of a memory is read and rewritten."""
+    return rows.shape[1] == options.read.num_slots and reading.slot_mask is None
 
 
 def _of_memory(
@@ -103,13 +102,9 @@ def _of_memory(
     rows: Tensor,
     dbank: Tensor | None,
     reading: Reading,
-    needs_memory: bool,
-    is_whole: bool,
-) -> Tensor | None:
+) -> Tensor:
     """The next gradient, a memory's, or what it is made of."""
-    if not needs_memory:
-        return None
-    if is_whole:
+    if _is_whole(options, rows, reading):
         return next(found)
     total = of_bank(options, rows, next(found), dbank)
     return with_read(options, rows, total, next(found), reading.slot_mask)
@@ -123,8 +118,11 @@ def paper_forward(
     slot_mask: Tensor | None,
     seed: Tensor | None,
     parameters: Tensors,
-) -> tuple[Tensors, Tensors]:
-    """What ``PaperMemoryFunction.compute`` gives."""
+    has_candidate: bool,
+) -> tuple[Tensors, tuple]:
+    """Results; and if anything is kept the rows, what was read, the candidate, the gates of input,
+    forget and output, and what is kept of the read.
+    """
     rows = options.rows_of(memory, x.shape[1])
     bank, slot_mask = bank_of(options, x.shape[1], memory, slot_mask)
     output, new_rows, *made = cpp.call(
@@ -135,59 +133,63 @@ def paper_forward(
         slot_mask,
         seed,
         parameters,
-        *_reading(options, x, bank, 0),
+        *_reading(options, _forward_products(x, bank, 0)),
         options.more,
         keeps,
     )
     results = output, options.new_memory(memory, new_rows)
     if not keeps:
         return results, ()
-    candidate = made.pop(1) if parameters[12] is not None else None
+    candidate = made.pop(1) if has_candidate else None
     out, *gates, query, key, value, by_head, statistics = made
     reading = Reading(bank, query, key, value, by_head, statistics, slot_mask, seed)
-    return results, (x, rows, out, candidate, *gates, *parameters[::2], *reading)
+    return results, (rows, out, candidate, gates, reading)
 
 
 def paper_backward(
     options: Options,
-    needs: tuple[bool, ...],
-    gradients: Tensors,
-    kept: tuple[Tensor | None, ...],
+    needs_memory: bool,
+    needs: list[tuple[bool, bool]],
+    doutput: Tensor,
+    dnew_memory: Tensor,
+    kept,
+    weights: Tensors,
     reading: Reading,
-) -> Tensors:
-    """What ``PaperMemoryFunction.differentiate`` gives, of tensors that all need a gradient but for
-    the memory perhaps, and of results that both have one.
+) -> tuple[Tensor, Tensor | None, list[Tensors]]:
+    """Gradients of x, of the memory, and of weight and bias of each Linear.
+
+    ``needs`` says which of weight and bias need one: all weights that there are do. ``kept`` is a
+    ``paper_function._Kept``.
     """
-    doutput, dnew_memory = gradients
-    x, rows, out, candidate, *gates = kept[:7]
-    weights, needs_memory = kept[7:], needs[1]
-    dnew_rows, dbank = options.gradients_of_rows(dnew_memory, x.shape[1])
-    is_whole = rows.shape[1] == options.read.num_slots and reading.slot_mask is None
-    pairs = list(zip(needs[4::2], needs[5::2], strict=True))
+    dnew_rows, dbank = options.gradients_of_rows(dnew_memory, kept.x.shape[1])
     found = iter(
         cpp.call(
             "paper_layer_backward",
             doutput,
             dnew_rows,
-            x,
-            rows,
-            out,
-            candidate,
-            *gates,
+            kept.x,
+            kept.rows,
+            kept.out,
+            kept.candidate,
+            kept.input_gate,
+            kept.forget_gate,
+            kept.output_gate,
             *reading,
             weights,
-            [has_bias for _, has_bias in pairs],
-            *_reading(options, x, reading.bank, 0),
+            [needs_bias for _, needs_bias in needs],
+            *_reading(options, _backward_products(kept.x, reading.bank, 0)),
             options.more,
             needs_memory,
-            is_whole,
+            _is_whole(options, kept.rows, reading),
         )
     )
-    dx = next(found)
-    dmemory = _of_memory(options, found, rows, dbank, reading, needs_memory, is_whole)
+    dx = next(found).view(kept.x.shape)
+    dmemory = _of_memory(options, found, kept.rows, dbank, reading) if needs_memory else None
+    of = {}
     # query, key, value, candidate, input, forget and output gate
-    of = {place: _take(found, pairs[place]) for place in (0, 1, 2, 6, 4, 5, 3)}
-    return dx.view(x.shape), dmemory, None, None, *(t for place in range(7) for t in of[place])
+    for place in (0, 1, 2, 6, 4, 5, 3):
+        of[place] = tuple(next(found) if needed else None for needed in needs[place])
+    return dx, dmemory, [of[place] for place in range(len(needs))]
 
 
 def release_forward(
@@ -199,11 +201,14 @@ def release_forward(
     seed: Tensor | None,
     pooled_sum: Tensor | None,
     parameters: Tensors,
-) -> tuple[Tensors, Tensors]:
-    """What ``ReleaseMemoryFunction.compute`` gives."""
+) -> tuple[Tensors, dict[str, Tensor], Reading | None, list[Tensor]]:
+    """Results; and if anything is kept what ``release_function._Kept`` names, what is kept of the
+    read, and the MLP's results between its first input and its last result.
+    """
     more, batch, num_tokens = options.more, *x.shape[:2]
     rows = options.rows_of(memory, num_tokens)
     bank, slot_mask = bank_of(options, num_tokens, memory, slot_mask)
+    pooled_rows = batch * num_tokens if more.prefix else batch
     output, new_rows, new_sum, *made = cpp.call(
         "release_layer_forward",
         x,
@@ -213,7 +218,7 @@ def release_forward(
         seed,
         pooled_sum,
         parameters,
-        *_reading(options, x, bank, batch * num_tokens if more.prefix else batch),
+        *_reading(options, _forward_products(x, bank, pooled_rows)),
         more.prefix,
         more.num_pooled,
         more.applications,
@@ -223,34 +228,40 @@ def release_forward(
     )
     results = output, options.new_memory(memory, new_rows), new_sum
     if not keeps:
-        return results, ()
-    pooled, *of_rows = made[:4]
-    query, key, value, by_head, statistics, *mixed = made[12:]
+        return results, {}, None, []
+    kept = dict(zip(_MADE, made, strict=False), rows=rows)
+    query, key, value, by_head, statistics, *mixed = made[len(_MADE) :]
     reading = Reading(bank, query, key, value, by_head, statistics, slot_mask, seed)
-    weights = (*parameters[:14:2], parameters[14], parameters[16], parameters[18])
-    # the norm takes the tanh again
-    kept = (x, x, rows, pooled, None, *of_rows, *made[4:12], *weights)
-    return results, (*kept, *reading, *mixed)
+    return results, kept, reading, mixed
+
+
+_STATISTICS = ("first_mean", "first_rstd", "second_mean", "second_rstd")
+# of release_function._Kept, in the order of the operator's results
+_MADE = ("pooled", "tanh_operand", "gates", "gate_bias", "out", "attended", "mixed", "candidate")
+_MADE += _STATISTICS
 
 
 def release_backward(
     options: Options,
-    needs: tuple[bool, ...],
+    needs_memory: bool,
+    needs: list[tuple[bool, bool]],
     gradients: Tensors,
-    kept: tuple[Tensor | None, ...],
+    kept,
+    weights: Tensors,
     reading: Reading,
     mixed: Tensors,
-) -> Tensors:
-    """What ``ReleaseMemoryFunction.differentiate`` gives, of tensors that all need a gradient but
-    for the pooled sum, and the memory perhaps; output or new memory has one.
+) -> tuple[Tensor, Tensor | None, list[Tensors], list[Tensor]]:
+    """Gradients of x, of the memory, of weight and bias of each Linear, and of the other
+    parameters.
+
+    ``needs`` says which of weight and bias need one: all weights that there are do. ``gradients``
+    are those of output, new memory and pooled sum, ``kept`` is a ``release_function._Kept``, and
+    ``mixed`` are the MLP's results between its first input and its last result.
     """
     doutput, dnew_memory, dnew_sum = gradients
-    more, needs_memory = options.more, needs[1]
-    x, _, rows, pooled, _, rows_tanh, gates, gate_bias, _, attended, last, candidate = kept[:12]
-    statistics, weights, norms = kept[12:16], kept[16:23], kept[23:]
+    more, x, bank = options.more, kept.x, reading.bank
     dnew_rows, dbank = options.gradients_of_rows(dnew_memory, x.shape[1])
-    is_whole = rows.shape[1] == options.read.num_slots and reading.slot_mask is None
-    pairs = list(zip(needs[5:19:2], needs[6:19:2], strict=True))
+    pooled_rows = kept.pooled.numel() // kept.pooled.shape[-1]
     found = iter(
         cpp.call(
             "release_layer_backward",
@@ -258,27 +269,28 @@ def release_backward(
             dnew_rows,
             dnew_sum,
             x,
-            rows,
-            pooled,
-            rows_tanh,
-            gates,
-            gate_bias,
-            (attended, *mixed, last),
-            candidate,
-            statistics,
+            kept.rows,
+            kept.pooled,
+            kept.tanh_operand,
+            kept.gates,
+            kept.gate_bias,
+            (kept.attended, *mixed, kept.mixed),
+            kept.candidate,
+            [getattr(kept, name) for name in _STATISTICS],
             *reading,
             weights,
-            [has_bias for _, has_bias in pairs],
-            *norms,
-            *_reading(options, x, reading.bank, pooled.numel() // pooled.shape[-1]),
+            [needs_bias for _, needs_bias in needs],
+            kept.first_norm_weight,
+            kept.second_norm_weight,
+            kept.pool_weight,
+            *_reading(options, _backward_products(x, bank, pooled_rows)),
             more.prefix,
             more.num_pooled,
             needs_memory,
-            is_whole,
+            _is_whole(options, kept.rows, reading),
         )
     )
-    dx = next(found)
-    dmemory = _of_memory(options, found, rows, dbank, reading, needs_memory, is_whole)
-    of_linears = [_take(found, pair) for pair in pairs]
-    of_parameters = *(gradient for pair in of_linears for gradient in pair), *found
-    return dx.view(x.shape), dmemory, None, None, None, *of_parameters
+    dx = next(found).view(x.shape)
+    dmemory = _of_memory(options, found, kept.rows, dbank, reading) if needs_memory else None
+    of_linears = [tuple(next(found) if needed else None for needed in pair) for pair in needs]
+    return dx, dmemory, of_linears, [*found]

@@ -56,6 +56,7 @@ class _Kept(NamedTuple):
     candidate_weight: Tensor | None
 
 
+_CANDIDATE = PROJECTIONS.index("candidate_proj")
 _WEIGHTS = _Kept._fields.index("query_weight")
 _SIZE = len(_Kept._fields)
 # whose gradients come through the attention
@@ -101,9 +102,15 @@ class PaperMemoryFunction(LayerFunction):
         *parameters: Tensor | None,
     ) -> tuple[Tensors, Tensors]:
         """Results, and what is kept for backward."""
-        if in_cpp.fits(options, x, memory):
-            inputs = x, memory, slot_mask, seed
-            return in_cpp.paper_forward(options, keeps, *inputs, parameters)
+        if in_cpp.fits(options, (x, memory), parameters):
+            results, made = in_cpp.paper_forward(
+                *(options, keeps, x, memory, slot_mask, seed, parameters),
+                has_candidate=parameters[2 * _CANDIDATE] is not None,
+            )
+            if not keeps:
+                return results, ()
+            rows, out, candidate, gates, reading = made
+            return results, (x, rows, out, candidate, *gates, *parameters[::2], *reading)
         (wq, bq, wk, bk, wv, bv, wo, bo, wi, bi, wf, bf, wc, bc) = options.operands(*parameters)
         operand = options.operand(x)
         query = linear(operand, wq, bq)
@@ -151,14 +158,18 @@ class PaperMemoryFunction(LayerFunction):
             dmemory = dnew_memory, in the rows written dP, and dK Wk + dV Wv everywhere
         """
         doutput, dnew_memory = gradients
-        needs_all = needs[0] and all(needs[4:16:2]) and needs[16] == (saved[3] is not None)
-        reading = Reading(*saved[_SIZE:])
-        if needs_all and in_cpp.fits(options, doutput, dnew_memory, saved[0], reading.bank):
-            return in_cpp.paper_backward(options, needs, gradients, saved[:_SIZE], reading)
-        weights = options.operands(*saved[_WEIGHTS:_SIZE])
+        weights, reading = options.operands(*saved[_WEIGHTS:_SIZE]), Reading(*saved[_SIZE:])
         kept = _Kept(*saved[:_WEIGHTS], *weights)
         needs_x, needs_memory, _, _, *needs_parameters = needs
         pairs = list(zip(needs_parameters[::2], needs_parameters[1::2], strict=True))
+        needs_weights = [needs_weight for needs_weight, _ in pairs]
+        needs_all = needs_x and needs_weights == [True] * _CANDIDATE + [kept.candidate is not None]
+        given = (doutput, dnew_memory, kept.x, reading.bank)
+        if needs_all and in_cpp.fits(options, given, weights):
+            dx, dmemory, of_linears = in_cpp.paper_backward(
+                options, needs_memory, pairs, doutput, dnew_memory, kept, weights, reading
+            )
+            return dx, dmemory, None, None, *itertools.chain.from_iterable(of_linears)
         of_query, of_key, of_value, of_output, of_input, of_forget, of_candidate = pairs
         needs_dquery = needs_x or any(of_query)
         needs_dkey_value = needs_memory or any(of_key) or any(of_value)

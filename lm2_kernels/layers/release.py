@@ -561,7 +561,7 @@ class ReleaseMemory(MemoryLayer):
                 for weight, bias in (vectors[:2], vectors[2:4])
             )
             and go_together(x.dtype, p.pool_weight.dtype)
-            and all(bias.numel() == 1 for bias in (p.input_bias, p.forget_bias))
+            and all(b.numel() == 1 and b.dim() < 2 for b in (p.input_bias, p.forget_bias))
             and all(
                 weight is None or self._linear_fits(weight, bias, x, width)
                 for (weight, bias), width in zip(pairs, widths, strict=True)

@@ -1,5 +1,6 @@
 """``ReleaseMemory`` of one block as one ``torch.autograd.Function``."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class _Kept(NamedTuple):
 
 _TENSORS = ("x", "memory", "slot_mask", "seed", "pooled_sum", *ReleaseParameters._fields)
 _SIZE = len(_Kept._fields)
-_CANDIDATE = _Kept._fields.index("candidate_weight")
+_OF_PARAMETERS = tuple(name for name in _Kept._fields if name in ReleaseParameters._fields)
 _WEIGHTS = slice(*map(_Kept._fields.index, ("query_weight", "first_norm_weight")))
 # whose gradients come through the attention, the norms and the MLP
 _READERS = "x memory query_weight query_bias key_weight key_bias value_weight value_bias"
@@ -182,9 +183,17 @@ class ReleaseMemoryFunction(LayerFunction):
     ) -> tuple[Tensors, Tensors]:
         """Results, and what is kept for backward."""
         more = options.more
-        if in_cpp.fits(options, x, memory):
-            inputs = x, memory, slot_mask, seed, pooled_sum
-            return in_cpp.release_forward(options, keeps, *inputs, parameters)
+        if in_cpp.fits(options, (x, memory), parameters):
+            results, made, reading, mixed = in_cpp.release_forward(
+                options, keeps, x, memory, slot_mask, seed, pooled_sum, parameters
+            )
+            if not keeps:
+                return results, ()
+            given = ReleaseParameters(*parameters)
+            of_parameters = {name: getattr(given, name) for name in _OF_PARAMETERS}
+            # the norm takes the tanh again
+            kept = _Kept(x=x, operand=x, tanh=None, **made, **of_parameters)
+            return results, (*kept, *reading, *mixed)
         *vectors, input_bias, forget_bias = parameters[LINEARS:]
         vectors = map(contiguous_rows, vectors)
         linears = options.operands(*parameters[:LINEARS])
@@ -262,17 +271,24 @@ class ReleaseMemoryFunction(LayerFunction):
         """
         doutput, dnew_memory, dnew_sum = gradients
         after = _SIZE + len(Reading._fields)
-        has_candidate = saved[_CANDIDATE] is not None
-        needs_all = all((needs[0], *needs[5:17:2], *needs[19:])) and needs[17] == has_candidate
-        reading, some = Reading(*saved[_SIZE:after]), dnew_memory if doutput is None else doutput
-        if needs_all and not needs[4] and in_cpp.fits(options, some, *saved[:2], reading.bank):
-            kept, mixed = saved[:_SIZE], saved[after:]
-            return in_cpp.release_backward(options, needs, gradients, kept, reading, mixed)
-        weights = options.operands(*saved[_WEIGHTS])
+        weights, reading = options.operands(*saved[_WEIGHTS]), Reading(*saved[_SIZE:after])
         kept = _Kept(*saved[: _WEIGHTS.start], *weights, *saved[_WEIGHTS.stop : _SIZE])
         c, more = options.tokens_per_slot, options.more
         needs_x, needs_memory, _, _, needs_sum, *needs_parameters = needs
         need = ReleaseParameters(*needs_parameters)
+        # candidate_weight last
+        *needs_weights, needs_last = need[:LINEARS:2]
+        has_candidate = kept.candidate_weight is not None
+        needs_all = needs_x and all((*needs_weights, *need[LINEARS:])) and not needs_sum
+        some = dnew_memory if doutput is None else doutput
+        given = (some, kept.x, kept.operand, reading.bank)
+        if needs_all and needs_last == has_candidate and in_cpp.fits(options, given, weights):
+            pairs = list(zip(need[:LINEARS:2], need[1:LINEARS:2], strict=True))
+            dx, dmemory, of_linears, others = in_cpp.release_backward(
+                options, needs_memory, pairs, gradients, kept, weights, reading, saved[after:]
+            )
+            of_parameters = *itertools.chain.from_iterable(of_linears), *others
+            return dx, dmemory, None, None, None, *of_parameters
         of = ReleaseParameters(*(None,) * len(need))._asdict()
 
         # of tokens (B T, D)

@@ -156,6 +156,17 @@ def test_optional_norms(backend, name, dtypes, shape):
         norms.assert_bits_of_the_op(_name(backend), name, shape, *pair)
 
 
+@pytest.mark.parametrize("backend", [_param("cpp", id=""), _param("cpp-avx512", id="")])
+def test_a_mean_beside_which_lanes_that_are_not_there_are_far(backend):
+    """Of a row that is no whole number of vectors: deviations are 0, and so are gradients of x."""
+    x, weight = torch.full((1, 2, 17), 1e36), torch.ones(17)
+    mean, rstd = x[..., 0], torch.full((1, 2), 1e4)
+    with _on(backend, NORM):
+        given = (torch.ones_like(x), x, torch.zeros_like(x), weight, mean, rstd)
+        dx, dweight, _ = backends.call("cpp", f"{NORM}_backward", *given, True, True)
+    assert not dx.any() and not dweight.any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
 @pytest.mark.parametrize("case", testing.SHAPE_CASES, ids=lambda case: case.id)

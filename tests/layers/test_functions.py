@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
@@ -341,7 +342,6 @@ def test_when_it_is_one_call(kind, options, given, one_call):
 def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
     """By either way of products: the bits of the parts, gradients by the rule."""
     monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, way)
-    monkeypatch.setattr(in_cpp, "_ways", {})
     monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, torch.float32, 0)
 
     def compare(seed: int) -> list[testing.Comparison]:
@@ -360,24 +360,109 @@ def test_one_call_in_float32(kind, options, tokens, way, monkeypatch):
     assert_rule(compare)
 
 
-def _refusals(kind):
-    """Places of the arguments of a layer in one call, what breaks them, and what is said then."""
+@needs_cpp
+@both_layers
+@pytest.mark.parametrize("tokens", (1, 40, 128, 200, 260))
+def test_one_call_has_the_bits_of_its_parts_at_any_size(kind, tokens, monkeypatch):
+    """On both sides of the sizes from which on products may go another way, which is taken."""
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    layer, x = kind(256, 4), torch.randn(2, tokens, 256)
+    with torch.no_grad(), calls_of_the_extension() as functions:
+        found = layer(x, x)
+        assert functions
+        with by_parts():
+            wanted = layer(x, x)
+        with made_of_ops():
+            of_ops = layer(x, x)
+    assert all(map(torch.equal, found, wanted)) and all(map(torch.equal, found, of_ops))
+
+
+@needs_cpp
+@both_layers
+@pytest.mark.parametrize("change", ("bias[::2]", "expanded bias", "weight.mT"))
+def test_parameters_with_gaps(kind, change, monkeypatch):
+    monkeypatch.setenv(cpu_products.FLOAT32_VARIABLE, "onednn")
+    monkeypatch.setitem(cpu_products._MIN_MULTIPLICATIONS, torch.float32, 0)
+    layer, (x, memory) = make_layer(kind, torch.float32), make_inputs(N, dtype=torch.float32)
+    linear = layer.query_proj
+    if change == "weight.mT":
+        linear.weight = nn.Parameter(linear.weight.detach().mT.contiguous().mT)
+    else:
+        bias = torch.randn(2 * D)[::2] if change == "bias[::2]" else torch.randn(1).expand(D)
+        linear.bias = nn.Parameter(bias)
+    found = run(layer, (x, memory))[0]
+    with by_parts():
+        wanted = run(layer, (x, memory))[0]
+    assert all(map(torch.equal, found, wanted))
+
+
+@both_layers
+@pytest.mark.parametrize("inside", (True, False))
+def test_fake_tensors(kind, inside):
+    with FakeTensorMode() as mode:
+        layer, (x, memory) = kind(256, 2), torch.randn(2, 2, 64, 256).requires_grad_()
+        tensors = [x.detach(), memory.detach()]
+    with mode if inside else contextlib.nullcontext():
+        outputs = layer(*tensors)
+        gradients = torch.autograd.grad([o.sum() for o in outputs], list(layer.parameters()))
+    assert [o.shape for o in outputs[:2]] == [x.shape, memory.shape]
+    assert [g.shape for g in gradients] == [p.shape for p in layer.parameters()]
+
+
+@both_layers
+@pytest.mark.parametrize("recompute", (False, True))
+def test_a_mode_around_backward_alone_sees_products(kind, recompute):
+    layer, (x, memory), counted = make_layer(kind, recompute=recompute), make_inputs(N), []
+    for context in (contextlib.nullcontext(), by_parts()):
+        with context:
+            outputs = layer(x, memory)
+            with FlopCounterMode(display=False) as counter:
+                torch.autograd.grad([o.sum() for o in outputs], [*layer.parameters(), x])
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
+
+
+def _in_another_dtype(x):
+    return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32)
+
+
+# places of the arguments of a layer in one call, what breaks them, and what is said then
+def _forward_refusals(kind):
     parameters = 6 if kind is lm2.ReleaseMemory else 5
     return (
         (0, lambda x: x.mT.contiguous().mT, "has gaps"),
-        (0, lambda x: x[:0], "is empty|has no data|B"),
-        (0, lambda x: x.flatten(0, 1), "B, L, D|B, T, D|have shape"),
-        # by PyTorch, in its words
-        (2, lambda bank: bank[..., :-1].contiguous(), None),
+        (0, lambda x: x[:0], "is empty"),
+        (0, lambda x: x.flatten(0, 1), "B, T, D"),
+        (0, lambda x: x.bfloat16(), "float32 or float64"),
+        (2, lambda bank: bank[..., :-1].contiguous(), "failed"),
+        (2, _in_another_dtype, "failed"),
         (parameters, lambda p: p[:-1], "parameters"),
         (parameters, lambda p: (None, *p[1:]), "missing"),
         (parameters + 2, lambda heads: heads + 2, "heads"),
+        (parameters + 2, lambda heads: 0, "heads"),
+    )
+
+
+def _backward_refusals(kind):
+    is_paper = kind is lm2.PaperMemory
+    x, query, weights = (2, 10, 17) if is_paper else (3, 13, 20)
+    return (
+        (0, lambda doutput: doutput.mT.contiguous().mT, "has gaps"),
+        (x, lambda x: x.bfloat16(), "float32 or float64|has a dtype"),
+        (x, lambda x: x[:, :-1].contiguous(), ""),
+        (query, lambda query: query[:0], ""),
+        (query, _in_another_dtype, ""),
+        (weights, lambda w: w[:-1], "7 Linears"),
+        (weights, lambda w: (w[0][:, :-1], *w[1:]), "has gaps|a weight must be"),
+        (weights, lambda w: (*w[:1], w[1][:0], *w[2:]), "is empty"),
+        (weights + 1, lambda has_bias: has_bias[:-1], "7 Linears"),
     )
 
 
 @needs_cpp
 @both_layers
-def test_what_the_operators_of_layers_refuse(kind):
+@pytest.mark.parametrize("ways", (0, 0xFF), ids=("torch", "onednn"))
+def test_what_the_operators_of_layers_refuse(kind, ways):
     """They can be reached without Python's checks."""
     calls, original = [], cpp.call
 
@@ -385,18 +470,28 @@ def test_what_the_operators_of_layers_refuse(kind):
         calls.append(args)
         return original(*args)
 
-    layer, (x, memory) = make_layer(kind), make_inputs(N)
+    dtype = torch.float32 if ways else torch.float64
+    layer, (x, memory) = make_layer(kind, dtype), make_inputs(N, dtype=dtype)
     with mock.patch.object(cpp, "call", call):
         outputs = layer(x, memory)
-        torch.autograd.grad([o.sum() for o in outputs], layer.query_proj.weight)
-    (forward, *arguments), *_ = calls
-    assert forward == f"{ONE_CALL[kind]}_forward"
-    with torch.no_grad():
-        for place, change, message in _refusals(kind):
-            changed = [*arguments]
-            changed[place] = change(changed[place])
-            with pytest.raises(RuntimeError, match=message):
-                original(forward, *changed)
+        torch.autograd.grad([o.square().sum() for o in outputs], [*layer.parameters(), x, memory])
+    assert [function for function, *_ in calls] == [
+        f"{ONE_CALL[kind]}_{way}" for way in ("forward", "backward")
+    ]
+    of_ways = (_forward_refusals(kind), _backward_refusals(kind))
+    for (name, *arguments), refusals in zip(calls, of_ways, strict=True):
+        # behind the parameters, or what backward is told of biases
+        behind = 7 if kind is lm2.ReleaseMemory else 6
+        if name.endswith("backward"):
+            behind = 19 if kind is lm2.PaperMemory else 25
+        assert arguments[behind] == 0 if ways == 0 else isinstance(arguments[behind], int)
+        with torch.no_grad():
+            for place, change, message in refusals:
+                changed = [*arguments]
+                changed[behind] = ways
+                changed[place] = change(changed[place])
+                with pytest.raises(RuntimeError, match=message or None):
+                    original(name, *changed)
 
 
 LOW = {
@@ -661,9 +756,9 @@ def test_a_weight_of_another_shape_is_checked(kind):
 
 # calls of this package's Python functions at most: in forward, and with backward
 CALLS = {
-    (lm2.PaperMemory, True): (49, 167),
-    (lm2.PaperMemory, False): (71, 187),
-    (lm2.ReleaseMemory, True): (80, 243),
+    (lm2.PaperMemory, True): (50, 168),
+    (lm2.PaperMemory, False): (71, 188),
+    (lm2.ReleaseMemory, True): (82, 244),
     (lm2.ReleaseMemory, False): (120, 281),
 }
 
