@@ -142,8 +142,10 @@ void add_to(const Tensor& total, const Tensor& term) {
 
 // x @ weight^T by oneDNN, rows of x by rows of weight.
 Tensor onednn(const Tensor& x, const Tensor& weight, const OptionalTensor& bias = std::nullopt) {
-  // it would read it as if it had no strides
-  check(!bias || bias->is_contiguous(), kLayer, "a bias must have no gaps");
+  // it reads a bias as if it had no strides, and asks nobody how long a storage is
+  check(storage_covers(weight) &&
+            (!bias || (bias->is_contiguous() && bias->dim() == 1 && storage_covers(*bias))),
+        kLayer, "a weight or bias has no data, or a bias has gaps");
   return aten("mkldnn::_linear_pointwise", x, weight, bias, std::string("none"),
               std::vector<double>{}, std::optional<std::string>(""));
 }

@@ -426,6 +426,13 @@ def _in_another_dtype(x):
     return x.to(torch.float64 if x.dtype == torch.float32 else torch.float32)
 
 
+def _cut_short(x):
+    """The same, of whose storage a part is gone."""
+    x = x.detach().clone()
+    x.untyped_storage().resize_(64)
+    return x
+
+
 # places of the arguments of a layer in one call, what breaks them, and what is said then
 def _forward_refusals(kind):
     parameters = 6 if kind is lm2.ReleaseMemory else 5
@@ -438,6 +445,7 @@ def _forward_refusals(kind):
         (2, _in_another_dtype, "failed"),
         (parameters, lambda p: p[:-1], "parameters"),
         (parameters, lambda p: (None, *p[1:]), "missing"),
+        (parameters, lambda p: (_cut_short(p[0]), *p[1:]), "has no data|failed"),
         (parameters + 2, lambda heads: heads + 2, "heads"),
         (parameters + 2, lambda heads: 0, "heads"),
     )
