@@ -1,5 +1,7 @@
 """A backend's optional norms, forward and backward, held to autograd of the oracle."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,16 @@ NAMES = (NORM_AND_TANH, NORM_OF_RELU)
 # rows of less than a vector, of parts of one, in pieces, and too wide for registers
 SHAPES = ((2, 5, 24), (2, 3, 130), (1, 2, 1100), (1, 2, 10_000))
 _EPS = 1e-5
+
+
+class _Given(NamedTuple):
+    x: Tensor
+    residual: Tensor
+    dout: Tensor
+    dtanh: Tensor
+    dresidual: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
 def comparisons(
@@ -34,9 +46,10 @@ def comparisons(
     }
     for key in ("weight", "bias"):
         tensors[key] = torch.randn(shape[-1], device=device).to(dtype)
-    found = _by_backend(backend, name, **tensors)
-    exact = _by_autograd(name, **{key: each.double() for key, each in tensors.items()})
-    eager = _by_autograd(name, **tensors)
+    given = _Given(**tensors)
+    found = _by_backend(backend, name, given)
+    exact = _by_autograd(name, _Given(*(each.double() for each in given)))
+    eager = _by_autograd(name, given)
     assert found.keys() == exact.keys()
     for key, result in found.items():
         assert result.dtype == eager[key].dtype and result.is_contiguous(), key
@@ -65,17 +78,9 @@ def assert_bits_of_the_op(
         assert torch.equal(got.isnan(), want.isnan())
 
 
-def _by_backend(
-    backend: str,
-    name: str,
-    x: Tensor,
-    residual: Tensor,
-    dout: Tensor,
-    dtanh: Tensor,
-    dresidual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-) -> dict[str, Tensor]:
+def _by_backend(backend: str, name: str, given: _Given) -> dict[str, Tensor]:
+    x, residual, dout, dtanh, dresidual, weight, bias = given
+
     def call(way: str, *args) -> tuple[Tensor, ...]:
         return backends.call(backend, f"{name}_{way}", *args)
 
@@ -89,16 +94,8 @@ def _by_backend(
     return results | dict(zip(("tanh",), of_tanh, strict=False))
 
 
-def _by_autograd(
-    name: str,
-    x: Tensor,
-    residual: Tensor,
-    dout: Tensor,
-    dtanh: Tensor,
-    dresidual: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-) -> dict[str, Tensor]:
+def _by_autograd(name: str, given: _Given) -> dict[str, Tensor]:
+    x, residual, dout, dtanh, dresidual, weight, bias = given
     leaves = [each.clone().requires_grad_() for each in (x, residual, weight, bias)]
     x, residual, weight, bias = leaves
     summand = x.relu() if name == NORM_OF_RELU else x
