@@ -14,6 +14,7 @@ import triton
 from entries import Context, Entry
 from torch import Tensor
 
+from lm2_kernels.backends.contract import NORM, NORM_AND_TANH, NORM_OF_RELU
 from lm2_kernels.backends.triton import launch, memory_attention, residual_layer_norm, tables
 from lm2_kernels.bench import measure
 from lm2_kernels.bench.pairs import seen_pairs
@@ -68,10 +69,10 @@ def entries(context: Context, phase: str) -> list[Entry]:
                 predicted = forms.get(config)
                 add(index, key, call, config, batch, own, config, flops, predicted)
     own = tables.residual_layer_norm(target, _WIDTH, backward=True)
-    for batch in batches:
-        call = functools.partial(_norm, context.device, width=_WIDTH)
+    for batch, name in itertools.product(batches, (NORM, NORM_AND_TANH, NORM_OF_RELU)):
+        call = functools.partial(_norm, context.device, name, _WIDTH)
         for index, config in enumerate(norms(own)[: 2 if context.is_rehearsal else None]):
-            key = f"norm backward warps {config.num_warps} stages {config.num_stages}"
+            key = f"{name} backward warps {config.num_warps} stages {config.num_stages}"
             add(index, key, call, config, batch, own, config, 0.0, None)
     # the nearest of all kernels before the next ones of any: time may run out
     return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
@@ -167,18 +168,22 @@ def _attention(
     return _by_config(f"attention_{kernel}", run)
 
 
-def _norm(device: str, batch: int, tokens: int, width: int) -> Call:
-    """The backward of a LayerNorm."""
+def _norm(device: str, name: str, width: int, batch: int, tokens: int) -> Call:
+    """The backward of a LayerNorm, one of the contract's."""
     torch.manual_seed(0)
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
-    dout, x, residual = (
-        torch.randn(batch, tokens, width, device=device, dtype=dtype) for _ in range(3)
+    dout, x, residual, *more = (
+        torch.randn(batch, tokens, width, device=device, dtype=dtype) for _ in range(5)
     )
     weight = torch.ones(width, device=device)
-    sizes = residual_layer_norm.residual_layer_norm_forward(x, residual, weight, weight, 1e-5)[1:]
-    inputs = (dout, x, residual, weight, *sizes)
-    backward = residual_layer_norm.residual_layer_norm_backward
-    return _by_config("residual_layer_norm", functools.partial(backward, *inputs, True, True))
+    forward, backward = (
+        getattr(residual_layer_norm, f"{name}_{way}") for way in ("forward", "backward")
+    )
+    _, mean, rstd, *_ = forward(x, residual, weight, weight, 1e-5)
+    # what comes back beside a norm
+    rest = {NORM: (True,), NORM_AND_TANH: more, NORM_OF_RELU: ()}[name]
+    inputs = (dout, x, residual, weight, mean, rstd, *rest, True)
+    return _by_config("residual_layer_norm", functools.partial(backward, *inputs))
 
 
 def _compile(call: Callable[[int, int], Call], config: Config, end: float) -> dict:

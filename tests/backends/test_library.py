@@ -94,7 +94,9 @@ def test_kernels_are_those_of_this_pytorch(name):
     out, log_sum = library.KERNELS[name](x, x, x, True, 0.25)
     assert out.shape == x.shape
     assert log_sum.numel() == 8 and log_sum.dtype == torch.float32
-    assert not library.serves(name, *(torch.zeros(1, 4, 2, 16),) * 3, True, 0.25)
+    # a build for CUDA asks the driver first
+    if torch.cuda.is_available() or torch.version.cuda is None:
+        assert not library.serves(name, *(torch.zeros(1, 4, 2, 16),) * 3, True, 0.25)
 
 
 def test_nothing_is_chosen_that_no_hardware_has_run():

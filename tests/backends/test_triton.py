@@ -199,8 +199,9 @@ def test_rows_of_a_norm_wait_once_and_the_next_are_on_their_way(dtype):
     case = testing.Case("residual_layer_norm", 1, 16, 0, 0, 2048)
     *_, backward = _compile(case, dtype, "sm_90")
     # one sum over a row takes two; in 16 bits the sums over rows at the end take four more, as
-    # they are stored in another layout than rows are read in
-    assert backward.barriers <= (3 if dtype == "float32" else 7)
+    # they are stored in another layout than rows are read in. Before triton 3.8 there is one more
+    most = 4 if triton.__version__.startswith(("3.6.", "3.7.")) else 3
+    assert backward.barriers <= (most if dtype == "float32" else 7)
     assert backward.async_copies
 
 

@@ -87,6 +87,7 @@ def _with_wrong_row(monkeypatch, op, name, factor=1.001):
 
 @pytest.mark.parametrize("name", ("eager", "oracle"))
 def test_a_wrong_row_is_timed_and_marked(tiny, monkeypatch, tmp_path, capsys, name):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     _with_wrong_row(monkeypatch, "memory_update", name)
     monkeypatch.setattr(works, "our_backends", lambda device: ["eager"])
     if name == "oracle":
@@ -284,6 +285,7 @@ def test_saved_and_peak_memory(tiny):
 
 
 def test_a_report_and_what_is_shown_of_it(tiny, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     selection = suite.Selection(
         works=("memory_attention", "release layer", suite.GROWTH),
         rows=("cpp", "eager", "oracle"),

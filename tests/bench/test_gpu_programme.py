@@ -16,6 +16,7 @@ import pytest
 
 from lm2_kernels.backends.triton import launch, tables
 from lm2_kernels.bench import report
+from tools import norms
 from tools.fake_gpu import fake_gpu
 from tools.native import needs_cpp
 
@@ -48,7 +49,9 @@ def broken(module):
     right = module.memory_update_forward
     module.memory_update_forward = lambda *args: tuple(1.05 * t for t in right(*args))
     module.pooled_gate_forward = lambda *args: time.sleep(1000)
-    module.residual_layer_norm_forward = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    for name in ("", "_and_tanh", "_of_relu"):
+        name = f"residual_layer_norm{name}_forward"
+        setattr(module, name, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
 
 CHANGES = {"lm2_kernels.bench.measure": ceilings, "suite": suite, "entries": limits}
 if BROKEN:
@@ -156,7 +159,8 @@ def test_all_of_it_and_going_on(rehearse, tmp_path):
     assert (code, failed) == (0, []), output
     assert all(rows[phase] for phase in _REHEARSED)
     assert {key.split()[1].split("-")[0] for key in rows["smoke"]} == {
-        *("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate")
+        *("memory_attention", "memory_update", "residual_layer_norm", "pooled_gate"),
+        *norms.NAMES,
     }
     assert rows["suite"]["suite"]["line"] == "4 passed (exit code 0)"
     joined = report.load(tmp_path / "bench.json")
@@ -322,7 +326,7 @@ def test_what_a_gpu_would_be_given(tmp_path):
     without, how, *lines = done.stdout.splitlines()
     assert without.startswith("it needs an NVIDIA GPU") and how == "without a GPU: 2"
     counts = dict(line.split() for line in lines)
-    assert counts["smoke"] == counts["smoke_cpp"] == "48"
+    assert counts["smoke"] == counts["smoke_cpp"] == "60"
     assert counts["headline"] == counts["graphs"] == "6"
     assert int(counts["compile"]) >= int(counts["sweep"]) > 70
 

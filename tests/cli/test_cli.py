@@ -367,6 +367,7 @@ def test_a_terminal_without_unicode_ends_nothing(monkeypatch):
 
 
 def test_plots_need_a_folder(capsys, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     (tmp_path / "file").write_text("mine")
     assert cli.main(["bench", "--plots", str(tmp_path / "file")]) == 2
     assert "is no folder" in capsys.readouterr().err

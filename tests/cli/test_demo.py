@@ -18,6 +18,7 @@ from tools.rounding import ROUND_OFF_ULPS, assert_round_off
 
 def test_run(tmp_path, monkeypatch, capsys):
     """A few steps: every file, every number, and the same data for both models."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     monkeypatch.setattr(demo, "compare_with_released", lambda: [])
     seen = []
     real = demo.train

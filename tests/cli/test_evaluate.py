@@ -157,7 +157,6 @@ def test_what_is_interrupted_goes_on(words, tmp_path, capsys, monkeypatch, numbe
         (["--background", "nowhere"], "nowhere"),
         (["--answers"], "give --json"),
         (["--json", "no/where.json"], "there is no folder no"),
-        (["--plots", "config.json"], "is no folder"),
     ],
 )
 def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
@@ -166,6 +165,12 @@ def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m lm2_kernels evaluate: error: ")
     assert text in line
+
+
+def test_plots_need_a_folder(words, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert _run(words, *_FEW, "--plots", words / "config.json") == 2
+    assert "is no folder" in capsys.readouterr().err
 
 
 def test_user_errors_of_the_parser(capsys):

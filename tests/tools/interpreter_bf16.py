@@ -9,7 +9,8 @@ asks for ``input_precision="ieee"``; the interpreter multiplies exactly and woul
 
 And ``tl.dot`` adds up its terms in one order, whichever operand comes first, as the instructions of
 a GPU do; ``tl.sum`` along an axis by halves, as a GPU's lanes and warps do. NumPy's order depends
-on shapes, on strides and on the processor.
+on shapes, on strides and on the processor. And where a kernel asks for the number beside a NaN, it
+gets the number, also from releases before 3.8.
 """
 
 from __future__ import annotations
@@ -162,6 +163,18 @@ def _make_clamp(original: Any) -> Any:
     return create_clampf
 
 
+def _make_number_of(smaller_or_larger: np.ufunc) -> Any:
+    """Of a NaN and a number the number, which Triton's interpreter has from 3.8 on."""
+
+    def make(original: Any) -> Any:
+        def create(self: Any, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+            return self.binary_op(lhs, rhs, smaller_or_larger)
+
+        return create
+
+    return make
+
+
 def _make_bf16_constant(original: Any) -> Any:
     def get_bf16(self: Any, value: float) -> TensorHandle:
         return TensorHandle(f32_to_bf16(np.array([value], np.float32)), tl.bfloat16)
@@ -228,6 +241,8 @@ def install(*, emulate_tf32: bool = True) -> None:
     _replace(InterpreterBuilder, "create_fma", _make_fma)
     _replace(InterpreterBuilder, "create_clampf", _make_clamp)
     _replace(InterpreterBuilder, "get_bf16", _make_bf16_constant)
+    _replace(InterpreterBuilder, "create_minnumf", _make_number_of(np.fmin))
+    _replace(InterpreterBuilder, "create_maxnumf", _make_number_of(np.fmax))
     _replace(interpreter.ReduceOps, "apply_impl", _make_reduce_or_scan)
     _replace(interpreter.ReduceOps, "sum", _make_sum)
     _replace(interpreter.ScanOps, "apply_impl", _make_reduce_or_scan)
