@@ -1,9 +1,9 @@
 """The backends' functions as ``torch.library`` operators: what torch.compile sees.
 
-Eager calls skip this layer (the dispatcher costs more than some kernels); a compiled graph holds
-``torch.ops.lm2_kernels.<op>_forward`` and ``_backward`` with the backend's name as the last
-argument, so every backend is traced the same way. The compiled backend's own operators
-(``torch.ops.lm2_kernels_cpp``) get the same shape functions.
+Eager calls skip this layer (the dispatcher costs more than some kernels), but for Triton's while a
+mode watches operators; a compiled graph holds ``torch.ops.lm2_kernels.<op>_forward`` and
+``_backward`` with the backend's name as the last argument, so every backend is traced the same way.
+The compiled backend's own operators (``torch.ops.lm2_kernels_cpp``) get the same shape functions.
 
 All are made from the table of :mod:`lm2_kernels.backends.contract` and the signatures of
 :mod:`lm2_kernels.backends.eager`; but for ``lm2_kernels::tanh``, which is of no op and has no
@@ -36,13 +36,18 @@ def run(backend: str, function: str, *args):
 
 def schema(function: str) -> str:
     """``(arguments) -> (results)`` of a backend's function, as torch writes it."""
-    return torch.library.infer_schema(getattr(eager, function), mutates_args=())
+    return torch.library.infer_schema(_signature(function), mutates_args=())
+
+
+def _signature(function: str) -> Callable:
+    """What has a backend's function's arguments and annotations."""
+    return OPTIONAL.get(function) or getattr(eager, function)
 
 
 def shapes(function: str) -> Callable[..., tuple[Tensor, ...]]:
     """What gives a function's results their shapes, from all its arguments."""
-    results = RESULTS[function]
-    names = list(inspect.signature(getattr(eager, function)).parameters)
+    results = (RESULTS | OPTIONAL)[function]
+    names = list(inspect.signature(_signature(function)).parameters)
     places = [names.index(name) for name in inspect.signature(results).parameters]
     return lambda *args: results(*(args[place] for place in places))
 
@@ -68,11 +73,8 @@ def _register(function: str) -> None:
         torch.library.register_fake(f"{cpp.NAMESPACE}::{function}", fake)
 
 
-for _function in RESULTS:
+for _function in (*RESULTS, *OPTIONAL):
     _register(_function)
-for _function, _results in OPTIONAL.items():
-    if cpp.has(_function):
-        torch.library.register_fake(f"{cpp.NAMESPACE}::{_function}", _results)
 if cpp.has("transposed_and_sums"):
 
     @torch.library.register_fake(f"{cpp.NAMESPACE}::transposed_and_sums")

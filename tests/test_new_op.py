@@ -144,7 +144,8 @@ def tree(tmp_path):
             source = source.replace(f"\n{line}\n", f"\n{text}{line}\n")
         if name in ENTRIES:
             table, entry = ENTRIES[name]
-            source = source.replace(f"\n{table}\n", f"\n{table}\n{entry}\n")
+            # where there are several, the first
+            source = source.replace(f"\n{table}\n", f"\n{table}\n{entry}\n", 1)
         path.write_text(source, "utf-8")
     return tmp_path
 

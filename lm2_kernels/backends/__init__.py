@@ -265,7 +265,13 @@ def without_autocast(device_type: str, function: Callable, *args):
 
 
 def call_without_autocast(name: str, function: str, *args):
-    """:func:`call` where no autocast is in force."""
+    """:func:`call` where no autocast is in force.
+
+    While a mode watches PyTorch's operators (it counts or records them, or fakes tensors), Triton's
+    kernels, which are none, are called by ours: they cannot run on what has no memory.
+    """
+    if name == "triton" and torch._C._len_torch_dispatch_stack() > 0:
+        return getattr(torch.ops.lm2_kernels, function)(*args, name)
     if _recordings:
         record(function, name)
     module = _modules.get(name)

@@ -18,9 +18,9 @@ GPUs"}``; None is any. It is given nothing that lies elsewhere.
 
 Two pairs of functions a backend has or not, forward and backward, :data:`OPTIONAL`. They spare the
 release layer's norms passes over what lies beside them. All take what
-``residual_layer_norm_forward`` and ``_backward`` take but for ``needs_dx``, and the gradients of x
-and residual have their dtypes. A backend made from another's functions, with a norm of its own, has
-these of its own too, or none.
+``residual_layer_norm_forward`` and ``_backward`` take but for ``needs_dx``, as the functions here
+say, and the gradients of x and residual have their dtypes. A backend made from another's functions,
+with a norm of its own, has these of its own too, or none.
 
 - :data:`NORM_AND_TANH` gives ``tanh(residual)`` besides, in the dtype of the residual. Backward
   takes, before ``needs_dparams``, ``dtanh`` and ``dresidual``, what the residual gets otherwise. It
@@ -163,25 +163,45 @@ NORM_OF_RELU = "residual_layer_norm_of_relu"
 _OP_OF = {NORM_AND_TANH: NORM, NORM_OF_RELU: NORM}
 
 
-def residual_layer_norm_and_tanh_forward(x, residual, weight, bias, eps):
+def residual_layer_norm_and_tanh_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``mean``, ``rstd``, ``tanh`` (B, T, D)."""
     return *residual_layer_norm_forward(x), residual.new_empty(residual.shape)
 
 
 def residual_layer_norm_and_tanh_backward(
-    dout, x, residual, weight, mean, rstd, dtanh, dresidual, needs_dparams
-):
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dtanh: Tensor,
+    dresidual: Tensor,
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
     dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
     return dx, residual.new_empty(residual.shape), *of_parameters
 
 
-def residual_layer_norm_of_relu_forward(x, residual, weight, bias, eps):
+def residual_layer_norm_of_relu_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """``out``, ``mean``, ``rstd``."""
     return residual_layer_norm_forward(x)
 
 
-def residual_layer_norm_of_relu_backward(dout, x, residual, weight, mean, rstd, needs_dparams):
+def residual_layer_norm_of_relu_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
     dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
     return dx, residual.new_empty(residual.shape), *of_parameters

@@ -15,6 +15,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, reference, testing
@@ -213,6 +214,19 @@ def test_layers_without_synchronisation(backend):
             (output.sum() + new_memory.sum()).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_layers_of_fake_tensors(backend):
+    """No kernel reads what has no memory."""
+    with FakeTensorMode(), lm2.recording() as ran:
+        for layer in _layers(backend=backend):
+            x = torch.randn(2, 64, 512, device="cuda")
+            outputs = layer(x, lm2.initial_memory(2, 64, 512, device="cuda"))
+            assert all((each.shape, each.device) == (x.shape, x.device) for each in outputs)
+            torch.autograd.grad([each.sum() for each in outputs], [*layer.parameters()])
+    torch.cuda.synchronize()
+    # the operators of the compiled backend are PyTorch's to fake
+    assert not ran or backend == "cpp"
 
 
 @pytest.mark.timeout(180, method="thread")

@@ -17,7 +17,9 @@ import pytest
 import torch
 import triton
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton.runtime.jit import JITFunction
 
 import lm2_kernels as lm2
@@ -264,7 +266,11 @@ _BY_KERNELS = [
 @pytest.mark.parametrize("case", _BY_KERNELS[1::4], ids=lambda case: case.id)
 def test_launch_under_device_guard(case):
     """Tensors on cuda:1 while cuda:0 is current: the fake driver refuses a launch elsewhere."""
-    with FakeTensorMode(allow_non_fake_inputs=True), launches.compiled("sm_90") as gpu:
+    # without a GPU they are fakes, here with an address, of a mode that nobody sees
+    no_mode = mock.patch.object(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+    address = mock.patch.object(FakeTensor, "data_ptr", lambda self: 16)
+    fakes = FakeTensorMode(allow_non_fake_inputs=True)
+    with fakes, launches.compiled("sm_90") as gpu, no_mode, address:
         inputs = testing.make_inputs(case, torch.float16)
         tensors = {
             name: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda:1")
@@ -280,6 +286,59 @@ def test_launch_under_device_guard(case):
     assert gpu.launches
     for launch in gpu.launches:
         assert {str(device) for device in launch.devices} == {"cuda:1"}
+
+
+@pytest.mark.parametrize("case", _BY_KERNELS, ids=lambda case: case.id)
+def test_a_mode_sees_operators(case):
+    """Who fakes tensors gets fakes without a launch, who counts operators sees ours."""
+    inputs = testing.make_inputs(case, torch.float16)
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.add(func.__name__.partition(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    names: set[str] = set()
+    with launches.interpreted("sm_90"):
+        wanted = testing.run_case(case, inputs, "triton")
+        with Seen():
+            seen = testing.run_case(case, inputs, "triton")
+    assert {f"{case.op}_forward", f"{case.op}_backward"} <= names
+    assert all(torch.equal(seen[name], tensor) for name, tensor in wanted.items())
+    with launches.grids("sm_90") as grids, FakeTensorMode() as mode:
+        fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+        found = testing.run_case(case, fakes, "triton")
+    assert not grids
+    for name, want in wanted.items():
+        fake = found[name]
+        assert isinstance(fake, FakeTensor) and fake.dtype == want.dtype
+        assert (fake.shape, fake.stride()) == (want.shape, want.stride())
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("kind", (lm2.PaperMemory, lm2.ReleaseMemory))
+def test_a_layer_of_fakes_launches_nothing(kind, autocast):
+    with launches.grids("sm_90") as grids, FakeTensorMode():
+        layer = kind(32, num_heads=2, backend="triton")
+        x, memory = torch.randn(2, 2, 6, 32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = layer(x, memory)
+        gradients = torch.autograd.grad([o.float().sum() for o in outputs], [*layer.parameters()])
+    assert not grids
+    assert all(isinstance(each, FakeTensor) for each in (*outputs, *gradients))
+    # what a fake tensor has for an address is no kernel's to read
+    with launches.interpreted("sm_90"), pytest.raises(RuntimeError, match="FakeTensorMode alone"):
+        layer(x, memory)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fakes_of_a_gpu_that_is_not_there(monkeypatch):
+    """As who plans for one has them: PyTorch computes their shapes."""
+    monkeypatch.setattr(backends, "_warned", set())
+    with FakeTensorMode():
+        tensors = 3 * [torch.empty(1, 3, 2, 16, device="cuda:0")]
+        with pytest.warns(match="torch sees no GPU"):
+            assert backends.select("memory_attention", tensors, "auto") == "eager"
 
 
 _BOUND = (

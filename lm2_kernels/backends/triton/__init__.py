@@ -54,6 +54,8 @@ for _module in _MODULES:
 @constant_when_compiled
 def _device_reason(device_index: int | None) -> str | None:
     target = launch.target(device_index)
+    if target == "absent":
+        return "torch sees no GPU"
     if target not in launch.TARGETS:
         return f"the GPU is {target}, it needs sm_80 or newer, or gfx942"
     return None
@@ -66,7 +68,7 @@ def unsupported_reason(op: str, *tensors: Tensor) -> str | None:
         return reason
     if not tensors:
         has_gpu = torch.cuda.is_available() or "cpu" in DEVICES
-        return None if has_gpu else "there is no GPU"
+        return None if has_gpu else "torch sees no GPU"
     reason = _device_reason(tensors[0].device.index)
     if reason is not None:
         return reason

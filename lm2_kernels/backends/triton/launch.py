@@ -51,11 +51,18 @@ def _release(module: ModuleType) -> tuple[int, ...]:
 
 @functools.cache
 def target(device_index: int | None) -> str:
-    """What the launch tables are keyed by: one of TARGETS, else the name of an unsupported GPU."""
+    """What the launch tables are keyed by: one of TARGETS, else the name of an unsupported GPU.
+
+    "absent" without a GPU: whoever asks then has fake tensors.
+    """
     if interpreted():
         return "sm_80"
+    try:
+        driver = triton.runtime.driver.active
+    except RuntimeError:
+        return "absent"
     with device_guard(None if device_index is None else torch.device("cuda", device_index)):
-        current = triton.runtime.driver.active.get_current_target()
+        current = driver.get_current_target()
     if current.backend == "hip":
         return current.arch
     if current.arch < 80:
@@ -217,13 +224,19 @@ _layouts: dict[tuple, Launches] = {}
 
 
 def launches(op: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Launches:
-    """The launches of this op for tensors laid out as these, and these options."""
+    """The launches of this op for tensors laid out as these, and these options.
+
+    Raises:
+        RuntimeError: a tensor has no memory.
+    """
     device = None
     key: list[Any] = [op, options]
     for tensor in tensors:
         if tensor is not None:
-            device = tensor.device
-            key += (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+            device, pointer = tensor.device, tensor.data_ptr()
+            if pointer == 0 and tensor.numel() > 0:
+                raise RuntimeError(f"{op}: a fake tensor is of use under its FakeTensorMode alone")
+            key += (tensor.shape, tensor.stride(), tensor.dtype, pointer % 16)
         else:
             key.append(None)
     key += (device, target(device.index))
