@@ -144,8 +144,8 @@ class ReleaseMemoryFunction(LayerFunction):
     query, key, value, what was read, the attended rows, a result of each application of the shared
     Linear, the candidate, the rows' tanh and the two gates, with the prefix gate its mean and what
     the gates have of it (3); the statistics of attention and norms (8 B T (H + 2) bytes); with a
-    slot mask the masked memory; and copies of x, memory and tanh where products take another dtype,
-    as under autocast. Weights are cast again.
+    slot mask the masked memory; and copies of x and memory where products take another dtype, as
+    under autocast, and of the tanh unless a norm takes it again. Weights are cast again.
     """
 
     uses = places(
