@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
 
 def test_plots_need_a_folder(words, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    assert _run(words, *_FEW, "--plots", words / "config.json") == 2
+    assert _run(words, *_FEW, "--plots", Path(words) / "config.json") == 2
     assert "is no folder" in capsys.readouterr().err
 
 
