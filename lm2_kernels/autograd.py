@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lm2_kernels.backends import cpp
+from lm2_kernels.backends import check_mark, cpp, mark
 from lm2_kernels.operators import run
 
 
@@ -137,8 +137,9 @@ def apply(function: type[torch.autograd.Function], *args):
 class MemoryAttentionFunction(torch.autograd.Function):
     """``(query, key, value, slot_mask, seed, ...) -> (out, statistics)``.
 
-    Saves query, key, value and out by reference, statistics (8 B H T bytes), and the slot mask and
-    seed if there are any: nothing of size (T, N). The dropout mask is recomputed from the seed.
+    Saves query, key, value and out by reference, statistics (8 B H T bytes), a mark of the backend,
+    as no other understands them, and the slot mask and seed if there are any: nothing of size
+    (T, N). The dropout mask is recomputed from the seed.
     """
 
     @staticmethod
@@ -151,7 +152,9 @@ class MemoryAttentionFunction(torch.autograd.Function):
         out, statistics = output
         ctx.mark_non_differentiable(statistics)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, slot_mask, seed, out, statistics)
+        # a graph names its backend
+        made_by = None if getattr(ctx, "is_of_operator", False) else mark((ctx.backend,))
+        ctx.save_for_backward(query, key, value, slot_mask, seed, out, statistics, made_by)
 
     @staticmethod
     def backward(ctx, dout, _):
@@ -159,11 +162,15 @@ class MemoryAttentionFunction(torch.autograd.Function):
             return (None,) * 11
         needs_dquery, needs_dkey, needs_dvalue = ctx.needs_input_grad[:3]
         needs_dkey_value = needs_dkey or needs_dvalue
+        # read once: checkpointing unpacks what was saved a single time
+        *saved, made_by = ctx.saved_tensors
+        if made_by is not None:
+            check_mark("memory_attention", made_by, (ctx.backend,))
         dquery, dkey_value = _run_backward(
             ctx,
             "memory_attention_backward",
             dout,
-            *ctx.saved_tensors,
+            *saved,
             *ctx.options,
             needs_dquery,
             needs_dkey_value,
@@ -364,8 +371,8 @@ def _register(op: str, function: type[torch.autograd.Function]) -> None:
 
     def setup_context_of(backend: tuple[str, ...]) -> Callable:
         def setup_context(ctx, inputs, output):
-            function.setup_context(ctx, (*inputs, *backend), output)
             ctx.is_of_operator = True
+            function.setup_context(ctx, (*inputs, *backend), output)
 
         return setup_context
 

@@ -306,6 +306,43 @@ def recording() -> Iterator[list[tuple[str, str]]]:
         del _recordings[id(recorded)]
 
 
+# backend -> a number, and backends -> what stands for them
+_numbers: dict[str, int] = {}
+_next_number = itertools.count()
+_marks: dict[tuple[str, ...], Tensor] = {}
+
+
+def mark(names: tuple[str, ...]) -> Tensor:
+    """An empty tensor whose shape stands for these backends, to be kept beside what they made.
+
+    What one makes no other need understand. Checkpointing has it made again in backward, perhaps by
+    others, and refuses tensors of another shape; who does not let it is told by
+    :func:`check_mark`.
+    """
+    if names in _marks and torch._C._len_torch_dispatch_stack() == 0:
+        return _marks[names]
+    numbers = [_numbers.setdefault(name, next(_next_number)) for name in names]
+    made = torch.empty(0, *numbers, dtype=torch.uint8, device="cpu")
+    if torch._C._len_torch_dispatch_stack() == 0:
+        # one that a mode made is of use to it alone
+        _marks[names] = made
+    return made
+
+
+def check_mark(op: str, made_by: Tensor, names: tuple[str, ...]) -> None:
+    """Refuse what was made by others than these."""
+    if made_by is _marks.get(names):
+        return
+    numbers = tuple(_numbers[name] for name in names)
+    if made_by.shape[1:] != numbers:
+        known = {number: name for name, number in _numbers.items()}
+        others = tuple(known.get(number, "?") for number in made_by.shape[1:])
+        raise RuntimeError(
+            f"{op}: what its forward on {names} kept was made again by {others}; call backward "
+            f"with the same use_backend in force, or give the layers a backend"
+        )
+
+
 # what use_backend has set in this thread or task: whose __exit__ undoes it, and the name; the last
 # one is in force
 _Settings = tuple[tuple[weakref.ref, str], ...]
@@ -324,15 +361,35 @@ class _Context:
 _context = _Context()
 
 
+def _of_callers_context() -> str:
+    """What is in force where a backward was asked for, of which this thread runs a part.
+
+    Autograd has threads of its own for a GPU, where checkpointing calls layers again. From 2.12 on
+    PyTorch takes the caller's context along; private to it, and without it nothing is known.
+    """
+    context = _get_of_tls("context") if _is_in_tls("context") else None
+    return "" if context is None else context.get(_in_force, "")
+
+
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+_is_in_tls = getattr(torch._C, "_is_key_in_tls", lambda key: False)
+_get_of_tls = getattr(torch._C, "_get_obj_in_tls", lambda key: None)
+
+
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     """Set the default backend of this thread or asyncio task, until the ``with`` block ends.
 
     ``use_backend("eager")`` alone sets it for good, or until the ``with use_backend`` around it
     ends; in a function that torch.compile traces it does nothing. A new thread starts with the
     process's default: the environment variable ``LM2_KERNELS_BACKEND``, else ``"auto"``, which
-    takes the first backend that can run each call. A backward runs where its forward ran, whatever
-    thread autograd takes for it. A generator's block holds for its caller too while it waits, as
-    that of ``torch.no_grad`` does.
+    takes the first backend that can run each call. A generator's block holds for its caller too
+    while it waits, as that of ``torch.no_grad`` does.
+
+    A backward runs where its forward ran, whatever thread autograd takes for it. What
+    ``torch.utils.checkpoint`` computes again in backward runs on what is in force for the caller of
+    backward; with PyTorch 2.11, on a GPU, on the process's default. Where that is another backend
+    than before, a CheckpointError says that a tensor has another shape: set the environment
+    variable, or the layers' ``backend``.
 
     Raises:
         ValueError: the name is unknown.
@@ -381,8 +438,11 @@ def _set(settings: _Settings) -> None:
 def requested_backend() -> str:
     """The default backend in force: a backend's name or "auto"."""
     name = _context.in_force
-    if torch.compiler.is_compiling() and _traced:
-        name = _traced[-1]
+    if torch.compiler.is_compiling():
+        name = _traced[-1] if _traced else name
+    elif not isinstance(name, str) and _graph_task() != -1:
+        # in a backward, and nobody has set one in this thread
+        name = _of_callers_context()
     if not isinstance(name, str) or not name:
         return _default
     # what was registered may have been taken out in the meantime

@@ -322,13 +322,13 @@ class MemoryLayer(nn.Module):
         )
         update = select("memory_update", (x, query.flatten(-2), rows), self.backend)
         is_cast = any(t is not None and t.dtype != dtype for t in (x, memory, *parameters))
-        names = {read.backend, update, *self._more_backends(more)}
+        names = (read.backend, update, *self._more_backends(more))
         may_be_one_call = (
             not is_cast
             and self.tokens_per_slot == 1
             # of others a part is seen, which has gaps
             and (num_seen == num_slots or batch == 1)
-            and in_cpp.is_possible(x.device.type, dtype, names)
+            and in_cpp.is_possible(x.device.type, dtype, set(names))
         )
         return function.Options(
             layer=type(self).__name__,
@@ -339,6 +339,7 @@ class MemoryLayer(nn.Module):
             recompute=self.recompute,
             gives_rows=gives_rows,
             update=update,
+            backends=names,
             in_cpp=may_be_one_call,
             more=more,
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lm2_kernels.autograd import first_order, refuse_mapped
 from lm2_kernels.backends import call_without_autocast as call
-from lm2_kernels.backends import cpu_products, without_autocast
+from lm2_kernels.backends import check_mark, cpu_products, mark, without_autocast
 from lm2_kernels.backends.contract import accumulation_dtype
 from lm2_kernels.chunks import num_rows
 from lm2_kernels.linear import linear
@@ -63,6 +63,7 @@ class Options(NamedTuple):
         recompute: whether the inputs alone are kept for backward.
         gives_rows: whether the rows that were written come back, not the whole bank.
         update: the backend of the update.
+        backends: of all ops.
         in_cpp: whether it may be one call of the compiled backend.
         more: what the other layer has not.
     """
@@ -75,6 +76,7 @@ class Options(NamedTuple):
     recompute: bool
     gives_rows: bool
     update: str
+    backends: tuple[str, ...]
     in_cpp: bool
     more: Any
 
@@ -122,8 +124,8 @@ class Reading(NamedTuple):
 class LayerFunction(torch.autograd.Function):
     """``(options, *tensors) -> results`` of a layer.
 
-    Keeps for backward what its subclass says, all by reference; with ``recompute`` the tensors that
-    it is given alone, from which the others are computed again.
+    Keeps for backward what its subclass says, all by reference, and a mark of the backends; with
+    ``recompute`` the tensors that it is given alone, from which the others are computed again.
     """
 
     # (options, whether anything is kept, *tensors) -> results, what is kept for backward
@@ -157,7 +159,7 @@ class LayerFunction(torch.autograd.Function):
         useful = list(kept)
         for place in _useless(cls, ctx.needs_input_grad[1:]):
             useful[place] = [None] * len(useful[place])
-        ctx.save_for_backward(*useful)
+        ctx.save_for_backward(*useful, mark(options.backends))
         return results
 
     @classmethod
@@ -168,6 +170,9 @@ class LayerFunction(torch.autograd.Function):
         refuse_mapped(gradients)
         # read once: checkpointing unpacks what was saved a single time
         saved = ctx.saved_tensors
+        if not ctx.options.recompute:
+            *saved, made_by = saved
+            check_mark(ctx.options.layer, made_by, ctx.options.backends)
         backward = functools.partial(_backward, cls, ctx.options, needs, len(gradients))
         return None, *first_order(ctx.options.layer, backward, *gradients, *saved)
 

@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextvars
 import functools
 import itertools
 import os
@@ -12,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import lm2_kernels as lm2
 from lm2_kernels import backends, functional, testing
@@ -293,6 +295,84 @@ def test_backward_in_another_thread_runs_where_forward_ran(second_backend):
         thread.start()
         thread.join()
     assert recorded == [("memory_update_backward", "cpp")]
+
+
+def _read_and_differentiate():
+    memory = torch.randn(2, 3, 2, 4)
+    return functional.memory_attention(rows(2, 3, 2, 4), memory, memory).sum()
+
+
+def _layer(kind, **options):
+    return kind(8, 2, **options)(torch.randn(2, 3, 8), torch.randn(2, 3, 8))[0].sum()
+
+
+_CHECKPOINTED = {
+    "memory_attention": _read_and_differentiate,
+    "PaperMemory": functools.partial(_layer, lm2.PaperMemory),
+    "ReleaseMemory": functools.partial(_layer, lm2.ReleaseMemory),
+}
+
+
+@pytest.mark.parametrize("where", ("another thread", "after the block"))
+@pytest.mark.parametrize("name", _CHECKPOINTED)
+def test_what_another_backend_makes_again_is_refused(name, where, second_backend):
+    """As a backward of a GPU recomputes in a thread of autograd's; and not if it is the same."""
+    errors = []
+
+    def backward(loss):
+        try:
+            loss.backward()
+        except Exception as error:
+            errors.append(error)
+
+    def call(**options):
+        thing = functools.partial(_CHECKPOINTED[name])
+        with lm2.use_backend("eager"):
+            loss = checkpoint(thing, use_reentrant=False, **options)
+            if where == "after the block":
+                pass
+            else:
+                thread = threading.Thread(target=backward, args=(loss,))
+                thread.start()
+                thread.join()
+        if where == "after the block":
+            backward(loss)
+
+    call()
+    call(determinism_check="none")
+    by_torch, by_us = errors
+    assert isinstance(by_torch, CheckpointError) and "different metadata" in str(by_torch)
+    assert "was made again by" in str(by_us) and "use_backend" in str(by_us)
+    # the process's default
+    lm2.use_backend("eager")
+    backward(checkpoint(_CHECKPOINTED[name], use_reentrant=False))
+    assert len(errors) == 2
+
+
+def test_a_thread_of_autograds_has_the_default_of_its_caller():
+    """What it computes again, for checkpointing."""
+    found = []
+
+    class Ask(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            # such a thread has a context of its own
+            found.append(contextvars.Context().run(backends.requested_backend))
+            return dy
+
+    def ask():
+        Ask.apply(torch.ones(1, requires_grad=True)).backward()
+
+    ask()
+    with lm2.use_backend("eager"):
+        ask()
+        assert contextvars.Context().run(backends.requested_backend) == "auto"
+    follows = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+    assert found == ["auto", "eager" if follows else "auto"]
 
 
 def test_concurrent_backwards_that_recompute_leave_nothing_behind(second_backend):

@@ -764,10 +764,10 @@ def test_a_weight_of_another_shape_is_checked(kind):
 
 # calls of this package's Python functions at most: in forward, and with backward
 CALLS = {
-    (lm2.PaperMemory, True): (50, 168),
-    (lm2.PaperMemory, False): (71, 188),
-    (lm2.ReleaseMemory, True): (82, 244),
-    (lm2.ReleaseMemory, False): (120, 281),
+    (lm2.PaperMemory, True): (51, 170),
+    (lm2.PaperMemory, False): (72, 190),
+    (lm2.ReleaseMemory, True): (83, 246),
+    (lm2.ReleaseMemory, False): (121, 283),
 }
 
 
