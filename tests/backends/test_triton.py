@@ -341,6 +341,37 @@ def test_fakes_of_a_gpu_that_is_not_there(monkeypatch):
             assert backends.select("memory_attention", tensors, "auto") == "eager"
 
 
+@pytest.mark.parametrize(
+    "error",
+    (
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        AssertionError("libcuda.so cannot found!"),
+        FileNotFoundError("/sbin/ldconfig"),
+    ),
+    ids=lambda error: type(error).__name__,
+)
+def test_a_driver_that_does_not_start_is_a_reason(error, monkeypatch):
+    """Where there is a GPU, but not what Triton makes its driver with: others run there."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(launch_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch_module.triton.runtime, "driver", Driver())
+    launch_module.driver_reason.cache_clear()
+    try:
+        with FakeTensorMode():
+            tensors = 3 * [torch.empty(1, 3, 2, 16, device="cuda:0")]
+            with pytest.warns(match=f"driver does not start: {type(error).__name__}"):
+                assert backends.select("memory_attention", tensors, "auto") != "triton"
+    finally:
+        launch_module.driver_reason.cache_clear()
+
+
 _BOUND = (
     *(case for case in FIRST_CASES if case.op != "memory_attention"),
     testing.Case(
@@ -732,6 +763,7 @@ def test_composite_is_recorded():
 
 
 def test_old_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(launch_module, "driver_reason", lambda: None)
     monkeypatch.setattr(launch_module, "target", lambda index: "sm_75")
     monkeypatch.setitem(launch_module.DEVICES, "cpu", "CPUs")
     tensor = torch.randn(1, 2, 8)

@@ -503,9 +503,8 @@ def _cpu_launches_allowed() -> Iterator[None]:
         return
 
     def forget_target() -> None:
-        clear = getattr(getattr(launcher, "target", None), "cache_clear", None)
-        if clear is not None:
-            clear()
+        for name in ("target", "driver_reason"):
+            getattr(getattr(launcher, name, None), "cache_clear", lambda: None)()
         getattr(launcher, "forget", lambda: None)()
 
     forget_target()

@@ -5,6 +5,7 @@ own operators on the same device, a block of scores at a time.
 """
 
 import functools
+import subprocess
 from collections.abc import Callable
 
 import torch
@@ -34,7 +35,8 @@ def _explained(function: Callable) -> Callable:
     def wrapper(*args):
         try:
             return function(*args)
-        except TritonError as error:
+        # the last two of a C compiler, which makes what a kernel is launched by
+        except (TritonError, OSError, subprocess.SubprocessError) as error:
             tensors = [arg for arg in args if isinstance(arg, Tensor)]
             given = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors)
             raise RuntimeError(
@@ -53,9 +55,10 @@ for _module in _MODULES:
 # torch.compile takes the answer as it is: it cannot trace the driver
 @constant_when_compiled
 def _device_reason(device_index: int | None) -> str | None:
+    reason = None if launch.interpreted() else launch.driver_reason()
+    if reason is not None:
+        return reason
     target = launch.target(device_index)
-    if target == "absent":
-        return "torch sees no GPU"
     if target not in launch.TARGETS:
         return f"the GPU is {target}, it needs sm_80 or newer, or gfx942"
     return None

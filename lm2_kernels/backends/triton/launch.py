@@ -50,19 +50,28 @@ def _release(module: ModuleType) -> tuple[int, ...]:
 
 
 @functools.cache
-def target(device_index: int | None) -> str:
-    """What the launch tables are keyed by: one of TARGETS, else the name of an unsupported GPU.
+def driver_reason() -> str | None:
+    """Why Triton cannot be asked for a GPU, or None.
 
-    "absent" without a GPU: whoever asks then has fake tensors.
+    It compiles its driver at first, with the host's C compiler and Python's headers.
     """
+    try:
+        triton.runtime.driver.active  # noqa: B018 - a property that makes it
+    except Exception as error:
+        if not torch.cuda.is_available():
+            # whoever asks has fake tensors
+            return "torch sees no GPU"
+        return f"Triton's driver does not start: {type(error).__name__}: {error}"
+    return None
+
+
+@functools.cache
+def target(device_index: int | None) -> str:
+    """What the launch tables are keyed by: one of TARGETS, else the name of an unsupported GPU."""
     if interpreted():
         return "sm_80"
-    try:
-        driver = triton.runtime.driver.active
-    except RuntimeError:
-        return "absent"
     with device_guard(None if device_index is None else torch.device("cuda", device_index)):
-        current = driver.get_current_target()
+        current = triton.runtime.driver.active.get_current_target()
     if current.backend == "hip":
         return current.arch
     if current.arch < 80:
