@@ -1,16 +1,17 @@
-"""The GPU programme: what only an NVIDIA GPU can prove or measure, in sittings of ten minutes.
+"""The GPU programme: what only an NVIDIA GPU can prove or measure, in sittings of some minutes.
 
-    python benchmarks/gpu/run.py --out FOLDER                    # the first sitting
-    python benchmarks/gpu/run.py --out FOLDER --sitting second   # and what the first left over
-    python benchmarks/gpu/run.py --out FOLDER --only sweep       # one phase
-    python benchmarks/gpu/run.py --out FOLDER --rehearse         # on a CPU, tiny, interpreted
+    python benchmarks/gpu/run.py                    # the first sitting
+    python benchmarks/gpu/run.py --sitting second   # and what the first left over
+    python benchmarks/gpu/run.py --only sweep       # one phase
+    python benchmarks/gpu/run.py --out FOLDER       # its results also go there
+    python benchmarks/gpu/run.py --out FOLDER --rehearse  # on a CPU, tiny, interpreted
 
 A bare clone will do. This process imports torch and never touches the GPU; each phase is forked
-from it with a time limit, and so is each entry from its phase (``entries.py``). FOLDER gets six
-files at most, written again all the time: ``summary.txt``; ``results.tar.xz`` with a JSON file and
-a log an entry, all benchmarks as ``bench.json``, and the built extension; Triton's cache. The same
-command goes on from them, also on another machine of the same GPU, torch and triton, while
-lm2_kernels/ and csrc/ are what they were.
+from it with a time limit, and so is each entry from its phase (``entries.py``). The folder
+``benchmarks/results/gpu`` gets six files at most, written again all the time: ``summary.txt``;
+``results.tar.xz`` with a JSON file and a log an entry, all benchmarks as ``bench.json``, and the
+built extension; Triton's cache. A later run goes on from them, also on another machine of the same
+GPU, torch and triton, while lm2_kernels/ and csrc/ are what they were.
 
 Exit code 1 if something failed or was left for want of time, 2 without a GPU.
 """
@@ -37,11 +38,12 @@ from typing import NamedTuple
 import entries
 
 ROOT = Path(__file__).resolve().parents[2]
-BUDGET = 560.0
 # imports that take long, once for all; torch._dynamo may ask a GPU something, so it is not one
 PRELOADED = ("torch.fx.experimental.symbolic_shapes", "triton")
 # what was found; Triton's cache comes in so many archives beside it
 _RESULTS, _CACHE_FILES = "results.tar.xz", 4
+# how much of what failed is shown at the end
+_MOST_SHOWN = 60
 # seconds: between two packings, without which a phase is not begun, to which it may exceed its
 # limit, of the build
 _PACK, _LEAST, _GRACE, _BUILD = 20.0, 5.0, 10.0, 240.0
@@ -62,10 +64,9 @@ PHASES = {
     "attention": Phase("timings", 90),
     "smoke_cpp": Phase("smoke", 60, at_once=8, needs_build=True),
     "suite": Phase("suite", 130, needs_build=True),
-    "big": Phase("suite", 60, needs_build=True),
+    "big": Phase("suite", 110, needs_build=True),
     "forms": Phase("suite", 60),
     "sanitizer": Phase("suite", 190, needs_build=True),
-    "compile": Phase("sweep", 60, at_once=8),
     "sweep": Phase("sweep", 150),
     "ncu": Phase("suite", 60),
     "graphs": Phase("timings", 60),
@@ -74,10 +75,22 @@ PHASES = {
     "peers": Phase("timings", 300, needs_build=True),
     "model": Phase("timings", 80, needs_build=True),
 }
+
+
+class Sitting(NamedTuple):
+    """Phases in their order, and the seconds that they have together."""
+
+    budget: float
+    phases: tuple[str, ...]
+
+
+# the first two fit into a quarter of an hour, the reading and mending between them too
 SITTINGS = {
-    "first": ("smoke", "headline", "attention", "smoke_cpp", "suite", "big", "peers"),
-    "second": ("smoke", "suite", "big", "forms", "sanitizer", "compile", "sweep", "ncu", "graphs"),
-    "third": ("smoke", "compile", "sweep_one", "where", "peers", "model", "suite", "big"),
+    "first": Sitting(420, ("smoke", "headline", "attention", "smoke_cpp", "suite")),
+    "second": Sitting(300, ("smoke", "suite", "forms", "sweep", "graphs", "ncu", "big")),
+    "third": Sitting(
+        560, ("smoke", "sweep_one", "where", "peers", "model", "sanitizer", "suite", "big")
+    ),
 }
 
 
@@ -101,6 +114,7 @@ def machine(is_rehearsal: bool, folder: Path) -> int:
     key = [gpu["name"], versions["torch"], versions["triton"], *(text[:8] for text in digests)]
     target = launch.target(None if is_rehearsal else 0)
     found |= {"key": " ".join(key), "digests": digests, "target": target}
+    found["built_from"] = " ".join([versions["torch"], str(gpu.get("capability")), digests[1][:8]])
     entries.save(folder / "machine.json", found)
     return 0
 
@@ -117,18 +131,18 @@ def run_phase(context: entries.Context, name: str, until: float) -> int:
     return int(good < len(rows) or left > 0)
 
 
-def build_extension(folder: Path, capability: str) -> None:
+def build_extension(built: Path, capability: str) -> None:
     """Build it, and keep it for the next sitting."""
     command = ["nice", sys.executable, "setup.py", "build_ext", "--inplace"]
     # half of the cores: the other half launches what is measured
     os.environ["MAX_JOBS"] = str(max(1, (os.cpu_count() or 2) // 2))
     environment = os.environ | {"TORCH_CUDA_ARCH_LIST": capability}
     subprocess.run(command, env=environment, preexec_fn=entries.die_with_parent, check=True)
-    part = folder / "built.part"
+    part = built.with_name("built.part")
     part.mkdir(exist_ok=True)
     for file in (*ROOT.glob("lm2_kernels/*.so"), ROOT / "lm2_kernels" / "_build.json"):
         shutil.copy(file, part)
-    part.rename(folder / "built")
+    part.rename(built)
 
 
 # --- what forks: no thread, no package, no GPU ----------------------------------------------------
@@ -137,13 +151,20 @@ def build_extension(folder: Path, capability: str) -> None:
 class Programme:
     """Runs phases, and packs what there is all the while."""
 
-    def __init__(self, out: Path, work: Path, budget: float, is_rehearsal: bool):
-        self.out, self.results, self.cache = out, work / "results", work / "cache"
+    def __init__(self, places: list[Path], work: Path, budget: float, is_rehearsal: bool):
+        """``places``: folders that get the results; the first that has some is gone on from."""
+        self.places, self.results, self.cache = places, work / "results", work / "cache"
         self.end, self.is_rehearsal = time.time() + budget, is_rehearsal
         self.build: entries.Child | None = None
+        self.build_end = 0.0
         self.folder: Path | None = None  # of this machine and these sources
-        out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(out.glob("*.tar.xz")):
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        known = next((place for place in places if (place / _RESULTS).exists()), places[0])
+        for file in sorted(known.glob("*.tar.xz")):
+            for place in places:
+                if place != known:
+                    shutil.copy(file, place)
             try:
                 with tarfile.open(file) as archive:
                     archive.extractall(work, filter="data")
@@ -166,11 +187,14 @@ class Programme:
         folder = self.folder = entries.file_of(self.results, found["key"], "")
         folder.mkdir(exist_ok=True)
         context = entries.Context(self.is_rehearsal, folder, found["target"])
-        if (folder / "built").is_dir():
-            shutil.copytree(folder / "built", ROOT / "lm2_kernels", dirs_exist_ok=True)
+        # of what it is built from, and not of the rest of the package
+        built = self.results / f"built {found['built_from']}"
+        if built.is_dir():
+            shutil.copytree(built, ROOT / "lm2_kernels", dirs_exist_ok=True)
         elif not self.is_rehearsal and any(PHASES[name].needs_build for name in names):
-            build = functools.partial(build_extension, folder, found["devices"][-1]["capability"])
-            self.build = entries.Child(build, folder / "build.txt")
+            build = functools.partial(build_extension, built, found["devices"][-1]["capability"])
+            self.build = entries.Child(build, self.results / "build.txt")
+            self.build_end = time.time() + _BUILD
         codes, left = [], list(names)
         while left:
             # while the extension is built, what can do without it
@@ -178,7 +202,7 @@ class Programme:
             name = next((n for n in left if not (building and PHASES[n].needs_build)), left[0])
             left.remove(name)
             if PHASES[name].needs_build:
-                self.end_build(_BUILD)
+                self.end_build(self.build_end)
             limit = min(PHASES[name].limit, self.end - time.time())
             print(f"--- {name}: {limit:.0f} s at most")
             work = functools.partial(run_phase, context, name, time.time() + limit)
@@ -202,9 +226,9 @@ class Programme:
         while not child.wait(max(0.0, min(_PACK, end - time.time()))) and time.time() < end:
             self.pack()
 
-    def end_build(self, seconds: float) -> None:
+    def end_build(self, end: float) -> None:
         if self.build is not None:
-            self._await(self.build, min(self.end, time.time() + seconds))
+            self._await(self.build, min(self.end, end))
             self.build.stop()
             print(f"the extension's build: exit code {self.build.code}")
             self.build = None
@@ -213,11 +237,7 @@ class Programme:
         # what is written meanwhile may spoil an archive: then the one before it stays
         with contextlib.suppress(OSError):
             if self.folder is not None:
-                lines = [
-                    f"{name}: {entries.shown(json.loads(file.read_text()))}\n"
-                    for name in PHASES
-                    for file in sorted(self.folder.glob(f"{name}/*.json"))
-                ]
+                lines = [f"{name}: {entries.shown(row)}\n" for name, row in self.rows()]
                 self._put("summary.txt", "".join([f"{self.folder.name}\n", *lines]).encode())
             self._put(_RESULTS, _archive([self.results], self.results.parent))
             kernels = sorted(self.cache.glob("*"))
@@ -227,9 +247,16 @@ class Programme:
                     self._put(f"cache{index}.tar.xz", data)
                 self.num_cached = len(kernels)
 
+    def rows(self) -> list[tuple[str, dict]]:
+        """All rows with their phases."""
+        files = [] if self.folder is None else self.folder.glob("*/*.json")
+        found = {file: json.loads(file.read_text()) for file in sorted(files)}
+        return [(n, row) for n in PHASES for file, row in found.items() if file.parent.name == n]
+
     def _put(self, name: str, data: bytes) -> None:
-        (self.out / "part").write_bytes(data)
-        (self.out / "part").replace(self.out / name)
+        for place in self.places:
+            (place / "part").write_bytes(data)
+            (place / "part").replace(place / name)
 
 
 def _archive(paths: list[Path], root: Path) -> bytes:
@@ -243,11 +270,11 @@ def _archive(paths: list[Path], root: Path) -> bytes:
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    out = ROOT / "benchmarks" / "results" / "gpu"
-    parser.add_argument("--out", type=Path, default=out, help="folder of results, to go on from")
+    kept = ROOT / "benchmarks" / "results" / "gpu"
+    parser.add_argument("--out", type=Path, default=kept, help="folder that gets the results too")
     parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which phases (first)")
     parser.add_argument("--only", action="append", choices=PHASES, help="a phase; repeatable")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds ({BUDGET:.0f})")
+    parser.add_argument("--budget", type=float, help="seconds (those of the sitting)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, interpreted")
     options = parser.parse_args()
     # what is forked ends without a flush
@@ -255,8 +282,11 @@ def main() -> int:
     # an exception, so that all that was started is stopped, and what was found is packed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-        out = options.out.resolve()
-        programme = Programme(out, Path(work), options.budget, options.rehearse)
+        sitting = SITTINGS[options.sitting]
+        # a rehearsal is nothing to go on from
+        places = [options.out.resolve(), *([] if options.rehearse else [kept])]
+        budget = options.budget or sitting.budget
+        programme = Programme([*dict.fromkeys(places)], Path(work), budget, options.rehearse)
         paths = (str(ROOT), os.environ.get("PYTHONPATH"))
         os.environ |= {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -271,12 +301,16 @@ def main() -> int:
         sys.path.insert(1, str(ROOT))
         os.chdir(ROOT)
         try:
-            return programme.run(dict.fromkeys(options.only or SITTINGS[options.sitting]))
+            return programme.run(dict.fromkeys(options.only or sitting.phases))
         finally:
             # asked to end once more, it would leave half of it
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            programme.end_build(seconds=0.0)
+            programme.end_build(0.0)
             programme.pack(and_cache=True)
+            failed = [(name, row) for name, row in programme.rows() if not row["ok"]]
+            print("--- what failed:")
+            for name, row in failed[-_MOST_SHOWN:]:
+                print(f"{name}: {entries.shown(row)}")
 
 
 if __name__ == "__main__":

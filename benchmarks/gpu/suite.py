@@ -12,6 +12,8 @@ import time
 
 from entries import Context, Entry, die_with_parent, file_of
 
+from lm2_kernels import testing
+
 TESTS = "tests/backends/test_gpu.py"
 # of what the sweep then times
 _FORMS = "tests/backends/test_gpu_forms.py"
@@ -25,22 +27,26 @@ _WORKERS = {"suite": 8, "forms": 8, "big": 2, "sanitizer": 3}
 # to write what was found
 _LAST_SECONDS = 3.0
 
-# forward and backward of what takes a layer's time beside its products
+# forward and backward
 _PROFILED = """
 import torch
 from lm2_kernels import testing
-shape = testing.{shape}
-for case in (shape.cases()[0], shape.cases()[2]):
-    inputs = testing.make_inputs(case, torch.bfloat16, "{device}")
-    testing.run_case(case, inputs, "{backend}")
+case = testing.{case}
+testing.run_case(case, testing.make_inputs(case, torch.bfloat16, "{device}"), "{backend}")
 """
 _SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "MemoryWorkloadAnalysis")
 
 
 def entries(context: Context, phase: str) -> list[Entry]:
-    work = _ncu if phase == "ncu" else _suite
+    if phase == "ncu":
+        # what takes a layer's time beside its products
+        attention, _, norm, _ = testing.GPU_SHAPES[0].cases()
+        cases = (attention, norm)
+        if context.is_rehearsal:
+            cases = testing.SMALL_CASES[:1]
+        return [Entry(case.id, functools.partial(_ncu, context, case), 45.0) for case in cases]
     # as long as the phase lasts: what was found is written before
-    return [Entry(phase, functools.partial(work, context, phase), float("inf"))]
+    return [Entry(phase, functools.partial(_suite, context, phase), float("inf"))]
 
 
 def _suite(context: Context, phase: str, end: float) -> dict:
@@ -59,6 +65,9 @@ def _suite(context: Context, phase: str, end: float) -> dict:
     command += ["-k", _SELECTED[phase], *(f"--deselect={test}" for test in passed)]
     # the tests ask for the interpreter themselves
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # pytest says at its end why a test failed, and may be stopped before
+    reasons = file_of(context.folder / phase, f"{phase} failures", ".txt")
+    environment["LM2_KERNELS_TEST_FAILURES"] = str(reasons)
     with output.open("ab") as file:
         file.write(b"\n")
         file.flush()
@@ -93,19 +102,21 @@ def outcomes_of(output: str) -> dict[str, str]:
     return {test or other_test: one or other for one, test, other_test, other in found}
 
 
-def _ncu(context: Context, phase: str, end: float) -> dict:
+def _ncu(context: Context, case: testing.Case, end: float) -> dict:
     """NVIDIA's profiler over what is to be tuned."""
     if context.is_rehearsal:
-        exec(_PROFILED.format(shape="SHAPES[-2]", device="cpu", backend="cpp"), {})
+        exec(_PROFILED.format(case=case, device="cpu", backend="cpp"), {})
         return {"line": "only what it would profile"}
     if shutil.which("ncu") is None:
         line = "no ncu on PATH: it is part of the CUDA toolkit"
         return {"ok": False, "again": True, "line": line}
-    code = _PROFILED.format(shape="GPU_SHAPES[0]", device="cuda", backend="triton")
+    code = _PROFILED.format(case=case, device="cuda", backend="triton")
+    log = file_of(context.folder / "ncu", case.id, ".csv")
     # clocks stay as they are, and our kernels alone
     command = ["ncu", "--clock-control", "none", "--kernel-name", "regex:_memory_|_residual_"]
+    command += ["--csv", "--log-file", str(log)]
     command += [option for section in _SECTIONS for option in ("--section", section)]
     command += [sys.executable, "-c", code]
     done = subprocess.run(command, preexec_fn=die_with_parent, check=False)
     ok = done.returncode == 0
-    return {"ok": ok, "again": not ok, "line": f"exit code {done.returncode}, see its log"}
+    return {"ok": ok, "again": not ok, "line": f"exit code {done.returncode}, see {log.name}"}

@@ -28,54 +28,52 @@ _FEW_SLOTS = (64, 128, 16, 256)
 Config = tables.AttentionConfig | tables.Config
 Call = Callable[[Config], list[Tensor]]
 
-# eight segments are what is tuned for; "compile" fills Triton's cache for both
-_BATCHES = {"compile": (8, 1), "sweep": (8,), "sweep_one": (1,)}
+# eight segments are what is tuned for
+_BATCHES = {"sweep": 8, "sweep_one": 1}
 
 
 def entries(context: Context, phase: str) -> list[Entry]:
-    widths, batches, target = (256, 128, 64), _BATCHES[phase], context.target
+    """The most promising first: time may run out."""
+    widths, batch, target = (256, 128, 64), _BATCHES[phase], context.target
     if context.is_rehearsal:
         # the interpreter runs every form
-        widths, batches, target = (64,), (1,), "sm_90"
-    found: dict[str, tuple[int, Entry]] = {}
+        widths, batch, target = (64,), 1, "sm_90"
+    device, few_slots = context.device, _FEW_SLOTS[: 1 if context.is_rehearsal else None]
+    # forms of many slots by what is predicted, then of few, then what has no prediction
+    ranked: list[tuple[tuple[int, int], Entry]] = []
 
-    def add(index: int, key: str, call: Callable[[int, int], Call], config: Config, *rest) -> None:
+    def add(rank: tuple[int, int], key: str, call: Callable[[int, int], Call], *rest) -> None:
         """``rest``: of :func:`_time`."""
-        if phase == "compile":
-            work = functools.partial(_compile, call, config)
-        else:
-            work = functools.partial(_time, call, context.device, *rest)
-        found.setdefault(key, (index, Entry(key, work, 20.0)))
+        work = functools.partial(_time, call, device, batch, *rest)
+        ranked.append((rank, Entry(key, work, 20.0)))
 
-    tokens = _tokens(context.device)
-    for batch, kernel, width in itertools.product(batches, KERNELS, widths):
-        # None: as many as tokens
-        for slots in (None, *_FEW_SLOTS[: 1 if context.is_rehearsal else None]):
-            own = own_config(kernel, target, width, batch, slots)
-            forms = candidates(kernel, target, width, slots)
-            if slots and not forms:
-                continue
-            others = [] if slots else neighbours(own)[1:]
-            configs = [own, *forms, *others]
-            if context.is_rehearsal:
-                configs = [*others[:1], *list(forms)[:1]]
-            call = functools.partial(_attention, context.device, kernel, width, slots)
-            flops = 2.0 * KERNELS[kernel] * _WIDTH * seen_pairs(tokens, slots or tokens, 0)
-            for index, config in enumerate(configs):
-                key = f"{kernel} K={width} " + (f"N={slots} " if slots else "")
-                key += f"{config.block_tokens}x{config.block_slots}"
-                key += f" warps {config.num_warps} stages {config.num_stages}"
-                key += "" if config.form == "pointers" else f" {config.form}"
-                predicted = forms.get(config)
-                add(index, key, call, config, batch, own, config, flops, predicted)
+    tokens = _tokens(device)
+    for kernel, width, slots in itertools.product(KERNELS, widths, (None, *few_slots)):
+        # of slots None is as many as tokens
+        own = own_config(kernel, target, width, batch, slots)
+        forms = candidates(kernel, target, width, slots)
+        others = [] if slots else neighbours(own)[1:]
+        # each is timed beside the table's own
+        configs = [config for config in (*forms, *others) if config != own]
+        if context.is_rehearsal:
+            configs = [*others[:1], *list(forms)[:1]]
+        call = functools.partial(_attention, device, kernel, width, slots)
+        flops = 2.0 * KERNELS[kernel] * _WIDTH * seen_pairs(tokens, slots or tokens, 0)
+        for index, config in enumerate(configs):
+            key = f"{kernel} K={width} " + (f"N={slots} " if slots else "")
+            key += f"{config.block_tokens}x{config.block_slots}"
+            key += f" warps {config.num_warps} stages {config.num_stages}"
+            key += "" if config.form == "pointers" else f" {config.form}"
+            predicted = forms.get(config)
+            rank = (3, index) if predicted is None else (1 if slots else 0, -predicted)
+            add(rank, key, call, own, config, flops, predicted)
     own = tables.residual_layer_norm(target, _WIDTH, backward=True)
-    for batch, name in itertools.product(batches, (NORM, NORM_AND_TANH, NORM_OF_RELU)):
-        call = functools.partial(_norm, context.device, name, _WIDTH)
-        for index, config in enumerate(norms(own)[: 2 if context.is_rehearsal else None]):
+    for name in (NORM, NORM_AND_TANH, NORM_OF_RELU):
+        call = functools.partial(_norm, device, name, _WIDTH)
+        for index, config in enumerate(norms(own)[1 : 3 if context.is_rehearsal else None]):
             key = f"{name} backward warps {config.num_warps} stages {config.num_stages}"
-            add(index, key, call, config, batch, own, config, 0.0, None)
-    # the nearest of all kernels before the next ones of any: time may run out
-    return [entry for _, entry in sorted(found.values(), key=lambda pair: pair[0])]
+            add((2, index), key, call, own, config, 0.0, None)
+    return [entry for _, entry in sorted(ranked, key=lambda pair: pair[0])]
 
 
 def norms(own: tables.Config) -> list[tables.Config]:
@@ -186,11 +184,6 @@ def _norm(device: str, name: str, width: int, batch: int, tokens: int) -> Call:
     return _by_config("residual_layer_norm", functools.partial(backward, *inputs))
 
 
-def _compile(call: Callable[[int, int], Call], config: Config, end: float) -> dict:
-    call(1, 32)(config)
-    return {"line": "compiled"}
-
-
 def _time(
     call: Callable[[int, int], Call],
     device: str,
@@ -219,7 +212,7 @@ def _time(
     line += "" if predicted is None else f" of {predicted} predicted"
     line += "" if agrees else f", WRONG: error {error:.2g}"
     # a wrong candidate is no fault of the package's
-    found = {"ok": agrees or config != own, "line": line, "agrees": agrees}
+    found = {"line": line, "agrees": agrees}
     found |= {"speedup": speedup, "seconds": spent, "config": config._asdict()}
     return found | {"tflops": tflops, "predicted": predicted}
 

@@ -11,15 +11,16 @@ from entries import Context, Entry, save
 from lm2_kernels import backends
 from lm2_kernels.backends import triton  # noqa: F401 - once, before entries are forked
 from lm2_kernels.bench import suite, works
-from lm2_kernels.bench.peers import SDPA_KERNELS
 from lm2_kernels.testing.cases import ALL_SHAPES, TINY, Shape
 
 _SHAPES = {shape.name: shape for shape in ALL_SHAPES}
-_PLAIN = (works.SDPA, works.SDPA_CUDNN, works.RELEASED)
+# A kernel of cuDNN's may fail at some sizes, and take its process with it: an entry of its own.
+_PLAIN = (works.SDPA, works.RELEASED)
+_KERNELS, _CUDNN = ("SDPA", "SDPA flash", "SDPA efficient"), "SDPA cudnn"
 # the layers, and what of each is compiled
 _LAYERS = {
     "paper layer": (works.SDPA, works.SDPA_CUDNN),
-    "release layer": (works.RELEASED, works.SDPA),
+    "release layer": (works.RELEASED, works.SDPA, works.SDPA_CUDNN),
 }
 # of a phase: seconds of an entry's rounds, and its limit
 _SECONDS = {"headline": (3.0, 45.0), "graphs": (4.0, 45.0), "model": (5.0, 45.0)}
@@ -44,7 +45,8 @@ def entries(context: Context, phase: str) -> list[Entry]:
             graphs=phase == "graphs",
             more_shapes=() if shape.name in _SHAPES else (shape,),
         )
-        key = f"{work} {shape.name}" + (f" {rows[-1]}" if phase == "peers" else "")
+        # ours, and one peer
+        key = f"{work} {shape.name}" + (f" {rows[-1]}" if len(rows) == 2 else "")
         found.append(Entry(key, functools.partial(_bench, selection, seconds), limit))
     return found
 
@@ -53,16 +55,21 @@ def _pieces(phase: str, ours: str) -> Iterator[_Piece]:
     """Works, shapes and rows (none are all) of a phase, the most valuable first."""
     layers = list(itertools.product(("2048x8", "2048", "512"), _LAYERS))
     if phase == "headline":
-        for name, layer in layers:
-            yield layer, _SHAPES[name], (ours, works.RECOMPUTE, *_PLAIN, works.LIMIT)
+        for rows in ((ours, works.RECOMPUTE, *_PLAIN, works.LIMIT), (ours, works.SDPA_CUDNN)):
+            for name, layer in layers[:2]:
+                yield layer, _SHAPES[name], rows
+        for name, layer in layers[2:]:
+            yield layer, _SHAPES[name], (ours, *_PLAIN, works.LIMIT)
     elif phase == "graphs":
         for name, layer in layers[::-1]:
             yield layer, _SHAPES[name], (ours, *_PLAIN)
     elif phase == "peers":
+        for how, (name, layer) in itertools.product(("compiled", "max-autotune"), layers[:2]):
+            for row in _LAYERS[layer]:
+                yield layer, _SHAPES[name], (ours, f"{row}, {how}")
         for row, (name, layer) in itertools.product(("cpp", "eager"), layers):
             yield layer, _SHAPES[name], (ours, row)
-        # what takes minutes to compile comes last
-        for how, (name, layer) in itertools.product(("compiled", "max-autotune"), layers):
+        for how, (name, layer) in itertools.product(("compiled", "max-autotune"), layers[2:]):
             for row in _LAYERS[layer]:
                 yield layer, _SHAPES[name], (ours, f"{row}, {how}")
     elif phase == "model":
@@ -77,11 +84,19 @@ def _pieces(phase: str, ours: str) -> Iterator[_Piece]:
             for slots, width in itertools.product((256, 64, 16), (256, 128)):
                 title = f"K={width} B=8 T=2048 N={slots}"
                 shape = Shape(title, 8, 2048, slots, 2048 // width, 2048, "a sweep")
-                yield names[0], shape, (ours, *SDPA_KERNELS)
+                yield from _attention(names[0], shape, ours)
         for name, (batch, tokens), width in itertools.product(names, sizes, (256, 128, 64)):
             title = f"K={width} B={batch} T={tokens}"
             shape = Shape(title, batch, tokens, tokens, 2048 // width, 2048, "a sweep")
-            yield name, shape, (ours, *SDPA_KERNELS)
+            yield from _attention(name, shape, ours)
+
+
+def _attention(name: str, shape: Shape, ours: str) -> Iterator[_Piece]:
+    if shape.dim // shape.heads <= 128:
+        yield name, shape, (ours, *_KERNELS, _CUDNN)
+    else:
+        yield name, shape, (ours, *_KERNELS)
+        yield name, shape, (ours, _CUDNN)
 
 
 def _bench(selection: suite.Selection, seconds: float, end: float) -> dict:

@@ -132,9 +132,15 @@ class SdpaReleaseMemory(ReleasedStyleMemory):
     As :class:`SdpaPaperMemory`, with chunks too; its gate pools over the segment.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, tokens_per_slot: int = 1):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        kernel: SDPBackend | None = None,
+        tokens_per_slot: int = 1,
+    ):
         super().__init__(dim, num_heads)
-        self.tokens_per_slot = tokens_per_slot
+        self.kernel, self.tokens_per_slot = kernel, tokens_per_slot
 
     def forward(self, x: Tensor, memory: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         """X (B, T, D) and memory (B, N, D) -> output and new memory."""
@@ -152,6 +158,7 @@ class SdpaReleaseMemory(ReleasedStyleMemory):
             heads(self.query_proj(x)),
             heads(self.key_proj(memory)),
             heads(self.value_proj(memory)),
+            self.kernel,
             is_causal=self.tokens_per_slot == 1,
         ).flatten(-2)
 

@@ -303,15 +303,15 @@ def _layer(formulation: str, shape: Shape, dtype: torch.dtype, device: str) -> W
     )
     rows[ORACLE] = oracle_row
     rows |= _compiled(ORACLE, oracle_row, device)
-    if is_paper:
-        peer = functools.partial(SdpaPaperMemory, tokens_per_slot=c)
+    if is_paper or shape.slot_offset == 0:
+        if not is_paper and c == 1:
+            rows |= peer_rows(ReleasedStyleMemory, RELEASED)
+        kind = SdpaPaperMemory if is_paper else SdpaReleaseMemory
+        peer = functools.partial(kind, tokens_per_slot=c)
         rows |= peer_rows(peer, SDPA)
         if device == "cuda":
             cudnn = functools.partial(peer, kernel=SDPA_KERNELS["SDPA cudnn"])
             rows |= peer_rows(cudnn, SDPA_CUDNN)
-    elif shape.slot_offset == 0:
-        rows |= peer_rows(ReleasedStyleMemory, RELEASED) if c == 1 else {}
-        rows |= peer_rows(functools.partial(SdpaReleaseMemory, tokens_per_slot=c), SDPA)
     products_of = _paper_products if is_paper else _release_products
     rows[LIMIT] = lambda: _limit(products_of(shape), shape, dtype, device)
     flops = _attention_flops(shape)

@@ -5,6 +5,7 @@ its GPU context is lost, and pytest-timeout, where it is installed, ends what ha
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 # a kernel that hangs cannot be interrupted: the thread method ends the process
 _SECONDS = 60
 _DESELECTED = "gpu_tests_deselected"
+# names a file that gets each failure as it comes
+_FAILURES = "LM2_KERNELS_TEST_FAILURES"
 
 _deselected = 0
 _has_failed = False
@@ -53,6 +56,10 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_runtest_logreport(report):
     global _has_failed
     _has_failed = _has_failed or report.failed
+    file = os.environ.get(_FAILURES)
+    if file and report.failed and "PYTEST_XDIST_WORKER" not in os.environ:
+        with Path(file).open("a", encoding="utf-8") as failures:
+            failures.write(f"{report.nodeid}\n{report.longreprtext[-3000:]}\n\n")
 
 
 @pytest.hookimpl(trylast=True)
