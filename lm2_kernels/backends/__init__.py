@@ -375,6 +375,13 @@ _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _is_in_tls = getattr(torch._C, "_is_key_in_tls", lambda key: False)
 _get_of_tls = getattr(torch._C, "_get_obj_in_tls", lambda key: None)
 
+# Dynamo compiles a function of its own that names the module torch, and passes over one that has no
+# tensor and does not. So use_backend's must not: after a graph break in its block, which has the
+# function around it run uncompiled, all three set the ContextVar then. Compiled one by one they
+# did not agree: a frame past the limit of recompilations is not compiled, nor is an __init__ that
+# Python 3.13 enters by itself (CALL_ALLOC_AND_ENTER_INIT).
+_is_compiling = torch.compiler.is_compiling
+
 
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     """Set the default backend of this thread or asyncio task, until the ``with`` block ends.
@@ -398,12 +405,12 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     def __init__(self, backend: str):
         check_choice(backend)
         self._backend = backend
-        if not torch.compiler.is_compiling():
+        if not _is_compiling():
             _set((*_settings.get(()), (weakref.ref(self), backend)))
 
     def __enter__(self) -> None:
         global _traced
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             _traced = (*_traced, self._backend)
             return
         settings = _settings.get(())
@@ -413,7 +420,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
     def __exit__(self, *exception: object) -> None:
         global _traced
-        if torch.compiler.is_compiling():
+        if _is_compiling():
             _traced = _traced[:-1]
             return
         settings = _settings.get(())

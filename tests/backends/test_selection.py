@@ -552,6 +552,25 @@ def test_use_backend_inside_of_compiled_code(breaks, second_backend):
         assert backends.requested_backend() == "auto"
 
 
+def test_use_backend_around_graph_breaks_leaves_nothing_behind(second_backend):
+    """Also where torch.compile gave up on compiling one more setting."""
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def pool(x, weight, names):
+        with lm2.use_backend(names[0]), lm2.use_backend(names[1]), lm2.use_backend(names[2]):
+            inner = functional.pooled_gate(x, weight)[0]
+            torch._dynamo.graph_break()
+        return inner + functional.pooled_gate(x, weight)[0]
+
+    for names in itertools.product(("eager", "cpp"), repeat=3):
+        with lm2.recording() as recorded:
+            pool(torch.ones(2, 3, 4), torch.ones(4), names)
+        assert [name for _, name in recorded] == [names[-1], "cpp"]
+        assert backends.requested_backend() == "auto"
+        assert backends._traced == ()
+
+
 @every_op
 def test_compiled_without_a_gradient(op):
     torch._dynamo.reset()

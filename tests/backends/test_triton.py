@@ -167,8 +167,9 @@ def test_compile_checks_with_another_triton():
     everyday = "test_kernel_resources and not exhaustive and bfloat16-sm_90"
     checks = f"({everyday}) or (candidate_compiles and (forward-256 or dkey_value-256))"
     checks += " or (few_slots_compiles and 256) or (optional_norms_resources and 2048)"
-    files = [__file__, str(Path(__file__).with_name("test_forms.py"))]
-    run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", checks)
+    checks += " or tritons_launcher"
+    others = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("forms", "launcher")]
+    run("-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, *others, "-k", checks)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ def _arguments(text, out, *more):
 def _run_by_torchrun(arguments):
     """In two processes, as a user starts them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    # else it asks for this host's name, which a container need not know, and waits for minutes
+    command.append("--local-addr=localhost")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [*command, "-m", "lm2_kernels", *arguments],
