@@ -360,15 +360,15 @@ def test_a_driver_that_does_not_start_is_a_reason(error, monkeypatch):
         def active(self):
             raise error
 
+    with FakeTensorMode():
+        tensors = 3 * [torch.empty(1, 3, 2, 16, device="cuda:0")]
     monkeypatch.setattr(backends, "_warned", set())
     monkeypatch.setattr(launch_module.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(launch_module.triton.runtime, "driver", Driver())
     launch_module.driver_reason.cache_clear()
     try:
-        with FakeTensorMode():
-            tensors = 3 * [torch.empty(1, 3, 2, 16, device="cuda:0")]
-            with pytest.warns(match=f"driver does not start: {type(error).__name__}"):
-                assert backends.select("memory_attention", tensors, "auto") != "triton"
+        with pytest.warns(match=f"driver does not start: {type(error).__name__}"):
+            assert backends.select("memory_attention", tensors, "auto") != "triton"
     finally:
         launch_module.driver_reason.cache_clear()
 
