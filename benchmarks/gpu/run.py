@@ -114,7 +114,8 @@ def machine(is_rehearsal: bool, folder: Path) -> int:
     key = [gpu["name"], versions["torch"], versions["triton"], *(text[:8] for text in digests)]
     target = launch.target(None if is_rehearsal else 0)
     found |= {"key": " ".join(key), "digests": digests, "target": target}
-    found["built_from"] = " ".join([versions["torch"], str(gpu.get("capability")), digests[1][:8]])
+    built_from = [sys.implementation.cache_tag, versions["torch"], str(gpu.get("capability"))]
+    found["built_from"] = " ".join([*built_from, digests[1][:8]])
     entries.save(folder / "machine.json", found)
     return 0
 
@@ -152,7 +153,7 @@ class Programme:
     """Runs phases, and packs what there is all the while."""
 
     def __init__(self, places: list[Path], work: Path, budget: float, is_rehearsal: bool):
-        """``places``: folders that get the results; the first that has some is gone on from."""
+        """``places``: folders that get the results, and whose newest are gone on from."""
         self.places, self.results, self.cache = places, work / "results", work / "cache"
         self.end, self.is_rehearsal = time.time() + budget, is_rehearsal
         self.build: entries.Child | None = None
@@ -160,21 +161,29 @@ class Programme:
         self.folder: Path | None = None  # of this machine and these sources
         for place in places:
             place.mkdir(parents=True, exist_ok=True)
-        known = next((place for place in places if (place / _RESULTS).exists()), places[0])
-        for file in sorted(known.glob("*.tar.xz")):
-            for place in places:
-                if place != known:
-                    shutil.copy(file, place)
-            try:
-                with tarfile.open(file) as archive:
-                    archive.extractall(work, filter="data")
-            except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
-                print(f"{file.name} is of no use: {type(error).__name__}")
-                if file.name == _RESULTS:
-                    # perhaps it was the disk: it is not written over
-                    file.rename(file.with_suffix(".spoilt"))
+        # of each archive the newest that is whole
+        for name in sorted({file.name for place in places for file in place.glob("*.tar.xz")}):
+            files = [place / name for place in places if (place / name).exists()]
+            for file in sorted(files, key=lambda file: -file.stat().st_mtime):
+                if self._unpack(file, work):
+                    for place in places:
+                        if not (place / name).exists():
+                            shutil.copy(file, place)
+                    break
         self.results.mkdir(exist_ok=True)
         self.num_cached = len(list(self.cache.glob("*")))
+
+    def _unpack(self, file: Path, work: Path) -> bool:
+        try:
+            with tarfile.open(file) as archive:
+                archive.extractall(work, filter="data")
+        except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+            print(f"{file.name} is of no use: {type(error).__name__}")
+            if file.name == _RESULTS:
+                # perhaps it was the disk: it is not written over
+                file.rename(file.with_suffix(".spoilt"))
+            return False
+        return True
 
     def run(self, names: Collection[str]) -> int:
         find = functools.partial(machine, self.is_rehearsal, self.results)
@@ -255,8 +264,10 @@ class Programme:
 
     def _put(self, name: str, data: bytes) -> None:
         for place in self.places:
-            (place / "part").write_bytes(data)
-            (place / "part").replace(place / name)
+            # one may be full, or gone
+            with contextlib.suppress(OSError):
+                (place / "part").write_bytes(data)
+                (place / "part").replace(place / name)
 
 
 def _archive(paths: list[Path], root: Path) -> bytes:
@@ -271,20 +282,22 @@ def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     kept = ROOT / "benchmarks" / "results" / "gpu"
-    parser.add_argument("--out", type=Path, default=kept, help="folder that gets the results too")
+    parser.add_argument("--out", type=Path, help="folder that gets the results too")
     parser.add_argument("--sitting", choices=SITTINGS, default="first", help="which phases (first)")
     parser.add_argument("--only", action="append", choices=PHASES, help="a phase; repeatable")
     parser.add_argument("--budget", type=float, help="seconds (those of the sitting)")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, interpreted")
     options = parser.parse_args()
+    if options.rehearse and options.out is None:
+        parser.error("a rehearsal is nothing to go on from: give --out")
     # what is forked ends without a flush
     sys.stdout.reconfigure(line_buffering=True)
     # an exception, so that all that was started is stopped, and what was found is packed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         sitting = SITTINGS[options.sitting]
-        # a rehearsal is nothing to go on from
-        places = [options.out.resolve(), *([] if options.rehearse else [kept])]
+        places = [] if options.out is None else [options.out.resolve()]
+        places += [] if options.rehearse else [kept]
         budget = options.budget or sitting.budget
         programme = Programme([*dict.fromkeys(places)], Path(work), budget, options.rehearse)
         paths = (str(ROOT), os.environ.get("PYTHONPATH"))

@@ -319,13 +319,15 @@ def mark(names: tuple[str, ...]) -> Tensor:
     others, and refuses tensors of another shape; who does not let it is told by
     :func:`check_mark`.
     """
-    if names in _marks and torch._C._len_torch_dispatch_stack() == 0:
-        return _marks[names]
-    numbers = [_numbers.setdefault(name, next(_next_number)) for name in names]
-    made = torch.empty(0, *numbers, dtype=torch.uint8, device="cpu")
-    if torch._C._len_torch_dispatch_stack() == 0:
-        # one that a mode made is of use to it alone
-        _marks[names] = made
+    is_watched = torch._C._len_torch_dispatch_stack() > 0
+    # what a mode makes is of use to it alone
+    made = None if is_watched else _marks.get(names)
+    if made is None:
+        numbers = [_numbers.setdefault(name, next(_next_number)) for name in names]
+        with torch.inference_mode(False):
+            made = torch.empty(0, *numbers, dtype=torch.uint8, device="cpu")
+        if not is_watched:
+            _marks[names] = made
     return made
 
 
@@ -352,15 +354,6 @@ _in_force: ContextVar[str] = ContextVar("in_force")
 _traced: tuple[str, ...] = ()
 
 
-class _Context:
-    # torch.compile cannot trace ContextVar.get, but reads, and guards on, a property that C
-    # computes; the object itself stands for what has no value
-    in_force = property(_in_force.get)
-
-
-_context = _Context()
-
-
 def _of_callers_context() -> str:
     """What is in force where a backward was asked for, of which this thread runs a part.
 
@@ -374,6 +367,20 @@ def _of_callers_context() -> str:
 _graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 _is_in_tls = getattr(torch._C, "_is_key_in_tls", lambda key: False)
 _get_of_tls = getattr(torch._C, "_get_obj_in_tls", lambda key: None)
+
+
+class _Context:
+    # torch.compile cannot trace ContextVar.get, but reads, and guards on, a property whose function
+    # is a builtin, whatever that calls
+    in_force = property(repr)
+
+    def __repr__(self) -> str:
+        name = _in_force.get("")
+        # in a backward, where nobody has set one in this thread
+        return name if name or _graph_task() == -1 else _of_callers_context()
+
+
+_context = _Context()
 
 # Dynamo compiles a function of its own that names the module torch, and passes over one that has no
 # tensor and does not. So use_backend's must not: after a graph break in its block, which has the
@@ -396,7 +403,8 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     ``torch.utils.checkpoint`` computes again in backward runs on what is in force for the caller of
     backward; with PyTorch 2.11, on a GPU, on the process's default. Where that is another backend
     than before, a CheckpointError says that a tensor has another shape: set the environment
-    variable, or the layers' ``backend``.
+    variable, or the layers' ``backend``. Code that torch.compile compiled inside of a checkpoint
+    does not know who made what it kept: call backward with the same setting in force.
 
     Raises:
         ValueError: the name is unknown.
@@ -445,12 +453,9 @@ def _set(settings: _Settings) -> None:
 def requested_backend() -> str:
     """The default backend in force: a backend's name or "auto"."""
     name = _context.in_force
-    if torch.compiler.is_compiling():
-        name = _traced[-1] if _traced else name
-    elif not isinstance(name, str) and _graph_task() != -1:
-        # in a backward, and nobody has set one in this thread
-        name = _of_callers_context()
-    if not isinstance(name, str) or not name:
+    if torch.compiler.is_compiling() and _traced:
+        name = _traced[-1]
+    if not name:
         return _default
     # what was registered may have been taken out in the meantime
     return name if name in (*NAMES, "auto") else "auto"

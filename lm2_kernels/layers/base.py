@@ -328,7 +328,7 @@ class MemoryLayer(nn.Module):
             and self.tokens_per_slot == 1
             # of others a part is seen, which has gaps
             and (num_seen == num_slots or batch == 1)
-            and in_cpp.is_possible(x.device.type, dtype, set(names))
+            and in_cpp.is_possible(x.device.type, dtype, names)
         )
         return function.Options(
             layer=type(self).__name__,

@@ -19,13 +19,13 @@ enabled = True
 _DTYPES = (torch.float32, torch.float64)
 
 
-def is_possible(device_type: str, dtype: torch.dtype, names: set[str]) -> bool:
+def is_possible(device_type: str, dtype: torch.dtype, names: Iterable[str]) -> bool:
     """Whether a layer on this type of device, which computes in this dtype, may be one call if its
     ops have these backends.
     """
     return (
         device_type == "cpu"
-        and names == {"cpp"}
+        and set(names) == {"cpp"}
         and dtype in _DTYPES
         and cpp.has("release_layer_forward")
     )

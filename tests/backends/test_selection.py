@@ -3,6 +3,7 @@
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import contextvars
 import functools
 import itertools
@@ -349,30 +350,76 @@ def test_what_another_backend_makes_again_is_refused(name, where, second_backend
     assert len(errors) == 2
 
 
+_FOLLOWS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
+
+
+class _InAnotherContext(torch.autograd.Function):
+    """Its backward calls a function as a thread of autograd's does, which has its own context."""
+
+    @staticmethod
+    def forward(ctx, x, context, function):
+        ctx.call = context, function
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        context, function = ctx.call
+        context.run(function)
+        return dy, None, None
+
+
+def _backward_of_a_thread(context, function):
+    x = torch.ones(1, requires_grad=True)
+    _InAnotherContext.apply(x, context, function).backward()
+
+
 def test_a_thread_of_autograds_has_the_default_of_its_caller():
-    """What it computes again, for checkpointing."""
-    found = []
-
-    class Ask(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, dy):
-            # such a thread has a context of its own
-            found.append(contextvars.Context().run(backends.requested_backend))
-            return dy
+    """What it computes again, for checkpointing, also after a block of its own."""
+    found, context = [], contextvars.Context()
 
     def ask():
-        Ask.apply(torch.ones(1, requires_grad=True)).backward()
+        found.append(backends.requested_backend())
 
-    ask()
+    def ask_in_a_block():
+        with lm2.use_backend("cpp"):
+            ask()
+
+    _backward_of_a_thread(context, ask)
     with lm2.use_backend("eager"):
-        ask()
-        assert contextvars.Context().run(backends.requested_backend) == "auto"
-    follows = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
-    assert found == ["auto", "eager" if follows else "auto"]
+        for function in (ask, ask_in_a_block, ask):
+            _backward_of_a_thread(context, function)
+        # not in a backward
+        context.run(ask)
+    followed = "eager" if _FOLLOWS else "auto"
+    assert found == ["auto", followed, "cpp", followed, "auto"]
+
+
+def test_code_that_is_compiled_follows_its_caller_too(second_backend):
+    torch._dynamo.reset()
+
+    @torch.compile(backend="eager")
+    def pool(x, weight):
+        return functional.pooled_gate(x, weight)[0]
+
+    def run():
+        with torch.no_grad():
+            pool(torch.ones(2, 3, 4), torch.ones(4))
+
+    with lm2.recording() as recorded:
+        for name in ("eager", "cpp"):
+            with lm2.use_backend(name):
+                run()
+                _backward_of_a_thread(contextvars.Context(), run)
+    names = [name for _, name in recorded]
+    assert names == (["eager", "eager", "cpp", "cpp"] if _FOLLOWS else ["eager", "cpp"] * 2)
+
+
+def test_a_call_in_inference_mode_leaves_no_mark_of_its_own(monkeypatch):
+    monkeypatch.setattr(backends, "_marks", {})
+    layer, x = lm2.PaperMemory(8, 2), torch.randn(2, 3, 8)
+    with torch.inference_mode(), torch.enable_grad(), contextlib.suppress(RuntimeError):
+        layer(x, x)
+    layer(x, x)[0].sum().backward()
 
 
 def test_concurrent_backwards_that_recompute_leave_nothing_behind(second_backend):

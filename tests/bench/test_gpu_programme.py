@@ -530,11 +530,38 @@ def test_going_on_after_a_stop(tmp_path):
 
     caches = sorted(out.glob("cache*"))
     # a cache of which a part is spoilt serves as far as it goes
-    caches[0].write_bytes(caches[0].read_bytes()[:100])
+    for cache in (caches[0], kept / caches[0].name):
+        cache.write_bytes(cache.read_bytes()[:100])
     with start("ends") as process:
         output = process.stdout.read()
     assert process.returncode == 0 and "cache0.tar.xz is of no use" in output
     assert packed()["tiny/last.txt"].decode().splitlines()[-1] == "[1, 2, 3, 5]"
+
+
+def test_the_newest_whole_archives_are_gone_on_from(modules, tmp_path):
+    run = modules("run")
+    places = [tmp_path / "given", tmp_path / "kept"]
+
+    def pack(place, text, age):
+        (tmp_path / "results").mkdir(exist_ok=True)
+        (tmp_path / "results" / "a").write_text(text)
+        place.mkdir(exist_ok=True)
+        file = place / "results.tar.xz"
+        file.write_bytes(run._archive([tmp_path / "results"], tmp_path))
+        os.utime(file, (time.time() - age,) * 2)
+        return file
+
+    def found(name):
+        work = tmp_path / name
+        work.mkdir()
+        run.Programme(places, work, 1.0, True)
+        return (work / "results" / "a").read_text()
+
+    given, kept = pack(places[0], "older", 100), pack(places[1], "newer", 50)
+    assert found("first") == "newer"
+    given = pack(places[0], "newest", 0)
+    given.write_bytes(given.read_bytes()[:50])
+    assert found("second") == "newer" and given.read_bytes() == kept.read_bytes()
 
 
 def _wait_for(condition):

@@ -764,10 +764,10 @@ def test_a_weight_of_another_shape_is_checked(kind):
 
 # calls of this package's Python functions at most: in forward, and with backward
 CALLS = {
-    (lm2.PaperMemory, True): (51, 170),
-    (lm2.PaperMemory, False): (72, 190),
-    (lm2.ReleaseMemory, True): (83, 246),
-    (lm2.ReleaseMemory, False): (121, 283),
+    (lm2.PaperMemory, True): (52, 171),
+    (lm2.PaperMemory, False): (73, 191),
+    (lm2.ReleaseMemory, True): (84, 247),
+    (lm2.ReleaseMemory, False): (122, 284),
 }
 
 

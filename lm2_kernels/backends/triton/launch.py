@@ -244,7 +244,10 @@ def launches(op: str, tensors: tuple[Tensor | None, ...], *options: Any) -> Laun
         if tensor is not None:
             device, pointer = tensor.device, tensor.data_ptr()
             if pointer == 0 and tensor.numel() > 0:
-                raise RuntimeError(f"{op}: a fake tensor is of use under its FakeTensorMode alone")
+                raise RuntimeError(
+                    f"{op}: a tensor has no memory: it is fake, and its FakeTensorMode is not in "
+                    f"force, or its storage was freed"
+                )
             key += (tensor.shape, tensor.stride(), tensor.dtype, pointer % 16)
         else:
             key.append(None)
