@@ -163,6 +163,14 @@ NORM_OF_RELU = "residual_layer_norm_of_relu"
 _OP_OF = {NORM_AND_TANH: NORM, NORM_OF_RELU: NORM}
 
 
+def _of_both_summands(
+    x: Tensor, residual: Tensor, weight: Tensor, needs_dparams: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x and residual, each in its dtype, of weight and of bias."""
+    dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
+    return dx, residual.new_empty(residual.shape), *of_parameters
+
+
 def residual_layer_norm_and_tanh_forward(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -182,8 +190,7 @@ def residual_layer_norm_and_tanh_backward(
     needs_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
-    dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
-    return dx, residual.new_empty(residual.shape), *of_parameters
+    return _of_both_summands(x, residual, weight, needs_dparams)
 
 
 def residual_layer_norm_of_relu_forward(
@@ -203,8 +210,7 @@ def residual_layer_norm_of_relu_backward(
     needs_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``dx``, ``dresidual``, ``dweight``, ``dbias``."""
-    dx, *of_parameters = residual_layer_norm_backward(x, x, weight, True, needs_dparams)
-    return dx, residual.new_empty(residual.shape), *of_parameters
+    return _of_both_summands(x, residual, weight, needs_dparams)
 
 
 # what a backend may have besides, by names too, with all of their arguments

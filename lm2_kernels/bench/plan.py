@@ -329,13 +329,12 @@ class _Shapes:
         self.name = f"shapes_{id(self)}"
         self._thread = threading.get_ident()
         self._flops = 0.0
-        for function in RESULTS:
+        # with the optional ones, as the backends that layers are trained with
+        for function in (*RESULTS, *OPTIONAL):
             if function in _PRODUCTS:
                 setattr(self, function, functools.partial(self._attention, function))
             else:
                 setattr(self, function, operators.shapes(function))
-        # as the backends that layers are trained with
-        vars(self).update(OPTIONAL)
 
     def unsupported_reason(self, op: str, *tensors: Tensor) -> str | None:
         """See :mod:`lm2_kernels.backends.contract`."""

@@ -298,19 +298,14 @@ def test_backward_in_another_thread_runs_where_forward_ran(second_backend):
     assert recorded == [("memory_update_backward", "cpp")]
 
 
-def _read_and_differentiate():
-    memory = torch.randn(2, 3, 2, 4)
-    return functional.memory_attention(rows(2, 3, 2, 4), memory, memory).sum()
-
-
-def _layer(kind, **options):
-    return kind(8, 2, **options)(torch.randn(2, 3, 8), torch.randn(2, 3, 8))[0].sum()
+def _of_a_layer(kind):
+    return kind(8, 2)(torch.randn(2, 3, 8), torch.randn(2, 3, 8))[0]
 
 
 _CHECKPOINTED = {
-    "memory_attention": _read_and_differentiate,
-    "PaperMemory": functools.partial(_layer, lm2.PaperMemory),
-    "ReleaseMemory": functools.partial(_layer, lm2.ReleaseMemory),
+    "memory_attention": OPS["memory_attention"],
+    "PaperMemory": functools.partial(_of_a_layer, lm2.PaperMemory),
+    "ReleaseMemory": functools.partial(_of_a_layer, lm2.ReleaseMemory),
 }
 
 
@@ -320,33 +315,30 @@ def test_what_another_backend_makes_again_is_refused(name, where, second_backend
     """As a backward of a GPU recomputes in a thread of autograd's; and not if it is the same."""
     errors = []
 
+    def forward(**options):
+        return checkpoint(_CHECKPOINTED[name], use_reentrant=False, **options).sum()
+
     def backward(loss):
         try:
             loss.backward()
         except Exception as error:
             errors.append(error)
 
-    def call(**options):
-        thing = functools.partial(_CHECKPOINTED[name])
+    for options in ({}, {"determinism_check": "none"}):
         with lm2.use_backend("eager"):
-            loss = checkpoint(thing, use_reentrant=False, **options)
-            if where == "after the block":
-                pass
-            else:
+            loss = forward(**options)
+            if where == "another thread":
                 thread = threading.Thread(target=backward, args=(loss,))
                 thread.start()
                 thread.join()
         if where == "after the block":
             backward(loss)
-
-    call()
-    call(determinism_check="none")
     by_torch, by_us = errors
     assert isinstance(by_torch, CheckpointError) and "different metadata" in str(by_torch)
     assert "was made again by" in str(by_us) and "use_backend" in str(by_us)
     # the process's default
     lm2.use_backend("eager")
-    backward(checkpoint(_CHECKPOINTED[name], use_reentrant=False))
+    backward(forward())
     assert len(errors) == 2
 
 

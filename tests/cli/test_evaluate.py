@@ -1,10 +1,10 @@
 """``evaluate``: model folders and patched hosts in one line, going on, one line for each error."""
 
+import importlib.util
 import json
 import os
 import signal
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from lm2_kernels.training.data import Bytes, Ids, Words, save_tokenizer
 from tools.hosts import bare_llama, hosted, llama
 from tools.models import small_model
 
+needs_matplotlib = pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
+)
 _FEW = ["--samples", "6", "--tokens", "4", "--device", "cpu"]
 
 
@@ -158,6 +161,7 @@ def test_what_is_interrupted_goes_on(words, tmp_path, capsys, monkeypatch, numbe
         (["--background", "nowhere"], "nowhere"),
         (["--answers"], "give --json"),
         (["--json", "no/where.json"], "there is no folder no"),
+        pytest.param(["--plots", "config.json"], "is no folder", marks=needs_matplotlib),
     ],
 )
 def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
@@ -166,12 +170,6 @@ def test_user_errors(words, tmp_path, monkeypatch, capsys, more, text):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("python -m lm2_kernels evaluate: error: ")
     assert text in line
-
-
-def test_plots_need_a_folder(words, capsys):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    assert _run(words, *_FEW, "--plots", Path(words) / "config.json") == 2
-    assert "is no folder" in capsys.readouterr().err
 
 
 def test_user_errors_of_the_parser(capsys):

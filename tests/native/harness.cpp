@@ -346,8 +346,9 @@ void norm(int64_t batch, int64_t tokens, int64_t width, Dtype dtype, Dtype strea
     run("residual_layer_norm_backward", backward, device::residual_layer_norm_backward);
   }
   // the sums over many rows are those of above
-  for (const bool with_tanh : {true, false}) {
-    if (kAll || tokens == kTokens) optional_norm(forward, with_tanh, stream, layout);
+  if (kAll || tokens == kTokens) {
+    optional_norm(forward, true, stream, layout);
+    optional_norm(forward, false, stream, layout);
   }
   buffers.clear();
 }

@@ -19,14 +19,14 @@ static void say(const char* format, ...) {
   if (used >= sizeof text) used = sizeof text - 1;
 }
 
-// What was said since the last call.
-const char* stub_said(void) {
+// The next launch has so many parameters, and nothing has been said of it.
+void stub_begin(int count) {
+  num_params = count;
   used = 0;
-  return text;
+  text[0] = 0;
 }
 
-// How many parameters the next launches have.
-void stub_params(int count) { num_params = count; }
+const char* stub_said(void) { return text; }
 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** params,
                           void** extra) {

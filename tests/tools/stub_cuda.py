@@ -51,8 +51,7 @@ def launched(folder: Path, target: str) -> Iterator[list[tuple[str, str]]]:
         def __call__(self, x: int, y: int, z: int, stream: Any, function: Any, *rest: Any) -> None:
             is_described = any(kind.startswith("tensordesc") for kind in self.kinds)
             # a description becomes several parameters
-            stub.stub_params(0 if is_described else len(self.kinds))
-            stub.stub_said()
+            stub.stub_begin(0 if is_described else len(self.kinds))
             self.real(x, y, z, stream, _FUNCTION, *rest)
             said = stub.stub_said().decode()
             head, _, values = said.strip().partition("params")
